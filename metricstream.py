@@ -1,0 +1,636 @@
+#!/usr/bin/env python3
+"""MetricStream: one file, no dependencies. Ingest, limit, keep, count.
+
+A metrics server that runs wherever Python 3.11 or newer runs, and that is written to be read:
+
+    python3 metricstream.py                      serve on http://127.0.0.1:8080
+    curl localhost:8080/metrics -H 'Content-Type: application/json' \\
+         -d '{"metrics":[{"name":"cpu_usage","value":75.5,"tags":{"host":"web1"}}]}'
+    tail metrics.jsonl                           what was acknowledged, one JSON object a line
+
+Clients push batches of metrics as JSON over HTTP. Each request takes one way through this file,
+from top to bottom, and each step of it is a chapter:
+
+    bytes → Request → client id → allowed? → JSON → batch → log (durable)
+          → statistics → Response → bytes
+
+A chapter uses only what stands above it, so the order of reading is the order of the flow is the
+order of dependency. `grep -n '^# [0-9]*\\. ' metricstream.py` prints the table of contents.
+"""
+
+import argparse
+import datetime
+import email.utils
+import errno
+import fcntl
+import functools
+import hashlib
+import http
+import logging
+import math
+import os
+import queue
+import re
+import resource
+import select
+import signal
+import socket
+import socketserver
+import sys
+import threading
+import time
+import traceback
+import zlib
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+__version__ = "1.0.0"
+
+logger = logging.getLogger("metricstream")
+
+
+# ==================================================================================================
+# 1. HTTP
+# ==================================================================================================
+#
+# The problem: TCP delivers bytes, in pieces of any size, from anybody. The idea: a reader that
+# knows nothing of sockets. It is fed bytes and gives back whole requests, or the one error after
+# which nothing on that connection can be trusted: two parties who disagree on where a request ends
+# can be made to see different requests (request smuggling), so whatever is ambiguous is refused,
+# never repaired. What this costs: a few clients that other servers tolerate are told to mend their
+# requests.
+#
+# The names are those of RFC 9110 (semantics) and RFC 9112 (HTTP/1.1 on the wire).
+
+MAX_TARGET_BYTES = 8_000
+MAX_REQUEST_LINE_BYTES = (
+    MAX_TARGET_BYTES + 64
+)  # a method, two spaces and the version beside the target
+MAX_HEADER_BYTES = (
+    16 * 1024
+)  # the header section; the trailer section and chunk extensions likewise
+MAX_HEADER_FIELDS = 100
+MAX_BODY_BYTES = 1024 * 1024  # as sent, and again after gzip is undone
+
+_TCHAR = rb"!#$%&'*+\-.^_`|~0-9A-Za-z"
+_REQUEST_LINE = re.compile(rb"([%b]{1,32}) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])" % _TCHAR)
+_FIELD_LINE = re.compile(rb"([%b]+):([^\x00-\x08\x0a-\x1f\x7f]*)" % _TCHAR)
+_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})((?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?)")
+_CONTENT_LENGTH = re.compile(r"[0-9]+")
+_HOST = re.compile(
+    r"(?:\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+)(?::[0-9]{0,5})?"
+)
+_ABSOLUTE_FORM = re.compile(r"https?://([^/?]*)(.*)", re.IGNORECASE)
+_BAD_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
+_PERCENT = re.compile(rb"%([0-9A-Fa-f]{2})")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+# What no line may hold, whatever comes after it: a client that sends it is answered without waiting
+# for more.
+_NEVER_IN_A_LINE = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?=[^\n])")
+
+_SINGLETONS = frozenset({"host", "authorization", "content-type", "origin"})
+
+KEEP, CLOSE, KEEP_1_0 = b"", b"Connection: close\r\n", b"Connection: keep-alive\r\n"
+
+
+class HTTPError(Exception):
+    """A request that gets an error status.
+
+    `status` is the code, the text of the exception the reason, `fields` are further header fields
+    of the answer as (name, value), and `details` further members of its JSON body. Raised by
+    `RequestReader` it also means that the connection must be closed after the answer.
+    """
+
+    def __init__(
+        self, status: int, reason: str, *, fields: Iterable[tuple[str, str]] = (), **details: Any
+    ):
+        super().__init__(reason)
+        self.status = status
+        self.fields = tuple(fields)
+        self.details = details
+
+
+class Head(NamedTuple):
+    """The parsed head of a request: all of it but the body."""
+
+    method: str
+    target: str  # as it was sent
+    path: str  # percent-decoded, without the query
+    query: str  # what follows the first "?", not decoded
+    version: tuple[int, int]
+    host: str  # from an absolute-form target, else from Host; "" only in HTTP/1.0
+    headers: dict[str, str]  # by lower-case name; repeated fields are joined with ", "
+    content_length: int  # 0 if there is no body, or if it is chunked
+    chunked: bool
+    expects_continue: bool
+    persistence: bytes  # the Connection field line of the answer: KEEP, CLOSE or KEEP_1_0
+
+    @property
+    def close(self) -> bool:
+        """Whether the connection ends with the answer to this request."""
+        return self.persistence is CLOSE
+
+
+class Request(NamedTuple):
+    """A whole request: its head, and its body with the transfer coding undone and the content
+    coding not.
+    """
+
+    head: Head
+    body: bytes
+
+
+def parse_head(section: bytes) -> Head:
+    """Parse the request line and header section: every line with its CRLF, without the empty line.
+
+    >>> head = parse_head(b"POST /metrics?x=1 HTTP/1.1\\r\\nHost: a\\r\\nContent-Length: 5\\r\\n")
+    >>> head.method, head.path, head.query, head.content_length, head.headers["host"]
+    ('POST', '/metrics', 'x=1', 5, 'a')
+
+    Raises HTTPError (400, 411, 413, 414, 417, 431, 501, 505). Source: RFC 9112, sections 2 to 7.
+    """
+    request_line, *field_lines = section.split(b"\r\n")[:-1]
+    method, target, version = _parse_request_line(request_line)
+    if len(section) - len(request_line) - 2 > MAX_HEADER_BYTES:
+        raise HTTPError(431, f"header section of more than {MAX_HEADER_BYTES} bytes")
+    headers = _parse_fields(field_lines)
+    host, path, query = _parse_target(method, target, _host_field(headers, version))
+    content_length, chunked = _framing(method, version, headers)
+    expects_continue = False
+    if version == (1, 1) and "expect" in headers:  # HTTP/1.0 ignores it: RFC 9110, 10.1.1
+        expects_continue = headers["expect"].lower() == "100-continue"
+        if not expects_continue:
+            raise HTTPError(
+                417, f"unknown expectation {headers['expect'][:80]!r}; known is 100-continue"
+            )
+    return Head(
+        method,
+        target,
+        path,
+        query,
+        version,
+        host,
+        headers,
+        content_length,
+        chunked,
+        expects_continue,
+        _persistence(version, headers),
+    )
+
+
+def _parse_request_line(line: bytes) -> tuple[str, str, tuple[int, int]]:
+    match = _REQUEST_LINE.fullmatch(line)
+    if match is None:
+        raise HTTPError(
+            400,
+            f"request line must be 'method SP request-target SP HTTP/1.1', found {_shown(line)}",
+        )
+    method, target, major, minor = match.groups()
+    if len(target) > MAX_TARGET_BYTES:
+        raise HTTPError(414, f"request target of {len(target)} bytes; at most {MAX_TARGET_BYTES}")
+    version = (int(major), int(minor))
+    if version not in ((1, 0), (1, 1)):
+        raise HTTPError(
+            505, f"HTTP/{version[0]}.{version[1]} is not spoken here; HTTP/1.1 and HTTP/1.0 are"
+        )
+    return method.decode(), target.decode(), version
+
+
+def _parse_target(method: str, target: str, host: str) -> tuple[str, str, str]:
+    """(host, decoded path, query) of a target in origin form, absolute form or, for OPTIONS, `*`:
+    RFC 9112, 3.2.
+    """
+    if target == "*" and method == "OPTIONS":
+        return host, "*", ""
+    rest = target
+    if not target.startswith("/"):
+        absolute = _ABSOLUTE_FORM.fullmatch(target)
+        if absolute is None:
+            raise HTTPError(
+                400,
+                f"request target must start with '/' or 'http://', found {_shown(target.encode())}",
+            )
+        host, rest = absolute.groups()
+        if not _HOST.fullmatch(host):
+            raise HTTPError(400, f"invalid authority {host[:80]!r} in the request target")
+    if "#" in rest or _BAD_PERCENT.search(rest):
+        raise HTTPError(400, "request target holds '#' or a '%' that two hex digits do not follow")
+    path, _, query = rest.partition("?")
+    if "%" in path:
+        try:
+            path = _PERCENT.sub(lambda match: bytes((int(match[1], 16),)), path.encode()).decode()
+        except UnicodeDecodeError:
+            raise HTTPError(400, "percent-encoded path is not UTF-8") from None
+        if _CONTROL.search(path):
+            raise HTTPError(400, "percent-encoded control character in the path")
+    return host, path or "/", query
+
+
+def _parse_fields(lines: list[bytes]) -> dict[str, str]:
+    """The field lines of a header or trailer section by lower-case name: RFC 9112, 5 and RFC 9110,
+    5.
+    """
+    if len(lines) > MAX_HEADER_FIELDS:
+        raise HTTPError(431, f"more than {MAX_HEADER_FIELDS} header fields")
+    fields: dict[str, str] = {}
+    for number, line in enumerate(lines, 1):
+        match = _FIELD_LINE.fullmatch(line)
+        if match is None:
+            raise HTTPError(400, f"header field {number}: {_fault_in_field(line)}: {_shown(line)}")
+        name = match[1].decode().lower()
+        value = match[2].strip(b" \t").decode("latin-1")
+        if name not in fields:
+            fields[name] = value
+        elif name in _SINGLETONS:
+            raise HTTPError(400, f"header field {number}: {name} is repeated")
+        else:
+            fields[name] = f"{fields[name]}, {value}"
+    return fields
+
+
+def _fault_in_field(line: bytes) -> str:
+    name, colon, _ = line.partition(b":")
+    if line[:1] in (b" ", b"\t"):
+        return "folded lines (obs-fold) are not accepted"
+    if not colon:
+        return "no colon"
+    if name != name.rstrip(b" \t"):
+        return "white space before the colon"
+    if not name or re.search(rb"[^%b]" % _TCHAR, name):
+        return "invalid field name"
+    return "control character in the value"
+
+
+def _host_field(headers: dict[str, str], version: tuple[int, int]) -> str:
+    host = headers.get("host")
+    if host is None:
+        if version == (1, 1):
+            raise HTTPError(400, "no Host header field; HTTP/1.1 requires one")
+        return ""
+    if not _HOST.fullmatch(host):
+        raise HTTPError(400, f"invalid Host {host[:80]!r}")
+    return host
+
+
+def _framing(method: str, version: tuple[int, int], headers: dict[str, str]) -> tuple[int, bool]:
+    """(content length, chunked): where the body ends, or an error; there is no guess in between.
+    RFC 9112, 6.
+    """
+    coding, length = headers.get("transfer-encoding"), headers.get("content-length")
+    if coding is not None:
+        if length is not None:
+            raise HTTPError(400, "Transfer-Encoding and Content-Length exclude each other")
+        if version == (1, 0):
+            raise HTTPError(400, "Transfer-Encoding in HTTP/1.0")
+        codings = [name.strip(" \t").lower() for name in coding.split(",")]
+        if "" in codings or "chunked" in codings[:-1]:
+            raise HTTPError(
+                400, f"Transfer-Encoding must be chunked, once and last, found {coding[:80]!r}"
+            )
+        if codings != ["chunked"]:
+            raise HTTPError(
+                501, f"Transfer-Encoding {coding[:80]!r} is not implemented; chunked is"
+            )
+        return 0, True
+    if length is None:
+        if method == "POST":
+            raise HTTPError(411, "POST needs Content-Length or Transfer-Encoding: chunked")
+        return 0, False
+    lengths = {part.strip(" \t") for part in length.split(",")}
+    digits = lengths.pop()
+    # int() alone would also take "+5", "1_0" and digits of other scripts, and raise above 4,300
+    # digits
+    if lengths or not _CONTENT_LENGTH.fullmatch(digits):
+        raise HTTPError(400, f"Content-Length must be one number in digits, found {length[:80]!r}")
+    digits = digits.lstrip("0") or "0"
+    if len(digits) > 18 or int(digits) > MAX_BODY_BYTES:
+        raise HTTPError(413, f"body of {digits[:19]} bytes; at most {MAX_BODY_BYTES}")
+    return int(digits), False
+
+
+def _persistence(version: tuple[int, int], headers: dict[str, str]) -> bytes:
+    options = {option.strip(" \t").lower() for option in headers.get("connection", "").split(",")}
+    if "close" in options:
+        return CLOSE
+    if version == (1, 1):
+        return KEEP
+    return KEEP_1_0 if "keep-alive" in options else CLOSE
+
+
+def _shown(octets: bytes) -> str:
+    """Offending bytes for an error message: bounded, and with nothing in them that a terminal would
+    obey.
+    """
+    return repr(octets[:80])[1:] + ("…" if len(octets) > 80 else "")
+
+
+class RequestReader:
+    """Turns bytes into requests, in whatever pieces they arrive.
+
+    Strategy: whole requests are cut from the front of one buffer. What was searched in vain is not
+    searched again (`_scanned`) and what was consumed is dropped only when more arrives, so the work
+    is linear in the bytes received, whether they come one at a time or ten requests at once.
+
+    >>> reader = RequestReader()
+    >>> reader.feed(b"GET /health HTTP/1.1\\r\\nHost: a\\r")
+    >>> reader.next_request() is None
+    True
+    >>> reader.feed(b"\\n\\r\\n")
+    >>> reader.next_request().head.path
+    '/health'
+    """
+
+    __slots__ = (
+        "_buffer",
+        "_start",
+        "_scanned",
+        "_skipped_line",
+        "_line_ended",
+        "_head",
+        "_chunks",
+        "_continued",
+    )
+
+    def __init__(self) -> None:
+        self._buffer: bytes | bytearray = b""
+        self._start = 0  # everything before it is consumed
+        self._scanned = 0  # no line end that matters lies before it
+        self._continued = False  # the interim answer was given
+        self._expect_head()
+
+    def _expect_head(self) -> None:
+        self._head: Head | None = None
+        self._chunks: _ChunkedBody | None = None
+        self._skipped_line = False
+        self._line_ended = 0  # where the request line ends, once it was looked for
+
+    def feed(self, received: bytes) -> None:
+        """Take bytes as they arrived."""
+        if self._start == len(self._buffer):
+            self._buffer = received  # the usual case, a request in one piece, is not copied
+        else:
+            if self._start or isinstance(self._buffer, bytes):
+                self._buffer = bytearray(memoryview(self._buffer)[self._start :])
+            self._buffer += received
+        self._scanned = max(0, self._scanned - self._start)
+        self._line_ended = max(0, self._line_ended - self._start)
+        self._start = 0
+
+    def next_request(self) -> Request | None:
+        """The next whole request, or None when more bytes are needed. Raises HTTPError: the end of
+        the connection.
+        """
+        head = self._head
+        if head is None:
+            head = self._read_head()
+            if head is None:
+                return None
+            self._head = head
+        if head.chunked:
+            body = self._read_chunked()
+            if body is None:
+                return None
+        else:
+            end = self._start + head.content_length
+            if end > len(self._buffer):
+                return None
+            body = bytes(self._buffer[self._start : end])
+            self._start = self._scanned = end
+        self._expect_head()
+        return Request(head, body)
+
+    @property
+    def in_body(self) -> bool:
+        """Whether a head was read whose body is not yet complete."""
+        return self._head is not None
+
+    @property
+    def in_request(self) -> bool:
+        """Whether some of a request has arrived, but not all of it."""
+        return self._head is not None or self._start < len(self._buffer)
+
+    def take_continue(self) -> bool:
+        """Whether `100 Continue` is due now: true once for a request that asked for it and still
+        lacks its body.
+        """
+        due = self._head is not None and self._head.expects_continue and not self._continued
+        self._continued = self._head is not None and (due or self._continued)
+        return due
+
+    def _read_head(self) -> Head | None:
+        if self._buffer[self._start : self._start + 1] == b"\r" and not self._skipped_line:
+            if len(self._buffer) - self._start < 2:
+                return None
+            if (
+                self._buffer[self._start + 1] == 0x0A
+            ):  # RFC 9112, 2.2: an empty line before the request line
+                self._start += 2
+                self._scanned = max(self._scanned, self._start)
+                self._skipped_line = True
+        end = self._buffer.find(b"\r\n\r\n", max(self._start, self._scanned - 3))
+        if end < 0:
+            self._check_unfinished_head()
+            return None
+        section = bytes(self._buffer[self._start : end + 2])
+        self._start = self._scanned = end + 4
+        self._continued = False
+        return parse_head(section)
+
+    def _check_unfinished_head(self) -> None:
+        """Refuse at once what no further byte can mend."""
+        self._check_octets()
+        size = len(self._buffer) - self._start
+        if self._buffer[self._start : self._start + 2] == b"\r\n":
+            raise HTTPError(400, "more than one empty line before the request line")
+        if size <= MAX_REQUEST_LINE_BYTES:
+            return
+        if not self._line_ended:
+            self._line_ended = self._buffer.find(b"\r\n", self._start)
+            if not 0 <= self._line_ended - self._start <= MAX_REQUEST_LINE_BYTES:
+                raise HTTPError(414, f"request line of more than {MAX_REQUEST_LINE_BYTES} bytes")
+        if len(self._buffer) - self._line_ended > MAX_HEADER_BYTES + 4:
+            raise HTTPError(431, f"header section of more than {MAX_HEADER_BYTES} bytes")
+
+    def _check_octets(self) -> None:
+        fault = _NEVER_IN_A_LINE.search(self._buffer, max(self._start, self._scanned - 1))
+        if fault:
+            near = bytes(self._buffer[max(self._start, fault.start() - 20) : fault.start() + 10])
+            raise HTTPError(400, f"control character, bare LF or bare CR: {_shown(near)}")
+        self._scanned = len(self._buffer)
+
+    def _read_line(self, what: str) -> bytes | None:
+        """The next line of a chunked body, without its CRLF."""
+        end = self._buffer.find(b"\r\n", max(self._start, self._scanned - 1))
+        if end < 0:
+            self._check_octets()
+            if len(self._buffer) - self._start > MAX_HEADER_BYTES:
+                raise HTTPError(431, f"{what} of more than {MAX_HEADER_BYTES} bytes")
+            return None
+        line = bytes(self._buffer[self._start : end])
+        self._start = self._scanned = end + 2
+        return line
+
+    def _read_chunked(self) -> bytes | None:
+        """Decode `chunk-size [chunk-ext] CRLF chunk-data CRLF … 0 CRLF trailers CRLF`: RFC 9112,
+        7.1.
+        """
+        chunks = self._chunks
+        if chunks is None:
+            chunks = self._chunks = _ChunkedBody()
+        while True:
+            if chunks.missing:
+                piece = self._buffer[self._start : self._start + chunks.missing]
+                chunks.body += piece
+                chunks.missing -= len(piece)
+                self._start = self._scanned = self._start + len(piece)
+                if chunks.missing:
+                    return None
+            if chunks.in_chunk:
+                closing = self._buffer[self._start : self._start + 2]
+                if not b"\r\n".startswith(closing):
+                    raise HTTPError(
+                        400, f"chunk data must end in CRLF, found {_shown(bytes(closing))}"
+                    )
+                if len(closing) < 2:
+                    return None
+                self._start = self._scanned = self._start + 2
+                chunks.in_chunk = False
+            line = self._read_line("trailer section" if chunks.ended else "chunk-size line")
+            if line is None:
+                return None
+            if not chunks.ended:
+                chunks.start_chunk(line)
+            elif line:
+                chunks.add_trailer(line)
+            else:
+                return bytes(chunks.body)
+
+
+class _ChunkedBody:
+    """What is known of a chunked body whose end has not come yet."""
+
+    __slots__ = ("body", "missing", "in_chunk", "ended", "ignored_bytes", "trailers")
+
+    def __init__(self) -> None:
+        self.body = bytearray()
+        self.missing = 0  # bytes of the chunk under way that have not arrived
+        self.in_chunk = False  # the CRLF behind its data is still to come
+        self.ended = False  # the last chunk was seen; trailers follow
+        self.ignored_bytes = 0  # of extensions and trailers
+        self.trailers: list[bytes] = []
+
+    def start_chunk(self, line: bytes) -> None:
+        match = _CHUNK_SIZE.fullmatch(line)
+        if match is None:
+            raise HTTPError(400, f"chunk size must be 1 to 16 hex digits, found {_shown(line)}")
+        self._ignore(len(match[2]))
+        self.missing = int(match[1], 16)
+        self.in_chunk, self.ended = self.missing > 0, self.missing == 0
+        if len(self.body) + self.missing > MAX_BODY_BYTES:
+            raise HTTPError(413, f"chunked body of more than {MAX_BODY_BYTES} bytes")
+
+    def add_trailer(self, line: bytes) -> None:
+        self._ignore(len(line))
+        self.trailers.append(line)
+        _parse_fields(self.trailers[-1:])
+        if len(self.trailers) > MAX_HEADER_FIELDS:
+            raise HTTPError(431, f"more than {MAX_HEADER_FIELDS} trailer fields")
+
+    def _ignore(self, size: int) -> None:
+        self.ignored_bytes += size
+        if self.ignored_bytes > MAX_HEADER_BYTES:
+            raise HTTPError(
+                431, f"chunk extensions and trailers of more than {MAX_HEADER_BYTES} bytes"
+            )
+
+
+def decode_content(request: Request) -> bytes:
+    """The body with its Content-Encoding undone, in memory bounded by MAX_BODY_BYTES whatever a
+    bomb promises.
+
+    Raises HTTPError: 415 for a coding other than gzip and identity, 400 for broken gzip, 413 for
+    too much.
+    """
+    coding = request.head.headers.get("content-encoding", "identity").lower()
+    if coding == "identity":
+        return request.body
+    if coding not in ("gzip", "x-gzip"):  # RFC 9110, 8.4.1.3: the two are the same
+        raise HTTPError(
+            415,
+            f"Content-Encoding {coding[:80]!r} is not known; send gzip or identity",
+            fields=[("Accept-Encoding", "gzip, identity")],
+        )
+    content, rest = b"", request.body
+    try:
+        while rest or not content:  # RFC 1952, 2.2: one or more members
+            member = zlib.decompressobj(wbits=31)
+            content += member.decompress(rest, MAX_BODY_BYTES + 1 - len(content))
+            if len(content) > MAX_BODY_BYTES:
+                raise HTTPError(413, f"gzip body of more than {MAX_BODY_BYTES} bytes when decoded")
+            if not member.eof:
+                raise HTTPError(400, "gzip body is cut short")
+            rest = member.unused_data
+            if not content and not rest:
+                break
+    except zlib.error as error:
+        raise HTTPError(400, f"gzip body is broken: {error}") from None
+    return content
+
+
+class Response:
+    """An answer, rendered but for what changes from one sending to the next: Date and Connection.
+
+    >>> Response(200, b"{}").encode(CLOSE, b"Date: now\\r\\n", head_only=True).split(b"\\r\\n")[:3]
+    [b'HTTP/1.1 200 OK', b'Date: now', b'Content-Type: application/json']
+    """
+
+    __slots__ = ("status", "metrics", "_status_line", "_fields", "_end")
+
+    def __init__(
+        self,
+        status: int,
+        body: bytes,
+        content_type: str = "application/json",
+        fields: Iterable[tuple[str, str]] = (),
+        metrics: int = 0,
+    ):
+        self.status = status
+        self.metrics = metrics  # how many were stored: the statistics count them
+        self._status_line = b"HTTP/1.1 %d %b\r\n" % (
+            status,
+            http.HTTPStatus(status).phrase.encode(),
+        )
+        head = f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
+        self._fields = (head + "".join(f"{name}: {value}\r\n" for name, value in fields)).encode()
+        self._end = b"\r\n" + body
+
+    def with_field_lines(self, lines: bytes) -> "Response":
+        """The same with further field lines, each with its CRLF."""
+        if not lines:
+            return self
+        other = Response.__new__(Response)
+        other.status, other.metrics = self.status, self.metrics
+        other._status_line, other._fields, other._end = (
+            self._status_line,
+            self._fields + lines,
+            self._end,
+        )
+        return other
+
+    def encode(self, persistence: bytes, date: bytes, head_only: bool = False) -> bytes:
+        """The bytes to send, head and body in one. `persistence` and `date` are field lines with
+        their CRLF.
+        """
+        end = b"\r\n" if head_only else self._end
+        return b"".join((self._status_line, date, self._fields, persistence, end))
+
+
+@functools.lru_cache(maxsize=2)  # made once a second, 4 µs, rather than for each answer
+def date_field(second: int) -> bytes:
+    """The Date field line for a Unix time in whole seconds: RFC 9110, 5.6.7."""
+    return b"Date: %b\r\n" % email.utils.formatdate(second, usegmt=True).encode()
+
+
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
