@@ -634,3 +634,182 @@ def date_field(second: int) -> bytes:
 
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+# ==================================================================================================
+# 2. Rate limiting
+# ==================================================================================================
+#
+# The problem: one client must not use up the server for the others, and a fixed window (so many a
+# calendar second) lets twice the rate through at its border. The idea: remember when each request
+# was allowed; the next one is allowed if fewer than N of those times lie within the second before
+# it. That is exact. What it costs: N numbers for a client at its limit. Most clients are seen once
+# or seldom, so a client starts as one number and becomes a queue only when it needs one.
+#
+# Clients are spread over stripes by hash, each with its own lock, so two clients rarely wait for
+# each other.
+
+MAX_TRACKED_CLIENTS = 100_000
+FORGET_BATCH = 64
+
+
+class Decision(NamedTuple):
+    """The limiter's verdict on one request."""
+
+    allowed: bool
+    remaining: int  # how many more would be allowed at this moment
+    retry_after_s: float  # of a refused one: the exact wait until it would be allowed
+
+
+class _Stripe:
+    __slots__ = ("lock", "windows", "allowed", "refused", "evicted", "additions")
+
+    def __init__(self) -> None:
+        self.lock = (
+            threading.Lock()
+        )  # guards every field of this stripe; no other lock is taken under it
+        # client → the time of its one allowed request, or a deque of such times. In order of last
+        # use: a dict keeps the order of insertion, so to use a client is to take it out and put it
+        # back.
+        self.windows: dict[str, float | deque[float]] = {}
+        self.allowed: dict[str, int] = {}  # since the last flush
+        self.refused: dict[str, int] = {}
+        self.evicted = 0
+        self.additions = 0  # since idle clients were last looked for
+
+
+class SlidingWindowLimiter:
+    """At most `limit` requests for each client in any `window_s` seconds.
+
+    >>> limiter = SlidingWindowLimiter(2, clock=iter([0.0, 0.4, 0.9, 1.0]).__next__)
+    >>> [limiter.decide("a").allowed for _ in range(3)]
+    [True, True, False]
+    >>> limiter.decide("a")  # the request at 0.0 has just left the window
+    Decision(allowed=True, remaining=0, retry_after_s=0.0)
+
+    `stripes` is a power of two. At most `max_clients` are remembered; beyond them the least
+    recently used of a stripe are forgotten, and counted in `evicted`: an evicted client starts
+    afresh.
+    """
+
+    OTHERS = "(others)"  # whom the tallies count when they are full
+
+    def __init__(
+        self,
+        limit: int,
+        window_s: float = 1.0,
+        *,
+        stripes: int = 64,
+        max_clients: int = MAX_TRACKED_CLIENTS,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        if stripes < 1 or stripes & (stripes - 1):
+            raise ValueError(f"stripes must be a power of two, not {stripes}")
+        self.limit, self.window_s = limit, window_s
+        self._clock = clock
+        self._stripes = [_Stripe() for _ in range(stripes)]
+        self._mask = stripes - 1
+        self._stripe_clients = max(1, max_clients // stripes)
+
+    def decide(self, client: str) -> Decision:
+        """Count one request of `client`, if it is allowed."""
+        stripe = self._stripes[
+            hash(client) & self._mask
+        ]  # str hashes are keyed: nobody can choose a stripe
+        with stripe.lock:
+            now = self._clock()  # under the lock, so that the times of a window never run backwards
+            windows = stripe.windows
+            window = windows.pop(client, None)
+            if window is None:
+                self._make_room(stripe, now)
+                used = 0
+            elif isinstance(window, float):
+                used = 1 if now - window < self.window_s else 0
+            else:
+                while window and now - window[0] >= self.window_s:
+                    window.popleft()
+                used = len(window)
+            if used >= self.limit:
+                assert window is not None  # limit is at least 1, so something was used
+                windows[client] = window
+                self._count(stripe.refused, client)
+                oldest = window if isinstance(window, float) else window[0]
+                return Decision(False, 0, self.window_s - (now - oldest))
+            if not used:
+                windows[client] = now  # 24 bytes; an empty deque alone has 760
+            elif isinstance(window, float):
+                windows[client] = deque((window, now))
+            else:
+                assert window is not None
+                window.append(now)
+                windows[client] = window
+            self._count(stripe.allowed, client)
+            return Decision(True, self.limit - used - 1, 0.0)
+
+    def _count(self, tally: dict[str, int], client: str) -> None:
+        if client in tally:
+            tally[client] += 1
+        elif len(tally) < self._stripe_clients:
+            tally[client] = 1
+        else:
+            tally[self.OTHERS] = tally.get(self.OTHERS, 0) + 1
+
+    def _make_room(self, stripe: _Stripe, now: float) -> None:
+        """Before a client is added: forget a few idle ones now and then, and evict when the stripe
+        is full.
+
+        The front of a dict from which the first entries were taken is found by skipping their empty
+        places, so entries go in batches: one skip for up to 128 of them, not one for each.
+        """
+        windows = stripe.windows
+        stripe.additions += 1
+        if stripe.additions >= FORGET_BATCH:
+            stripe.additions = 0
+            idle: list[str] = []
+            for client, window in windows.items():
+                if len(idle) >= 2 * FORGET_BATCH or not self._is_idle(window, now):
+                    break
+                idle.append(client)
+            for client in idle:
+                del windows[client]
+        if len(windows) >= self._stripe_clients:
+            count = max(1, self._stripe_clients // 64)
+            for client in [client for client, _ in zip(windows, range(count))]:
+                del windows[client]
+                stripe.evicted += 1
+
+    def _is_idle(self, window: float | deque[float], now: float) -> bool:
+        last = window if isinstance(window, float) else window[-1]
+        return now - last >= self.window_s
+
+    def drain(self) -> Iterator[dict[str, tuple[int, int]]]:
+        """For one stripe after the other: {client: (allowed, refused)} since the last drain.
+
+        Each decision is reported exactly once: a stripe's tallies are swapped for empty ones under
+        its lock. No lock is held while the caller looks at the result. Idle clients are forgotten
+        on the way.
+        """
+        for stripe in self._stripes:
+            with stripe.lock:
+                allowed, stripe.allowed = stripe.allowed, {}
+                refused, stripe.refused = stripe.refused, {}
+                now = self._clock()
+                stripe.windows = {
+                    client: window
+                    for client, window in stripe.windows.items()
+                    if not self._is_idle(window, now)
+                }
+            yield {
+                client: (allowed.get(client, 0), refused.get(client, 0))
+                for client in allowed | refused
+            }
+
+    @property
+    def tracked(self) -> int:
+        """How many clients are remembered now."""
+        return sum(len(stripe.windows) for stripe in self._stripes)
+
+    @property
+    def evicted(self) -> int:
+        """How many clients were forgotten while they still mattered, for want of room."""
+        return sum(stripe.evicted for stripe in self._stripes)
