@@ -1038,3 +1038,218 @@ def write_json_string(text: str) -> str:
 
 def _escaped(match: re.Match[str]) -> str:
     return _SHORT_ESCAPES.get(match[0]) or f"\\u{ord(match[0]):04x}"
+
+
+# ==================================================================================================
+# 4. Metrics
+# ==================================================================================================
+#
+# The problem: a batch is stored whole or not at all, and whoever sent a bad one must be able to
+# mend it from the answer alone. The idea: look at every metric before any is accepted, and collect
+# what is wrong with its index and field. What it costs: a second walk over values that were just
+# parsed.
+
+MAX_BATCH = 1_000
+MAX_NAME_LENGTH = 255
+MAX_TAGS = 32
+MAX_TAG_KEY_LENGTH = 128
+MAX_TAG_VALUE_LENGTH = 1_024
+MAX_REASONS = 10
+METRIC_TYPES = ("gauge", "counter", "histogram", "summary")
+METRIC_FIELDS = ("name", "value", "type", "tags", "timestamp")
+END_OF_TIME_MS = 7_289_654_400_000  # 2201-01-01T00:00:00Z
+
+_ISO_8601 = re.compile(
+    r"([0-9]{4}-[0-9]{2}-[0-9]{2})[Tt ]((?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9])"
+    r"(?:[.,]([0-9]{1,9}))?([Zz]|[+-](?:[01][0-9]|2[0-3]):?[0-5][0-9])"
+)
+
+
+class Sample(NamedTuple):
+    """One measured value."""
+
+    name: str
+    value: int | float  # finite
+    type: str  # one of METRIC_TYPES
+    tags: dict[str, str]
+    timestamp_ms: int  # Unix time in milliseconds
+
+
+class Reason(NamedTuple):
+    """One thing that is wrong with a batch."""
+
+    index: int | None  # type: ignore[assignment]  # of the metric; None: the batch is at fault
+    field: str
+    message: str
+
+    def __str__(self) -> str:
+        place = (
+            self.field if self.index is None else f"metrics[{self.index}].{self.field}".rstrip(".")
+        )
+        return f"{place}: {self.message}" if place else self.message
+
+
+class BatchError(ValueError):
+    """A batch that is refused: `reasons` holds the first ten, in the order of the batch."""
+
+    def __init__(self, reasons: list[Reason]):
+        super().__init__(str(reasons[0]))
+        self.reasons = reasons
+
+
+def read_batch(document: Any, now_ms: int) -> list[Sample]:
+    """Validate a parsed `{"metrics": [...]}`; samples without a timestamp get `now_ms`. Raises
+    BatchError.
+
+    >>> read_batch({"metrics": [{"name": "cpu", "value": 75.5}]}, now_ms=1758116723123)
+    [Sample(name='cpu', value=75.5, type='gauge', tags={}, timestamp_ms=1758116723123)]
+    >>> read_batch({"metrics": [{"name": "cpu", "value": "75.5"}]}, now_ms=0)
+    Traceback (most recent call last):
+    metricstream.BatchError: metrics[0].value: must be a finite number, not a string
+    """
+    if not isinstance(document, dict) or "metrics" not in document:
+        raise BatchError([Reason(None, "", 'body must be an object with the list "metrics"')])
+    reasons = [
+        Reason(None, _clipped(name), 'unknown field beside "metrics"')
+        for name in document
+        if name != "metrics"
+    ]
+    metrics = document["metrics"]
+    if not isinstance(metrics, list) or not 1 <= len(metrics) <= MAX_BATCH:
+        found = f"{len(metrics)} metrics" if isinstance(metrics, list) else _kind(metrics)
+        reasons.append(
+            Reason(None, "metrics", f"must be a list of 1 to {MAX_BATCH} metrics, not {found}")
+        )
+        raise BatchError(reasons[:MAX_REASONS])
+    samples = []
+    for index, metric in enumerate(metrics):
+        try:
+            samples.append(_read_metric(metric, now_ms))
+        except _Faults as faults:
+            reasons += [Reason(index, field, message) for field, message in faults.found]
+            if len(reasons) >= MAX_REASONS:
+                break
+    if reasons:
+        raise BatchError(reasons[:MAX_REASONS])
+    return samples
+
+
+class _Faults(Exception):
+    """What is wrong with one metric, as (field, message)."""
+
+    def __init__(self, found: list[tuple[str, str]]):
+        super().__init__()
+        self.found = found
+
+
+def _read_metric(metric: Any, now_ms: int) -> Sample:
+    if not isinstance(metric, dict):
+        raise _Faults([("", f"must be an object, not {_kind(metric)}")])
+    faults = [
+        (_clipped(field), f"unknown field; known are {', '.join(METRIC_FIELDS)}")
+        for field in metric
+        if field not in METRIC_FIELDS
+    ]
+    name = metric.get("name")
+    if not isinstance(name, str) or not 1 <= len(name) <= MAX_NAME_LENGTH or _CONTROL.search(name):
+        faults.append(
+            (
+                "name",
+                f"must be a string of 1 to {MAX_NAME_LENGTH} characters without control characters"
+                if "name" in metric
+                else "is missing",
+            )
+        )
+    value = metric.get("value")
+    if (
+        type(value) is not float and type(value) is not int
+    ):  # not isinstance: bool is an int to Python
+        faults.append(
+            (
+                "value",
+                f"must be a finite number, not {_kind(value)}"
+                if "value" in metric
+                else "is missing",
+            )
+        )
+    type_ = metric.get("type", "gauge")
+    if type_ not in METRIC_TYPES:
+        faults.append(("type", f"must be one of {', '.join(METRIC_TYPES)}"))
+    tags = metric.get("tags", {})
+    faults += _faults_in_tags(tags)
+    timestamp_ms = now_ms
+    if "timestamp" in metric:
+        try:
+            timestamp_ms = _read_timestamp(metric["timestamp"])
+        except ValueError as error:
+            faults.append(("timestamp", str(error)))
+    if faults:
+        raise _Faults(faults)
+    return Sample(name, value, type_, tags, timestamp_ms)  # type: ignore[arg-type]  # checked above
+
+
+def _faults_in_tags(tags: Any) -> list[tuple[str, str]]:
+    if not isinstance(tags, dict):
+        return [("tags", f"must be an object of strings, not {_kind(tags)}")]
+    faults = []
+    if len(tags) > MAX_TAGS:
+        faults.append(("tags", f"must be at most {MAX_TAGS}, not {len(tags)}"))
+    for key, value in tags.items():
+        if not 1 <= len(key) <= MAX_TAG_KEY_LENGTH:
+            faults.append(
+                ("tags", f"key {_clipped(key)!a} must have 1 to {MAX_TAG_KEY_LENGTH} characters")
+            )
+        if not isinstance(value, str):
+            faults.append((f"tags.{_clipped(key)}", f"must be a string, not {_kind(value)}"))
+        elif len(value) > MAX_TAG_VALUE_LENGTH:
+            faults.append(
+                (f"tags.{_clipped(key)}", f"must have at most {MAX_TAG_VALUE_LENGTH} characters")
+            )
+    return faults
+
+
+def _read_timestamp(timestamp: Any) -> int:
+    """Unix milliseconds from Unix seconds or an ISO 8601 string with a zone. Raises ValueError."""
+    if type(timestamp) is int or type(timestamp) is float:
+        if not 0 <= timestamp < END_OF_TIME_MS / 1000:
+            raise ValueError("must lie in the years 1970 to 2200 (Unix seconds, not milliseconds)")
+        timestamp_ms = round(timestamp * 1000)
+    elif isinstance(timestamp, str):
+        match = _ISO_8601.fullmatch(timestamp)
+        if match is None:
+            raise ValueError(
+                "must be Unix seconds or an ISO 8601 date and time with a zone, "
+                "as 2025-09-17T13:45:23.123Z"
+            )
+        date, clock, fraction, zone = match.groups()
+        try:
+            moment = datetime.datetime.fromisoformat(
+                f"{date}T{clock}{'+00:00' if zone in 'Zz' else zone}"
+            )
+        except ValueError:
+            raise ValueError("must be a date that the calendar has") from None
+        since_1970 = moment - datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+        timestamp_ms = since_1970 // datetime.timedelta(milliseconds=1) + round(
+            int((fraction or "0").ljust(9, "0")) / 1e6
+        )
+    else:
+        raise ValueError(f"must be a number or a string, not {_kind(timestamp)}")
+    if not 0 <= timestamp_ms < END_OF_TIME_MS:
+        raise ValueError("must lie in the years 1970 to 2200")
+    return timestamp_ms
+
+
+def _kind(value: Any) -> str:
+    """What JSON calls a value."""
+    names = {
+        dict: "an object",
+        list: "an array",
+        str: "a string",
+        bool: "a boolean",
+        type(None): "null",
+    }
+    return names.get(type(value), "a number")
+
+
+def _clipped(text: str) -> str:
+    return text if len(text) <= 64 else text[:64] + "…"
