@@ -1253,3 +1253,356 @@ def _kind(value: Any) -> str:
 
 def _clipped(text: str) -> str:
     return text if len(text) <= 64 else text[:64] + "…"
+
+
+# ==================================================================================================
+# 5. Log
+# ==================================================================================================
+#
+# The problem: what was acknowledged must not be lost, disks are slow, and they fail half-way. The
+# idea: one file to which lines are only ever appended, each a JSON object that could be sent again.
+# Three levels say what a 200 promises: `memory` (queued for a writer thread), `os` (written:
+# survives the death of the process), `disk` (synced: survives loss of power). An fsync takes as
+# long for a thousand batches as for one, so at `disk` all who wait share one: group commit. What it
+# costs: at `disk`, the wait.
+#
+# The invariant: the file holds whole lines only. A write that fails part of the way is cut off
+# again before anything else is written; a tail torn by a crash is cut off at the next start.
+
+DURABILITY_LEVELS = ("memory", "os", "disk")
+LOG_NAME = "metrics.jsonl"
+MAX_QUEUED_BYTES = 64 * 1024 * 1024  # at level memory
+WRITER_PAUSE_S = 0.05  # how long the writer of level memory gathers batches for one write
+WRITE_RETRY_S = 0.5  # and how long it waits when the write failed
+
+
+@functools.lru_cache(maxsize=1024)  # 0.1 µs instead of 1.2: samples of one second come together
+def _utc_second(second: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+
+
+def utc_timestamp(timestamp_ms: int) -> str:
+    """Unix milliseconds as ISO 8601 in UTC.
+
+    >>> utc_timestamp(1758116723123)
+    '2025-09-17T13:45:23.123Z'
+    """
+    second, millisecond = divmod(timestamp_ms, 1000)
+    return f"{_utc_second(second)}.{millisecond:03d}Z"
+
+
+def log_line(sample: Sample) -> str:
+    """A sample as its line of the log.
+
+    >>> log_line(Sample("cpu", 75.5, "gauge", {"host": "web1"}, 1758116723123))
+    '{"timestamp":"2025-09-17T13:45:23.123Z","name":"cpu","value":75.5,"type":"gauge","tags":{"host":"web1"}}\\n'
+    """
+    tags = f',"tags":{write_json(sample.tags)}' if sample.tags else ""
+    return (
+        f'{{"timestamp":"{utc_timestamp(sample.timestamp_ms)}","name":{write_json_string(sample.name)},'
+        f'"value":{sample.value!r},"type":"{sample.type}"{tags}}}\n'
+    )
+
+
+class LogError(Exception):
+    """The log can't take or keep a batch now; nothing of it was stored."""
+
+
+class Commit:
+    """One fsync that is to come, and all who wait for it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards _waiting and the change of _done
+        self._waiting: list[Callable[[LogError | None], None]] = []
+        self._done = threading.Event()
+        self._error: LogError | None = None
+
+    def then(self, callback: Callable[[LogError | None], None]) -> None:
+        """Call back once with None, or with what went wrong: from the syncing thread, or at once if
+        it is over.
+        """
+        with self._lock:
+            if not self._done.is_set():
+                self._waiting.append(callback)
+                return
+        callback(self._error)
+
+    def wait(self) -> LogError | None:
+        """Block until it is over."""
+        self._done.wait()
+        return self._error
+
+    def finish(self, error: LogError | None) -> None:
+        """Tell all who wait."""
+        with self._lock:
+            self._error = error
+            self._done.set()
+        for callback in self._waiting:
+            callback(error)
+
+
+class MetricLog:
+    """Appends lines to `metrics.jsonl` in a folder of which it is the only owner.
+
+    `durability` is one of DURABILITY_LEVELS. Raises LogError where the folder can't be used, or is
+    in use. `cut_bytes` says how much of a torn line was cut off at the start, `error` why the log
+    can't be written now (or "").
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        durability: str = "os",
+        *,
+        max_queued_bytes: int = MAX_QUEUED_BYTES,
+        write: Callable[[int, Any], int] = os.write,
+        fsync: Callable[[int], None] = os.fsync,
+    ):
+        if durability not in DURABILITY_LEVELS:
+            raise ValueError(
+                f"durability must be one of {', '.join(DURABILITY_LEVELS)}, not {durability!r}"
+            )
+        self.durability = durability
+        self.path = os.path.join(folder, LOG_NAME)
+        self.error = ""
+        self._write, self._fsync = write, fsync
+        # Guards the end of the file: error, size_bytes and the five below. It is held across a
+        # write: only so is a failed one surely the last thing in the file, and can be cut off.
+        # `_work` shares it.
+        self._lock = threading.Lock()
+        self._torn_at: int | None = None  # where the file is to be cut before the next write
+        self._synced_bytes = 0  # the length that the last fsync made safe
+        self._commit = Commit()  # the one that the next batch joins, at level disk
+        self._joined = False  # whether any batch did
+        self._closing = False
+        self._work = threading.Condition(self._lock)  # the thread of level disk has something to do
+        # Guards the queue of level memory: the three below. Never held together with _lock.
+        self._queued = threading.Condition()
+        self._queue: list[bytes] = []
+        self._queued_bytes = 0  # in the queue, or taken from it and not yet written
+        self._max_queued_bytes = max_queued_bytes
+        self._folder_fd = self._own_folder(folder)
+        try:
+            self._fd = self._open()
+            self.cut_bytes = self._cut_torn_tail()
+        except OSError as error:
+            os.close(self._folder_fd)
+            raise LogError(f"can't use {self.path}: {error.strerror}") from None
+        self.size_bytes = self._synced_bytes = os.fstat(self._fd).st_size
+        self._thread: threading.Thread | None = None
+        if durability != "os":
+            work = self._write_queue if durability == "memory" else self._sync_groups
+            self._thread = threading.Thread(target=work, name=f"log-{durability}")
+            self._thread.start()
+
+    @staticmethod
+    def _own_folder(folder: str) -> int:
+        """Lock the folder itself, which leaves no file behind, and no stale lock."""
+        try:
+            os.makedirs(folder, exist_ok=True)
+            folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            raise LogError(f"can't use the data folder {folder}: {error.strerror}") from None
+        try:
+            fcntl.flock(folder_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(folder_fd)
+            in_use = error.errno in (errno.EWOULDBLOCK, errno.EACCES)
+            raise LogError(
+                f"the data folder {folder} is in use by another server"
+                if in_use
+                else f"can't lock the data folder {folder}: {error.strerror}"
+            ) from None
+        return folder_fd
+
+    def _open(self) -> int:
+        # O_NONBLOCK: to open a pipe by that name must not block; for a regular file it means
+        # nothing
+        fd = os.open(
+            self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK, 0o644
+        )
+        if not os.path.isfile(self.path):
+            os.close(fd)
+            raise OSError(errno.EINVAL, "it is not a regular file")
+        return fd
+
+    def _cut_torn_tail(self) -> int:
+        """Cut off what follows the last line end; return how many bytes that was."""
+        size = end = os.fstat(self._fd).st_size
+        while end:
+            start = max(0, end - 64 * 1024)
+            newline = os.pread(self._fd, end - start, start).rfind(b"\n")
+            if newline >= 0:
+                end = start + newline + 1
+                break
+            end = start
+        if end < size:
+            os.ftruncate(self._fd, end)
+        return size - end
+
+    def append(self, lines: bytes) -> Commit | None:
+        """Keep whole lines as the level of durability says. Raises LogError; then nothing of them
+        is stored.
+
+        Returns None if the lines are as safe as promised; at `disk`, the Commit after which they
+        are.
+        """
+        if self.durability == "memory":
+            self._enqueue(lines)
+            return None
+        with self._lock:
+            if self._closing:
+                raise LogError("the log is closed")
+            self._append_now(lines)
+            if self.durability == "os":
+                return None
+            if not self._joined:
+                self._joined = True
+                self._work.notify()
+            return self._commit
+
+    def _enqueue(self, lines: bytes) -> None:
+        with self._queued:
+            if self._closing:
+                raise LogError("the log is closed")
+            if self._queued_bytes + len(lines) > self._max_queued_bytes:
+                raise LogError(self.error or "the queue of the log is full")
+            if not self._queue:
+                self._queued.notify()
+            self._queue.append(lines)
+            self._queued_bytes += len(lines)
+
+    def _append_now(self, lines: bytes) -> None:
+        """Write all of the lines or, as far as the file shows, none. The lock is held."""
+        written = 0
+        try:
+            if self._torn_at is not None:
+                self._cut(self._torn_at)
+            written = self._write(self._fd, lines)
+            while written < len(lines):  # a short write: the rest, or the error that stopped it
+                more = self._write(self._fd, memoryview(lines)[written:])
+                if more <= 0:
+                    raise OSError(errno.EIO, "the file takes no more bytes")
+                written += more
+        except OSError as error:
+            self.error = f"can't write {self.path}: {error.strerror}"
+            if written:
+                self._torn_at = os.fstat(self._fd).st_size - written
+                self._try_to_cut()
+            raise LogError(self.error) from None
+        self.size_bytes += written
+        if self.durability != "disk":  # there, only a successful fsync shows that all is well
+            self.error = ""
+
+    def _cut(self, size: int) -> None:
+        os.ftruncate(self._fd, min(size, os.fstat(self._fd).st_size))
+        self._torn_at = None
+
+    def _try_to_cut(self) -> None:
+        if self._torn_at is not None:
+            try:
+                self._cut(self._torn_at)
+            except OSError as error:  # it is tried again before the next write, and by every probe
+                self.error = f"can't cut a torn line off {self.path}: {error.strerror}"
+
+    def probe(self) -> str:
+        """Why the log can't be written, or "". While it can't, each call tries again: a write that
+        is taken back.
+        """
+        with self._lock:
+            if self.error and not self._closing and self.durability != "memory":
+                blank = b" " * 4096
+                try:
+                    self._append_now(blank)
+                    self._torn_at = os.fstat(self._fd).st_size - len(blank)
+                    self.size_bytes -= len(blank)
+                    self._fsync(self._fd)
+                    self.error = ""
+                except LogError:
+                    return self.error
+                except OSError as error:
+                    self.error = f"can't sync {self.path}: {error.strerror}"
+                self._try_to_cut()
+            return self.error
+
+    def _write_queue(self) -> None:
+        """The thread of level `memory`: writes whatever has gathered, and keeps it while it can't
+        be written.
+        """
+        lines = b""
+        while True:
+            with self._queued:
+                while not (lines or self._queue or self._closing):
+                    self._queued.wait()
+                if (
+                    not self._closing
+                ):  # gather a little, or wait for the disk; only close() ends it early
+                    self._queued.wait(WRITE_RETRY_S if lines else WRITER_PAUSE_S)
+                closing = self._closing
+                lines += b"".join(self._queue)
+                self._queue.clear()
+            if not lines:
+                return
+            try:
+                with self._lock:
+                    self._append_now(lines)
+            except LogError as error:
+                if closing:
+                    logger.error("%d bytes of acknowledged metrics are lost: %s", len(lines), error)
+                    return
+            else:
+                with self._queued:
+                    self._queued_bytes -= len(lines)
+                lines = b""
+
+    def _sync_groups(self) -> None:
+        """The thread of level `disk`: one fsync for all who joined while the last one ran."""
+        while True:
+            with self._lock:
+                while not self._joined and not self._closing:
+                    self._work.wait()
+                if not self._joined:
+                    return
+                commit, self._commit, self._joined = self._commit, Commit(), False
+                size_bytes = self.size_bytes
+            try:
+                self._fsync(self._fd)
+            except OSError as error:
+                self._give_up([commit], error)
+            else:
+                with self._lock:
+                    self._synced_bytes = size_bytes
+                    self.error = ""
+                commit.finish(None)
+
+    def _give_up(self, commits: list[Commit], error: OSError) -> None:
+        """After a failed fsync nobody knows what the disk holds: cut back to what is surely there,
+        refuse the rest.
+        """
+        with self._lock:
+            commits.append(self._commit)  # those who wrote during the fsync are cut off with it
+            self._commit, self._joined = Commit(), False
+            self._torn_at = self.size_bytes = self._synced_bytes
+            self.error = f"can't sync {self.path}: {error.strerror}"
+            self._try_to_cut()
+            failure = LogError(self.error)
+        for commit in commits:
+            commit.finish(failure)
+
+    def close(self) -> None:
+        """Write and sync everything, then give the folder back."""
+        with self._lock:
+            if self._closing:
+                return
+            self._closing = True
+            self._work.notify()
+        with self._queued:
+            self._queued.notify()
+        if self._thread:
+            self._thread.join()
+        try:
+            self._fsync(self._fd)
+        except OSError as error:
+            logger.error("can't sync %s: %s", self.path, error.strerror)
+        os.close(self._fd)
+        os.close(self._folder_fd)  # and with it the lock
