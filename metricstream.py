@@ -1606,3 +1606,224 @@ class MetricLog:
             logger.error("can't sync %s: %s", self.path, error.strerror)
         os.close(self._fd)
         os.close(self._folder_fd)  # and with it the lock
+
+
+# ==================================================================================================
+# 6. Statistics
+# ==================================================================================================
+#
+# The problem: to say how the server is doing without slowing it down. The idea: every request
+# leaves one event in a ring of fixed size, which is overwritten from behind; readers never lock it.
+# What grows for ever is only counted. What it costs: percentiles are those of the last few thousand
+# requests.
+
+RING_SIZE = 4096
+RATE_SPAN_S = (
+    10.0  # requests per second are those of this long, or of as long as the ring remembers
+)
+QUANTILES = (0.5, 0.9, 0.95, 0.99)
+
+
+def client_label(client: str) -> str:
+    """What may be shown of a client id: itself, or a short hash if it may be a credential.
+
+    >>> client_label("load_client_7"), client_label("Bearer s3cret")
+    ('load_client_7', 'Bearer-0c9ae606')
+    """
+    scheme, space, _ = client.partition(" ")
+    if space or len(client) > 64:
+        return (
+            f"{scheme[:16] if space else 'long'}-{hashlib.sha256(client.encode()).hexdigest()[:8]}"
+        )
+    return write_json_string(client)[1:-1]
+
+
+class Event(NamedTuple):
+    """What happened to one request."""
+
+    time: float  # Unix time at which it was answered
+    client: str
+    status: int
+    latency_s: float  # from its last byte's arrival to its answer
+    metrics: int  # how many of its metrics were stored
+
+
+class EventRing:
+    """The last `size` events, a power of two.
+
+    Each slot holds one immutable (sequence number, event), replaced as a whole, so that a reader,
+    who takes no lock and for whom no writer waits, sees all of an event or none of it. A slot whose
+    number is not the one that was looked for has been overwritten: that is how a slow reader knows
+    what it missed.
+
+    >>> ring = EventRing(2)
+    >>> for event in "abc": ring.append(event)
+    >>> ring.read(since=0)
+    (['b', 'c'], 3, 1)
+    """
+
+    def __init__(self, size: int = RING_SIZE):
+        self._slots: list[tuple[int, Any]] = [(-1, None)] * size
+        self._mask = size - 1
+        self._lock = (
+            threading.Lock()
+        )  # guards the write index; nothing else is done under it but filling the slot
+        self._end = 0  # the write index: how many events there ever were
+
+    def append(self, event: Any) -> None:
+        """Put an event in the place of the oldest."""
+        with self._lock:
+            end = self._end
+            self._slots[end & self._mask] = (end, event)
+            self._end = end + 1
+
+    def read(self, since: int = 0) -> tuple[list[Any], int, int]:
+        """(events from number `since` on, the number to go on from, how many of them were
+        overwritten).
+        """
+        end, slots = self._end, self._slots
+        numbers = range(max(since, end - len(slots)), end)
+        seen = [(number, *slots[number & self._mask]) for number in numbers]
+        events = [event for number, sequence, event in seen if sequence == number]
+        return events, end, end - since - len(events)
+
+
+class Statistics:
+    """Counters since the start, the ring of events, and gauges lent by others (name → function)."""
+
+    def __init__(self, clock: Callable[[], float] = time.time):
+        self.ring = EventRing()
+        self.gauges: dict[str, Callable[[], float]] = {}
+        self._clock = clock
+        self._started = clock()
+        self._lock = threading.Lock()  # guards the counters below
+        self._by_status: Counter[int] = Counter()
+        self._metrics = 0
+        self._batches = 0
+        self._invalid = 0
+        self._latency_sum_s = 0.0
+
+    def record(self, event: Event, *, invalid: bool = False) -> None:
+        """Count one request; `invalid` if it was refused for what its body held."""
+        self.ring.append(event)
+        with self._lock:
+            self._by_status[event.status] += 1
+            self._latency_sum_s += event.latency_s
+            if event.metrics:
+                self._metrics += event.metrics
+                self._batches += 1
+            if invalid:
+                self._invalid += 1
+
+    def snapshot(self) -> dict[str, Any]:
+        """All numbers, as `GET /metrics` answers them."""
+        with self._lock:
+            by_status = dict(sorted(self._by_status.items()))
+            counters = {
+                "metrics_received": self._metrics,
+                "batches_processed": self._batches,
+                "validation_errors": self._invalid,
+                "rate_limited_requests": by_status.get(429, 0),
+            }
+            latency_sum_s = self._latency_sum_s
+        now = self._clock()
+        events = self.ring.read()[0]
+        latencies = sorted(event.latency_s for event in events)
+        recent = [event.time for event in events if event.time > now - RATE_SPAN_S]
+        span_s = RATE_SPAN_S if len(recent) < len(events) else min(RATE_SPAN_S, now - self._started)
+        if len(recent) == RING_SIZE:
+            span_s = now - recent[0]
+        return {
+            **counters,
+            "requests_total": {str(status): count for status, count in by_status.items()},
+            "latency_ms": {
+                f"p{quantile * 100:g}": round(1000 * quantile_of(latencies, quantile), 3)
+                for quantile in QUANTILES
+            },
+            "latency_seconds_sum": round(latency_sum_s, 6),
+            "requests_per_second": round(len(recent) / max(span_s, 1e-3), 1),
+            "uptime_seconds": round(now - self._started, 3),
+            **{name: gauge() for name, gauge in self.gauges.items()},
+        }
+
+    def prometheus(self) -> str:
+        """The same in Prometheus's text exposition format, version 0.0.4."""
+        numbers = self.snapshot()
+        lines = []
+        for key, name, type_, help_ in _EXPOSED:
+            if key not in numbers:
+                continue
+            lines += [f"# HELP metricstream_{name} {help_}", f"# TYPE metricstream_{name} {type_}"]
+            value = numbers[key]
+            if key == "requests_total":
+                lines += [
+                    f'metricstream_{name}{{status="{status}"}} {count}'
+                    for status, count in value.items()
+                ]
+            elif key == "latency_ms":
+                for quantile in QUANTILES:
+                    seconds = value[f"p{quantile * 100:g}"] / 1000
+                    lines.append(f'metricstream_{name}{{quantile="{quantile}"}} {seconds:.6g}')
+                lines += [
+                    f"metricstream_{name}_sum {numbers['latency_seconds_sum']}",
+                    f"metricstream_{name}_count {sum(numbers['requests_total'].values())}",
+                ]
+            else:
+                lines.append(f"metricstream_{name} {value}")
+        return "\n".join(lines) + "\n"
+
+
+_EXPOSED = (  # key of the snapshot, name behind "metricstream_", type, help
+    ("metrics_received", "metrics_received_total", "counter", "Metrics stored."),
+    ("batches_processed", "batches_processed_total", "counter", "Batches stored."),
+    (
+        "validation_errors",
+        "validation_errors_total",
+        "counter",
+        "Requests refused for what their body held.",
+    ),
+    (
+        "rate_limited_requests",
+        "rate_limited_requests_total",
+        "counter",
+        "Requests refused for their client's rate.",
+    ),
+    ("requests_total", "requests_total", "counter", "Requests answered, by status code."),
+    (
+        "latency_ms",
+        "request_duration_seconds",
+        "summary",
+        "Time from a request's arrival to its answer.",
+    ),
+    ("requests_per_second", "requests_per_second", "gauge", "Requests answered a second, lately."),
+    ("connections_open", "connections_open", "gauge", "Connections open now."),
+    ("threads", "threads", "gauge", "Threads of the server now."),
+    ("clients_tracked", "clients_tracked", "gauge", "Clients that the rate limiter remembers."),
+    (
+        "clients_evicted",
+        "clients_evicted_total",
+        "counter",
+        "Clients that the rate limiter forgot for want of room.",
+    ),
+    ("log_bytes", "log_size_bytes", "gauge", "Size of the log file."),
+    ("uptime_seconds", "uptime_seconds", "gauge", "Time since the server started."),
+)
+
+
+def quantile_of(ordered: list[float], quantile: float) -> float:
+    """The nearest-rank quantile of an ascending list; 0.0 of an empty one.
+
+    >>> quantile_of([1.0, 2.0, 3.0, 4.0], 0.5)
+    2.0
+    """
+    return ordered[max(0, math.ceil(quantile * len(ordered)) - 1)] if ordered else 0.0
+
+
+def flush_metrics(limiter: SlidingWindowLimiter, report: Callable[[str, int, int], None]) -> None:
+    """Report (client label, allowed, refused) since the last flush, for each client that was seen.
+
+    Each decision is reported once. One stripe is locked at a time, and none while `report` runs.
+    """
+    for tallies in limiter.drain():
+        for client, (allowed, refused) in tallies.items():
+            report(client_label(client), allowed, refused)
