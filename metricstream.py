@@ -1827,3 +1827,259 @@ def flush_metrics(limiter: SlidingWindowLimiter, report: Callable[[str, int, int
     for tallies in limiter.drain():
         for client, (allowed, refused) in tallies.items():
             report(client_label(client), allowed, refused)
+
+
+# ==================================================================================================
+# 12. Service
+# ==================================================================================================
+#
+# A request comes in, an answer goes out; all that the chapters above can do meets here, and nothing
+# else is here. What went wrong on the way is an exception of the chapter in which it did, and is
+# turned into its status in one place. The service knows nothing of sockets.
+
+RETRY_AFTER_S = 1  # what a client is told when the log can't be written
+MAX_CLIENT_ID_LENGTH = 128
+Handler = Callable[[Request, str], tuple[Response, Commit | None]]
+
+
+class Pending(NamedTuple):
+    """An answer that may be sent when its commit is done."""
+
+    commit: Commit
+    response: Response
+    client: str
+    started: float
+
+
+def json_response(status: int, value: Any, fields: Iterable[tuple[str, str]] = ()) -> Response:
+    """A response whose body is a value as JSON."""
+    return Response(status, write_json(value).encode(), fields=fields)
+
+
+@functools.lru_cache(maxsize=MAX_BATCH)  # 0.1 µs instead of 3
+def accepted(metrics: int) -> Response:
+    """The answer to a batch that was stored."""
+    body = write_json({"success": True, "metrics_processed": metrics}).encode()
+    return Response(200, body, metrics=metrics)
+
+
+def error_response(error: Exception) -> Response:
+    """The answer to a request that failed in a way which has a status; any other exception is
+    raised again.
+    """
+    if isinstance(error, HTTPError):
+        return json_response(error.status, {"error": str(error), **error.details}, error.fields)
+    if isinstance(error, JSONError):
+        return json_response(400, {"error": f"body is not JSON: {error}"})
+    if isinstance(error, BatchError):
+        errors = [reason._asdict() for reason in error.reasons]
+        return json_response(400, {"error": str(error), "errors": errors})
+    if isinstance(error, LogError):
+        return json_response(503, {"error": str(error)}, [("Retry-After", str(RETRY_AFTER_S))])
+    raise error
+
+
+def client_id(head: Head, peer: str) -> str:
+    """Who asks: the value of Authorization, else the peer's address. A very long value is known by
+    its hash.
+    """
+    client = head.headers.get("authorization") or peer
+    return (
+        client
+        if len(client) <= MAX_CLIENT_ID_LENGTH
+        else hashlib.sha256(client.encode()).hexdigest()
+    )
+
+
+class Service:
+    """The routes, and what they do. `limiter` is None where no rate is limited."""
+
+    def __init__(
+        self,
+        log: MetricLog,
+        limiter: SlidingWindowLimiter | None,
+        statistics: Statistics,
+        clock: Callable[[], float] = time.time,
+    ):
+        self.log, self.limiter, self.statistics = log, limiter, statistics
+        self.stopping = False  # set once, when the server shuts down
+        self._clock = clock
+        self._routes: dict[str, dict[str, Handler]] = {
+            "/metrics": {"POST": self.ingest, "GET": self.show_statistics},
+            "/health": {"GET": self.show_health},
+        }
+        for handlers in self._routes.values():
+            handlers["HEAD"] = handlers["GET"]
+            handlers["OPTIONS"] = self.show_methods
+        statistics.gauges["log_bytes"] = lambda: log.size_bytes
+        if limiter:
+            statistics.gauges["clients_tracked"] = lambda: limiter.tracked
+            statistics.gauges["clients_evicted"] = lambda: limiter.evicted
+
+    def ingest(self, request: Request, client: str) -> tuple[Response, Commit | None]:
+        """The pipeline of `POST /metrics`: allowed? → JSON → batch → log (durable) → Response."""
+        quota = self._take_quota(client)
+        refuse_other_origins(request.head)
+        require_json(request.head)
+        samples = read_batch(parse_json(decode_content(request)), int(self._clock() * 1000))
+        commit = self.log.append("".join(map(log_line, samples)).encode())
+        return accepted(len(samples)).with_field_lines(quota), commit
+
+    def _take_quota(self, client: str) -> bytes:
+        """Count a request against its client's rate: the RateLimit field line of the answer, or
+        HTTPError 429.
+        """
+        limiter = self.limiter
+        if limiter is None:
+            return b""
+        decision = limiter.decide(client)
+        if decision.allowed:
+            return b'RateLimit: "default";r=%d;t=%d\r\n' % (
+                decision.remaining,
+                math.ceil(limiter.window_s),
+            )
+        wait_s = math.ceil(decision.retry_after_s)
+        raise HTTPError(
+            429,
+            f"more than {limiter.limit} requests in {limiter.window_s:g} s; "
+            f"the next one is allowed in {decision.retry_after_s:.3f} s",
+            fields=[
+                ("Retry-After", str(wait_s)),
+                ("RateLimit-Policy", f'"default";q={limiter.limit};w={limiter.window_s:g}'),
+                ("RateLimit", f'"default";r=0;t={wait_s}'),
+            ],
+        )
+
+    def show_statistics(self, request: Request, client: str) -> tuple[Response, Commit | None]:
+        """`GET /metrics`: the server's own numbers."""
+        if prefers_text(request.head.headers.get("accept", "")):
+            text = self.statistics.prometheus().encode()
+            return Response(200, text, "text/plain; version=0.0.4; charset=utf-8"), None
+        return json_response(200, self.statistics.snapshot()), None
+
+    def show_health(self, request: Request, client: str) -> tuple[Response, Commit | None]:
+        """`GET /health`: whether batches are accepted now, and if not, why."""
+        reason = "shutting down" if self.stopping else self.log.probe()
+        if reason:
+            return json_response(
+                503,
+                {"status": "unhealthy", "service": "ingestion", "error": reason},
+                [("Retry-After", str(RETRY_AFTER_S))],
+            ), None
+        return json_response(200, {"status": "healthy", "service": "ingestion"}), None
+
+    def show_methods(self, request: Request, client: str) -> tuple[Response, Commit | None]:
+        """`OPTIONS`: which methods a route has."""
+        return Response(
+            200, b"", fields=[("Allow", self._allowed_methods(request.head.path))]
+        ), None
+
+    def _allowed_methods(self, path: str) -> str:
+        routes = self._routes.values() if path == "*" else [self._routes[path]]
+        return ", ".join(dict.fromkeys(method for handlers in routes for method in handlers))
+
+    def _handler(self, head: Head) -> Handler:
+        handlers = self._routes.get(head.path)
+        if handlers is None:
+            if head.path == "*":
+                return self.show_methods
+            raise HTTPError(
+                404, f"no route {head.path[:80]!r}; there are {', '.join(self._routes)}"
+            )
+        handler = handlers.get(head.method)
+        if handler is None:
+            raise HTTPError(
+                405,
+                f"{head.path} does not take {head.method}",
+                fields=[("Allow", self._allowed_methods(head.path))],
+            )
+        return handler
+
+    def answer(self, request: Request, peer: str, started: float) -> Response | Pending:
+        """Answer a whole request of the address `peer`, whose last byte came at `started`
+        (time.perf_counter).
+        """
+        client = client_id(request.head, peer)
+        metrics, invalid = 0, False
+        try:
+            response, commit = self._handler(request.head)(request, client)
+            if commit is not None:
+                return Pending(commit, response, client, started)
+            metrics = response.metrics
+        except (HTTPError, JSONError, BatchError, LogError) as error:
+            response = error_response(error)
+            invalid = isinstance(error, (JSONError, BatchError))
+        self._record(client, response.status, started, metrics, invalid)
+        return response
+
+    def settle(self, pending: Pending, error: LogError | None) -> Response:
+        """The answer to a request whose commit is done, or has failed."""
+        response = error_response(error) if error else pending.response
+        self._record(pending.client, response.status, pending.started, response.metrics)
+        return response
+
+    def refuse(self, error: Exception, peer: str) -> Response:
+        """The answer to what never became a request, or to what should not have happened (500)."""
+        if not isinstance(error, HTTPError):
+            logger.error(
+                "unexpected error: %s",
+                write_json_string("".join(traceback.format_exception(error))),
+            )
+            error = HTTPError(500, "internal error; the server's log has the details")
+        response = error_response(error)
+        self._record(peer, response.status, time.perf_counter(), 0)
+        return response
+
+    def _record(
+        self, client: str, status: int, started: float, metrics: int, invalid: bool = False
+    ) -> None:
+        event = Event(self._clock(), client, status, time.perf_counter() - started, metrics)
+        self.statistics.record(event, invalid=invalid)
+
+
+def refuse_other_origins(head: Head) -> None:
+    """A page that a browser loaded from elsewhere must not write here: its Origin (RFC 6454) gives
+    it away.
+    """
+    origin = head.headers.get("origin")
+    if origin is not None and origin.lower() not in (
+        f"http://{head.host.lower()}",
+        f"https://{head.host.lower()}",
+    ):
+        raise HTTPError(403, f"a page of {origin[:80]!r} may not write to {head.host!r}")
+
+
+def require_json(head: Head) -> None:
+    """Content-Type may be missing, but it may not say anything else."""
+    content_type = head.headers.get("content-type")
+    if (
+        content_type is not None
+        and content_type.partition(";")[0].strip().lower() != "application/json"
+    ):
+        raise HTTPError(
+            415,
+            f"Content-Type is {content_type[:80]!r}; send 'Content-Type: application/json'",
+            fields=[("Accept", "application/json")],
+        )
+
+
+def prefers_text(accept: str) -> bool:
+    """Whether an Accept header (RFC 9110, 12.5.1) asks for Prometheus's text rather than for JSON.
+
+    >>> prefers_text("application/openmetrics-text;version=1.0.0;q=0.5,text/plain;q=0.3,*/*;q=0.1")
+    True
+    >>> prefers_text("application/json, text/plain, */*"), prefers_text("*/*")
+    (False, False)
+    """
+    text = json = 0.0
+    for part in accept.split(","):
+        media_type, *parameters = (piece.strip().lower() for piece in part.split(";"))
+        weight = 1.0
+        for parameter in parameters:
+            if re.fullmatch(r"q=[01](\.[0-9]{0,3})?", parameter):
+                weight = float(parameter[2:])
+        if media_type in ("text/plain", "application/openmetrics-text"):
+            text = max(text, weight)
+        elif media_type == "application/json":
+            json = max(json, weight)
+    return text > json
