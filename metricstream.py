@@ -2083,3 +2083,697 @@ def prefers_text(accept: str) -> bool:
         elif media_type == "application/json":
             json = max(json, weight)
     return text > json
+
+
+# ==================================================================================================
+# 13. Server
+# ==================================================================================================
+#
+# The problem: ten thousand connections, most of them idle, some slow, some hostile, and a request
+# on any of them wants its answer now. The plain way is socketserver's: a thread for each
+# connection, which blocks in it (`--threads 0`, and wherever there is no epoll). It is easy to
+# follow, but under the interpreter lock every runnable thread slows the others down.
+#
+# The idea: a connection with nothing to do is parked, and costs a file descriptor and a small
+# object. `epoll` tells which ones have become ready; a worker takes one, gives it one turn (read
+# once, answer the whole requests that have come, write) and parks it again. Nothing in a turn waits
+# for a client. What can still hold a worker up is its own work, so a housekeeper looks every 20 ms
+# whether each worker has moved: one that has not is replaced by a new one, and ends when its turn
+# does.
+#
+# A connection belongs to one thread at a time: to whoever claimed it when it was parked. What it
+# costs: a turn must be written as steps between two waits, and not as one loop. Both models take
+# the same turns.
+
+
+class Timeouts(NamedTuple):
+    """How long a client may take, in seconds."""
+
+    head_s: float = 10.0  # from the first byte of a request to the end of its head
+    body_s: float = 20.0  # from the end of the head to the end of the body
+    answer_s: float = 10.0  # to take some of an answer that waits for it
+    idle_s: float = 60.0  # between two requests
+    linger_s: float = 2.0  # to read an error before the connection is closed
+    stop_s: float = 3.0  # to finish its request when the server shuts down
+
+
+DEFAULT_TIMEOUTS = Timeouts()
+MAX_CONNECTIONS = 10_000
+SPARE_DESCRIPTORS = 64  # for the log, epoll and the like, beside the connections
+MAX_WORKERS = 64
+TICK_S = 0.02  # a worker that takes longer than this for one turn is replaced
+QUIET_TICKS = 50  # so many without work, and the housekeeper sleeps a second at a time
+FLUSH_INTERVAL_S = 60.0
+RECEIVE_BYTES = 64 * 1024
+LINGER_BYTES = 1024 * 1024  # how much is read and dropped after an error
+REQUESTS_A_TURN = 16  # pipelined; then the others have their turn
+ACCEPTS_A_TURN = 16
+READ, WRITE = select.POLLIN, select.POLLOUT  # epoll gives them the same values
+
+
+class _Parking:
+    """Where connections wait for the same thing, for the same time at most.
+
+    As the time-out is the same for all, their order of arrival is the order of their deadlines: to
+    come and to go is constant work, and only the front has to be looked at.
+    """
+
+    __slots__ = ("events", "limit_s", "queue")
+
+    def __init__(self, events: int, limit_s: float):
+        self.events, self.limit_s = events, limit_s
+        self.queue: OrderedDict[Connection, None] = OrderedDict()  # guarded by Server._lock
+
+
+class Connection:
+    """One client's connection. Its fields belong to the thread that claimed it, but for those
+    marked.
+    """
+
+    __slots__ = (
+        "socket",
+        "fd",
+        "peer",
+        "reader",
+        "unsent",
+        "pending",
+        "more",
+        "ending",
+        "progressed",
+        "drained_bytes",
+        "parking",
+        "deadline",
+        "parked",
+        "registered",
+    )
+
+    def __init__(self, sock: socket.socket, peer: str):
+        self.socket, self.fd, self.peer = sock, sock.fileno(), peer
+        self.reader = RequestReader()
+        self.unsent: bytes | memoryview = b""
+        self.pending: tuple[Pending, Head] | None = None  # the answer that waits for the log
+        self.more = False  # whole requests may stand in the reader: serve them before reading
+        self.ending = (
+            ""  # once what is unsent is sent: "close", or "linger" so that the client can read it
+        )
+        self.progressed = True  # since it was parked: its time-out starts again
+        self.drained_bytes = 0
+        self.parking: _Parking | None = None  # guarded by Server._lock, as the three below
+        self.deadline = 0.0
+        self.parked = False  # whether it may be claimed
+        self.registered = False  # with epoll
+
+    def receive(self) -> bytes | None:
+        """What has arrived: b"" at the end, None if there is nothing now."""
+        try:
+            return self.socket.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return None
+
+    def put(self, answer: bytes) -> None:
+        """Add to what is unsent."""
+        self.unsent = b"".join((self.unsent, answer)) if self.unsent else answer
+
+    def flush(self) -> bool:
+        """Send what the socket takes; whether that was all."""
+        try:
+            sent = self.socket.send(self.unsent, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        self.progressed = True
+        self.unsent = b"" if sent == len(self.unsent) else memoryview(self.unsent)[sent:]
+        return not self.unsent
+
+
+class _Worker(threading.Thread):
+    """A thread that gives turns to connections, and what the housekeeper has to know of it."""
+
+    def __init__(self, work: Callable[["_Worker"], None]):
+        super().__init__(name="worker", daemon=True)
+        self._work = work
+        # Each field below is written by one thread only; reading an attribute is atomic.
+        self.turns = 0  # by the worker: how many it began
+        self.busy = False  # by the worker: not waiting for epoll
+        self.turns_seen = -1  # by the housekeeper, at its last look
+        self.replaced = False  # by the housekeeper: end after this turn
+
+    def run(self) -> None:
+        self._work(self)
+
+
+class Server(socketserver.ThreadingTCPServer):
+    """Serves a `Service` on a TCP address (host, port); port 0 takes a free one, `server_address`
+    says which.
+
+    `threads` is the number of steady workers, 0 for a thread a connection. `serve_forever` runs
+    until `shutdown` or `stop_soon` and then finishes what is in flight; `server_close` gives the
+    address back. Raises OSError.
+    """
+
+    allow_reuse_address = True
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 1024  # the backlog: connections that are not yet accepted
+
+    def __init__(
+        self,
+        address: tuple[str, int],
+        service: Service,
+        *,
+        threads: int | None = None,
+        max_connections: int = MAX_CONNECTIONS,
+        timeouts: Timeouts = DEFAULT_TIMEOUTS,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        if ":" in address[0]:
+            self.address_family = socket.AF_INET6
+        self.service, self.max_connections, self.timeouts = service, max_connections, timeouts
+        self.threads = steady_threads() if threads is None else threads
+        self._clock = clock
+        # Guards _open, _workers, the parkings and what Connection says. Nothing is locked under it.
+        self._lock = threading.Lock()
+        self._open: dict[int, Connection] = {}  # by file descriptor
+        self._workers: set[_Worker] = set()
+        self._idle = _Parking(READ, timeouts.idle_s)
+        self._in_head = _Parking(READ, timeouts.head_s)
+        self._in_body = _Parking(READ, timeouts.body_s)
+        self._answering = _Parking(WRITE, timeouts.answer_s)
+        self._lingering = _Parking(READ, timeouts.linger_s)
+        self._ready = _Parking(
+            READ | WRITE, timeouts.idle_s
+        )  # ready at once: it has requests that were read
+        self._committing = _Parking(0, math.inf)
+        self._events: deque[tuple[int, int]] = (
+            deque()
+        )  # from epoll, not yet claimed; deque operations are atomic
+        self._control: queue.SimpleQueue[str] = (
+            queue.SimpleQueue()
+        )  # to the housekeeper; put() is safe in a signal handler
+        self._asleep = False  # written by the housekeeper only: wake it when there is work
+        self._stopping = self._finished = False  # each set once
+        self._stopped = threading.Event()
+        self._paused = False  # accepting, for want of file descriptors
+        self._warned_at = -math.inf
+        self._epoll = select.epoll() if self.threads and hasattr(select, "epoll") else None
+        self._waker, self._woken = socket.socketpair()
+        try:
+            super().__init__(address, socketserver.BaseRequestHandler)
+        except BaseException:
+            self._close_own_descriptors()
+            raise
+        self._listener_fd = self.socket.fileno()
+        service.statistics.gauges["connections_open"] = lambda: len(self._open)
+        service.statistics.gauges["threads"] = threading.active_count
+
+    def server_bind(self) -> None:
+        """Bind, with what accepted sockets inherit from this one."""
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.socket.setblocking(False)
+        super().server_bind()
+
+    # ---- one turn of a connection
+    # --------------------------------------------------------------------
+
+    def _turn(self, connection: Connection) -> None:
+        """Do for a connection what can be done without waiting; then park it, or close it."""
+        try:
+            self._park(connection, self._advance(connection))
+        except OSError:  # the client is gone: nobody is left to be told
+            self._close(connection)
+        except Exception as error:
+            self._fail(connection, error)
+
+    def _advance(self, connection: Connection) -> _Parking | None:
+        """One turn. Returns where the connection waits next; None if it is over."""
+        if connection.parking is self._lingering:
+            return self._drain(connection)
+        if connection.unsent or connection.ending:
+            return self._send(connection)
+        if connection.more:
+            connection.more = False
+        else:
+            received = connection.receive()
+            if received is None:
+                return connection.parking or self._idle
+            if not received:
+                return self._end_of_input(connection)
+            connection.reader.feed(received)
+        return self._serve(connection)
+
+    def _serve(self, connection: Connection) -> _Parking | None:
+        """Answer the whole requests that have arrived, in their order."""
+        reader, started = connection.reader, time.perf_counter()
+        for _ in range(REQUESTS_A_TURN):
+            try:
+                request = reader.next_request()
+            except HTTPError as error:
+                self._refuse(connection, error)
+                break
+            if request is None:
+                if reader.take_continue():
+                    connection.put(CONTINUE)
+                break
+            answer = self.service.answer(request, connection.peer, started)
+            if isinstance(answer, Pending):
+                connection.pending = (answer, request.head)
+                return self._committing
+            self._put_response(connection, answer, request.head)
+            if connection.ending:
+                break
+        else:
+            connection.more = reader.in_request
+        return self._send(connection)
+
+    def _put_response(self, connection: Connection, response: Response, head: Head) -> None:
+        persistence = CLOSE if self._stopping else head.persistence
+        connection.put(
+            response.encode(persistence, date_field(int(time.time())), head.method == "HEAD")
+        )
+        connection.progressed = True
+        if persistence is CLOSE:
+            connection.ending = "linger" if connection.reader.in_request else "close"
+
+    def _refuse(self, connection: Connection, error: Exception) -> None:
+        """Answer what can't be answered otherwise; the connection ends, but not before the client
+        could read it.
+        """
+        response = self.service.refuse(error, connection.peer)
+        connection.put(response.encode(CLOSE, date_field(int(time.time()))))
+        connection.progressed, connection.ending = True, "linger"
+
+    def _send(self, connection: Connection) -> _Parking | None:
+        """Send what is to be sent. Returns where the connection waits next."""
+        if connection.unsent and not connection.flush():
+            return self._answering
+        if connection.ending == "close":
+            return None
+        if connection.ending == "linger":
+            connection.socket.shutdown(socket.SHUT_WR)
+            return self._lingering
+        if connection.more:
+            return self._ready
+        if connection.reader.in_request:
+            return self._in_body if connection.reader.in_body else self._in_head
+        return self._idle
+
+    def _drain(self, connection: Connection) -> _Parking | None:
+        """Lingering close: a reset, which unread bytes would cause, could destroy the answer (RFC
+        9112, 9.6).
+        """
+        received = connection.receive()
+        if received is not None:
+            connection.drained_bytes += len(received)
+            if not received or connection.drained_bytes > LINGER_BYTES:
+                return None
+        return self._lingering
+
+    def _end_of_input(self, connection: Connection) -> _Parking | None:
+        if not connection.reader.in_request:
+            return None
+        self._refuse(connection, HTTPError(400, "the connection ended in the middle of a request"))
+        return self._send(connection)
+
+    def _settle(self, connection: Connection, error: LogError | None) -> None:
+        """The log is done with the batch of a connection: give its answer."""
+        assert connection.pending is not None  # only then was this asked for
+        (pending, head), connection.pending = connection.pending, None
+        try:
+            self._put_response(connection, self.service.settle(pending, error), head)
+            connection.more = connection.reader.in_request and not connection.ending
+            self._park(connection, self._send(connection))
+        except OSError:
+            self._close(connection)
+        except Exception as unexpected:
+            self._fail(connection, unexpected)
+
+    def _fail(self, connection: Connection, error: Exception) -> None:
+        """An error of ours costs the one connection on which it showed."""
+        try:
+            self._refuse(connection, error)
+            self._park(connection, self._send(connection))
+        except OSError:
+            self._close(connection)
+
+    def _time_out(self, connection: Connection) -> None:
+        """End a claimed connection that was parked for too long."""
+        try:
+            if connection.parking in (self._in_head, self._in_body):
+                self._refuse(connection, HTTPError(408, "the request did not arrive in time"))
+                self._park(connection, self._send(connection))
+            else:
+                self._close(connection)
+        except OSError:
+            self._close(connection)
+
+    # ---- parking
+    # -------------------------------------------------------------------------------------
+
+    def _park(self, connection: Connection, parking: _Parking | None) -> None:
+        """Let a connection wait, and let others claim it; close it if it is over."""
+        if parking is None:
+            self._close(connection)
+            return
+        with self._lock:
+            if connection.parking is not parking or connection.progressed:
+                if connection.parking is not None:
+                    del connection.parking.queue[connection]
+                parking.queue[connection] = None
+                connection.parking = parking
+                connection.deadline = self._clock() + parking.limit_s
+                connection.progressed = False
+            connection.parked = parking is not self._committing
+            if self._epoll is not None and connection.parked:
+                # under the lock: once it can be claimed it can be closed, and its descriptor be
+                # another's
+                if connection.registered:
+                    self._epoll.modify(connection.fd, parking.events | select.EPOLLONESHOT)
+                else:
+                    connection.registered = True
+                    self._epoll.register(connection.fd, parking.events | select.EPOLLONESHOT)
+        if parking is self._committing and self._epoll is not None:
+            assert connection.pending is not None  # that is what it was parked for
+            connection.pending[0].commit.then(partial(self._settle, connection))
+
+    def _claim(self, connection: Connection) -> bool:
+        """Make a parked connection this thread's own; False if another was faster."""
+        with self._lock:
+            claimed = connection.parked
+            connection.parked = False
+            return claimed
+
+    def _close(self, connection: Connection) -> None:
+        with self._lock:
+            if connection.parking is not None:
+                del connection.parking.queue[connection]
+                connection.parking = None
+            self._open.pop(connection.fd, None)  # before the descriptor can be another's
+        connection.socket.close()
+
+    def _wake_idle(self, how: int, count: int) -> int:
+        """Shut down up to `count` of the connections idle longest, so that whoever owns them closes
+        them.
+        """
+        with self._lock:
+            idle = [
+                connection
+                for connection, _ in zip(self._idle.queue, range(count))
+                if connection.parked
+            ]
+            for connection in idle:
+                del self._idle.queue[connection]
+                self._lingering.queue[connection] = None
+                connection.parking = self._lingering
+                connection.deadline = self._clock() + self.timeouts.linger_s
+                try:
+                    connection.socket.shutdown(how)
+                except OSError:  # reset in the meantime: its owner will see that too
+                    continue
+        return len(idle)
+
+    def _expire(self) -> None:
+        """Time out what was parked for too long."""
+        now, late = self._clock(), []
+        with self._lock:
+            for parking in (
+                self._idle,
+                self._in_head,
+                self._in_body,
+                self._answering,
+                self._lingering,
+                self._ready,
+            ):
+                for connection in parking.queue:
+                    if connection.deadline > now:
+                        break
+                    if connection.parked:
+                        connection.parked = False
+                        late.append(connection)
+        for connection in late:
+            self._time_out(connection)
+
+    # ---- accepting
+    # -----------------------------------------------------------------------------------
+
+    def _accept(self, worker: _Worker) -> None:
+        """Take new connections, and try each at once: most have sent their request already."""
+        for _ in range(ACCEPTS_A_TURN):
+            try:
+                sock, address = self.socket.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                self._accept_failed(error)
+                return
+            worker.turns += 1
+            connection = self._admit(sock, address)
+            if connection is not None:
+                self._turn(connection)
+
+    def _admit(self, sock: socket.socket, address: Any) -> Connection | None:
+        connection = Connection(sock, address[0])
+        with self._lock:
+            full = len(self._open) >= self.max_connections
+        if full and not self._wake_idle(socket.SHUT_RDWR, 1):
+            self._turn_away(connection)
+            return None
+        with self._lock:
+            self._open[connection.fd] = connection
+        return connection
+
+    def _turn_away(self, connection: Connection) -> None:
+        error = HTTPError(503, "too many connections", fields=[("Retry-After", str(RETRY_AFTER_S))])
+        try:
+            connection.put(
+                self.service.refuse(error, connection.peer).encode(
+                    CLOSE, date_field(int(time.time()))
+                )
+            )
+            connection.receive()  # so that closing does not reset
+            connection.flush()
+        except OSError as failure:
+            logger.debug("%s was turned away and is gone: %s", connection.peer, failure)
+        connection.socket.close()
+
+    def _accept_failed(self, error: OSError) -> None:
+        """Out of file descriptors, most likely: make room, and let the housekeeper try again in a
+        moment.
+        """
+        if self._stopping or error.errno in (errno.ECONNABORTED, errno.EINTR, errno.EPROTO):
+            return
+        self._wake_idle(socket.SHUT_RDWR, ACCEPTS_A_TURN)
+        self._paused = True
+        if self._epoll is not None:
+            self._epoll.modify(self._listener_fd, 0)  # level-triggered, it would report without end
+        now = self._clock()
+        if now - self._warned_at >= 1.0:
+            self._warned_at = now
+            logger.warning("can't accept connections: %s", error.strerror)
+
+    # ---- a few workers over parked connections
+    # -------------------------------------------------------
+
+    def _start_worker(self) -> None:
+        worker = _Worker(self._work)
+        with self._lock:
+            self._workers.add(worker)
+        worker.start()
+
+    def _work(self, worker: _Worker) -> None:
+        assert self._epoll is not None
+        batch = 64 if self.threads == 1 else 4  # several workers share what is ready
+        while not (self._finished or worker.replaced):
+            try:
+                fd, _ = self._events.popleft()
+            except IndexError:
+                worker.busy = False
+                self._events.extend(self._epoll.poll(1.0, batch))
+                worker.turns += 1
+                worker.busy = True
+                if self._asleep:
+                    self._control.put("work")
+                continue
+            worker.turns += 1
+            if fd == self._listener_fd:
+                self._accept(worker)
+                continue
+            connection = self._open.get(fd)
+            if connection is not None and self._claim(connection):
+                self._turn(connection)
+        with self._lock:
+            self._workers.discard(worker)
+
+    def _replace_stuck_workers(self) -> bool:
+        """Start a new worker for each that is still at the turn of the last look; whether any is at
+        work.
+        """
+        with self._lock:
+            workers = list(self._workers)
+        for worker in workers:
+            if (
+                worker.busy
+                and worker.turns == worker.turns_seen
+                and not worker.replaced
+                and len(workers) < MAX_WORKERS
+            ):
+                worker.replaced = True
+                self._start_worker()
+            worker.turns_seen = worker.turns
+        return any(worker.busy for worker in workers)
+
+    # ---- a thread a connection
+    # -----------------------------------------------------------------------
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Accept, for socketserver; without descriptors, wait a moment rather than spin."""
+        try:
+            return super().get_request()
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            self._accept_failed(error)
+            self._stopped.wait(TICK_S)
+            raise
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """Serve one connection to its end, in the thread that socketserver started for it."""
+        connection = self._admit(request, client_address)
+        if connection is None:
+            return
+        self._turn(connection)
+        poll = select.poll()
+        poll.register(connection.fd)
+        while connection.parking is not None:
+            if connection.pending is not None:
+                self._settle(connection, connection.pending[0].commit.wait())
+                continue
+            poll.modify(connection.fd, connection.parking.events)
+            wait_s = max(0.0, connection.deadline - self._clock())
+            ready = poll.poll(wait_s * 1000 + 1)
+            if self._claim(connection):
+                if ready:
+                    self._turn(connection)
+                else:
+                    self._time_out(connection)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Called by socketserver with what got past everything else."""
+        error = sys.exception()
+        assert isinstance(error, Exception)  # that is when it is called
+        self.service.refuse(error, client_address[0])
+
+    # ---- from start to stop
+    # --------------------------------------------------------------------------
+
+    def serve_forever(self, poll_interval: float = 0.1) -> None:
+        """Serve until told to stop, then finish what is in flight. This thread keeps house."""
+        try:
+            if self._epoll is not None:
+                # level-triggered, so that it needs no arming, and a held-up worker does not keep it
+                # from others
+                self._epoll.register(self._listener_fd, READ)
+                self._epoll.register(self._woken.fileno(), READ)
+                for _ in range(self.threads):
+                    self._start_worker()
+            else:
+                acceptor = threading.Thread(
+                    target=super().serve_forever, args=(poll_interval,), daemon=True
+                )
+                acceptor.start()
+            self._keep_house()
+            self._finish()
+        finally:
+            self._stopped.set()
+
+    def _keep_house(self) -> None:
+        next_expiry = self._clock()
+        next_flush = self._clock() + FLUSH_INTERVAL_S
+        quiet = 0
+        while True:
+            self._asleep = quiet >= QUIET_TICKS
+            try:
+                if self._control.get(timeout=1.0 if self._asleep else TICK_S) == "stop":
+                    return
+            except queue.Empty:
+                pass  # the usual case: nobody has anything to say
+            quiet = 0 if self._asleep else quiet + 1
+            self._asleep = False
+            if self._replace_stuck_workers():
+                quiet = 0
+            if self._paused:
+                self._paused = False
+                if self._epoll is not None:
+                    self._epoll.modify(self._listener_fd, READ)
+            now = self._clock()
+            if now >= next_expiry:
+                next_expiry = now + min(1.0, *(limit for limit in self.timeouts if limit > 0))
+                if self._epoll is not None:
+                    self._expire()
+            if now >= next_flush:
+                next_flush = now + FLUSH_INTERVAL_S
+                self.flush_metrics()
+
+    def flush_metrics(self) -> None:
+        """Log for each client how many of its requests were allowed and refused since the last
+        time.
+        """
+        if self.service.limiter:
+            flush_metrics(
+                self.service.limiter, partial(logger.info, "client %s: %d allowed, %d refused")
+            )
+
+    def _finish(self) -> None:
+        """Stop accepting, answer what is in flight, close what is idle."""
+        self._stopping = self.service.stopping = True
+        if self._epoll is not None:
+            self._epoll.unregister(self._listener_fd)
+        else:
+            super().shutdown()
+        self.socket.close()
+        deadline = time.monotonic() + self.timeouts.stop_s
+        while self._open and time.monotonic() < deadline:
+            self._wake_idle(socket.SHUT_RD, len(self._open))
+            self._stopped.wait(TICK_S / 4)
+        self._finished = True
+        self._waker.send(b"!")  # stays unread: every worker sees it
+        for worker in list(self._workers):
+            worker.join(max(0.0, deadline + 1.0 - time.monotonic()))
+        for connection in list(self._open.values()):
+            self._close(connection)
+
+    def stop_soon(self) -> None:
+        """Ask `serve_forever` to end; returns at once, and may be called in a signal handler."""
+        self._control.put("stop")
+
+    def shutdown(self) -> None:
+        """Ask `serve_forever` to end, and wait until it has."""
+        self.stop_soon()
+        self._stopped.wait()
+
+    def server_close(self) -> None:
+        """Give the address and all descriptors back."""
+        super().server_close()
+        self._close_own_descriptors()
+
+    def _close_own_descriptors(self) -> None:
+        self._waker.close()
+        self._woken.close()
+        if self._epoll is not None:
+            self._epoll.close()
+
+
+def steady_threads() -> int:
+    """How many workers pay: one where the interpreter lock lets only one run, else one a core."""
+    has_lock = getattr(sys, "_is_gil_enabled", lambda: True)()
+    return 1 if has_lock else os.cpu_count() or 1
+
+
+def fit_connections(wanted: int) -> int:
+    """How many connections the limit on open files allows, after raising it as far as it goes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = wanted + SPARE_DESCRIPTORS
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return (
+        wanted if soft == resource.RLIM_INFINITY else max(1, min(wanted, soft - SPARE_DESCRIPTORS))
+    )
