@@ -2777,3 +2777,154 @@ def fit_connections(wanted: int) -> int:
     return (
         wanted if soft == resource.RLIM_INFINITY else max(1, min(wanted, soft - SPARE_DESCRIPTORS))
     )
+
+
+# ==================================================================================================
+# 14. Command line
+# ==================================================================================================
+#
+# Options become objects, one line says what is running, and a signal ends it. What goes wrong
+# before that is one line on stderr.
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """The options; their names and defaults are part of the contract with users."""
+    parser = argparse.ArgumentParser(
+        prog="metricstream.py",
+        description="A metrics server in one file: POST JSON to /metrics, read metrics.jsonl.",
+    )
+    parser.add_argument(
+        "port",
+        nargs="?",
+        type=_number_from(0, 65535),
+        default=8080,
+        help="TCP port (default 8080; 0 takes a free one)",
+    )
+    parser.add_argument(
+        "--host",
+        metavar="ADDRESS",
+        default="127.0.0.1",
+        help="address to listen on (default 127.0.0.1; 0.0.0.0 or :: to be reached from elsewhere)",
+    )
+    parser.add_argument(
+        "--data-dir",
+        metavar="DIR",
+        default=".",
+        help=f"where {LOG_NAME} lives (default: the current folder)",
+    )
+    parser.add_argument(
+        "--rate-limit",
+        metavar="N",
+        type=_number_from(0),
+        default=1000,
+        help="requests per second and client (default 1000; 0 = off)",
+    )
+    parser.add_argument(
+        "--durability",
+        choices=DURABILITY_LEVELS,
+        default="os",
+        help="what a 200 promises: memory (queued), os (default: written; survives kill -9), "
+        "disk (synced; survives loss of power)",
+    )
+    parser.add_argument(
+        "--threads",
+        metavar="N",
+        type=_number_from(0, MAX_WORKERS),
+        default=steady_threads(),
+        help="steady worker threads (default: 1 with the interpreter lock, one a core without; "
+        "0 = a thread a connection)",
+    )
+    parser.add_argument(
+        "--max-connections",
+        metavar="N",
+        type=_number_from(1),
+        default=MAX_CONNECTIONS,
+        help=f"open connections at most (default {MAX_CONNECTIONS})",
+    )
+    parser.add_argument(
+        "--log-level",
+        choices=("debug", "info", "warning", "error"),
+        default="info",
+        help="default info",
+    )
+    parser.add_argument("--version", action="version", version=f"MetricStream {__version__}")
+    return parser
+
+
+def _number_from(least: int, most: int = 10**9) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,10}", text) or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a whole number from {least} to {most}"
+            )
+        return int(text)
+
+    return number
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the server; returns the exit status."""
+    options = argument_parser().parse_args(arguments)
+    logging.basicConfig(
+        stream=sys.stdout,
+        level=options.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(message)s",
+    )
+    max_connections = fit_connections(options.max_connections)
+    if max_connections < options.max_connections:
+        logger.warning(
+            "the limit on open files allows %d connections, not %d",
+            max_connections,
+            options.max_connections,
+        )
+    try:
+        log = MetricLog(options.data_dir, options.durability)
+    except LogError as error:
+        return _complain(str(error))
+    try:
+        limiter = SlidingWindowLimiter(options.rate_limit) if options.rate_limit else None
+        service = Service(log, limiter, Statistics())
+        try:
+            server = Server(
+                (options.host, options.port),
+                service,
+                threads=options.threads,
+                max_connections=max_connections,
+            )
+        except OSError as error:
+            return _complain(
+                f"can't listen on {options.host} port {options.port}: {error.strerror or error}"
+            )
+        with server:
+            print(_startup_line(options, server, log), flush=True)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda *_: server.stop_soon())
+            server.serve_forever()
+            server.flush_metrics()
+    finally:
+        log.close()
+    print("stopped", write_json(service.statistics.snapshot()), flush=True)
+    return 0
+
+
+def _complain(reason: str) -> int:
+    print(f"metricstream.py: error: {reason}", file=sys.stderr)
+    return 1
+
+
+def _startup_line(options: argparse.Namespace, server: Server, log: MetricLog) -> str:
+    host, port = str(server.server_address[0]), server.server_address[1]
+    facts = [
+        f"MetricStream {__version__} on http://{f'[{host}]' if ':' in host else host}:{port}",
+        f"log {os.path.abspath(log.path)}",
+        f"{options.rate_limit} requests/s a client" if options.rate_limit else "no rate limit",
+        f"{server.max_connections} connections",
+        f"durability {log.durability}",
+    ]
+    if log.cut_bytes:
+        facts.append(f"cut a torn line of {log.cut_bytes} bytes off the log")
+    return ", ".join(facts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
