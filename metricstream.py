@@ -80,7 +80,7 @@ _FIELD_LINE = re.compile(rb"([%b]+):([^\x00-\x08\x0a-\x1f\x7f]*)" % _TCHAR)
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})((?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?)")
 _CONTENT_LENGTH = re.compile(r"[0-9]+")
 _HOST = re.compile(
-    r"(?:\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+)(?::[0-9]{0,5})?"
+    r"(?:\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+;=-]|%[0-9A-Fa-f]{2})+)(?::[0-9]{0,5})?"
 )
 _ABSOLUTE_FORM = re.compile(r"https?://([^/?]*)(.*)", re.IGNORECASE)
 _BAD_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
@@ -151,6 +151,7 @@ def parse_head(section: bytes) -> Head:
 
     Raises HTTPError (400, 411, 413, 414, 417, 431, 501, 505). Source: RFC 9112, sections 2 to 7.
     """
+    _refuse_octets(section)  # first, as a reader of pieces also finds them first
     request_line, *field_lines = section.split(b"\r\n")[:-1]
     method, target, version = _parse_request_line(request_line)
     if len(section) - len(request_line) - 2 > MAX_HEADER_BYTES:
@@ -205,9 +206,9 @@ def _parse_target(method: str, target: str, host: str) -> tuple[str, str, str]:
     if target == "*" and method == "OPTIONS":
         return host, "*", ""
     rest = target
-    if not target.startswith("/"):
+    if method == "CONNECT" or not target.startswith("/"):
         absolute = _ABSOLUTE_FORM.fullmatch(target)
-        if absolute is None:
+        if absolute is None or method == "CONNECT":
             raise HTTPError(
                 400,
                 f"request target must start with '/' or 'http://', found {_shown(target.encode())}",
@@ -319,6 +320,13 @@ def _persistence(version: tuple[int, int], headers: dict[str, str]) -> bytes:
     return KEEP_1_0 if "keep-alive" in options else CLOSE
 
 
+def _refuse_octets(octets: bytes | bytearray, start: int = 0) -> None:
+    fault = _NEVER_IN_A_LINE.search(octets, start)
+    if fault:
+        near = bytes(octets[max(0, fault.start() - 20) : fault.start() + 10])
+        raise HTTPError(400, f"control character, bare LF or bare CR: {_shown(near)}")
+
+
 def _shown(octets: bytes) -> str:
     """Offending bytes for an error message: bounded, and with nothing in them that a terminal would
     obey.
@@ -351,6 +359,7 @@ class RequestReader:
         "_head",
         "_chunks",
         "_continued",
+        "_refusal",
     )
 
     def __init__(self) -> None:
@@ -358,6 +367,7 @@ class RequestReader:
         self._start = 0  # everything before it is consumed
         self._scanned = 0  # no line end that matters lies before it
         self._continued = False  # the interim answer was given
+        self._refusal: HTTPError | None = None  # nothing after it is read
         self._expect_head()
 
     def _expect_head(self) -> None:
@@ -379,25 +389,24 @@ class RequestReader:
         self._start = 0
 
     def next_request(self) -> Request | None:
-        """The next whole request, or None when more bytes are needed. Raises HTTPError: the end of
-        the connection.
+        """The next whole request, or None when more bytes are needed.
+
+        Raises HTTPError: the end of the connection. Whatever follows, it is raised again.
         """
-        head = self._head
-        if head is None:
-            head = self._read_head()
+        if self._refusal is not None:
+            raise self._refusal
+        try:
+            head = self._head
             if head is None:
-                return None
-            self._head = head
-        if head.chunked:
-            body = self._read_chunked()
-            if body is None:
-                return None
-        else:
-            end = self._start + head.content_length
-            if end > len(self._buffer):
-                return None
-            body = bytes(self._buffer[self._start : end])
-            self._start = self._scanned = end
+                head = self._head = self._read_head()
+                if head is None:
+                    return None
+            body = self._read_chunked() if head.chunked else self._read_sized(head.content_length)
+        except HTTPError as refusal:
+            self._refusal = refusal
+            raise
+        if body is None:
+            return None
         self._expect_head()
         return Request(head, body)
 
@@ -454,10 +463,7 @@ class RequestReader:
             raise HTTPError(431, f"header section of more than {MAX_HEADER_BYTES} bytes")
 
     def _check_octets(self) -> None:
-        fault = _NEVER_IN_A_LINE.search(self._buffer, max(self._start, self._scanned - 1))
-        if fault:
-            near = bytes(self._buffer[max(self._start, fault.start() - 20) : fault.start() + 10])
-            raise HTTPError(400, f"control character, bare LF or bare CR: {_shown(near)}")
+        _refuse_octets(self._buffer, max(self._start, self._scanned - 1))
         self._scanned = len(self._buffer)
 
     def _read_line(self, what: str) -> bytes | None:
@@ -471,6 +477,14 @@ class RequestReader:
         line = bytes(self._buffer[self._start : end])
         self._start = self._scanned = end + 2
         return line
+
+    def _read_sized(self, size: int) -> bytes | None:
+        end = self._start + size
+        if end > len(self._buffer):
+            return None
+        body = bytes(self._buffer[self._start : end])
+        self._start = self._scanned = end
+        return body
 
     def _read_chunked(self) -> bytes | None:
         """Decode `chunk-size [chunk-ext] CRLF chunk-data CRLF … 0 CRLF trailers CRLF`: RFC 9112,
@@ -983,9 +997,7 @@ def _escape(text: str, position: int) -> tuple[str, int]:
         return _ESCAPES[letter], position + 2
     match = _UNICODE_ESCAPE.match(text, position)
     if match is None:
-        raise _expected(
-            'one of "\\/bfnrt or u and four hex digits after the backslash', text, position + 1
-        )
+        raise _expected('an escape: one of "\\/bfnrt, or u and four hex digits', text, position + 1)
     unit, end = int(match[1], 16), match.end()
     if not 0xD800 <= unit < 0xE000:
         return chr(unit), end

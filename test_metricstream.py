@@ -1,0 +1,3071 @@
+"""All tests of MetricStream, in the order of its chapters.
+
+Tables of cases in the domain's own words where the behaviour is known from an RFC; a real server on a
+real port for everything a user does, once for each model of threads. Nothing sleeps to wait for something:
+`eventually` polls until a condition holds.
+"""
+
+import ast
+import contextlib
+import doctest
+import errno
+import gzip
+import http.client
+import itertools
+import json
+import math
+import os
+import random
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import tracemalloc
+from collections import Counter
+from collections.abc import Callable, Container, Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import pytest
+
+import metricstream
+from metricstream import (
+    BatchError,
+    EventRing,
+    HTTPError,
+    JSONError,
+    LogError,
+    MetricLog,
+    Request,
+    RequestReader,
+    Response,
+    Sample,
+    Server,
+    Service,
+    SlidingWindowLimiter,
+    Statistics,
+    Timeouts,
+    flush_metrics,
+    parse_json,
+    prefers_text,
+    read_batch,
+    write_json,
+)
+
+HERE = Path(__file__).resolve().parent
+SHORT = Timeouts(head_s=0.3, body_s=0.3, answer_s=0.3, idle_s=0.3, linger_s=0.3, stop_s=2.0)
+
+
+def eventually(condition: Callable[[], object], timeout_s: float = 10.0) -> object:
+    """Poll until the condition is true, and return what it returned; fail at the deadline."""
+    deadline = time.monotonic() + timeout_s
+    while not (outcome := condition()):
+        assert time.monotonic() < deadline, "it did not come true in time"
+        time.sleep(0.005)
+    return outcome
+
+
+class RunningServer(NamedTuple):
+    port: int
+    folder: Path
+    server: Server
+    service: Service
+
+
+@contextlib.contextmanager
+def running(folder: Path, *, limit: int = 0, durability: str = "os", log: MetricLog | None = None,
+            **options: object) -> Iterator[RunningServer]:  # fmt: skip
+    """A server of this process on a free port, stopped at the end."""
+    log = log or MetricLog(str(folder), durability)
+    service = Service(log, SlidingWindowLimiter(limit) if limit else None, Statistics())
+    with Server(("127.0.0.1", 0), service, **options) as server:  # type: ignore[arg-type]
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield RunningServer(server.server_address[1], folder, server, service)
+        finally:
+            server.shutdown()
+            thread.join()
+            log.close()
+
+
+MODELS = [pytest.param(1, id="worker"), pytest.param(0, id="thread-each")]
+
+
+@pytest.fixture(scope="session", params=MODELS)
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator:
+    """A server with default settings and no rate limit, in both models of threads."""
+    with running(tmp_path_factory.mktemp("data"), threads=request.param) as started:
+        yield started
+
+
+@pytest.fixture(params=MODELS)
+def threads(request: pytest.FixtureRequest) -> int:
+    return request.param
+
+
+# --------------------------------------------------------------------------------------------------
+# 1. HTTP
+# --------------------------------------------------------------------------------------------------
+
+
+
+
+BATCH = b'{"metrics":[{"name":"cpu","value":1}]}'
+BATCH_LENGTH = b"Content-Length: %d" % len(BATCH)
+BODY_LIMIT_BYTES = 1 << 20
+SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: localhost\r\n\r\n"
+HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+# ---- requests, piece by piece ----
+
+
+def head(line: bytes, *fields: bytes, host: bytes | None = b"Host: localhost") -> bytes:
+    lines = [line, *([] if host is None else [host]), *fields]
+    return b"\r\n".join(lines) + b"\r\n\r\n"
+
+
+def get(target: bytes = b"/health", *fields: bytes) -> bytes:
+    return head(b"GET " + target + b" HTTP/1.1", *fields)
+
+
+def post(*fields: bytes, body: bytes = BATCH, target: bytes = b"/metrics") -> bytes:
+    return head(b"POST " + target + b" HTTP/1.1", b"Content-Length: %d" % len(body), *fields) + body
+
+
+def framed(*fields: bytes, body: bytes = BATCH, version: bytes = b"HTTP/1.1") -> bytes:
+    """A POST whose framing is what `fields` say and nothing else."""
+    return head(b"POST /metrics " + version, *fields) + body
+
+
+def chunked(body: bytes, coding: bytes = b"chunked") -> bytes:
+    return framed(b"Transfer-Encoding: " + coding, body=body)
+
+
+def in_chunks(content: bytes, size: int = 16) -> bytes:
+    pieces = [content[start : start + size] for start in range(0, len(content), size)]
+    return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
+
+
+def first_chunk(line: bytes) -> bytes:
+    """A chunked POST whose first chunk of five octets is announced by `line`."""
+    return chunked(line + b"hello\r\n0\r\n\r\n")
+
+
+def gzipped(content: bytes = BATCH, *fields: bytes) -> bytes:
+    return post(b"Content-Encoding: gzip", *fields, body=content)
+
+
+# ---- a client that believes nothing ----
+
+
+class Answer(NamedTuple):
+    status: int
+    headers: dict[str, str]
+    body: bytes
+    continued: bool = False  # `100 Continue` came before it
+
+    @property
+    def json(self) -> object:
+        return json.loads(self.body)
+
+
+def connect(port: int, timeout_s: float = 5) -> socket.socket:
+    connection = socket.create_connection(("127.0.0.1", port), timeout_s)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return connection
+
+
+def send_what_is_taken(connection: socket.socket, octets: bytes) -> None:
+    try:
+        connection.sendall(octets)
+    except (BrokenPipeError, ConnectionResetError):
+        pass  # the server has closed: what it answered is still there to be read
+
+
+def read_answer(stream: BinaryIO, to_head: bool = False) -> Answer | None:
+    """The next answer, interim answers included; None at the end of the stream."""
+    status_line = stream.readline(10_000)
+    if not status_line:
+        return None
+    matched = re.fullmatch(rb"HTTP/1\.1 ([1-5]\d\d) [ -~]*\r\n", status_line)
+    assert matched, f"no status line: {status_line!r}"
+    status, headers = int(matched[1]), {}
+    while (line := stream.readline(10_000)) != b"\r\n":
+        field = re.fullmatch(rb"([!-9;-~]+): ?([ -~]*)\r\n", line)
+        assert field, f"no header field: {line!r}"
+        name = field[1].decode().lower()
+        assert name not in headers, f"repeated: {line!r}"
+        headers[name] = field[2].decode()
+    if status < 200:
+        assert "content-length" not in headers
+        return Answer(status, headers, b"")
+    length = int(headers["content-length"])
+    body = b"" if to_head else stream.read(length)
+    assert to_head or len(body) == length, "answer cut short"
+    return Answer(status, headers, body)
+
+
+def exchange(port: int, raw: bytes, half_close: bool = False, timeout_s: float = 5,
+             expect: int | None = 1, heads: Container[int] | None = None,
+             ) -> tuple[list[Answer], bool]:  # fmt: skip
+    """Send `raw`, read `expect` answers, and look whether the connection lives on.
+
+    `expect` None, or `half_close`, reads to the end of the stream. `heads` are the indices of
+    answers to HEAD. Returns the answers and whether the server closed: where it did not, it has
+    answered a GET /health on the same connection; where it did, all that came is in the answers.
+    """
+    if heads is None:
+        heads = [0] if raw.startswith(b"HEAD ") else []
+    answers: list[Answer] = []
+    with connect(port, timeout_s) as connection, connection.makefile("rb") as stream:
+
+        def read_until(count: int | None) -> bool:
+            continued = False
+            while count is None or len(answers) < count:
+                answer = read_answer(stream, len(answers) in heads)
+                if answer is None:
+                    return True
+                if answer.status < 200:
+                    assert answer.status == 100
+                    continued = True
+                    continue
+                answers.append(answer._replace(continued=continued))
+                continued = False
+            return False
+
+        send_what_is_taken(connection, raw)
+        if half_close:
+            connection.shutdown(socket.SHUT_WR)
+        if half_close or expect is None:
+            return answers, read_until(None)
+        if read_until(expect):
+            return answers, True
+        if answers and "close" in answers[-1].headers.get("connection", ""):
+            return answers, read_until(None)
+        send_what_is_taken(connection, HEALTH)
+        if read_until(expect + 1):
+            return answers, True
+        assert is_healthy(answers[-1]), f"not the answer to GET /health: {answers[-1]}"
+        return answers[:-1], False
+
+
+def is_healthy(answer: Answer) -> bool:
+    return answer.status == 200 and answer.json == {"status": "healthy", "service": "ingestion"}
+
+
+def assert_healthy(port: int) -> None:
+    answers, closed = exchange(port, HEALTH)
+    assert not closed and is_healthy(answers[0])
+
+
+def by_name(table: list) -> list:
+    return [pytest.param(*row[1:], id=row[0]) for row in table]
+
+
+# ---- requests to refuse: name, octets, status (or the statuses the contract leaves open) ----
+
+MALFORMED: list[tuple[str, bytes, int | set[int]]] = [
+    # request line
+    ("two spaces before the target", head(b"GET  /health HTTP/1.1"), 400),
+    ("two spaces before the version", head(b"GET /health  HTTP/1.1"), 400),
+    ("tab for the first space", head(b"GET\t/health HTTP/1.1"), 400),
+    ("tab for the second space", head(b"GET /health\tHTTP/1.1"), 400),
+    ("space before the method", head(b" GET /health HTTP/1.1"), 400),
+    ("space after the version", head(b"GET /health HTTP/1.1 "), 400),
+    ("word after the version", head(b"GET /health HTTP/1.1 x"), 400),
+    ("space in the target", head(b"GET /he alth HTTP/1.1"), 400),
+    ("no version", head(b"GET /health"), 400),
+    ("no version, space left", head(b"GET /health "), 400),
+    ("no target", head(b"GET HTTP/1.1"), 400),
+    ("method alone", head(b"GET"), 400),
+    ("no method", head(b"/health HTTP/1.1"), 400),
+    ("empty lines only", b"\r\n\r\n", 400),
+    ("two empty lines before the request line", b"\r\n\r\n" + HEALTH, 400),
+    ("bare LF before the request line", b"\n" + HEALTH, 400),
+    ("bare CR before the request line", b"\r" + HEALTH, 400),
+    ("blank line with a space before the request line", b" \r\n" + HEALTH, 400),
+    ("UTF-8 mark before the request line", b"\xef\xbb\xbf" + HEALTH, 400),
+    ("an answer for a request", b"HTTP/1.1 200 OK\r\nHost: localhost\r\n\r\n", 400),
+    ("a TLS greeting", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\x00" * 40, 400),
+    ("JSON without HTTP", BATCH + b"\r\n\r\n", 400),
+    ("HTTP/2 preface", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", {400, 505}),
+    # method
+    ("brace in the method", head(b"GE{T /health HTTP/1.1"), 400),
+    ("quote in the method", head(b'"GET" /health HTTP/1.1'), 400),
+    ("colon in the method", head(b"GET: /health HTTP/1.1"), 400),
+    ("octet 0x80 in the method", head(b"G\x80T /health HTTP/1.1"), 400),
+    ("NUL in the method", head(b"G\0T /health HTTP/1.1"), 400),
+    ("CONNECT", head(b"CONNECT localhost:443 HTTP/1.1"), 400),
+    ("CONNECT to a path", head(b"CONNECT /health HTTP/1.1"), 400),
+    # version
+    ("version in lower case", head(b"GET /health http/1.1"), 400),
+    ("version in mixed case", head(b"GET /health Http/1.1"), 400),
+    ("letter after the version", head(b"GET /health HTTP/1.1x"), 400),
+    ("version without a point", head(b"GET /health HTTP/11"), 400),
+    ("version with a comma", head(b"GET /health HTTP/1,1"), 400),
+    ("version without a minor", head(b"GET /health HTTP/1."), 400),
+    ("version without a major", head(b"GET /health HTTP/.1"), 400),
+    ("version without digits", head(b"GET /health HTTP/"), 400),
+    ("version of two minor digits", head(b"GET /health HTTP/1.10"), 400),
+    ("version of two major digits", head(b"GET /health HTTP/01.1"), 400),
+    ("version with a plus", head(b"GET /health HTTP/+1.1"), 400),
+    ("version with a full-width digit", head("GET /health HTTP/１.1".encode()), 400),
+    ("another protocol", head(b"GET /health HTTPS/1.1"), 400),
+    ("version HTTP/2.0", head(b"GET /health HTTP/2.0"), 505),
+    ("version HTTP/0.9", head(b"GET /health HTTP/0.9"), 505),
+    ("version HTTP/1.2", head(b"GET /health HTTP/1.2"), 505),
+    ("version HTTP/9.9", head(b"GET /health HTTP/9.9"), 505),
+    # request target
+    ("target of 8,001 octets", get(b"/" + b"a" * 8000), 414),
+    ("target of 8,001 octets, mostly query", get(b"/health?" + b"a" * 7993), 414),
+    ("target without a slash", get(b"health"), 400),
+    ("target of a query", get(b"?x=1"), 400),
+    ("GET *", get(b"*"), 400),
+    ("POST *", framed(BATCH_LENGTH).replace(b"/metrics", b"*"), 400),
+    ("OPTIONS *x", head(b"OPTIONS *x HTTP/1.1"), 400),
+    ("OPTIONS **", head(b"OPTIONS ** HTTP/1.1"), 400),
+    ("authority for a target", get(b"localhost:80"), 400),
+    ("fragment", get(b"/health#top"), 400),
+    ("fragment in the query", get(b"/health?a#b"), 400),
+    ("octet 0x80 in the target", get(b"/health\x80"), 400),
+    ("octet 0xA0 in the target", get(b"/\xa0"), 400),
+    ("raw UTF-8 in the target", get("/é".encode()), 400),
+    ("raw UTF-8 in the query", get("/health?é".encode()), 400),
+    ("NUL in the target", get(b"/health\0"), 400),
+    ("NUL in the query", get(b"/health?\0"), 400),
+    ("control character in the target", get(b"/\x01"), 400),
+    ("DEL in the target", get(b"/\x7f"), 400),
+    ("vertical tab in the target", get(b"/\x0b"), 400),
+    ("bare CR in the target", get(b"/\r"), 400),
+    ("percent alone", get(b"/%"), 400),
+    ("percent and one digit", get(b"/a%4"), 400),
+    ("percent and no hex", get(b"/%zz"), 400),
+    ("percent and a sign", get(b"/%+1"), 400),
+    ("percent and a space code cut", get(b"/%2/"), 400),
+    ("percent u", get(b"/%u0041"), 400),
+    ("encoded NUL", get(b"/health%00"), 400),
+    ("encoded LF", get(b"/health%0a"), 400),
+    ("encoded CR LF", get(b"/health%0D%0AX:%20y"), 400),
+    ("encoded escape", get(b"/%1B[0m"), 400),
+    ("encoded DEL", get(b"/%7F"), 400),
+    ("absolute form with a user", get(b"http://user@localhost/health"), 400),
+    ("absolute form with a password", get(b"http://user:pw@localhost/health"), 400),
+    ("absolute form with an empty user", get(b"http://@localhost/health"), 400),
+    ("absolute form without a host", get(b"http:///health"), 400),
+    ("absolute form of nothing", get(b"http://"), 400),
+    ("absolute form with one slash", get(b"http:/health"), 400),
+    ("absolute form with a port only", get(b"http://:80/health"), 400),
+    ("absolute form with a port of letters", get(b"http://localhost:x/health"), 400),
+    ("absolute form with two ports", get(b"http://localhost:1:2/health"), 400),
+    ("absolute form with an open bracket", get(b"http://[::1/health"), 400),
+    ("absolute form with a fragment", get(b"http://localhost/health#x"), 400),
+    ("absolute form and no Host", head(b"GET http://localhost/health HTTP/1.1", host=None), 400),
+    ("absolute form and two Hosts", get(b"http://localhost/health", b"Host: localhost"), 400),
+    ("absolute form and an invalid Host", head(b"GET http://localhost/health HTTP/1.1",
+                                               host=b"Host: a b"), 400),
+    # line ends
+    ("bare LF everywhere", HEALTH.replace(b"\r\n", b"\n"), 400),
+    ("bare LF after the request line", HEALTH.replace(b"\r\n", b"\n", 1), 400),
+    ("bare LF after a field", b"GET /health HTTP/1.1\r\nHost: localhost\n\r\n", 400),
+    ("bare LF for the empty line", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\n", 400),
+    ("LF CR for the empty line", b"GET /health HTTP/1.1\r\nHost: localhost\n\r\r\n", 400),
+    ("bare LF within a value", get(b"/health", b"X: a\nTransfer-Encoding: chunked"), 400),
+    ("bare CR everywhere", HEALTH.replace(b"\r\n", b"\r") + b"\r\n\r\n", 400),
+    ("bare CR after the request line", HEALTH.replace(b"\r\n", b"\r", 1), 400),
+    ("bare CR within a value", get(b"/health", b"X: a\rTransfer-Encoding: chunked"), 400),
+    ("bare CR at the end of a value", get(b"/health", b"X: a\r"), 400),
+    ("bare CR for the first empty line", get(b"/health", b"\r"), 400),
+    # header fields
+    ("space before the colon", get(b"/health", b"X : a"), 400),
+    ("tab before the colon", get(b"/health", b"X\t: a"), 400),
+    ("space before the colon of Content-Length", framed(b"Content-Length : 38"), 400),
+    ("space before the colon of Transfer-Encoding", framed(BATCH_LENGTH,
+                                                           b"Transfer-Encoding : chunked"), 400),
+    ("empty name", get(b"/health", b": a"), 400),
+    ("colon alone", get(b"/health", b":"), 400),
+    ("no colon", get(b"/health", b"X"), 400),
+    ("space in the name", get(b"/health", b"X Y: a"), 400),
+    ("parenthesis in the name", get(b"/health", b"X(Y): a"), 400),
+    ("at sign in the name", get(b"/health", b"X@Y: a"), 400),
+    ("slash in the name", get(b"/health", b"X/Y: a"), 400),
+    ("quote in the name", get(b"/health", b'"X": a'), 400),
+    ("bracket in the name", get(b"/health", b"X[0]: a"), 400),
+    ("octet 0x80 in the name", get(b"/health", b"X\x80: a"), 400),
+    ("octet 0xA0 after the name", get(b"/health", b"X\xa0: a"), 400),
+    ("NUL in the name", get(b"/health", b"X\0: a"), 400),
+    ("NUL in a value", get(b"/health", b"X: a\0b"), 400),
+    ("control character 0x01 in a value", get(b"/health", b"X: \x01"), 400),
+    ("backspace in a value", get(b"/health", b"X: a\x08"), 400),
+    ("vertical tab in a value", get(b"/health", b"X:\x0ba"), 400),
+    ("form feed in a value", get(b"/health", b"X: a\x0c"), 400),
+    ("escape in a value", get(b"/health", b"X: \x1b[0m"), 400),
+    ("DEL in a value", get(b"/health", b"X: \x7f"), 400),
+    ("space before the first field", head(b"GET /health HTTP/1.1\r\n X: a"), 400),
+    ("blank first field line", head(b"GET /health HTTP/1.1\r\n "), 400),
+    ("folded with a space", get(b"/health", b"X: a", b" b"), 400),
+    ("folded with a tab", get(b"/health", b"X: a", b"\tb"), 400),
+    ("folded to a blank line", get(b"/health", b"X: a", b" "), 400),
+    ("folded Transfer-Encoding", framed(b"Transfer-Encoding:", b" chunked",
+                                        body=in_chunks(BATCH)), 400),
+    ("folded Content-Length", framed(b"Content-Length:", b"\t38"), 400),
+    ("two fields Authorization", post(b"Authorization: a", b"Authorization: b"), 400),
+    ("two equal fields Authorization", post(b"Authorization: a", b"authorization: a"), 400),
+    ("two fields Content-Type", post(b"Content-Type: application/json",
+                                     b"Content-Type: text/plain"), 400),
+    ("two equal fields Content-Type", post(*[b"Content-Type: application/json"] * 2), 400),
+    ("101 fields", get(b"/health", *[b"X%d: a" % n for n in range(100)]), 431),
+    ("1,000 fields", get(b"/health", *[b"X: a"] * 999), 431),
+    ("header section beyond 16 KiB in one field", get(b"/health", b"X: " + b"a" * 16_500), 431),
+    ("header section beyond 16 KiB in 60 fields",
+     get(b"/health", *[b"X%d: " % n + b"a" * 300 for n in range(60)]), 431),
+    ("header section of 200 KB", get(b"/health", b"X: " + b"a" * 200_000), 431),
+    # Host
+    ("no Host", head(b"GET /health HTTP/1.1", host=None), 400),
+    ("no Host but another field", head(b"GET /health HTTP/1.1", b"X-Host: a", host=None), 400),
+    ("two equal Hosts", get(b"/health", b"Host: localhost"), 400),
+    ("two Hosts", get(b"/health", b"hOST: other.example"), 400),
+    ("two Hosts in HTTP/1.0", head(b"GET /health HTTP/1.0", b"Host: other.example"), 400),
+    *[(f"Host {value.decode('latin-1')!r}", head(b"GET /health HTTP/1.1", host=b"Host: " + value), 400)
+      for value in (b"a b", b"a,b", b"a, a", b"user@localhost", b"http://localhost", b"a/b", b"a:b",
+                    b"a?b", b"a#b", b"a:80:80", b"a:-1", b"a:+80", b"a: 80", b"a:8_0", b"[::1",
+                    b"::1", b"[::1]x", b"[]", b"<b>", b"a\\b", b'"a"', "a:８０".encode(), b"\xe9")],
+    # Content-Length
+    *[(f"Content-Length {value.decode('latin-1')!r}", framed(b"Content-Length: " + value), 400)
+      for value in (b"", b"+38", b"-38", b"-0", b"3 8", b"3_8", b"0x26", b"26h", b"38.0", b"38.",
+                    b"3.8e1", b"38;", b"38,", b",38", b"38, 39", b"38 39", b"'38'", b'"38"',
+                    b"\xa038", b"38\xa0", b"\x0b38", b"38\0", b"thirty-eight", "３８".encode(),
+                    "٣٨".encode(), b"38\xb2", b"NaN", b"None")],
+    ("two Content-Lengths", framed(BATCH_LENGTH, b"Content-Length: 39"), 400),
+    ("two Content-Lengths, the first shorter", framed(b"Content-Length: 5", BATCH_LENGTH), 400),
+    ("three Content-Lengths, the last another", framed(BATCH_LENGTH, BATCH_LENGTH,
+                                                       b"content-length: 0"), 400),
+    ("two Content-Lengths, one signed", framed(BATCH_LENGTH, b"Content-Length: +38"), 400),
+    ("two Content-Lengths, one empty", framed(BATCH_LENGTH, b"Content-Length:"), 400),
+    ("two Content-Lengths in a GET", get(b"/health", b"Content-Length: 0", b"Content-Length: 43"),
+     400),
+    ("invalid Content-Length in a GET", get(b"/health", b"Content-Length: x"), 400),
+    ("Content-Length of 5,000 digits", framed(b"Content-Length: " + b"9" * 5000), {400, 413}),
+    ("Content-Length of 31 digits", framed(b"Content-Length: 1" + b"0" * 30), {400, 413}),
+    ("Content-Length of 2**64 + 38", framed(b"Content-Length: %d" % (2**64 + 38)), {400, 413}),
+    ("one octet beyond the body limit announced", framed(b"Content-Length: 1048577"), 413),
+    ("a gigabyte announced", framed(b"Content-Length: 1073741824"), 413),
+    ("a gigabyte announced by a GET", get(b"/health", b"Content-Length: 1073741824"), 413),
+    ("a gigabyte announced to no route", framed(b"Content-Length: 1073741824")
+     .replace(b"/metrics", b"/nowhere"), {404, 413}),
+    ("POST without a length", framed(), 411),
+    ("POST without a length or body", framed(body=b""), 411),
+    ("POST without a length, to be closed", framed(b"Connection: close", body=b""), 411),
+    ("POST without a length in HTTP/1.0", framed(version=b"HTTP/1.0"), {400, 411}),
+    # Transfer-Encoding
+    *[(f"Transfer-Encoding {value.decode('latin-1')!r}", chunked(in_chunks(BATCH), value), status)
+      for value, status in [
+          (b"gzip, chunked", 501), (b"identity", 501), (b"gzip", 501), (b"deflate", 501),
+          (b"compress, chunked", 501), (b"identity, chunked", 501), (b"xchunked", 501),
+          (b"chunkedx", 501), (b"cow", 501), (b"chunked-false", 501),
+          (b"chunked, chunked", 400), (b"chunked,chunked", 400), (b"Chunked, CHUNKED", 400),
+          (b"chunked, gzip", 400), (b"", 400), (b"chunked, identity", {400, 501}),
+          (b"chunked;q=1", {400, 501}), (b"chun ked", {400, 501}), (b"chunked chunked", {400, 501}),
+          (b'"chunked"', {400, 501}), (b"'chunked'", {400, 501}), (b",", {400, 501}),
+          (b"chunked\x0b", 400), (b"\x0bchunked", 400), (b"chunked\0", 400),
+          (b"\xa0chunked", {400, 501}), (b"chunked\xa0", {400, 501}), (b"chun\xe9d", {400, 501})]],
+    ("two fields chunked", framed(*[b"Transfer-Encoding: chunked"] * 2, body=in_chunks(BATCH)), 400),
+    ("fields gzip and chunked", framed(b"Transfer-Encoding: gzip", b"Transfer-Encoding: chunked",
+                                       body=in_chunks(BATCH)), 501),
+    ("fields chunked and gzip", framed(b"Transfer-Encoding: chunked", b"Transfer-Encoding: gzip",
+                                       body=in_chunks(BATCH)), 400),
+    ("fields chunked and empty", framed(b"Transfer-Encoding: chunked", b"Transfer-Encoding:",
+                                        body=in_chunks(BATCH)), 400),
+    ("fields chunked and identity", framed(b"Transfer-Encoding: chunked", b"Transfer-Encoding: identity",
+                                           body=in_chunks(BATCH)), {400, 501}),
+    ("chunked, then Content-Length", framed(b"Transfer-Encoding: chunked", b"Content-Length: 4",
+                                            body=in_chunks(BATCH)), 400),
+    ("Content-Length, then chunked", framed(b"Content-Length: 4", b"Transfer-Encoding: chunked",
+                                            body=in_chunks(BATCH)), 400),
+    ("Content-Length 0 and chunked", framed(b"Content-Length: 0", b"Transfer-Encoding: chunked",
+                                            body=b"0\r\n\r\n"), 400),
+    ("Content-Length and chunked in a GET", get(b"/health", b"Content-Length: 5",
+                                                b"Transfer-Encoding: chunked") + b"0\r\n\r\n", 400),
+    ("Content-Length and identity", framed(BATCH_LENGTH, b"Transfer-Encoding: identity"),
+     {400, 501}),
+    ("Content-Length and an empty Transfer-Encoding", framed(BATCH_LENGTH, b"Transfer-Encoding:"),
+     400),
+    ("chunked in HTTP/1.0", framed(b"Transfer-Encoding: chunked", body=in_chunks(BATCH),
+                                   version=b"HTTP/1.0"), 400),
+    ("chunked in HTTP/1.0 to be kept", framed(b"Transfer-Encoding: chunked",
+                                              b"Connection: keep-alive", body=in_chunks(BATCH),
+                                              version=b"HTTP/1.0"), 400),
+    ("chunked and a length in HTTP/1.0", framed(BATCH_LENGTH, b"Transfer-Encoding: chunked",
+                                                version=b"HTTP/1.0"), 400),
+    # chunks
+    *[(f"chunk size {size.decode('latin-1')!r}", first_chunk(size + b"\r\n"), 400)
+      for size in (b"", b"+5", b"-5", b"-1", b"-0", b"5_0", b"0_5", b" 5", b"\t5", b"5 ", b"0x5",
+                   b"x5", b"5h", b"5.", b"5,5", b"5 5", b";a=b", b'"5"', b"g", "５".encode(),
+                   "٥".encode(), b"\xa05", b"5\xa0", b"5\0", b"\x005", b"5\r", b"\x0b5")],
+    ("chunk size of 17 digits", first_chunk(b"00000000000000005\r\n"), {400, 413}),
+    ("chunk size of 16 F", first_chunk(b"F" * 16 + b"\r\n"), {400, 413}),
+    ("chunk size of 2**64 + 5", first_chunk(b"10000000000000005\r\n"), {400, 413}),
+    ("chunk size of 5,000 digits", first_chunk(b"5" * 5000 + b"\r\n"), {400, 413}),
+    ("chunk size of zeros without end", first_chunk(b"0" * 20_000), {400, 413, 431}),
+    ("chunk one octet beyond the body limit", first_chunk(b"100001\r\n"), 413),
+    ("two chunks beyond the body limit",
+     chunked(b"80000\r\n" + b" " * 0x80000 + b"\r\n80001\r\n"), 413),
+    ("bare LF after the chunk size", first_chunk(b"5\n"), 400),
+    ("bare CR after the chunk size", first_chunk(b"5\r"), 400),
+    ("LF CR after the chunk size", first_chunk(b"5\n\r"), 400),
+    ("bare LF in a chunk extension", first_chunk(b"5;a\nb\r\n"), 400),
+    ("bare CR in a chunk extension", first_chunk(b"5;a\rb\r\n"), 400),
+    ("NUL in a chunk extension", first_chunk(b"5;a\0\r\n"), 400),
+    ("chunk extension of 20,000 octets", first_chunk(b"5;" + b"a" * 20_000 + b"\r\n"),
+     {400, 413, 431}),
+    ("chunk extension without end", chunked(b"5;" + b"a" * 40_000), {400, 413, 431}),
+    ("no CRLF after the chunk data", chunked(b"5\r\nhello0\r\n\r\n"), 400),
+    ("bare LF after the chunk data", chunked(b"5\r\nhello\n0\r\n\r\n"), 400),
+    ("bare CR after the chunk data", chunked(b"5\r\nhello\r0\r\n\r\n"), 400),
+    ("two octets of data after the chunk data", chunked(b"5\r\nhelloXX0\r\n\r\n"), 400),
+    ("chunk longer than its size", chunked(b"4\r\nhello\r\n0\r\n\r\n"), 400),
+    ("chunk shorter than its size", chunked(b"6\r\nhello\r\n0\r\n\r\n"), 400),
+    ("empty line between chunks", chunked(b"5\r\nhello\r\n\r\n0\r\n\r\n"), 400),
+    ("bare LF after the last chunk", chunked(b"0\n\r\n"), 400),
+    ("bare LF at the end of the trailers", chunked(b"0\r\n\n"), 400),
+    ("bare CR at the end of the trailers", chunked(b"0\r\n\rX"), 400),
+    ("bare LF after a trailer", chunked(b"0\r\nX: a\n\r\n"), 400),
+    ("NUL in a trailer", chunked(b"0\r\nX: \0\r\n\r\n"), 400),
+    ("trailer without a colon", chunked(b"0\r\nX\r\n\r\n"), 400),
+    ("a request for a trailer", chunked(b"0\r\nGET /health HTTP/1.1\r\n\r\n"), 400),
+    ("5,000 trailers", chunked(b"0\r\n" + b"X: a\r\n" * 5000 + b"\r\n"), {400, 413, 431}),
+    ("trailer of 20,000 octets", chunked(b"0\r\nX: " + b"a" * 20_000 + b"\r\n\r\n"),
+     {400, 413, 431}),
+    ("trailers without end", chunked(b"0\r\n" + b"X: a\r\n" * 20_000), {400, 413, 431}),
+    # Expect
+    *[(f"Expect {value.decode()!r}", post(b"Expect: " + value), 417)
+      for value in (b"200-ok", b"100", b"100-continued", b"100-continue=1",
+                    b"100-continue, x", b"x")],
+    ("unknown expectation of a GET", get(b"/health", b"Expect: x"), 417),
+]  # fmt: skip
+
+# Incomplete requests that are beyond saving: the answer does not wait for the rest.
+REFUSED_AT_ONCE: list[tuple[str, bytes, int | set[int]]] = [
+    ("bare LF", b"GET /health HTTP/1.1\n", 400),
+    ("bare LF in the first field", b"GET /health HTTP/1.1\r\nHost: localhost\n", 400),
+    ("bare LF alone", b"\n", 400),
+    ("bare CR", b"GET /health HTTP/1.1\rHost", 400),
+    ("NUL", b"\0", 400),
+    ("NUL in the target", b"GET /\0", 400),
+    ("escape in a value", b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: \x1b", 400),
+    ("DEL in a value", b"GET /health HTTP/1.1\r\nX: \x7f", 400),
+    ("method without end", b"A" * 40_000, {400, 414, 431, 501}),
+    ("target without end", b"GET /" + b"a" * 40_000, 414),
+    ("header section without end", b"GET / HTTP/1.1\r\nX: " + b"a" * 40_000, 431),
+    ("fields without end", b"GET / HTTP/1.1\r\n" + b"X: a\r\n" * 10_000, 431),
+    ("body limit passed by the announcement", framed(b"Content-Length: 1048577", body=b""), 413),
+    ("coding unknown", framed(b"Transfer-Encoding: gzip", body=b""), 501),
+    ("chunk size of letters", chunked(b"xyz\r\n"), 400),
+    ("chunk beyond the limit", chunked(b"fffffff\r\n"), 413),
+    ("chunk followed by data", chunked(b"5\r\nhelloXX"), 400),
+]  # fmt: skip
+
+
+# ---- odd requests to serve: name, octets, what the Request holds, status, closed afterwards ----
+
+ODD_BUT_VALID: list[tuple[str, bytes, dict[str, object], int, bool]] = [
+    # targets
+    ("absolute form", get(b"http://other.example/health"),
+     {"target": "http://other.example/health", "path": "/health", "host": "other.example"}, 200,
+     False),
+    ("absolute form in capitals", get(b"HTTP://other.example/health?x=1"),
+     {"path": "/health", "query": "x=1", "host": "other.example"}, 200, False),
+    ("absolute form with a port", get(b"http://localhost:8080/health"), {"path": "/health"}, 200,
+     False),
+    ("absolute form of an IPv6 address", get(b"http://[::1]:80/health"), {"path": "/health"}, 200,
+     False),
+    ("absolute form in HTTP/1.0", head(b"GET http://other.example/health HTTP/1.0", host=None),
+     {"path": "/health", "host": "other.example"}, 200, True),
+    ("absolute form of a POST", post(target=b"http://localhost/metrics"),
+     {"path": "/metrics", "body": BATCH}, 200, False),
+    ("OPTIONS *", head(b"OPTIONS * HTTP/1.1"), {"method": "OPTIONS", "target": "*"}, 200, False),
+    ("encoded letter", post(target=b"/%6Detrics"), {"target": "/%6Detrics", "path": "/metrics"},
+     200, False),
+    ("encoded letter in lower case", post(target=b"/%6detrics"), {"path": "/metrics"}, 200, False),
+    ("percent-encoding is decoded once", get(b"/%2531"), {"path": "/%31"}, 404, False),
+    ("encoded metrics twice", post(target=b"/%256Detrics"), {"path": "/%6Detrics"}, 404, False),
+    ("encoded UTF-8", get(b"/%C3%A9"), {"path": "/é"}, 404, False),
+    ("encoded space", get(b"/a%20b"), {"path": "/a b"}, 404, False),
+    ("encoded question mark", get(b"/health%3Fx"), {"path": "/health?x", "query": ""}, 404, False),
+    ("encoded percent at the end", get(b"/%25"), {"path": "/%"}, 404, False),
+    ("plus stays plus", get(b"/a+b"), {"path": "/a+b"}, 404, False),
+    ("two slashes are a path", get(b"//health"), {"path": "//health", "host": "localhost"}, 404,
+     False),
+    ("dots are not resolved", get(b"/x/../health"), {"path": "/x/../health"}, 404, False),
+    ("query", get(b"/health?a=b&c=%20d"), {"path": "/health", "query": "a=b&c=%20d"}, 200, False),
+    ("empty query", get(b"/health?"), {"path": "/health", "query": ""}, 200, False),
+    ("question mark in the query", get(b"/health??a?"), {"path": "/health", "query": "?a?"}, 200,
+     False),
+    ("target of 8,000 octets", get(b"/" + b"a" * 7999), {"path": "/" + "a" * 7999}, 404, False),
+    ("target of 8,000 octets, mostly query", get(b"/health?" + b"a" * 7992),
+     {"query": "a" * 7992}, 200, False),
+    # methods
+    ("method in lower case is another method", head(b"get /health HTTP/1.1"), {"method": "get"},
+     405, False),
+    ("method of odd characters", head(b"M-SEARCH!#$%&'*+.^_`|~1 /health HTTP/1.1"),
+     {"method": "M-SEARCH!#$%&'*+.^_`|~1"}, 405, False),
+    ("HEAD of /health", head(b"HEAD /health HTTP/1.1"), {"method": "HEAD"}, 200, False),
+    ("HEAD of /metrics", head(b"HEAD /metrics HTTP/1.1"), {"method": "HEAD"}, 200, False),
+    ("HEAD of nothing", head(b"HEAD /nowhere HTTP/1.1"), {"method": "HEAD"}, 404, False),
+    ("GET with a body", get(b"/health", b"Content-Length: 5") + b"hello", {"body": b"hello"}, 200,
+     False),
+    ("GET with a body in chunks", get(b"/health", b"Transfer-Encoding: chunked")
+     + in_chunks(SMUGGLED), {"body": SMUGGLED}, 200, False),
+    ("GET with a request for a body", get(b"/health", b"Content-Length: %d" % len(SMUGGLED))
+     + SMUGGLED, {"body": SMUGGLED}, 200, False),
+    ("HEAD with a body", head(b"HEAD /health HTTP/1.1", b"Content-Length: 5") + b"hello",
+     {"body": b"hello"}, 200, False),
+    ("DELETE without a body", head(b"DELETE /metrics HTTP/1.1"), {"body": b""}, 405, False),
+    # header fields
+    ("empty line before the request line", b"\r\n" + HEALTH, {"path": "/health"}, 200, False),
+    ("names in any case", head(b"POST /metrics HTTP/1.1", b"cOnTeNt-LeNgTh: 38", host=b"hOST: a")
+     + BATCH, {"body": BATCH, "host": "a"}, 200, False),
+    ("no space after the colon", head(b"GET /health HTTP/1.1", b"X:a", host=b"Host:a"),
+     {"host": "a"}, 200, False),
+    ("white space around a value", get(b"/health", b"X-A: \t a b\t "), {}, 200, False),
+    ("tab within a value", get(b"/health", b"X-A: a\tb"), {}, 200, False),
+    ("empty value", get(b"/health", b"X-A:"), {}, 200, False),
+    ("octets above 0x80 in a value", get(b"/health", b"X-A: \x80\xe9\xff"), {}, 200, False),
+    ("colons in a value", get(b"/health", b"X-A: a: b:"), {}, 200, False),
+    ("name of odd characters", get(b"/health", b"!#$%&'*+-.^_`|~9: a"), {}, 200, False),
+    ("a field again", get(b"/health", b"X-A: 1", b"X-A: 2"), {}, 200, False),
+    ("100 fields", get(b"/health", *[b"X%d: a" % n for n in range(99)]), {}, 200, False),
+    ("header section of 16,000 octets", get(b"/health", b"X-A: " + b"a" * 15_960), {}, 200, False),
+    ("Host with a port", head(b"GET /health HTTP/1.1", host=b"Host: localhost:8080"), {}, 200,
+     False),
+    ("Host with an empty port", head(b"GET /health HTTP/1.1", host=b"Host: localhost:"), {}, 200,
+     False),
+    ("Host of an IPv4 address", head(b"GET /health HTTP/1.1", host=b"Host: 127.0.0.1:80"), {}, 200,
+     False),
+    ("Host of an IPv6 address", head(b"GET /health HTTP/1.1", host=b"Host: [::1]:80"), {}, 200,
+     False),
+    ("Host with an underscore", head(b"GET /health HTTP/1.1", host=b"Host: my_host-1"), {}, 200,
+     False),
+    # lengths
+    ("repeated identical Content-Length", framed(*[BATCH_LENGTH] * 3), {"body": BATCH}, 200, False),
+    ("Content-Length with leading zeros", framed(b"Content-Length: 00038"), {"body": BATCH}, 200,
+     False),
+    ("white space around Content-Length", framed(b"Content-Length: \t 38 \t"), {"body": BATCH},
+     200, False),
+    ("Transfer_Encoding is another field", framed(BATCH_LENGTH, b"Transfer_Encoding: chunked"),
+     {"body": BATCH}, 200, False),
+    ("TE is another field", framed(BATCH_LENGTH, b"TE: trailers, gzip"), {"body": BATCH}, 200,
+     False),
+    ("body of exactly the limit", post(body=BATCH.ljust(BODY_LIMIT_BYTES)),
+     {"body": BATCH.ljust(BODY_LIMIT_BYTES)}, 200, False),
+    ("chunks of exactly the limit", chunked(in_chunks(BATCH.ljust(BODY_LIMIT_BYTES), 0x40000)),
+     {"body": BATCH.ljust(BODY_LIMIT_BYTES)}, 200, False),
+    ("empty body", post(body=b""), {"body": b""}, 400, False),
+    ("empty body in chunks", chunked(b"0\r\n\r\n"), {"body": b""}, 400, False),
+    ("CHUNKED", chunked(in_chunks(BATCH), b"CHUNKED"), {"body": BATCH}, 200, False),
+    ("chunked in white space", chunked(in_chunks(BATCH), b" \tChunked\t "), {"body": BATCH}, 200,
+     False),
+    ("chunks of one octet", chunked(in_chunks(BATCH, 1)), {"body": BATCH}, 200, False),
+    ("chunk size in capitals", chunked(b"1A\r\n" + BATCH[:26] + b"\r\n0C\r\n" + BATCH[26:]
+                                       + b"\r\n0\r\n\r\n"), {"body": BATCH}, 200, False),
+    ("chunk size with leading zeros", chunked(b"00000026\r\n" + BATCH + b"\r\n000\r\n\r\n"),
+     {"body": BATCH}, 200, False),
+    ("chunk extensions", chunked(b'26;a;b=c;d="e;\\"f"\r\n' + BATCH + b"\r\n0;last\r\n\r\n"),
+     {"body": BATCH}, 200, False),
+    ("trailers", chunked(in_chunks(BATCH)[:-2] + b"X-Sum: 1\r\nX-Other:\r\n\r\n"), {"body": BATCH},
+     200, False),
+    ("framing fields as trailers", chunked(in_chunks(BATCH)[:-2] + b"Content-Length: 9\r\n"
+                                           b"Transfer-Encoding: gzip\r\nHost: x\r\n\r\n"),
+     {"body": BATCH, "host": "localhost"}, 200, False),
+    # persistence
+    ("HTTP/1.0", head(b"GET /health HTTP/1.0", host=None),
+     {"version": (1, 0), "close": True, "host": ""}, 200, True),
+    ("HTTP/1.0 keep-alive", head(b"GET /health HTTP/1.0", b"Connection: keep-alive"),
+     {"version": (1, 0), "close": False}, 200, False),
+    ("HTTP/1.0 Keep-Alive in a list", head(b"GET /health HTTP/1.0", b"Connection: x, Keep-Alive"),
+     {"close": False}, 200, False),
+    ("HTTP/1.0 close and keep-alive", head(b"GET /health HTTP/1.0", b"Connection: keep-alive, close"),
+     {"close": True}, 200, True),
+    ("HTTP/1.0 POST", framed(BATCH_LENGTH, version=b"HTTP/1.0"), {"body": BATCH, "close": True}, 200,
+     True),
+    ("HTTP/1.0 ignores the expectation", framed(BATCH_LENGTH, b"Expect: 100-continue",
+                                                version=b"HTTP/1.0"), {"body": BATCH}, 200, True),
+    ("HTTP/1.0 ignores an unknown expectation", framed(BATCH_LENGTH, b"Expect: x",
+                                                       version=b"HTTP/1.0"), {"body": BATCH}, 200,
+     True),
+    ("HTTP/1.1", HEALTH, {"version": (1, 1), "close": False, "method": "GET"}, 200, False),
+    ("Connection: close", get(b"/health", b"Connection: close"), {"close": True}, 200, True),
+    ("Connection: CLOSE in a list", get(b"/health", b"Connection: x ,\tCLOSE"), {"close": True},
+     200, True),
+    ("Connection: close in a second field", get(b"/health", b"Connection: x", b"Connection: close"),
+     {"close": True}, 200, True),
+    ("close beats keep-alive", get(b"/health", b"Connection: keep-alive, close"), {"close": True},
+     200, True),
+    ("Connection: closed is no close", get(b"/health", b"Connection: closed"), {"close": False},
+     200, False),
+    ("Connection: keep-alive", get(b"/health", b"Connection: keep-alive"), {"close": False}, 200,
+     False),
+    ("POST to be closed", post(b"Connection: close"), {"body": BATCH, "close": True}, 200, True),
+    ("no route, to be closed", get(b"/nowhere", b"Connection: close"), {"close": True}, 404, True),
+    ("expectation in capitals", post(b"Expect: 100-CONTINUE"), {"body": BATCH}, 200, False),
+]  # fmt: skip
+
+
+# ---- the reader alone: octets in, requests out ----
+
+
+class Outcome(NamedTuple):
+    requests: list[tuple[object, ...]]
+    refusal: int | None  # the status
+
+
+def contents(request: Request) -> tuple[object, ...]:
+    return (*request.head, request.body)
+
+
+def drained(reader: RequestReader) -> Iterator[Request]:
+    while (request := reader.next_request()) is not None:
+        yield request
+
+
+def read_in_pieces(pieces: list[bytes]) -> Outcome:
+    reader = RequestReader()
+    requests: list[tuple[object, ...]] = []
+    try:
+        for piece in pieces:
+            reader.feed(piece)
+            requests += map(contents, drained(reader))
+    except HTTPError as error:
+        assert type(error.status) is int and 400 <= error.status < 600 and str(error)
+        return Outcome(requests, error.status)
+    return Outcome(requests, None)
+
+
+def octets_of(raw: bytes) -> list[bytes]:
+    return [raw[position : position + 1] for position in range(len(raw))]
+
+
+def is_among(status: int | None, statuses: int | set[int]) -> bool:
+    return status in (statuses if isinstance(statuses, set) else {statuses})
+
+
+@pytest.mark.parametrize("raw, statuses", by_name(MALFORMED))
+def test_reader_refuses(raw, statuses):
+    outcome = read_in_pieces([raw + SMUGGLED])
+    assert outcome.requests == []
+    assert is_among(outcome.refusal, statuses), outcome
+
+
+@pytest.mark.parametrize("raw, statuses", by_name([row for row in MALFORMED if len(row[1]) < 50_000]))
+def test_reader_refuses_octet_by_octet(raw, statuses):
+    outcome = read_in_pieces(octets_of(raw + SMUGGLED))
+    assert outcome.requests == []
+    assert is_among(outcome.refusal, statuses), outcome
+
+
+@pytest.mark.parametrize("raw, statuses", by_name(REFUSED_AT_ONCE))
+def test_reader_refuses_at_once(raw, statuses):
+    outcome = read_in_pieces([raw])
+    assert outcome.requests == [] and is_among(outcome.refusal, statuses), outcome
+
+
+@pytest.mark.parametrize("raw", [HEALTH.replace(b"Host", b"Ho st"), chunked(b"x\r\n"), b"\n"],
+                         ids=["header", "chunk", "empty line"])  # fmt: skip
+def test_reader_yields_nothing_after_a_refusal(raw):
+    reader = RequestReader()
+    reader.feed(HEALTH + raw)
+    assert reader.next_request().head.path == "/health"
+    with pytest.raises(HTTPError):
+        reader.next_request()
+    for _ in range(3):
+        try:
+            reader.feed(HEALTH)
+            assert reader.next_request() is None
+        except HTTPError as error:
+            assert error.status == 400
+
+
+@pytest.mark.parametrize("raw, expected", by_name([row[:3] for row in ODD_BUT_VALID]))
+def test_reader_accepts(raw, expected):
+    reader = RequestReader()
+    reader.feed(raw + SMUGGLED)
+    request = reader.next_request()
+    parts = request.head._asdict() | {"close": request.head.close, "body": request.body}
+    assert {name: parts[name] for name in expected} == expected
+    request_in_pieces = read_in_pieces(octets_of(raw) if len(raw) < 50_000 else
+                                       [raw[start : start + 999] for start in range(0, len(raw), 999)])  # fmt: skip
+    assert request_in_pieces == Outcome([contents(request)], None)
+
+
+@pytest.mark.parametrize("field, name, value", [
+    (b"X-A:a", "x-a", "a"), (b"x-a: \t a b\t ", "x-a", "a b"), (b"X-A: a\tb", "x-a", "a\tb"),
+    (b"X-A:", "x-a", ""), (b"X-A: \t ", "x-a", ""), (b"X-A: a: b:", "x-a", "a: b:"),
+    (b"ACCEPT: text/plain;q=0.5", "accept", "text/plain;q=0.5"), (b"!#$%&'*+-.^_`|~9: a",
+                                                                  "!#$%&'*+-.^_`|~9", "a"),
+])  # fmt: skip
+def test_header_field_is_trimmed_and_named_in_lower_case(field, name, value):
+    reader = RequestReader()
+    reader.feed(get(b"/health", field))
+    assert reader.next_request().head.headers[name] == value
+
+
+def test_request_waits_for_its_last_octet():
+    for raw in (HEALTH, post(), chunked(in_chunks(BATCH)), b"\r\n" + post(b"X-A: a")):
+        reader = RequestReader()
+        for octet in octets_of(raw[:-1]):
+            reader.feed(octet)
+            assert reader.next_request() is None
+        reader.feed(raw[-1:])
+        assert reader.next_request() is not None
+        assert reader.next_request() is None
+
+
+@pytest.mark.parametrize("raw", [
+    chunked(b'5;a="b"\r\nhello\r\n1\r\n \r\n0005\r\nworld\r\n0;x\r\nX-Sum: 1\r\n\r\n') + HEALTH,
+    post() + b"\r\n" + HEALTH,
+], ids=["chunks", "length"])  # fmt: skip
+def test_request_is_the_same_wherever_it_is_cut(raw):
+    whole = read_in_pieces([raw])
+    assert len(whole.requests) == 2 and whole.refusal is None
+    for first in range(len(raw) + 1):
+        assert read_in_pieces([raw[:first], raw[first:]]) == whole
+        assert read_in_pieces([raw[:first], raw[first : first + 3], raw[first + 3 :]]) == whole
+    assert read_in_pieces(octets_of(raw)) == whole
+
+
+@pytest.mark.parametrize("pieces, count", [
+    ([HEALTH * 20_000], 20_000),
+    ([post() * 10_000], 10_000),
+    (octets_of(post(body=b" " * 200_000)), 1),
+    ([chunked(in_chunks(b" " * 200_000, 1))], 1),
+    (octets_of(chunked(in_chunks(b" " * 40_000, 1))), 1),
+    (octets_of(get(b"/health", b"X-A: " + b"a" * 15_000) * 10), 10),
+], ids=["20,000 GETs at once", "10,000 POSTs at once", "body by octets", "chunks of an octet",
+        "chunks of an octet by octets", "long heads by octets"])  # fmt: skip
+def test_reader_does_not_slow_down_with_what_it_holds(pieces, count):
+    outcome = read_in_pieces(pieces)
+    assert (len(outcome.requests), outcome.refusal) == (count, None)
+
+
+REFUSALS = {400, 411, 413, 414, 417, 431, 501, 505}
+
+HTTP_FRAGMENTS = [
+    b"\r\n", b"\r", b"\n", b"\r\n\r\n", b" ", b"\t", b"\0", b"\x7f", b"\x80", b":", b",", b";", b"%",
+    b"%41", b"%0a", b"#", b"?", b"*", b"/", b"0", b"5", b"+", b"-", b"_", b"Host: a\r\n", b"X: y\r\n",
+    b"Content-Length: 5\r\n", b"Content-Length: 0\r\n", b"Transfer-Encoding: chunked\r\n",
+    b"Connection: close\r\n", b"Expect: x\r\n", b"chunked", b"gzip", b"HTTP/1.1", b"HTTP/1.0",
+    b"http://a/", b"0\r\n\r\n", b"5\r\nhello\r\n", SMUGGLED,
+]  # fmt: skip
+
+
+def mutated_request(rng: random.Random, raw: bytes) -> bytes:
+    for _ in range(rng.randrange(1, 4)):
+        start = rng.randrange(len(raw) + 1)
+        end = min(len(raw), start + rng.randrange(1, 30))
+        piece = raw[start:end]
+        accident = rng.randrange(5)
+        if accident == 0:
+            piece = bytes(octet ^ (1 << rng.randrange(8)) for octet in piece[:1]) + piece[1:]
+        elif accident == 1:
+            piece = b""
+        elif accident == 2:
+            piece *= 2
+        else:
+            piece = rng.choice(HTTP_FRAGMENTS) + piece
+        raw = raw[:start] + piece + raw[end:]
+    return raw
+
+
+def random_pieces(rng: random.Random, raw: bytes) -> list[bytes]:
+    cuts = sorted(rng.choices(range(len(raw) + 1), k=rng.randrange(1, 12)))
+    return [raw[start:end] for start, end in zip([0, *cuts], [*cuts, len(raw)])]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_damaged_requests_have_one_outcome_however_they_arrive(seed):
+    rng = random.Random(seed)
+    tables = [[row[1] for row in table if len(row[1]) < 2000] for table in (MALFORMED, ODD_BUT_VALID)]
+    corpus = [rng.choice(table) for table in (tables[0], *tables[1:] * 4) for _ in range(50)]
+    served = refused = 0
+    for _ in range(250):
+        raw = b"".join(rng.choices(corpus, k=rng.randrange(1, 3)))
+        raw = mutated_request(rng, raw) + rng.choice([b"", HEALTH, post()])
+        whole = read_in_pieces([raw])
+        assert whole.refusal is None or whole.refusal in REFUSALS, raw
+        pieces = random_pieces(rng, raw)
+        assert read_in_pieces(pieces) == whole, pieces
+        served += len(whole.requests)
+        refused += whole.refusal is not None
+    assert served > 20 and refused > 20, "the damage is neither too small nor too great"
+
+
+# ---- the same over a socket, and what only a server shows ----
+
+
+def assert_says_why(answer: Answer) -> None:
+    assert answer.headers["content-type"].startswith("application/json")
+    error = answer.json["error"]
+    assert isinstance(error, str) and error
+
+
+@pytest.mark.parametrize("raw, statuses", by_name(MALFORMED))
+def test_malformed_request_is_refused_and_nothing_after_it_is_answered(server, raw, statuses):
+    answers, closed = exchange(server.port, raw + SMUGGLED)
+    assert [is_among(answer.status, statuses) for answer in answers] == [True], answers
+    assert closed and answers[0].headers["connection"] == "close"
+    assert not answers[0].continued
+    assert_says_why(answers[0])
+    assert_healthy(server.port)
+
+
+@pytest.mark.parametrize("raw, statuses", by_name(REFUSED_AT_ONCE))
+def test_hopeless_request_is_refused_before_it_is_complete(server, raw, statuses):
+    answers, closed = exchange(server.port, raw)
+    assert [is_among(answer.status, statuses) for answer in answers] == [True], answers
+    assert closed
+    assert_healthy(server.port)
+
+
+@pytest.mark.parametrize("raw, status, closes", by_name([(row[0], row[1], *row[3:])
+                                                         for row in ODD_BUT_VALID]))  # fmt: skip
+def test_odd_request_is_served(server, raw, status, closes):
+    answers, closed = exchange(server.port, raw)
+    assert [answer.status for answer in answers] == [status], answers
+    assert closed == closes == ("close" in answers[0].headers.get("connection", ""))
+    if status >= 400 and not raw.startswith(b"HEAD "):
+        assert_says_why(answers[0])
+
+
+@pytest.mark.parametrize("raw", by_name([row[:2] for row in ODD_BUT_VALID if row[4]]))
+def test_nothing_is_answered_after_close(server, raw):
+    answers, closed = exchange(server.port, raw + SMUGGLED + post())
+    assert len(answers) == 1 and closed
+
+
+# name, octets, status, methods that Allow must name; the connection is kept
+KEPT: list[tuple[str, bytes, int, set[str]]] = [
+    ("no such route", get(b"/nowhere"), 404, set()),
+    ("no such route for a POST", post(target=b"/nowhere"), 404, set()),
+    ("no such route for chunks", chunked(in_chunks(BATCH)).replace(b"/metrics", b"/nowhere"), 404,
+     set()),
+    ("route in capitals", get(b"/HEALTH"), 404, set()),
+    ("route with a slash behind", get(b"/health/"), 404, set()),
+    ("POST /health", post(target=b"/health"), 405, {"GET", "HEAD"}),
+    ("POST /health in chunks", chunked(in_chunks(SMUGGLED)).replace(b"/metrics", b"/health"), 405,
+     {"GET", "HEAD"}),
+    ("PUT /metrics", post().replace(b"POST", b"PUT", 1), 405, {"GET", "HEAD", "POST"}),
+    ("PATCH /metrics in chunks", chunked(in_chunks(BATCH)).replace(b"POST", b"PATCH", 1), 405,
+     {"GET", "HEAD", "POST"}),
+    ("DELETE /metrics", head(b"DELETE /metrics HTTP/1.1"), 405, {"GET", "HEAD", "POST"}),
+    ("DELETE /health with a request for a body",
+     head(b"DELETE /health HTTP/1.1", b"Content-Length: %d" % len(SMUGGLED)) + SMUGGLED, 405,
+     {"GET", "HEAD"}),
+    ("TRACE /health", head(b"TRACE /health HTTP/1.1"), 405, {"GET", "HEAD"}),
+    ("post in lower case", post().replace(b"POST", b"post", 1), 405, {"GET", "HEAD", "POST"}),
+    ("OPTIONS *", head(b"OPTIONS * HTTP/1.1"), 200, {"GET", "HEAD", "POST"}),
+    ("OPTIONS /metrics", head(b"OPTIONS /metrics HTTP/1.1"), 200, {"GET", "HEAD", "POST"}),
+    ("OPTIONS /health", head(b"OPTIONS /health HTTP/1.1"), 200, {"GET", "HEAD"}),
+    ("OPTIONS /health with a body",
+     head(b"OPTIONS /health HTTP/1.1", b"Content-Length: 5") + b"hello", 200, {"GET", "HEAD"}),
+    *[(f"Content-Type {value.decode()}", post(b"Content-Type: " + value), 415, set())
+      for value in (b"text/plain", b"application/x-www-form-urlencoded", b"text/json",
+                    b"application/jsonx", b"application/json-seq", b"multipart/form-data; boundary=x")],
+    *[(f"Content-Type {value.decode()}", post(b"Content-Type: " + value), 200, set())
+      for value in (b"application/json", b"Application/JSON", b"application/json; charset=utf-8",
+                    b"application/json;charset=UTF-8")],
+    *[(f"Content-Encoding {value.decode()}", post(b"Content-Encoding: " + value), 415, set())
+      for value in (b"br", b"deflate", b"zstd", b"gzipx", b"compress")],
+    ("Content-Encoding identity", post(b"Content-Encoding: identity"), 200, set()),
+    ("broken JSON", post(body=b'{"metrics":['), 400, set()),
+    ("a request for a body", post(body=SMUGGLED), 400, set()),
+    ("gzip", gzipped(gzip.compress(BATCH)), 200, set()),
+    ("gzip in capitals", post(b"Content-Encoding: GZip", body=gzip.compress(BATCH)), 200, set()),
+    ("gzip with a name in it",
+     gzipped(b"\x1f\x8b\x08\x08\0\0\0\0\0\xffname\0" + gzip.compress(BATCH)[10:]), 200, set()),
+    ("gzip in chunks", framed(b"Content-Encoding: gzip", b"Transfer-Encoding: chunked",
+                              body=in_chunks(gzip.compress(BATCH), 7)), 200, set()),
+    ("gzip of exactly the limit", gzipped(gzip.compress(BATCH.ljust(BODY_LIMIT_BYTES))), 200, set()),
+    ("gzip of no gzip", gzipped(BATCH), 400, set()),
+    ("gzip of nothing", gzipped(b""), 400, set()),
+    ("gzip of empty text", gzipped(gzip.compress(b"")), 400, set()),
+    ("gzip of broken JSON", gzipped(gzip.compress(BATCH[:-1])), 400, set()),
+    ("gzip header only", gzipped(gzip.compress(BATCH)[:10]), 400, set()),
+    ("gzip cut in the middle", gzipped(gzip.compress(BATCH)[:-20]), 400, set()),
+    ("gzip cut in its checksum", gzipped(gzip.compress(BATCH)[:-1]), 400, set()),
+    ("gzip without its checksum", gzipped(gzip.compress(BATCH)[:-8]), 400, set()),
+    ("gzip with a wrong checksum", gzipped(gzip.compress(BATCH)[:-8] + b"\0" * 8), 400, set()),
+    ("gzip with a wrong length", gzipped(gzip.compress(BATCH)[:-4] + b"\0" * 4), 400, set()),
+    ("gzip with a wrong method", gzipped(b"\x1f\x8b\x07" + gzip.compress(BATCH)[3:]), 400, set()),
+    ("gzip with garbage behind", gzipped(gzip.compress(BATCH) + b"garbage"), 400, set()),
+    ("gzip with a zero behind", gzipped(gzip.compress(BATCH) + b"\0"), 400, set()),
+    ("zlib for gzip", gzipped(b"x\x9c\x03\0\0\0\0\x01"), 400, set()),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("raw, status, allowed", by_name(KEPT))
+def test_sound_framing_keeps_the_connection_whatever_the_status(server, raw, status, allowed):
+    answers, closed = exchange(server.port, raw)
+    assert [answer.status for answer in answers] == [status], answers
+    assert not closed
+    if allowed:
+        assert allowed <= set(re.split(r"\s*,\s*", answers[0].headers["allow"]))
+    if status >= 400:
+        assert_says_why(answers[0])
+
+
+@pytest.mark.parametrize("content", [
+    gzip.compress(b"\0" * 10_000_000),
+    gzip.compress(BATCH.ljust(BODY_LIMIT_BYTES + 1)),
+    gzip.compress(BATCH + b" " * 50_000_000) + b"garbage",
+], ids=["10 MB of zeros", "one octet beyond the limit", "50 MB of spaces and garbage"])  # fmt: skip
+def test_gzip_bomb_is_refused(server, content):
+    answers, _ = exchange(server.port, gzipped(content))
+    assert [answer.status for answer in answers] == [413]
+    assert_says_why(answers[0])
+    assert_healthy(server.port)
+
+
+def test_415_says_which_header_to_send(server):
+    for raw in (post(b"Content-Type: text/plain"), post(b"Content-Encoding: br")):
+        answers, _ = exchange(server.port, raw)
+        assert re.search("application/json|gzip", answers[0].json["error"])
+
+
+def test_answer_carries_date_type_and_length(server):
+    for raw in (HEALTH, get(b"/metrics"), get(b"/nowhere"), post(), post(body=b"x")):
+        answers, _ = exchange(server.port, raw)
+        headers = answers[0].headers
+        assert re.fullmatch(r"(Mon|Tue|Wed|Thu|Fri|Sat|Sun), \d\d [A-Z][a-z]{2} \d{4} "
+                            r"\d\d:\d\d:\d\d GMT", headers["date"])  # fmt: skip
+        assert headers["content-type"].startswith("application/json")
+        assert headers["content-length"] == str(len(answers[0].body))
+
+
+@pytest.mark.parametrize("path", [b"/health", b"/metrics", b"/nowhere"])
+def test_head_is_get_without_the_body(server, path):
+    raw = head(b"HEAD " + path + b" HTTP/1.1") + get(path)
+    (to_head, to_get), closed = exchange(server.port, raw, expect=2)
+    assert not closed
+    assert to_head.body == b"" and to_get.body
+    assert to_head.status == to_get.status
+    assert to_head.headers.keys() == to_get.headers.keys()
+    assert to_head.headers["content-type"] == to_get.headers["content-type"]
+    assert int(to_head.headers["content-length"]) > 0
+
+
+PIPELINE = [
+    (HEALTH, 200), (post(), 200), (get(b"/nowhere"), 404), (chunked(in_chunks(BATCH)), 200),
+    (head(b"DELETE /health HTTP/1.1"), 405), (post(body=b"{}"), 400), (b"\r\n" + HEALTH, 200),
+    (post(b"Content-Type: text/plain"), 415), (gzipped(gzip.compress(BATCH)), 200),
+    (head(b"HEAD /health HTTP/1.1"), 200),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("piece_bytes", [100_000, 97, 1], ids=["at once", "in pieces", "by octets"])
+def test_ten_pipelined_requests_are_answered_in_order(server, piece_bytes):
+    raw = b"".join(request for request, _ in PIPELINE)
+    with connect(server.port) as connection, connection.makefile("rb") as stream:
+        for start in range(0, len(raw), piece_bytes):
+            connection.sendall(raw[start : start + piece_bytes])
+        answers = [read_answer(stream, to_head=n == 9) for n in range(10)]
+        assert [answer.status for answer in answers] == [status for _, status in PIPELINE]
+        connection.sendall(HEALTH)
+        assert is_healthy(read_answer(stream))
+
+
+def test_thousands_of_pipelined_requests_are_answered(server):
+    answers, closed = exchange(server.port, get(b"/nowhere") * 500 + HEALTH * 500, expect=1000)
+    assert [answer.status for answer in answers] == [404] * 500 + [200] * 500
+    assert not closed
+
+
+def test_what_came_before_a_malformed_request_is_answered(server):
+    raw = HEALTH + post() + get(b"/health", b"X : y") + SMUGGLED
+    answers, closed = exchange(server.port, raw, expect=3)
+    assert [answer.status for answer in answers] == [200, 200, 400]
+    assert closed
+
+
+@pytest.mark.parametrize("raw", [HEALTH, post(), chunked(b"5;a\r\nhello\r\n0\r\nX: y\r\n\r\n")],
+                         ids=["GET", "POST", "chunks"])  # fmt: skip
+def test_request_may_arrive_octet_by_octet(server, raw):
+    with connect(server.port) as connection, connection.makefile("rb") as stream:
+        for octet in octets_of(raw):
+            connection.sendall(octet)
+        assert read_answer(stream).status == (400 if b"hello" in raw else 200)
+        connection.sendall(HEALTH)
+        assert is_healthy(read_answer(stream))
+
+
+# ---- Expect: 100-continue ----
+
+
+@pytest.mark.parametrize("framing, body", [
+    (BATCH_LENGTH, BATCH),
+    (b"Transfer-Encoding: chunked", in_chunks(BATCH)),
+], ids=["length", "chunks"])  # fmt: skip
+def test_expectation_is_met_before_the_body_is_sent(server, framing, body):
+    with connect(server.port) as connection, connection.makefile("rb") as stream:
+        for _ in range(3):
+            connection.sendall(framed(framing, b"Expect: 100-continue", body=b""))
+            assert read_answer(stream).status == 100
+            connection.sendall(body)
+            assert read_answer(stream).status == 200
+
+
+def test_expectation_is_met_once_when_the_head_comes_in_pieces(server):
+    with connect(server.port) as connection, connection.makefile("rb") as stream:
+        for octet in octets_of(framed(BATCH_LENGTH, b"Expect: 100-continue", body=b"")):
+            connection.sendall(octet)
+        assert read_answer(stream).status == 100
+        for octet in octets_of(BATCH):
+            connection.sendall(octet)
+        assert read_answer(stream).status == 200
+        connection.sendall(HEALTH)
+        assert is_healthy(read_answer(stream))
+
+
+@pytest.mark.parametrize("raw, statuses", by_name([
+    ("too large", framed(b"Content-Length: 1048577", b"Expect: 100-continue", body=b""), 413),
+    ("another expectation", framed(BATCH_LENGTH, b"Expect: 200-ok", body=b""), 417),
+    ("two framings", framed(BATCH_LENGTH, b"Transfer-Encoding: chunked", b"Expect: 100-continue",
+                            body=b""), 400),
+    ("unknown coding", framed(b"Transfer-Encoding: gzip", b"Expect: 100-continue", body=b""), 501),
+    ("no length", framed(b"Expect: 100-continue", body=b""), 411),
+    ("no Host", framed(BATCH_LENGTH, b"Expect: 100-continue", body=b"")
+     .replace(b"Host", b"X-Host"), 400),
+]))  # fmt: skip
+def test_body_that_will_not_be_read_is_not_asked_for(server, raw, statuses):
+    answers, closed = exchange(server.port, raw)
+    assert [is_among(answer.status, statuses) for answer in answers] == [True], answers
+    assert closed and not answers[0].continued
+
+
+def test_http_1_0_gets_no_interim_answer(server):
+    raw = framed(BATCH_LENGTH, b"Expect: 100-continue", body=b"", version=b"HTTP/1.0")
+    with connect(server.port) as connection, connection.makefile("rb") as stream:
+        connection.sendall(raw)
+        connection.sendall(BATCH)
+        assert read_answer(stream).status == 200
+        assert read_answer(stream) is None
+
+
+# ---- ends and accidents ----
+
+
+@pytest.mark.parametrize("raw", by_name([
+    ("nothing", b""),
+    ("request line", b"POST /metrics HTTP/1.1\r\n"),
+    ("head without its empty line", post(body=b"")[:-2]),
+    ("head only", framed(BATCH_LENGTH, body=b"")),
+    ("body without its last octet", post()[:-1]),
+    ("body without its last octet, to be closed", post(b"Connection: close")[:-1]),
+    ("HTTP/1.0 body without its last octet", framed(BATCH_LENGTH, body=BATCH[:-1],
+                                                    version=b"HTTP/1.0")),
+    ("whole JSON shorter than its length", framed(b"Content-Length: 39")),
+    ("chunks without the last chunk", chunked(in_chunks(BATCH)[:-5])),
+    ("chunks without the last CRLF", chunked(in_chunks(BATCH)[:-2])),
+    ("chunks without the last LF", chunked(in_chunks(BATCH)[:-1])),
+    ("chunk size without CRLF", chunked(b"26")),
+    ("chunk without its CRLF", chunked(b"26\r\n" + BATCH)),
+    ("trailers without their end", chunked(in_chunks(BATCH)[:-2] + b"X: a\r\n")),
+    ("expectation without a body", framed(BATCH_LENGTH, b"Expect: 100-continue", body=b"")),
+]))  # fmt: skip
+def test_truncated_request_is_never_acknowledged(server, raw):
+    answers, closed = exchange(server.port, raw, half_close=True)
+    assert closed
+    assert [answer.status for answer in answers] in ([], [400], [408])
+    assert_healthy(server.port)
+
+
+@pytest.mark.parametrize("raw, statuses", [
+    (HEALTH, [200]), (post(), [200]), (chunked(in_chunks(BATCH)), [200]),
+    (HEALTH + post() + get(b"/nowhere"), [200, 200, 404]), (HEALTH + post()[:-1], [200]),
+], ids=["GET", "POST", "chunks", "three requests", "one and a part"])  # fmt: skip
+def test_whole_requests_are_answered_after_the_client_shut_its_side(server, raw, statuses):
+    answers, closed = exchange(server.port, raw, half_close=True)
+    assert closed
+    assert [answer.status for answer in answers][: len(statuses)] == statuses
+    assert all(answer.status in (400, 408) for answer in answers[len(statuses) :])
+
+
+@pytest.mark.parametrize("raw, status", [
+    (get(b"/health", b"X : y"), 400),
+    (framed(b"Content-Length: 200000000", body=b""), 413),
+    (framed(body=b""), 411),
+    (get(b"/" + b"a" * 9000), 414),
+    (chunked(b"x\r\n"), 400),
+    (post(b"Expect: x", body=b""), 417),
+    (get(b"/health", b"Connection: close"), 200),
+], ids=["400", "413", "411", "414", "bad chunk", "417", "Connection: close"])  # fmt: skip
+@pytest.mark.parametrize("eager", [True, False], ids=["sends on blindly", "sends on after reading"])
+def test_client_that_goes_on_sending_reads_its_answer_and_no_reset(server, raw, status, eager):
+    with connect(server.port) as connection, connection.makefile("rb") as stream:
+        connection.sendall(raw)
+        if not eager:
+            assert len(stream.peek(1)) >= 1
+        for _ in range(50):
+            send_what_is_taken(connection, SMUGGLED * 100)  # 200 KB and more in all
+        assert read_answer(stream).status == status
+        assert stream.read() == b""
+
+
+def test_peer_that_resets_in_the_middle_harms_nobody(server):
+    for raw in (HEALTH[:-2], post()[:-1], chunked(b"26\r\n"), HEALTH, post(), b"\n"):
+        connection = connect(server.port)
+        connection.sendall(raw)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.close()
+        assert_healthy(server.port)
+
+
+def test_statistics_are_served_after_all_this(server):
+    answers, closed = exchange(server.port, get(b"/metrics"))
+    assert answers[0].status == 200 and not closed
+    assert isinstance(answers[0].json, dict) and answers[0].json
+
+
+def test_the_tables_hold_more_than_a_hundred_situations():
+    assert len(MALFORMED) >= 120 and len(ODD_BUT_VALID) >= 60
+    for table in (MALFORMED, REFUSED_AT_ONCE, ODD_BUT_VALID, KEPT):
+        assert len({row[0] for row in table}) == len(table), "two rows of one name"
+
+
+# --------------------------------------------------------------------------------------------------
+# 2. Rate limiting
+# --------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """A clock that stands still until it is told to move."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 50])
+def test_limiter_decides_as_a_list_of_all_times_would(limit):
+    rng, clock = random.Random(limit), Clock()
+    limiter = SlidingWindowLimiter(limit, clock=clock, stripes=4)
+    allowed_at: dict[str, list[float]] = {client: [] for client in "abc"}
+    verdicts: Counter[bool] = Counter()
+    step_s = 0.5 ** round(math.log2(limit))  # binary fractions, so that no time is rounded
+    for _ in range(5000):
+        clock.now += rng.choice((0.0, 0.125, 0.25, 0.5)) * step_s
+        client = rng.choice("abc")
+        window = [then for then in allowed_at[client] if clock.now - then < 1.0]
+        decision = limiter.decide(client)
+        assert decision.allowed == (len(window) < limit)
+        if decision.allowed:
+            assert decision.remaining == limit - len(window) - 1
+            allowed_at[client].append(clock.now)
+        else:
+            assert decision.remaining == 0
+            assert decision.retry_after_s == window[0] + 1.0 - clock.now
+        verdicts[decision.allowed] += 1
+    assert verdicts[True] > 500 and verdicts[False] > 500
+
+
+def test_the_wait_that_a_refusal_names_is_exact():
+    clock = Clock()
+    limiter = SlidingWindowLimiter(2, clock=clock)
+    limiter.decide("a")
+    clock.now += 0.25
+    limiter.decide("a")
+    wait_s = limiter.decide("a").retry_after_s
+    clock.now += wait_s - 2**-20
+    assert not limiter.decide("a").allowed
+    clock.now += 2**-20
+    assert limiter.decide("a").allowed
+
+
+def test_a_refused_request_does_not_lengthen_the_wait():
+    clock = Clock()
+    limiter = SlidingWindowLimiter(1, clock=clock)
+    limiter.decide("a")
+    for _ in range(9):
+        clock.now += 0.1
+        assert not limiter.decide("a").allowed
+    clock.now = 1001.0
+    assert limiter.decide("a").allowed
+
+
+def test_a_client_seen_once_costs_well_under_200_bytes():
+    clients = [f"client_{number}" for number in range(60_000)]
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        limiter = SlidingWindowLimiter(1000, clock=Clock(), max_clients=1_000_000)
+        for client in clients:
+            limiter.decide(client)
+        used = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert limiter.tracked == 60_000
+    assert used / 60_000 < 150  # the ids are the caller's
+
+
+def test_idle_clients_are_forgotten_as_others_come():
+    clock = Clock()
+    limiter = SlidingWindowLimiter(5, clock=clock, stripes=1)
+    for number in range(50_000):
+        clock.now += 0.01  # so that 100 clients are within the window
+        limiter.decide(str(number))
+        assert limiter.tracked <= 100 + 2 * metricstream.FORGET_BATCH
+    assert limiter.evicted == 0
+
+
+def test_beyond_the_cap_the_least_recently_used_client_is_evicted():
+    limiter = SlidingWindowLimiter(1, clock=Clock(), stripes=1, max_clients=3)
+    for client in ("a", "b", "c", "a", "d"):  # b is the one not used for longest
+        limiter.decide(client)
+    assert (limiter.tracked, limiter.evicted) == (3, 1)
+    assert [limiter.decide(client).allowed for client in ("a", "c", "d", "b")] == [False] * 3 + [True]
+
+
+def test_every_decision_is_flushed_once_while_32_threads_hammer():
+    clock = Clock()
+    limiter = SlidingWindowLimiter(100, clock=clock, stripes=4, max_clients=40)  # fewer than there are
+    decided: Counter[bool] = Counter()
+    counting = threading.Lock()
+    hammering = threading.Barrier(33)
+
+    def hammer(number: int) -> None:
+        rng, mine = random.Random(number), Counter[bool]()
+        hammering.wait()
+        for _ in range(2000):
+            mine[limiter.decide(f"client {rng.randrange(60)}").allowed] += 1
+        with counting:
+            decided.update(mine)
+
+    flushed: Counter[bool] = Counter()
+
+    threads = [threading.Thread(target=hammer, args=(number,), daemon=True) for number in range(32)]
+    for thread in threads:
+        thread.start()
+    hammering.wait()
+    reports = 0
+
+    def asked(client: str, allowed: int, refused: int) -> None:
+        nonlocal reports
+        reports += 1
+        flushed.update({True: allowed, False: refused})
+
+    while any(thread.is_alive() for thread in threads):
+        flush_metrics(limiter, asked)
+    for thread in threads:
+        thread.join(30)
+    flush_metrics(limiter, asked)
+    assert decided.total() == 32 * 2000
+    assert flushed == decided and reports > 60
+
+
+def test_a_report_may_ask_the_limiter_itself():
+    limiter = SlidingWindowLimiter(100, stripes=1)
+    limiter.decide("a")
+    seen = []
+
+    def report(client: str, allowed: int, refused: int) -> None:
+        seen.append((client, allowed, refused))
+        limiter.decide("b")  # would deadlock if a lock were held
+
+    reporter = threading.Thread(target=flush_metrics, args=(limiter, report), daemon=True)
+    reporter.start()
+    reporter.join(10)
+    assert not reporter.is_alive() and seen == [("a", 1, 0)]
+
+
+@pytest.mark.parametrize("stripes", [0, 3, 100])
+def test_the_number_of_stripes_is_a_power_of_two(stripes):
+    with pytest.raises(ValueError, match="power of two"):
+        SlidingWindowLimiter(1, stripes=stripes)
+
+
+# --------------------------------------------------------------------------------------------------
+# 3. JSON
+# --------------------------------------------------------------------------------------------------
+
+
+
+
+
+def nested(levels: int, inner: bytes = b"") -> bytes:
+    return b"[" * levels + inner + b"]" * levels
+
+
+# Every situation in which RFC 8259 leaves no choice but to accept, and this server's own choices.
+ACCEPTED: list[tuple[str, bytes, object]] = [
+    # literals and white space
+    ("null alone", b"null", None),
+    ("true alone", b"true", True),
+    ("false alone", b"false", False),
+    ("all literals", b"[null,true,false]", [None, True, False]),
+    ("space before", b" true", True),
+    ("space after", b"true ", True),
+    ("newline after", b"true\n", True),
+    ("each white space", b" \t\r\n[ \t\r\n1 \t\r\n, \t\r\n2 \t\r\n] \t\r\n", [1, 2]),
+    ("white space in object", b'\r\n{\t"a" :\n1 ,"b"\r: 2\t}\n', {"a": 1, "b": 2}),
+    # arrays
+    ("empty array", b"[]", []),
+    ("empty array spaced", b"[ \n ]", []),
+    ("array of empty string", b'[""]', [""]),
+    ("array of one", b"[1]", [1]),
+    ("array of array", b"[[]   ]", [[]]),
+    ("arrays side by side", b"[[],[[]],{}]", [[], [[]], {}]),
+    ("mixed array", b'[null, 1, "1", {}]', [None, 1, "1", {}]),
+    ("several nulls", b"[1,null,null,null,2]", [1, None, None, None, 2]),
+    ("leading space in array", b"[ 1]", [1]),
+    ("trailing space in array", b"[2] ", [2]),
+    ("line break in array", b"[1\n]", [1]),
+    ("64 levels of arrays", nested(64), json.loads(nested(64))),
+    ("64 levels of objects", b'{"a":' * 63 + b"{}" + b"}" * 63,
+     json.loads('{"a":' * 63 + "{}" + "}" * 63)),
+    ("64 levels twice", b"[" + nested(63) + b"," + nested(63) + b"]", [json.loads(nested(63))] * 2),
+    ("1000 siblings", b"[" + b"[]," * 999 + b"[]]", [[]] * 1000),
+    # objects
+    ("empty object", b"{}", {}),
+    ("one member", b'{"a":"b"}', {"a": "b"}),
+    ("two members", b'{"a":[],"b":{}}', {"a": [], "b": {}}),
+    ("empty name", b'{"":0}', {"": 0}),
+    ("last duplicate wins", b'{"a":"b","a":"c"}', {"a": "c"}),
+    ("duplicate of same value", b'{"a":"b","a":"b"}', {"a": "b"}),
+    ("duplicate by escape", b'{"a":1,"\\u0061":2}', {"a": 2}),
+    ("last duplicate wins deep down", b'{"a":{"b":1},"a":{"c":2}}', {"a": {"c": 2}}),
+    ("escaped NUL in name", b'{"a\\u0000b":42}', {"a\0b": 42}),
+    ("extreme numbers in object", b'{"min":-1.0e+28,"max":1.0e+28}', {"min": -1e28, "max": 1e28}),
+    ("long strings in object", b'{"x":[{"id":"' + b"a" * 40 + b'"}],"id":"' + b"b" * 40 + b'"}',
+     {"x": [{"id": "a" * 40}], "id": "b" * 40}),
+    ("object with newlines", b'{\n"a": "b"\n}', {"a": "b"}),
+    ("name in Cyrillic escapes", b'{"\\u041f\\u043e":"\\u043b"}', {"По": "л"}),
+    ("names that look like fields", b'{"__class__":1,"metrics":2}', {"__class__": 1, "metrics": 2}),
+    # integers stay int
+    ("zero", b"0", 0),
+    ("minus zero", b"-0", 0),
+    ("one digit", b"7", 7),
+    ("negative", b"-42", -42),
+    ("minus one in array", b"[-1]", [-1]),
+    ("past 2**53", b"9007199254740993", 9007199254740993),
+    ("past 2**64", b"100000000000000000000", 10**20),
+    ("300 digits", b"9" * 300, 10**300 - 1),
+    ("largest power of ten", b"1" + b"0" * 308, 10**308),
+    ("negative past 2**64", b"-237462374673276894279832", -237462374673276894279832),
+    # floats stay float
+    ("zero with fraction", b"0.0", 0.0),
+    ("minus zero with fraction", b"-0.0", -0.0),
+    ("minus zero with exponent", b"-0e1", -0.0),
+    ("whole float", b"1.0", 1.0),
+    ("fraction", b"123.456789", 123.456789),
+    ("exponent e", b"1e2", 100.0),
+    ("exponent E", b"1E22", 1e22),
+    ("exponent plus", b"1e+2", 100.0),
+    ("exponent minus", b"1E-2", 0.01),
+    ("exponent leading zero", b"1e02", 100.0),
+    ("fraction and exponent", b"123.456e78", 123.456e78),
+    ("zero exponent", b"0e+1", 0.0),
+    ("zero exponent E", b"0E1", 0.0),
+    ("close to zero", b"-0." + b"0" * 77 + b"1", -1e-78),
+    ("halves round to even", b"9007199254740993.0", 9007199254740992.0),
+    ("largest float", b"1.7976931348623157e308", 1.7976931348623157e308),
+    ("smallest float", b"5e-324", 5e-324),
+    ("underflow is zero", b"123e-10000000", 0.0),
+    ("negative underflow is minus zero", b"-1e-999", -0.0),
+    ("zero with huge exponent", b"0e999999", 0.0),
+    ("1000 characters of number", b"0." + b"1" * 998, float("0." + "1" * 998)),
+    ("number after space", b"[ 4.5]", [4.5]),
+    # strings
+    ("empty string", b'""', ""),
+    ("blank string", b'" "', " "),
+    ("plain string", b'"asd"', "asd"),
+    ("every short escape", rb'"\"\\\/\b\f\n\r\t"', '"\\/\b\f\n\r\t'),
+    ("escaped NUL", rb'"\u0000"', "\0"),
+    ("escaped control", rb'"\u0012"', "\x12"),
+    ("escaped quote", rb'"\u0022"', '"'),
+    ("escaped backslash", rb'"\u005C"', "\\"),
+    ("hex in either case", rb'"\uABCD\uabcd\uAbCd"', "\uabcd" * 3),
+    ("backslash then u", rb'"\\u0041"', "\\u0041"),
+    ("backslashes in pairs", rb'"\\\\"', "\\\\"),
+    ("escape beside escape", rb'"\u0060\u012a\u12AB"', "\u0060\u012a\u12ab"),
+    ("escaped surrogate pair", rb'"\uD834\uDd1e"', "\U0001d11e"),
+    ("two escaped pairs", rb'"\ud83d\ude39\ud83d\udc8d"', "\U0001f639\U0001f48d"),
+    ("last code point, escaped", rb'"\uDBFF\uDFFF"', "\U0010ffff"),
+    ("escaped noncharacter", rb'"\uFFFF\uFDD0"', "\uffff\ufdd0"),
+    ("escaped BOM inside", rb'"\uFEFF"', "\ufeff"),
+    ("raw BOM inside", b'"\xef\xbb\xbf"', "\ufeff"),
+    ("raw two octets", '"é"'.encode(), "é"),
+    ("raw three octets", '"€𝄞"'.encode(), "€𝄞"),
+    ("raw last code point", '"\U0010ffff"'.encode(), "\U0010ffff"),
+    ("raw noncharacters", '"\uffff\U0001ffff"'.encode(), "\uffff\U0001ffff"),
+    ("raw line separators", '"\u2028\u2029\x85"'.encode(), "\u2028\u2029\x85"),
+    ("raw DEL", b'"\x7f"', "\x7f"),
+    ("raw no-break space", '"\xa0"'.encode(), "\xa0"),
+    ("comment is text", b'"a/*b*/c/*d//e"', "a/*b*/c/*d//e"),
+    ("brackets are text", b'"]}[{,:"', "]}[{,:"),
+    ("apostrophe", b'"it\'s"', "it's"),
+    ("1000 opening brackets as text", b'"' + b"[" * 1000 + b'"', "[" * 1000),
+    ("string in array", b'["asd" ]', ["asd"]),
+    ("combining marks stay apart", '"e\u0301"'.encode(), "e\u0301"),
+]  # fmt: skip
+
+REJECTED: list[tuple[str, bytes]] = [
+    # nothing, or more than one thing
+    ("empty text", b""),
+    ("only space", b" "),
+    ("only newlines", b"\r\n\n"),
+    ("two values", b"1 2"),
+    ("two arrays", b"[][]"),
+    ("array and bracket", b"[1]]"),
+    ("object and brace", b'{"a":1}}'),
+    ("value and comma", b"1,"),
+    ("array and comma", b"[],"),
+    ("array and letter", b"[1]x"),
+    ("object and hash", b'{"a":"b"}#'),
+    ("object and string", b'{"a":true} "x"'),
+    ("string and letter", b'""x'),
+    ("string and string", b'"a""b"'),
+    ("literal twice", b"truetrue"),
+    ("literal and digit", b"null1"),
+    ("value and NUL", b"1\0"),
+    ("NUL alone", b"\0"),
+    ("NUL in array", b"[1,\x002]"),
+    ("closing bracket alone", b"]"),
+    ("closing brace alone", b"}"),
+    ("comma alone", b","),
+    ("colon alone", b":"),
+    ("asterisk", b"*"),
+    ("angle brackets", b"<null>"),
+    ("angle bracket", b"<.>"),
+    ("bare word", b"abc"),
+    ("bare Cyrillic", "å".encode()),
+    ("backslash alone", b"\\"),
+    # literals
+    ("cut null", b"nul"),
+    ("cut true", b"[tru]"),
+    ("cut false", b"[fals]"),
+    ("one letter", b"t"),
+    ("True", b"True"),
+    ("NULL", b"NULL"),
+    ("falsE", b"falsE"),
+    ("None", b"None"),
+    ("nullx", b"[nullx]"),
+    ("trueish escape", rb"tr\u0075e"),
+    ("undefined", b"undefined"),
+    ("NaN", b"NaN"),
+    ("minus NaN", b"-NaN"),
+    ("nan", b"[nan]"),
+    ("Infinity", b"Infinity"),
+    ("minus Infinity", b"-Infinity"),
+    ("plus Infinity", b"+Inf"),
+    ("inf", b"inf"),
+    # white space that is none
+    ("form feed", b"[\x0c]"),
+    ("vertical tab", b"\x0b1"),
+    ("backspace", b"[\x081]"),
+    ("no-break space", "[\xa01]".encode()),
+    ("next line", "\x851".encode()),
+    ("line separator", "[1,\u20282]".encode()),
+    ("ideographic space", "\u30001".encode()),
+    ("word joiner", "[\u2060]".encode()),
+    ("file separator", b"\x1c1"),
+    ("escaped newline", b"[\\n]"),
+    ("escaped space", b"[\\u0020]"),
+    # comments
+    ("block comment", b"/* x */ 1"),
+    ("comment after", b'{"a":"b"}/**/'),
+    ("unclosed comment after", b'{"a":"b"}/**//'),
+    ("slash after", b'{"a":"b"}/'),
+    ("line comment", b'{"a":"b"}//'),
+    ("comment in object", b'{"a":/*x*/"b"}'),
+    ("hash comment", b"# x\n1"),
+    # arrays
+    ("unclosed array", b"["),
+    ("unclosed array of one", b"[1"),
+    ("unclosed array after comma", b"[1,"),
+    ("unclosed array of array", b"[[]"),
+    ("unclosed array over lines", b'["a",\n4\n,1,'),
+    ("unclosed array of newlines", b"[1,\n1\n,1"),
+    ("unclosed array of object", b"[{}"),
+    ("array closed twice", b"[]]"),
+    ("array closed by brace", b"[1}"),
+    ("array in array closed by brace", b"[[1}]"),
+    ("trailing comma", b"[1,]"),
+    ("trailing comma before space", b"[1, ]"),
+    ("two trailing commas", b'["",,]'),
+    ("leading comma", b"[,1]"),
+    ("only a comma", b"[,]"),
+    ("double comma", b"[1,,2]"),
+    ("comma and close without open", b"1]"),
+    ("no comma", b"[1 2]"),
+    ("no comma before true", b"[1 true]"),
+    ("no comma before array", b"[3[4]]"),
+    ("no comma between strings", b'["a" "b"]'),
+    ("colon for comma", b'["a":1]'),
+    ("semicolon for comma", b"[1;2]"),
+    ("star for value", b"[*]"),
+    ("minus for value", b"[-]"),
+    ("word for value", b"[x"),
+    ("parentheses", b"(1)"),
+    ("vertical tab in array", b'["\x0ba"\\f]'),
+    ("65 levels of arrays", nested(65)),
+    ("65 levels of objects", b'{"a":' * 64 + b"{}" + b"}" * 64),
+    ("65 levels in the second", b"[[]," + nested(64) + b"]"),
+    ("500 levels closed", nested(500)),
+    ("100000 open arrays", b"[" * 100_000),
+    ("50000 open members", b'[{"":' * 50_000),
+    ("65 levels under a duplicate", b'{"a":' + nested(64) + b',"a":1}'),
+    # objects
+    ("unclosed object", b"{"),
+    ("unclosed name", b'{"a'),
+    ("unclosed after name", b'{"a"'),
+    ("unclosed after colon", b'{"a":'),
+    ("unclosed after value", b'{"a":1'),
+    ("unclosed after comma", b'{"a":1,'),
+    ("unclosed value string", b'{"a":"a'),
+    ("object closed by bracket", b'{"a":1]'),
+    ("object of a bracket", b"{]"),
+    ("object of a comma", b"{,}"),
+    ("object of a colon", b"{:}"),
+    ("object of a brace", b"{{}}"),
+    ("object in object as name", b'{{"a":1}:2}'),
+    ("array as name", b"{[]:1}"),
+    ("bare name", b"{a:1}"),
+    ("bare name quoted value", b'{a:"b"}'),
+    ("apostrophes", b"{'a':0}"),
+    ("number as name", b"{1:1}"),
+    ("float as name", b"{1.5:1}"),
+    ("null as name", b"{null:null}"),
+    ("hundred numbers as name", b"{9999E9999:1}"),
+    ("emoji as name", "{🇨🇭}".encode()),
+    ("name only", b'{"a"}'),
+    ("no value", b'{"a":}'),
+    ("no colon", b'{"a" "b"}'),
+    ("comma for colon", b'{"a",1}'),
+    ("equals for colon", b'{"a"=1}'),
+    ("double colon", b'{"a"::"b"}'),
+    ("colon after value", b'{"a":1:2}'),
+    ("no name", b'{:"b"}'),
+    ("object trailing comma", b'{"a":0,}'),
+    ("object many trailing commas", b'{"a":0,,,,,}'),
+    ("object leading comma", b'{,"a":0}'),
+    ("object double comma", b'{"a":"b",,"c":"d"}'),
+    ("object no comma", b'{"a":1 "b":2}'),
+    ("word after member", b'{"a":"b" c}'),
+    ("lone string in object", b'{"a":"b","c"}'),
+    ("string escape outside", b'{"a":"b"\\u002c"c":1}'),
+    ("member with unclosed array", b'{"a":[1}'),
+    ("slash in name position", b'{/"a":1}'),
+    # numbers
+    ("plus sign", b"+1"),
+    ("double plus", b"++1234"),
+    ("two minus", b"--1"),
+    ("minus alone", b"-"),
+    ("minus space", b"- 1"),
+    ("minus letter", b"-foo"),
+    ("minus plus", b"-+1"),
+    ("minus one letter", b"-1x"),
+    ("minus bare word", b"[-x]"),
+    ("leading zero", b"012"),
+    ("two zeros", b"00"),
+    ("leading zero negative", b"-01"),
+    ("minus two zeros", b"-00"),
+    ("leading zero with fraction", b"00.5"),
+    ("leading zero in array", b"[1,02]"),
+    ("no fraction", b"1."),
+    ("no fraction negative", b"-2."),
+    ("no fraction before exponent", b"2.e3"),
+    ("zero no fraction before exponent", b"0.e1"),
+    ("no integer part", b".5"),
+    ("no integer part negative", b"-.123"),
+    ("point alone", b"."),
+    ("two points", b"1.2.3"),
+    ("point then minus", b"1.-1"),
+    ("empty exponent", b"1e"),
+    ("empty exponent E", b"1.0E"),
+    ("zero empty exponent", b"0e"),
+    ("exponent only plus", b"1e+"),
+    ("exponent only minus", b"1.0e-"),
+    ("exponent plus minus", b"0e+-1"),
+    ("exponent with point", b"1e1.5"),
+    ("exponent twice", b"1e2e3"),
+    ("exponent equals", b"1ea"),
+    ("exponent alone", b"e1"),
+    ("hexadecimal", b"0x42"),
+    ("hexadecimal x only", b"0x"),
+    ("octal", b"0o17"),
+    ("binary", b"0b1"),
+    ("underscore", b"1_000"),
+    ("thousands comma alone", b"1,000"),
+    ("space in number", b"1 000"),
+    ("suffix letter", b"1a"),
+    ("suffix L", b"1L"),
+    ("suffix j", b"1.5j"),
+    ("sum", b"1+2"),
+    ("full-width digit", "１".encode()),
+    ("digit after digit in Arabic", "1٢".encode()),
+    ("fraction in Devanagari", "1.२".encode()),
+    ("number cut by a bad octet", b"123\xe5"),
+    ("exponent cut by a bad octet", b"1e1\xe5"),
+    ("minus infinity sign", "-∞".encode()),
+    ("too large for a float", b"1e309"),
+    ("negative too large for a float", b"-1e9999"),
+    ("huge exponent", b"0.4e00669999999999999999999999999999999999999999999969999999006"),
+    ("just past the largest float", b"1.7976931348623159e308"),
+    ("integer too large for a float", b"1" + b"0" * 309),
+    ("integer just too large for a float", str(2**1024).encode()),
+    ("negative integer too large", b"-1" + b"0" * 309),
+    ("1001 characters of number", b"0." + b"1" * 999),
+    ("1001 characters of exponent", b"1e-" + b"0" * 997 + b"1"),
+    ("5000 digits", b"1" * 5000),
+    ("too large under a duplicate", b'{"a":1e999,"a":1}'),
+    # strings
+    ("quote alone", b'"'),
+    ("unclosed string", b'"abc'),
+    ("unclosed after escaped quote", b'"\\"'),
+    ("unclosed after backslash", b'"\\'),
+    ("unclosed string in array", b'["asd'),
+    ("apostrophe string", b"'abc'"),
+    ("backtick string", b"`a`"),
+    ("curly quotes", "“a”".encode()),
+    ("opened with escape", b'\\u0022a"'),
+    ("raw newline", b'"a\nb"'),
+    ("raw carriage return", b'"a\rb"'),
+    ("raw tab", b'"\t"'),
+    ("raw NUL", b'"a\0a"'),
+    ("raw backspace", b'"\x08"'),
+    ("raw escape octet", b'"\x1b"'),
+    ("raw unit separator", b'"\x1f"'),
+    ("raw newline in name", b'{"a\n":1}'),
+    ("escaped raw newline", b'"\\\n"'),
+    ("escaped raw tab", b'"\\\t"'),
+    ("escaped raw NUL", b'"\\\0"'),
+    ("escape x", rb'"\x00"'),
+    ("escape a", rb'"\a"'),
+    ("escape v", rb'"\v"'),
+    ("escape e", rb'"\e"'),
+    ("escape zero", rb'"\0"'),
+    ("escape octal", rb'"\012"'),
+    ("escape apostrophe", rb'"\'"'),
+    ("escape U", rb'"\U00000041"'),
+    ("escape capital N", rb'"\N"'),
+    ("escape emoji", '"\\🌀"'.encode()),
+    ("escape bad octet", b'"\\\xe5"'),
+    ("three backslashes", rb'"\\\"'),
+    ("u alone", rb'"\u"'),
+    ("u one digit", rb'"\u1"'),
+    ("u two digits", rb'"\u12"'),
+    ("u three digits", rb'"\u123"'),
+    ("u cut by the end", rb'"\u00A'),
+    ("u plus", rb'"\u+123"'),
+    ("u minus", rb'"\u-123"'),
+    ("u space", rb'"\u 123"'),
+    ("u underscore", rb'"\u1_23"'),
+    ("u 0x", rb'"\u0x12"'),
+    ("u not hex", rb'"\u00G0"'),
+    ("u braces", rb'"\u{41}"'),
+    ("u full-width digits", '"\\u００４１"'.encode()),
+    ("u bad octet", b'"\\u\xe5"'),
+    ("lone high surrogate", rb'"\uD800"'),
+    ("lone low surrogate", rb'"\uDC00"'),
+    ("last high surrogate", rb'"\uDBFF"'),
+    ("last low surrogate", rb'"\uDFFF"'),
+    ("high then text", rb'"\uD800abc"'),
+    ("high then plain escape", rb'"\uD800\n"'),
+    ("high then scalar escape", rb'"\uD800\u0041"'),
+    ("high then high", rb'"\uD800\uD800"'),
+    ("low then high", rb'"\uDD1E\uD834"'),
+    ("pair then low", rb'"\uD834\uDD1E\uDD1E"'),
+    ("high then cut u", rb'"\uD800\u"'),
+    ("high then one digit", rb'"\uD800\u1"'),
+    ("high then x", rb'"\uD800\u1x"'),
+    ("high then escaped backslash", rb'"\uD800\\uDC00"'),
+    ("lone surrogate in name", rb'{"\uDFAA":0}'),
+    ("lone surrogate under a duplicate", rb'{"a":"\uD800","a":1}'),
+    # octets that are no UTF-8
+    ("octet alone", b"\xff"),
+    ("octet in array", b"[\xff]"),
+    ("octet in name", b'{"\xb9":"0"}'),
+    ("octet after value", b"1\xff"),
+    ("octet in string", b'"\xff"'),
+    ("octet FE", b'"\xfe\xff"'),
+    ("continuation alone", b'"\x81"'),
+    ("Latin-1", b'"\xe9"'),
+    ("Latin-1 then text", b'"\xe9abc"'),
+    ("cut two octets", b'"\xc3"'),
+    ("cut three octets", b'"\xe0\xff"'),
+    ("cut three octets later", b'"\xe2\x82"'),
+    ("cut four octets", b'"\xf0\x9d\x84"'),
+    ("cut at the end of text", b'"\xe2\x82'),
+    ("overlong slash", b'"\xc0\xaf"'),
+    ("overlong NUL", b'"\xc0\x80"'),
+    ("overlong quote", b"\xc0\xa2a\xc0\xa2"),
+    ("overlong three octets", b'"\xe0\x80\xaf"'),
+    ("overlong four octets", b'"\xf0\x80\x80\xaf"'),
+    ("overlong five octets", b'"\xf8\x80\x80\x80\xaf"'),
+    ("overlong six octets", b'"\xfc\x83\xbf\xbf\xbf\xbf"'),
+    ("surrogate in UTF-8", b'"\xed\xa0\x80"'),
+    ("surrogate pair in UTF-8", b'"\xed\xa0\xb4\xed\xb4\x9e"'),
+    ("past U+10FFFF", b'"\xf4\x90\x80\x80"'),
+    ("far past U+10FFFF", b'"\xf7\xbf\xbf\xbf"'),
+    # byte order marks and other encodings
+    ("BOM alone", b"\xef\xbb\xbf"),
+    ("BOM first", b"\xef\xbb\xbf{}"),
+    ("BOM after space", b" \xef\xbb\xbf[]"),
+    ("BOM last", b"[]\xef\xbb\xbf"),
+    ("cut BOM", b"\xef\xbb{}"),
+    ("UTF-16 with BOM", '["é"]'.encode("utf-16")),
+    ("UTF-16 LE", "[1]".encode("utf-16-le")),
+    ("UTF-16 BE", "[1]".encode("utf-16-be")),
+    ("UTF-32", "[1]".encode("utf-32-le")),
+    ("UTF-7 quote", b"+ACI-a+ACI-"),
+]  # fmt: skip
+
+# document, line, column (or the columns between which a reader may choose), what the message says
+POSITIONS: list[tuple[str | bytes, int, int | tuple[int, ...], str]] = [
+    ("", 1, 1, "value"),
+    ("  \n ", 2, 2, "value"),
+    ("[1,]", 1, 4, "value"),
+    ("[1,\n 2,\n   x]", 3, 4, "value"),
+    (b"[1,\n 2,\n   x]", 3, 4, "value"),
+    ("[\r\n\r\n  x]", 3, 3, "value"),
+    ("[1 2]", 1, 4, "[],]|comma"),
+    ("[1", 1, 3, "[],]|comma"),
+    ('{"a" 1}', 1, 6, ":|colon"),
+    ('{"a"}', 1, 5, ":|colon"),
+    ('{"a":}', 1, 6, "value"),
+    ('{"a":1,}', 1, 8, "name|string|quot"),
+    ("{'a':1}", 1, 2, "name|string|quot"),
+    ('{"a":1 "b":2}', 1, 8, "[,}]|comma"),
+    ('{\n"a": 1,\n"b": tru\n}', 3, 6, "value"),
+    ("1 2", 1, 3, "end|trailing|after"),
+    ("[1]\n]", 2, 1, "end|trailing|after"),
+    ("NaN", 1, 1, "value"),
+    ("[1, +1]", 1, 5, "value"),
+    ("[1, 01]", 1, (5, 6), "zero|number|digit|[],]"),
+    ("[1.]", 1, (2, 3, 4), "digit|number|[],]"),
+    ("[0, 1e999]", 1, 5, "large|range|float|big|finite"),
+    ('["a\tb"]', 1, (2, 4), "control|string"),
+    ('["a\\x"]', 1, (4, 5), "escape"),
+    ('["a\\u12"]', 1, (4, 5, 6, 8), "escape|hex"),
+    ('["é€𝄞", x]', 1, 9, "value"),
+    ('["\\ud800"]', 1, (2, 3), "surrogate"),
+    ('["a\ud800"]', 1, (2, 4), "surrogate|UTF-8|Unicode"),
+    ('["abc', 1, (2, 6), "quot|string|\""),
+    ("[" * 65, 1, (65, 66), "64|nest|deep|level"),
+    ("\n\n" + "9" * 1001, 3, 1, "1000|1,000|long|digits|characters"),
+    ("\ufeff[]", 1, 1, "BOM|byte order mark|value"),
+    (b"\xef\xbb\xbf[]", 1, 1, "BOM|byte order mark|value"),
+    (b'[\n"ab\xff"]', 2, (2, 4), "UTF-8"),
+]  # fmt: skip
+
+
+def exact(value: object) -> str:
+    """Equal exactly where the values and all their types are: 1, 1.0, True and -0.0 differ."""
+    return repr(value)
+
+
+@pytest.mark.parametrize("document, value", by_name(ACCEPTED))
+def test_json_is_accepted_as_octets_and_as_text(document, value):
+    assert exact(parse_json(document)) == exact(value)
+    assert exact(parse_json(document.decode())) == exact(value)
+
+
+@pytest.mark.parametrize("document", by_name(REJECTED))
+def test_json_is_rejected_with_a_place(document):
+    with pytest.raises(JSONError) as refusal:
+        parse_json(document)
+    error = refusal.value
+    assert isinstance(error, ValueError)
+    assert type(error.line) is int and type(error.column) is int
+    assert error.line >= 1 and error.column >= 1
+    assert f"line {error.line}, column {error.column}" in str(error)
+    assert len(str(error)) < 300, "a message, not an echo of the document"
+
+
+REJECTED_UTF_8 = [row for row in REJECTED if row[1].decode(errors="ignore").encode() == row[1]]
+
+
+@pytest.mark.parametrize("document", by_name(REJECTED_UTF_8))
+def test_json_text_is_rejected_like_its_octets(document):
+    with pytest.raises(JSONError) as from_octets:
+        parse_json(document)
+    with pytest.raises(JSONError) as from_text:
+        parse_json(document.decode())
+    assert str(from_text.value) == str(from_octets.value)
+
+
+@pytest.mark.parametrize("text", ['"\ud800"', '"\udfff"', '{"\udc80": 1}', '["\ud834\udd1e"]', "\ud800"],
+                         ids=["high", "low", "name", "pair never joined", "outside a string"])  # fmt: skip
+def test_raw_surrogates_in_text_are_rejected(text):
+    with pytest.raises(JSONError):
+        parse_json(text)
+
+
+@pytest.mark.parametrize("document, line, columns, expectation", POSITIONS,
+                         ids=[ascii(row[0])[:24] for row in POSITIONS])  # fmt: skip
+def test_json_error_says_where_and_what_was_expected(document, line, columns, expectation):
+    with pytest.raises(JSONError) as refusal:
+        parse_json(document)
+    error = refusal.value
+    assert error.line == line
+    assert error.column in (columns if isinstance(columns, tuple) else (columns,))
+    assert f"line {error.line}, column {error.column}" in str(error)
+    assert re.search(expectation, str(error), re.IGNORECASE), str(error)
+
+
+MEGABYTE = 1 << 20
+
+
+@pytest.mark.parametrize("document, value", by_name([
+    ("opening brackets", b"[" * MEGABYTE, JSONError),
+    ("opening braces", b"{" * MEGABYTE, JSONError),
+    ("objects in objects", b'{"a":' * (MEGABYTE // 5), JSONError),
+    ("digits", b"1" * MEGABYTE, JSONError),
+    ("zeros", b"0" * MEGABYTE, JSONError),
+    ("fraction digits", b"0." + b"0" * MEGABYTE, JSONError),
+    ("minus signs", b"-" * MEGABYTE, JSONError),
+    ("a string", b'"' + b"a" * MEGABYTE + b'"', "a" * MEGABYTE),
+    ("an unclosed string", b'"' + b"a" * MEGABYTE, JSONError),
+    ("escaped quotes", b'"' + b'\\"' * (MEGABYTE // 2) + b'"', '"' * (MEGABYTE // 2)),
+    ("escaped pairs", b'"' + rb"\ud83d\ude39" * 87_381 + b'"', "\U0001f639" * 87_381),
+    ("unclosed escapes", b'"' + b"\\\\" * (MEGABYTE // 2), JSONError),
+    ("quotes", b'"' * MEGABYTE, JSONError),
+    ("spaces", b" " * MEGABYTE, JSONError),
+    ("spaces and a value", b" " * MEGABYTE + b"1", 1),
+    ("newlines and an error", b"\n" * MEGABYTE + b"x", JSONError),
+    ("small numbers", b"[" + b"1," * (MEGABYTE // 2) + b"1]", [1] * (MEGABYTE // 2 + 1)),
+    ("commas", b"[" + b"," * MEGABYTE, JSONError),
+    ("one name again and again", b"{" + b'"a":1,' * 170_000 + b'"a":2}', {"a": 2}),
+    ("octets that are no UTF-8", b"\xff" * MEGABYTE, JSONError),
+]))  # fmt: skip
+def test_a_megabyte_is_answered(document, value):
+    if value is JSONError:
+        with pytest.raises(JSONError):
+            parse_json(document)
+    else:
+        assert parse_json(document) == value
+
+
+# ---- the standard library as a witness ----
+
+
+def strict_json(document: bytes) -> object:
+    """What `json.loads` says, made as strict as `parse_json`; raises ValueError."""
+
+    def no_constant(word: str) -> None:
+        raise ValueError(f"{word} is not JSON")
+
+    def number(kind: type) -> object:
+        def convert(digits: str) -> object:
+            if len(digits) > 1000 or not math.isfinite(float(digits)):
+                raise ValueError("number too long or too large")
+            return kind(digits)
+
+        return convert
+
+    text = document.decode()
+    try:
+        value = json.loads(text, parse_constant=no_constant, parse_int=number(int),
+                           parse_float=number(float))  # fmt: skip
+    except RecursionError:
+        raise ValueError("nested deeper than 64") from None
+    a_string = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
+    for literal in a_string.findall(text):
+        json.loads(literal).encode()  # a lone surrogate has no UTF-8: UnicodeError, a ValueError
+    depth = 0
+    for bracket in re.findall(r"[][{}]", a_string.sub("", text)):
+        depth += 1 if bracket in "[{" else -1
+        if depth > 64:
+            raise ValueError("nested deeper than 64")
+    return value
+
+
+def random_value(rng: random.Random, depth: int = 0) -> object:
+    kind = rng.randrange(9 if depth < 5 else 6)
+    if kind == 0:
+        return rng.choice([None, True, False, 0, -1, "", 0.0, -0.0])
+    if kind == 1:
+        return rng.randint(-(10 ** rng.randrange(1, 40)), 10 ** rng.randrange(1, 40))
+    if kind == 2:
+        return rng.uniform(-1, 1) * 10.0 ** rng.randrange(-300, 300)
+    if kind < 6:
+        alphabet = 'abc "\\/\b\f\n\r\t\0\x1f\x7f\x85é€\u2028\ufeff\uffff𝄞\U0010ffff'
+        return "".join(rng.choices(alphabet, k=rng.randrange(12)))
+    members = [random_value(rng, depth + 1) for _ in range(rng.randrange(5))]
+    if kind < 8:
+        return members
+    return {f"{rng.choice(['a', 'é', '𝄞', ' '])}{n}": member for n, member in enumerate(members)}
+
+
+def random_json(rng: random.Random) -> tuple[object, bytes]:
+    space = lambda: "".join(rng.choices(" \t\r\n", k=rng.randrange(3)))  # noqa: E731
+    value = random_value(rng)
+    text = json.dumps(value, ensure_ascii=rng.random() < 0.5, indent=rng.choice([None, 0, 3, "\t"]),
+                      separators=(space() + "," + space(), space() + ":" + space()))  # fmt: skip
+    return value, (space() + text + space()).encode()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_the_standard_library_writes_is_read_back(seed):
+    rng = random.Random(seed)
+    for _ in range(100):
+        value, document = random_json(rng)
+        assert exact(parse_json(document)) == exact(value), document
+
+
+def mutated(rng: random.Random, document: bytes) -> bytes:
+    """`document` after one to three accidents: a flip, a cut, an insertion, a repetition."""
+    for _ in range(rng.randrange(1, 4)):
+        start = rng.randrange(len(document) + 1)
+        end = min(len(document), start + rng.randrange(1, 6))
+        before, piece, after = document[:start], document[start:end], document[end:]
+        accident = rng.randrange(4)
+        if accident == 0:
+            piece = bytes(octet ^ (1 << rng.randrange(8)) for octet in piece)
+        elif accident == 1:
+            piece = b""
+        elif accident == 2:
+            piece = rng.choice(JSON_FRAGMENTS) + piece
+        else:
+            piece *= rng.choice([2, 3, 70])
+        document = before + piece + after
+    return document
+
+
+JSON_FRAGMENTS = [
+    b"[", b"]", b"{", b"}", b",", b":", b'"', b"\\", b"\\u", b"\\ud83d", b"\\ude39", b"0", b"1",
+    b"-", b"+", b".", b"e", b"E5", b"1e400", b"null", b"true", b"NaN", b"Infinity", b" ", b"\n",
+    b"\t", b"\0", b"\x1f", b"/", b"'", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"\xc3", b"\xc2\xa0",
+    b"\xff", b'"a":1', b"[[[[[[[[", b"]]]]]]]]", b"\x0c", b"_", b"x", b"00",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_damaged_documents_are_judged_as_the_standard_library_judges_them(seed):
+    rng = random.Random(f"damage {seed}")
+    corpus = [document for _, document, *_ in ACCEPTED + REJECTED if len(document) < 500]
+    for _ in range(300):
+        original = rng.choice(corpus) if rng.random() < 0.5 else random_json(rng)[1]
+        document = mutated(rng, original)
+        try:
+            expected = exact(strict_json(document))
+        except ValueError:
+            with pytest.raises(JSONError):
+                print(f"accepted: {document!r} as {parse_json(document)!r}")
+        else:
+            assert exact(parse_json(document)) == expected, document
+
+
+def test_the_conformance_tables_agree_with_the_standard_library():
+    assert len({name for name, *_ in ACCEPTED}) == len(ACCEPTED) >= 95
+    assert len({name for name, *_ in REJECTED}) == len(REJECTED) >= 190
+    for name, document, value in ACCEPTED:
+        assert exact(strict_json(document)) == exact(value), name
+    for name, document in REJECTED:
+        with pytest.raises(ValueError):
+            print(f"{name}: accepted as {strict_json(document)!r}")
+
+
+def test_conformance_documents_through_the_server(server):
+    """None of the documents is a batch of metrics: each gets a 400 that says why, and no 5xx."""
+    documents = [(name, document) for name, document, *_ in REJECTED + ACCEPTED]
+    for start in range(0, len(documents), 25):
+        group = documents[start : start + 25]
+        pipelined = b"".join(
+            b"POST /metrics HTTP/1.1\r\nHost: localhost\r\nAuthorization: json conformance\r\n"
+            b"Content-Length: %d\r\n\r\n%b" % (len(document), document)
+            for _, document in group
+        )
+        answers, closed = exchange(server.port, pipelined, expect=len(group))
+        assert [answer.status for answer in answers] == [400] * len(group)
+        assert not closed
+        for (name, document), answer in zip(group, answers):
+            error = json.loads(answer.body)["error"]
+            if (name, document) in REJECTED:
+                assert re.search(r"line \d+, column \d+", error), (name, error)
+
+
+# --------------------------------------------------------------------------------------------------
+# 4. Metrics
+# --------------------------------------------------------------------------------------------------
+
+NOW_MS = 1_758_116_723_123
+
+
+def batch_of(**fields: object) -> dict:
+    metric = {"name": "cpu", "value": 1} | fields
+    return {"metrics": [{key: value for key, value in metric.items() if value is not ...}]}
+
+
+def test_a_whole_metric_becomes_a_sample():
+    sent = {"name": "cpu usage é", "value": -7.5, "type": "counter", "tags": {"host": "web1"},
+            "timestamp": 1_758_116_723.1234}  # fmt: skip
+    assert read_batch({"metrics": [sent]}, 0) == [
+        Sample("cpu usage é", -7.5, "counter", {"host": "web1"}, 1_758_116_723_123)
+    ]
+
+
+@pytest.mark.parametrize("timestamp, timestamp_ms", [
+    (0, 0), (0.0004, 0), (1_758_116_723, 1_758_116_723_000), (1_758_116_723.123, NOW_MS),
+    (7_289_654_399.999, 7_289_654_399_999), ("2025-09-17T13:45:23.123Z", NOW_MS),
+    ("2025-09-17T15:45:23.123+02:00", NOW_MS), ("2025-09-17 13:45:23,123z", NOW_MS),
+    ("2025-09-17T08:15:23.123-0530", NOW_MS), ("2025-09-17T13:45:23.123456789Z", NOW_MS),
+    ("2025-09-17T13:45:23Z", 1_758_116_723_000), ("1970-01-01T00:00:00Z", 0),
+    ("2024-02-29T00:00:00Z", 1_709_164_800_000), ("2200-12-31T23:59:59.999Z", 7_289_654_399_999),
+    ("2025-09-17T13:45:22.9999Z", 1_758_116_723_000),
+])  # fmt: skip
+def test_timestamps_are_read_in_both_forms(timestamp, timestamp_ms):
+    assert read_batch(batch_of(timestamp=timestamp), 5)[0].timestamp_ms == timestamp_ms
+
+
+@pytest.mark.parametrize("timestamp", [
+    -1, -0.001, 7_289_654_400, 1_758_116_723_123, True, None, [], {}, "", "now", "2025-09-17",
+    "2025-09-17T13:45:23", "2025-09-17T13:45Z", "2025-13-01T00:00:00Z", "2025-02-29T00:00:00Z",
+    "2025-09-17T24:00:00Z", "2025-09-17T13:60:00Z", "2025-09-17T13:45:60Z", "1969-12-31T23:59:59Z",
+    "2201-01-01T00:00:00Z", "1970-01-01T00:00:00+01:00", "2025-W38-3T13:45:23Z", "1758116723",
+    "2025-09-17T13:45:23.Z", "2025-09-17T13:45:23+25:00", "٢٠٢٥-09-17T13:45:23Z", 10**300,
+], ids=str)  # fmt: skip
+def test_timestamps_that_are_none_are_refused(timestamp):
+    with pytest.raises(BatchError, match=r"metrics\[0\].timestamp: must "):
+        read_batch(batch_of(timestamp=timestamp), NOW_MS)
+
+
+@pytest.mark.parametrize("fields", [
+    {"name": "n" * 255}, {"name": "é" * 255}, {"value": 0}, {"value": -1e308}, {"value": 10**308},
+    {"type": "gauge"}, {"type": "histogram"}, {"type": "summary"}, {"tags": {}},
+    {"tags": {str(number): "" for number in range(32)}}, {"tags": {"k" * 128: "v" * 1024}},
+], ids=lambda fields: next(iter(fields)))  # fmt: skip
+def test_the_limits_themselves_are_accepted(fields):
+    assert len(read_batch(batch_of(**fields), NOW_MS)) == 1
+
+
+@pytest.mark.parametrize("document, error", [
+    ([], 'body must be an object with the list "metrics"'),
+    ({}, 'body must be an object with the list "metrics"'),
+    ({"metrics": {}}, "metrics: must be a list of 1 to 1000 metrics, not an object"),
+    ({"metrics": []}, "metrics: must be a list of 1 to 1000 metrics, not 0 metrics"),
+    ({"metrics": [{}] * 1001}, "metrics: must be a list of 1 to 1000 metrics, not 1001 metrics"),
+    ({"metrics": [1]}, "metrics[0]: must be an object, not a number"),
+    (batch_of() | {"host": "a"}, 'host: unknown field beside "metrics"'),
+    (batch_of(labels={}), "metrics[0].labels: unknown field; known are name, value, type, tags, "
+                          "timestamp"),
+    (batch_of(name=...), "metrics[0].name: is missing"),
+    (batch_of(name=""), "metrics[0].name: must be a string of 1 to 255 characters"),
+    (batch_of(name="n" * 256), "metrics[0].name: must be a string of 1 to 255 characters"),
+    (batch_of(name="a\nb"), "metrics[0].name: must be a string of 1 to 255 characters"),
+    (batch_of(name="a\x9bb"), "metrics[0].name: must be a string of 1 to 255 characters"),
+    (batch_of(name=5), "metrics[0].name: must be a string of 1 to 255 characters"),
+    (batch_of(value=...), "metrics[0].value: is missing"),
+    (batch_of(value="1"), "metrics[0].value: must be a finite number, not a string"),
+    (batch_of(value=True), "metrics[0].value: must be a finite number, not a boolean"),
+    (batch_of(value=None), "metrics[0].value: must be a finite number, not null"),
+    (batch_of(type="rate"), "metrics[0].type: must be one of gauge, counter, histogram, summary"),
+    (batch_of(type=[]), "metrics[0].type: must be one of gauge, counter, histogram, summary"),
+    (batch_of(tags=[]), "metrics[0].tags: must be an object of strings, not an array"),
+    (batch_of(tags=None), "metrics[0].tags: must be an object of strings, not null"),
+    (batch_of(tags={"a": 1}), "metrics[0].tags.a: must be a string, not a number"),
+    (batch_of(tags={"": "x"}), "metrics[0].tags: key '' must have 1 to 128 characters"),
+    (batch_of(tags={"k" * 129: ""}), "metrics[0].tags: key 'kkk"),
+    (batch_of(tags={"a": "v" * 1025}), "metrics[0].tags.a: must have at most 1024 characters"),
+    (batch_of(tags={str(n): "" for n in range(33)}), "metrics[0].tags: must be at most 32, not 33"),
+])  # fmt: skip
+def test_a_bad_batch_says_what_is_wrong_and_where(document, error):
+    with pytest.raises(BatchError) as refused:
+        read_batch(document, NOW_MS)
+    assert str(refused.value).startswith(error)
+
+
+def test_every_reason_is_told_up_to_ten():
+    good, bad = {"name": "a", "value": 1}, {"name": "", "value": "x", "type": 3}
+    with pytest.raises(BatchError) as refused:
+        read_batch({"metrics": [good, bad, good, bad]}, NOW_MS)
+    assert [(reason.index, reason.field) for reason in refused.value.reasons] == [
+        (index, field) for index in (1, 3) for field in ("name", "value", "type")
+    ]
+    with pytest.raises(BatchError) as refused:
+        read_batch({"metrics": [bad] * 1000}, NOW_MS)
+    assert len(refused.value.reasons) == 10
+
+
+# --------------------------------------------------------------------------------------------------
+# 5. Log
+# --------------------------------------------------------------------------------------------------
+
+LEVELS = ["memory", "os", "disk"]
+
+
+def lines_of(folder: Path) -> list[str]:
+    text = (folder / "metrics.jsonl").read_text()
+    assert text == "" or text.endswith("\n")
+    return text.splitlines()
+
+
+def append_and_wait(log: MetricLog, lines: bytes) -> None:
+    commit = log.append(lines)
+    error = commit.wait() if commit else None
+    if error:
+        raise error
+
+
+@pytest.mark.parametrize("durability", LEVELS)
+def test_lines_are_kept_in_order_across_restarts(tmp_path, durability):
+    for start in (0, 100):
+        log = MetricLog(str(tmp_path), durability)
+        for number in range(start, start + 100):
+            append_and_wait(log, b"%d\n" % number)
+            if durability != "memory":
+                assert lines_of(tmp_path)[-1] == str(number)
+        log.close()
+        assert log.size_bytes == (tmp_path / "metrics.jsonl").stat().st_size
+    assert lines_of(tmp_path) == [str(number) for number in range(200)]
+
+
+@pytest.mark.parametrize("left, kept", [
+    (b'{"a":1}\n{"b":', b'{"a":1}\n'), (b'{"a":1}\n', b'{"a":1}\n'), (b"", b""), (b"torn", b""),
+    (b"x\n" + b"y" * 200_000, b"x\n"), (b"x\n\0\0\0", b"x\n"),
+], ids=["half a line", "whole lines", "empty", "only half a line", "a long one", "zeros"])  # fmt: skip
+def test_a_torn_tail_is_cut_off_and_reported(tmp_path, left, kept):
+    (tmp_path / "metrics.jsonl").write_bytes(left)
+    log = MetricLog(str(tmp_path))
+    assert log.cut_bytes == len(left) - len(kept)
+    log.append(b"next\n")
+    log.close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == kept + b"next\n"
+
+
+def test_a_second_owner_of_the_folder_is_refused(tmp_path):
+    first = MetricLog(str(tmp_path))
+    with pytest.raises(LogError, match="in use by another server"):
+        MetricLog(str(tmp_path))
+    first.close()
+    MetricLog(str(tmp_path)).close()
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/null")],
+                         ids=["folder", "pipe", "device"])  # fmt: skip
+def test_a_log_that_is_no_regular_file_is_refused(tmp_path, make):
+    make(tmp_path / "metrics.jsonl")
+    with pytest.raises(LogError, match="metrics.jsonl"):
+        MetricLog(str(tmp_path))
+    (tmp_path / "metrics.jsonl").unlink() if not (tmp_path / "metrics.jsonl").is_dir() else None
+    assert not (tmp_path / "metrics.jsonl").is_file()
+
+
+class FaultyDisk:
+    """Stands for os.write and os.fsync; does what is planned for each call, then works."""
+
+    def __init__(self, *plan: int | OSError) -> None:
+        self.plan = list(plan)  # a number of bytes to take, or an error to raise
+        self.syncs: list[OSError] = []
+        self.sync_count = 0
+
+    def write(self, fd: int, octets: bytes) -> int:
+        step = self.plan.pop(0) if self.plan else len(octets)
+        if isinstance(step, OSError):
+            raise step
+        return os.write(fd, octets[:step])
+
+    def fsync(self, fd: int) -> None:
+        self.sync_count += 1
+        if self.syncs:
+            raise self.syncs.pop(0)
+        os.fsync(fd)
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+BROKEN = OSError(errno.EIO, "Input/output error")
+
+
+@pytest.mark.parametrize("length", range(1, 12))
+def test_short_writes_are_completed(tmp_path, length):
+    disk = FaultyDisk(*[length] * 12)
+    log = MetricLog(str(tmp_path), write=disk.write)
+    log.append(b"0123456789\n")
+    log.append(b"next\n")
+    log.close()
+    assert lines_of(tmp_path) == ["0123456789", "next"]
+
+
+@pytest.mark.parametrize("error", [FULL, BROKEN], ids=["full", "broken"])
+@pytest.mark.parametrize("taken", range(12))
+def test_what_was_half_written_is_cut_off_again(tmp_path, taken, error):
+    disk = FaultyDisk(11, *([taken] if taken else []), error)
+    log = MetricLog(str(tmp_path), write=disk.write)
+    log.append(b"before    \n")
+    if taken < 11:
+        with pytest.raises(LogError, match=error.strerror):
+            log.append(b"0123456789\n")
+        assert error.strerror in log.error
+    else:
+        log.append(b"0123456789\n")
+        with pytest.raises(LogError):
+            log.append(b"another\n")
+    kept = ["before    "] + (["0123456789"] if taken == 11 else [])
+    assert lines_of(tmp_path) == kept
+    assert log.probe() == ""  # writing works again
+    log.append(b"after\n")
+    assert log.size_bytes == (tmp_path / "metrics.jsonl").stat().st_size
+    log.close()
+    assert lines_of(tmp_path) == [*kept, "after"]
+
+
+def test_a_probe_tells_the_reason_for_as_long_as_it_lasts(tmp_path):
+    disk = FaultyDisk(FULL, FULL, 100, FULL)
+    log = MetricLog(str(tmp_path), write=disk.write)
+    assert log.probe() == ""
+    with pytest.raises(LogError):
+        log.append(b"a\n")
+    for _ in range(2):
+        assert "No space left" in log.probe()
+        assert lines_of(tmp_path) == []
+    assert log.probe() == "" and lines_of(tmp_path) == []
+    log.close()
+
+
+def test_a_failed_fsync_refuses_all_who_waited_and_keeps_nothing_of_them(tmp_path):
+    disk = FaultyDisk()
+    log = MetricLog(str(tmp_path), "disk", fsync=disk.fsync)
+    append_and_wait(log, b"safe\n")
+    disk.syncs = [BROKEN]
+    with pytest.raises(LogError, match="can't sync"):
+        append_and_wait(log, b"unsafe\n")
+    assert "can't sync" in log.error and lines_of(tmp_path) == ["safe"]
+    assert log.probe() == ""
+    append_and_wait(log, b"again\n")
+    log.close()
+    assert lines_of(tmp_path) == ["safe", "again"]
+
+
+def test_one_fsync_serves_all_who_wait(tmp_path):
+    disk, entered, go_on = FaultyDisk(), threading.Event(), threading.Event()
+
+    def slow_fsync(fd: int) -> None:
+        entered.set()
+        assert go_on.wait(10)
+        disk.fsync(fd)
+
+    log = MetricLog(str(tmp_path), "disk", fsync=slow_fsync)
+    first = log.append(b"first\n")
+    assert first and entered.wait(10)
+    finished: list[LogError | None] = []
+    commits = [log.append(b"%d\n" % number) for number in range(50)]  # none of them blocks
+    for commit in commits:
+        commit.then(finished.append)
+    assert len({id(commit) for commit in commits}) == 1 and commits[0] is not first
+    assert finished == []
+    go_on.set()
+    assert first.wait() is None and commits[0].wait() is None
+    eventually(lambda: len(finished) == 50)
+    assert finished == [None] * 50 and disk.sync_count == 2
+    log.close()
+
+
+def test_a_full_queue_refuses_rather_than_grows(tmp_path):
+    blocked, go_on = threading.Event(), threading.Event()
+
+    def slow_write(fd: int, octets: bytes) -> int:
+        blocked.set()
+        assert go_on.wait(10)
+        return os.write(fd, octets)
+
+    log = MetricLog(str(tmp_path), "memory", max_queued_bytes=20, write=slow_write)
+    log.append(b"0123456789\n")
+    assert blocked.wait(10)
+    log.append(b"queued\n")
+    with pytest.raises(LogError, match="queue of the log is full"):
+        log.append(b"too much\n")
+    go_on.set()
+    eventually(lambda: log.size_bytes == 18)
+    log.append(b"fits again\n")
+    log.close()
+    assert lines_of(tmp_path) == ["0123456789", "queued", "fits again"]
+
+
+def test_the_writer_of_level_memory_keeps_what_the_disk_refuses(tmp_path, monkeypatch):
+    monkeypatch.setattr(metricstream, "WRITE_RETRY_S", 0.01)
+    disk = FaultyDisk(FULL, 3, FULL, BROKEN)
+    log = MetricLog(str(tmp_path), "memory", write=disk.write)
+    log.append(b"first\n")
+    log.append(b"second\n")
+    eventually(lambda: not disk.plan and not log.error)
+    log.close()
+    assert lines_of(tmp_path) == ["first", "second"]
+
+
+def test_closing_a_log_ends_it(tmp_path):
+    for durability in LEVELS:
+        log = MetricLog(str(tmp_path), durability)
+        log.append(b"x\n")
+        log.close()
+        with pytest.raises(LogError, match="closed"):
+            log.append(b"y\n")
+        log.close()
+    assert lines_of(tmp_path) == ["x"] * 3
+
+
+# --------------------------------------------------------------------------------------------------
+# 6. Statistics
+# --------------------------------------------------------------------------------------------------
+
+
+def test_a_reader_of_the_ring_knows_what_it_missed():
+    ring = EventRing(8)
+    for number in range(5):
+        ring.append(number)
+    events, next_, missed = ring.read()
+    assert (events, next_, missed) == ([0, 1, 2, 3, 4], 5, 0)
+    for number in range(5, 30):
+        ring.append(number)
+    assert ring.read(since=next_) == (list(range(22, 30)), 30, 17)
+    assert ring.read(since=30) == ([], 30, 0)
+
+
+def test_readers_of_the_ring_see_whole_events_in_order_while_writers_write():
+    ring = EventRing(64)
+    stop = threading.Event()
+
+    def write(writer: int) -> None:
+        for number in itertools.count():
+            if stop.is_set():
+                return
+            ring.append((writer, number, writer * number))
+
+    writers = [threading.Thread(target=write, args=(writer,)) for writer in range(1, 5)]
+    for thread in writers:
+        thread.start()
+    since = seen = missed_in_all = 0
+    last: Counter[int] = Counter()
+    try:
+        while seen < 20_000:
+            events, since, missed = ring.read(since)
+            seen += len(events)
+            missed_in_all += missed
+            for writer, number, product in events:
+                assert product == writer * number
+                assert number >= last[writer]
+                last[writer] = number
+            assert missed >= 0 and seen + missed_in_all == since
+    finally:
+        stop.set()
+        for thread in writers:
+            thread.join()
+
+
+def test_statistics_count_what_happened():
+    clock = Clock()
+    statistics = Statistics(clock)
+    statistics.gauges["log_bytes"] = lambda: 7
+    for latency_ms, status, metrics in ((1, 200, 3), (2, 200, 5), (3, 429, 0), (10, 400, 0)):
+        event = metricstream.Event(clock(), "a", status, latency_ms / 1000, metrics)
+        statistics.record(event, invalid=status == 400)
+    clock.now += 2.0
+    numbers = statistics.snapshot()
+    assert numbers == {
+        "metrics_received": 8, "batches_processed": 2, "validation_errors": 1,
+        "rate_limited_requests": 1, "requests_total": {"200": 2, "400": 1, "429": 1},
+        "latency_ms": {"p50": 2.0, "p90": 10.0, "p95": 10.0, "p99": 10.0},
+        "latency_seconds_sum": 0.016, "requests_per_second": 2.0, "uptime_seconds": 2.0,
+        "log_bytes": 7,
+    }  # fmt: skip
+
+
+def test_prometheus_text_declares_each_family_once_and_before_its_samples():
+    statistics = Statistics()
+    statistics.record(metricstream.Event(time.time(), "a", 200, 0.001, 1))
+    declared: dict[str, str] = {}
+    helped = set()
+    for line in statistics.prometheus().splitlines():
+        if match := re.fullmatch(r"# HELP (\w+) \S.*\.", line):
+            helped.add(match[1])
+        elif match := re.fullmatch(r"# TYPE (\w+) (counter|gauge|summary)", line):
+            assert match[1] in helped and match[1] not in declared
+            declared[match[1]] = match[2]
+        else:
+            match = re.fullmatch(r'(metricstream_\w+?)(_sum|_count)?(\{\w+="[^"\\\n]*"\})? [0-9.e+-]+', line)
+            assert match, line
+            family = match[1] if match[1] in declared else match[1] + (match[2] or "")
+            assert family in declared
+            assert declared[family] != "counter" or family.endswith("_total")
+    assert declared["metricstream_request_duration_seconds"] == "summary"
+
+
+@pytest.mark.parametrize("client, label", [
+    ("load_client_7", "load_client_7"), ("127.0.0.1", "127.0.0.1"), ("a\x9b[2Jb", "a\\u009b[2Jb"),
+    ('say "x"', r"say-[0-9a-f]{8}"), ("Bearer abc.def", r"Bearer-[0-9a-f]{8}"),
+    ("Basic dXNlcjpwYXNz", r"Basic-[0-9a-f]{8}"), ("k" * 100, r"long-[0-9a-f]{8}"),
+])  # fmt: skip
+def test_a_credential_is_never_shown(client, label):
+    shown = metricstream.client_label(client)
+    assert shown == label or re.fullmatch(label, shown)
+    assert client.partition(" ")[2] not in shown or " " not in client
+
+
+# --------------------------------------------------------------------------------------------------
+# 12. Service
+# --------------------------------------------------------------------------------------------------
+
+
+class Client(http.client.HTTPConnection):
+    """Python's own HTTP client, with the few words the tests need."""
+
+    def __init__(self, port: int) -> None:
+        super().__init__("127.0.0.1", port, timeout=10)
+
+    def ask(self, method: str, path: str, body: object = None, **headers: str) -> Answer:
+        if isinstance(body, (dict, list)):
+            body = json.dumps(body).encode()
+        headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        self.request(method, path, body, headers)
+        response = self.getresponse()
+        fields = {name.lower(): value for name, value in response.getheaders()}
+        return Answer(response.status, fields, response.read())
+
+
+@pytest.fixture
+def client(server: RunningServer) -> Iterator[Client]:
+    with contextlib.closing(Client(server.port)) as connection:
+        yield connection
+
+
+def logged(folder: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in lines_of(folder) if f'"name":{json.dumps(name)}' in line]
+
+
+def test_a_posted_metric_is_in_the_log_when_it_is_acknowledged(server, client):
+    metric = {"name": "posted", "value": 75.5, "type": "counter", "tags": {"host": "web1"},
+              "timestamp": "2025-09-17T13:45:23.123Z"}  # fmt: skip
+    already = len(logged(server.folder, "posted"))
+    answer = client.ask("POST", "/metrics", {"metrics": [metric]}, Content_Type="application/json")
+    assert (answer.status, answer.json) == (200, {"success": True, "metrics_processed": 1})
+    assert logged(server.folder, "posted")[already:] == [metric]
+
+
+def test_a_line_of_the_log_can_be_posted_back(server, client):
+    before = client.ask("POST", "/metrics", {"metrics": [{"name": "echo", "value": 1e21}]})
+    line = logged(server.folder, "echo")[-1]
+    again = client.ask("POST", "/metrics", {"metrics": [line]})
+    assert before.status == again.status == 200
+    assert logged(server.folder, "echo")[-1] == line
+
+
+def test_a_bad_metric_rejects_the_whole_batch(server, client):
+    good, bad = {"name": "half", "value": 1}, {"name": "half", "value": "1"}
+    answer = client.ask("POST", "/metrics", {"metrics": [good, good, good, bad]})
+    error = "metrics[3].value: must be a finite number, not a string"
+    assert answer.status == 400
+    assert answer.json == {
+        "error": error,
+        "errors": [{"index": 3, "field": "value", "message": error.partition(": ")[2]}],
+    }
+    assert logged(server.folder, "half") == []
+
+
+@pytest.mark.parametrize("text", [
+    "a\nb", "\r\n{}", '"}\n{"name":"forged"', "\x1b[31mred", "\x9b31m", "</script>", "\u2028", "\u202egnp",
+    "\0", "\x7f", "\\u0041", "😀 é",
+], ids=ascii)  # fmt: skip
+def test_no_text_can_forge_a_line_or_reach_a_terminal_raw(server, client, text):
+    already = len(lines_of(server.folder))
+    metric = {"name": "text", "value": 1, "tags": {"text": text, text: "x"}}
+    assert client.ask("POST", "/metrics", {"metrics": [metric]}).status == 200
+    raw = lines_of(server.folder)[already:]
+    assert len(raw) == 1 and json.loads(raw[0])["tags"] == metric["tags"]
+    assert not re.search("[\x00-\x1f\x7f-\x9f\u2028\u202e]", raw[0])
+
+
+def test_an_exact_number_of_requests_a_second_is_allowed(tmp_path, threads):
+    with running(tmp_path, threads=threads) as started:
+        clock = Clock()
+        started.service.limiter = SlidingWindowLimiter(3, clock=clock)
+        with contextlib.closing(Client(started.port)) as client:
+            for left in (2, 1, 0):
+                answer = client.ask("POST", "/metrics", BATCH, Authorization="a")
+                assert answer.status == 200
+                assert answer.headers["ratelimit"] == f'"default";r={left};t=1'
+            refused = client.ask("POST", "/metrics", BATCH, Authorization="a")
+            assert refused.status == 429 and "more than 3 requests in 1 s" in refused.json["error"]
+            assert refused.headers["retry-after"] == "1"
+            assert refused.headers["ratelimit-policy"] == '"default";q=3;w=1'
+            assert refused.headers["ratelimit"] == '"default";r=0;t=1'
+            assert client.ask("POST", "/metrics", BATCH, Authorization="b").status == 200
+            for path in ("/health", "/metrics"):  # only POST /metrics counts
+                assert client.ask("GET", path, Authorization="a").status == 200
+            assert client.ask("POST", "/metrics", BATCH, Authorization="a").status == 429
+            clock.now += 1.0
+            assert client.ask("POST", "/metrics", BATCH, Authorization="a").status == 200
+        assert len(lines_of(tmp_path)) == 5
+
+
+@pytest.mark.parametrize("origin, status", [
+    ("http://{host}", 200), ("https://{host}", 200), ("HTTP://{host}", 200), ("null", 403),
+    ("http://evil.example", 403), ("http://{host}.evil.example", 403), ("http://localhost:1", 403),
+    ("{host}", 403), ("", 403),
+])  # fmt: skip
+def test_a_page_of_another_origin_may_not_write(server, client, origin, status):
+    origin = origin.format(host=f"127.0.0.1:{server.port}")
+    answer = client.ask("POST", "/metrics", BATCH, Origin=origin)
+    assert answer.status == status
+    assert client.ask("GET", "/health", Origin=origin).status == 200
+
+
+def test_statistics_account_for_every_request(tmp_path, threads):
+    with running(tmp_path, threads=threads) as started:
+        with contextlib.closing(Client(started.port)) as client:
+            for body in (BATCH, BATCH, b"{", b"{}"):
+                client.ask("POST", "/metrics", body)
+            client.ask("GET", "/nowhere")
+            numbers = client.ask("GET", "/metrics").json
+        assert numbers["requests_total"] == {"200": 2, "400": 2, "404": 1}
+        assert numbers["metrics_received"] == numbers["batches_processed"] == 2
+        assert numbers["validation_errors"] == 2
+        assert numbers["log_bytes"] == (tmp_path / "metrics.jsonl").stat().st_size
+        assert numbers["connections_open"] == 1
+
+
+def test_prometheus_gets_its_text_and_others_get_json(client):
+    accept = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3,*/*;q=0.1"
+    text = client.ask("GET", "/metrics", Accept=accept)
+    assert text.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    assert b"# TYPE metricstream_metrics_received_total counter\n" in text.body
+    assert "metrics_received" in client.ask("GET", "/metrics", Accept="*/*").json
+
+
+def test_a_full_disk_is_told_and_got_over(tmp_path, threads):
+    disk = FaultyDisk()
+    log = MetricLog(str(tmp_path), write=disk.write)
+    with running(tmp_path, log=log, threads=threads) as started:
+        with contextlib.closing(Client(started.port)) as client:
+            assert client.ask("POST", "/metrics", BATCH).status == 200
+            disk.plan = [10, FULL, FULL]
+            refused = client.ask("POST", "/metrics", BATCH)
+            assert refused.status == 503 and refused.headers["retry-after"] == "1"
+            assert "No space left" in refused.json["error"]
+            sick = client.ask("GET", "/health")
+            assert sick.status == 503 and "No space left" in sick.json["error"]
+            assert len(lines_of(tmp_path)) == 1
+            assert client.ask("GET", "/health").status == 200
+            assert client.ask("POST", "/metrics", BATCH).status == 200
+    assert len(lines_of(tmp_path)) == 2
+
+
+def test_level_disk_answers_after_the_sync_and_503_when_it_fails(tmp_path, threads):
+    disk = FaultyDisk()
+    log = MetricLog(str(tmp_path), "disk", fsync=disk.fsync)
+    with running(tmp_path, log=log, threads=threads) as started:
+        raw = post() * 5 + get()
+        answers, closed = exchange(started.port, raw, expect=6)
+        assert [answer.status for answer in answers] == [200] * 6 and not closed
+        assert disk.sync_count == 5
+        disk.syncs = [BROKEN]
+        (refused,), closed = exchange(started.port, post())
+        assert refused.status == 503 and "can't sync" in refused.json["error"] and not closed
+        (accepted,), _ = exchange(started.port, post())
+        assert accepted.status == 200
+    assert len(lines_of(tmp_path)) == 6
+
+
+def test_an_unexpected_error_costs_one_connection(tmp_path, threads, caplog):
+    with running(tmp_path, threads=threads) as started:
+
+        def fail(content: object) -> str:
+            raise RuntimeError("two\nlines")
+
+        started.service.statistics.gauges["broken"] = fail  # type: ignore[assignment]
+        (answer,), closed = exchange(started.port, get(b"/metrics"))
+        assert (answer.status, closed) == (500, True)
+        assert "RuntimeError" not in answer.json["error"]
+        assert_healthy(started.port)
+        assert started.service.statistics.ring.read()[0][0].status == 500
+    assert len(caplog.records) == 1 and "\n" not in caplog.records[0].getMessage()
+    assert "RuntimeError" in caplog.records[0].getMessage()
+
+
+# --------------------------------------------------------------------------------------------------
+# 13. Server
+# --------------------------------------------------------------------------------------------------
+
+
+def open_connections(started: RunningServer) -> int:
+    return len(started.server._open)
+
+
+def test_a_server_can_be_started_and_stopped_many_times(tmp_path, threads):
+    threads_before = threading.active_count()
+    files_before = len(os.listdir("/proc/self/fd"))
+    for _ in range(10):
+        with running(tmp_path, threads=threads) as started:
+            assert_healthy(started.port)
+    assert threading.active_count() == threads_before
+    assert len(os.listdir("/proc/self/fd")) == files_before
+
+
+def test_accepted_sockets_send_without_delay(tmp_path):
+    with running(tmp_path) as started, connect(started.port) as connection:
+        connection.sendall(HEALTH)
+        assert connection.recv(1000)
+        (served,) = started.server._open.values()
+        assert served.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+@pytest.mark.parametrize("sent, status", [
+    (b"", None), (b"POST /met", 408), (get()[:-2], 408), (post()[:-5], 408),
+    (chunked(b"5\r\nhel"), 408), (get() + b"GET", 200),
+], ids=["nothing", "request line", "head", "body", "chunk", "second request"])  # fmt: skip
+def test_what_does_not_arrive_in_time_is_ended(tmp_path, threads, sent, status):
+    with running(tmp_path, threads=threads, timeouts=SHORT) as started:
+        with connect(started.port) as connection, connection.makefile("rb") as stream:
+            connection.sendall(sent)
+            if status:
+                answer = read_answer(stream)
+                assert answer and answer.status == status
+                if status == 200:
+                    answer = read_answer(stream)
+                    assert answer and answer.status == 408
+            assert stream.read() == b""
+        eventually(lambda: open_connections(started) == 0)
+
+
+def test_an_unread_answer_is_given_up(tmp_path, threads):
+    with running(tmp_path, threads=threads, timeouts=SHORT) as started:
+        with socket.socket() as deaf:
+            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            deaf.connect(("127.0.0.1", started.port))
+            deaf.settimeout(0.2)
+            with contextlib.suppress(OSError):
+                for _ in range(20):
+                    deaf.sendall(get(b"/metrics") * 2000)
+            assert_healthy(started.port)
+            eventually(lambda: open_connections(started) == 0)
+
+
+def test_idle_and_dripping_clients_cost_no_thread_and_no_time(tmp_path):
+    with running(tmp_path, threads=1) as started, contextlib.ExitStack() as stack:
+        count = threading.active_count()
+        for number in range(600):
+            slow = stack.enter_context(connect(started.port))
+            slow.sendall((b"", b"GET / HT", post()[:-3])[number % 3])
+        eventually(lambda: open_connections(started) == 600)
+        for _ in range(20):
+            assert_healthy(started.port)
+        assert threading.active_count() <= count + 1
+
+
+def test_beyond_the_limit_the_connection_idle_longest_makes_room(tmp_path, threads):
+    with running(tmp_path, threads=threads, max_connections=3) as started:
+        with contextlib.ExitStack() as stack:
+            first, *others = [stack.enter_context(connect(started.port)) for _ in range(3)]
+            for connection in (first, *others):
+                connection.sendall(HEALTH)
+                assert b" 200 " in connection.recv(1000)
+            assert_healthy(started.port)  # a fourth
+            assert first.recv(1) == b""
+            others[-1].sendall(HEALTH)
+            assert b" 200 " in others[-1].recv(1000)
+
+
+def test_if_none_is_idle_the_new_connection_is_turned_away(tmp_path, threads):
+    with running(tmp_path, threads=threads, max_connections=2) as started:
+        with contextlib.ExitStack() as stack:
+            for _ in range(2):
+                busy = stack.enter_context(connect(started.port))
+                busy.sendall(b"POST ")
+            eventually(lambda: len(started.server._in_head.queue) == 2)
+            answers, closed = exchange(started.port, b"", expect=1)
+            assert (answers[0].status, closed) == (503, True)
+            assert answers[0].headers["retry-after"] == "1"
+        eventually(lambda: open_connections(started) == 0)
+        assert_healthy(started.port)
+
+
+def test_five_hundred_clients_may_connect_at_once(tmp_path, threads):
+    with running(tmp_path, threads=threads) as started, contextlib.ExitStack() as stack:
+        connections = [stack.enter_context(connect(started.port)) for _ in range(500)]
+        for connection in connections:
+            connection.sendall(post())
+        for connection in connections:
+            assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
+    assert len(lines_of(tmp_path)) == 500
+
+
+def test_a_worker_that_is_held_up_holds_nobody_up(tmp_path):
+    stuck, go_on = threading.Event(), threading.Event()
+
+    def slow_write(fd: int, octets: bytes) -> int:
+        if b"slow" in octets:
+            stuck.set()
+            assert go_on.wait(20)
+        return os.write(fd, octets)
+
+    log = MetricLog(str(tmp_path), write=slow_write)
+    with running(tmp_path, log=log, threads=1) as started, connect(started.port) as slow:
+        slow.sendall(post(body=b'{"metrics":[{"name":"slow","value":1}]}'))
+        assert stuck.wait(10)
+        for _ in range(10):
+            assert_healthy(started.port)
+        assert started.server._workers and len(started.server._workers) == 2
+        go_on.set()
+        assert b" 200 OK" in slow.recv(1000)
+        eventually(lambda: len(started.server._workers) == 1)
+
+
+def test_clients_that_reset_leave_no_trace(tmp_path, threads, caplog):
+    with running(tmp_path, threads=threads) as started:
+        for sent in (b"", b"GET / HT", get(), get(b"/metrics") * 100, post()[:-1]) * 20:
+            connection = connect(started.port)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            connection.sendall(sent)
+            connection.close()
+        assert_healthy(started.port)
+        eventually(lambda: open_connections(started) == 0)
+    assert caplog.records == []
+
+
+def test_running_out_of_file_descriptors_is_survived(tmp_path, threads):
+    with running(tmp_path, threads=threads, timeouts=SHORT) as started:
+        accept = started.server.socket.accept
+        refusals = iter([OSError(errno.EMFILE, "Too many open files")] * 3)
+
+        class Exhausted:
+            """The listening socket, out of descriptors for a while."""
+
+            def accept(self) -> tuple[socket.socket, object]:
+                for error in refusals:
+                    raise error
+                return accept()
+
+            def __getattr__(self, name: str) -> object:
+                return getattr(listener, name)
+
+        listener, started.server.socket = started.server.socket, Exhausted()  # type: ignore[assignment]
+        try:
+            assert_healthy(started.port)
+        finally:
+            started.server.socket = listener
+
+
+def test_a_stop_answers_what_is_in_flight_and_closes_what_is_idle(tmp_path, threads):
+    with running(tmp_path, threads=threads) as started:
+        idle, busy = connect(started.port), connect(started.port)
+        idle.sendall(HEALTH)
+        assert b" 200 " in idle.recv(1000)
+        busy.sendall(post()[:-1])
+        eventually(lambda: len(started.server._in_body.queue) == 1)
+        started.server.stop_soon()
+        assert idle.recv(1) == b""
+        busy.sendall(post()[-1:])
+        answer = busy.recv(1000)
+        assert b" 200 OK" in answer and b"Connection: close" in answer
+        assert busy.recv(1) == b""
+    assert len(lines_of(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("durability", LEVELS)
+def test_many_clients_at_once_lose_nothing(tmp_path, threads, durability):
+    def push(number: int) -> None:
+        with contextlib.closing(Client(started.port)) as client:
+            for count in range(25):
+                metric = {"name": f"{number}/{count}", "value": count}
+                assert client.ask("POST", "/metrics", {"metrics": [metric] * 2}).status == 200
+
+    with running(tmp_path, threads=threads, durability=durability) as started:
+        pushers = [threading.Thread(target=push, args=(number,)) for number in range(16)]
+        for pusher in pushers:
+            pusher.start()
+        for pusher in pushers:
+            pusher.join(30)
+        assert started.service.statistics.snapshot()["metrics_received"] == 16 * 25 * 2
+    names = Counter(json.loads(line)["name"] for line in lines_of(tmp_path))
+    assert names == {f"{number}/{count}": 2 for number in range(16) for count in range(25)}
+
+
+def test_several_workers_share_the_connections(tmp_path):
+    with running(tmp_path, threads=4) as started:
+        for _ in range(3):
+            with contextlib.ExitStack() as stack:
+                connections = [stack.enter_context(connect(started.port)) for _ in range(40)]
+                for _ in range(10):
+                    for connection in connections:
+                        connection.sendall(post())
+                    for connection in connections:
+                        assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
+    assert len(lines_of(tmp_path)) == 1200
+
+
+# --------------------------------------------------------------------------------------------------
+# 14. Command line
+# --------------------------------------------------------------------------------------------------
+
+
+class ServerProcess:
+    """`python3 metricstream.py` as a user starts it."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        command = [sys.executable, str(HERE / "metricstream.py"), "0", "--data-dir", str(folder)]
+        self.process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE,
+                                        stderr=subprocess.PIPE, text=True)  # fmt: skip
+        assert self.process.stdout
+        self.startup_line = self.process.stdout.readline()
+        found = re.search(r"http://(\S+):(\d+),", self.startup_line)
+        assert found, (self.startup_line, self.process.communicate(timeout=10))
+        self.port = int(found[2])
+
+    def __enter__(self) -> "ServerProcess":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.communicate(timeout=10)
+
+    def stop(self, number: int = signal.SIGTERM) -> tuple[int, str, str]:
+        self.process.send_signal(number)
+        out, err = self.process.communicate(timeout=5)
+        return self.process.returncode, out, err
+
+
+def test_the_startup_line_says_what_is_in_force(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"torn')
+    with ServerProcess(tmp_path, "--rate-limit", "7", "--durability", "disk") as started:
+        line = started.startup_line
+        assert f"on http://127.0.0.1:{started.port}, log {tmp_path / 'metrics.jsonl'}, " in line
+        assert "7 requests/s a client" in line and "durability disk" in line
+        assert "cut a torn line of 6 bytes off the log" in line
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("durability", LEVELS)
+def test_a_signal_ends_it_with_everything_on_disk(tmp_path, number, durability):
+    with ServerProcess(tmp_path, "--durability", durability) as started:
+        with contextlib.closing(Client(started.port)) as client:
+            for _ in range(10):
+                assert client.ask("POST", "/metrics", BATCH).status == 200
+        status, out, err = started.stop(number)
+    assert (status, err) == (0, "")
+    stopped = out.splitlines()[-1]
+    assert stopped.startswith("stopped {") and '"metrics_received":10,' in stopped
+    assert "client 127.0.0.1: 10 allowed, 0 refused" in out
+    assert len(lines_of(tmp_path)) == 10
+
+
+@pytest.mark.parametrize("durability", ["os", "disk"])
+def test_nothing_acknowledged_is_lost_to_kill_9(tmp_path, durability):
+    for round_ in range(3):
+        acknowledged = set()
+        with ServerProcess(tmp_path, "--durability", durability) as started:
+            with contextlib.closing(Client(started.port)) as client:
+                for count in range(50):
+                    metric = {"name": f"{round_}/{count}", "value": 1}
+                    assert client.ask("POST", "/metrics", {"metrics": [metric]}).status == 200
+                    acknowledged.add(metric["name"])
+                started.process.kill()
+        assert acknowledged <= {json.loads(line)["name"] for line in lines_of(tmp_path)}
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(HERE / "metricstream.py"), *arguments],
+                          capture_output=True, text=True, timeout=20)  # fmt: skip
+
+
+def test_mistakes_are_one_clear_line_and_a_status(tmp_path):
+    readable = tmp_path / "file"
+    readable.write_text("")
+    with ServerProcess(tmp_path / "data") as started:
+        for arguments, status, reason in [
+            ([str(started.port), "--data-dir", str(tmp_path / "b")], 1, "Address already in use"),
+            (["0", "--data-dir", str(tmp_path / "data")], 1, "in use by another server"),
+            (["0", "--data-dir", str(readable)], 1, "can't use the data folder"),
+            (["0", "--data-dir", str(tmp_path), "--host", "203.0.113.1"], 1, "can't listen on"),
+            (["0", "--data-dir", str(tmp_path), "--host", "no such host"], 1, "can't listen on"),
+            (["65536"], 2, "not a whole number from 0 to 65535"),
+            (["-1"], 2, "-1"),
+            (["٨٠"], 2, "not a whole number"),
+            (["0", "--rate-limit", "1.5"], 2, "not a whole number"),
+            (["0", "--durability", "ram"], 2, "choose from"),
+            (["0", "--nonsense"], 2, "--nonsense"),
+        ]:
+            ended = run(*arguments)
+            assert (ended.returncode, ended.stdout) == (status, ""), ended
+            assert reason in ended.stderr.splitlines()[-1] and "Traceback" not in ended.stderr
+            assert status == 2 or len(ended.stderr.splitlines()) == 1
+
+
+def test_the_limit_on_open_files_lowers_the_connections(tmp_path):
+    command = f"ulimit -n 256; exec {sys.executable} {HERE / 'metricstream.py'} 0 --data-dir {tmp_path}"
+    process = subprocess.Popen(["bash", "-c", command], stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    warning, startup = process.stdout.readline(), process.stdout.readline()
+    process.terminate()
+    process.communicate(timeout=10)
+    assert "the limit on open files allows 192 connections, not 10000" in warning
+    assert "192 connections" in startup
+
+
+def test_version_and_help():
+    assert run("--version").stdout == f"MetricStream {metricstream.__version__}\n"
+    shown = run("--help").stdout
+    for option in ("--host", "--data-dir", "--rate-limit", "--durability", "--threads",
+                   "--max-connections", "--log-level"):  # fmt: skip
+        assert option in shown
+
+
+# --------------------------------------------------------------------------------------------------
+# The shape of the module
+# --------------------------------------------------------------------------------------------------
+
+SOURCE = (HERE / "metricstream.py").read_text()
+
+
+def chapter_of(line: int) -> int:
+    banners = [(number, int(match[1])) for number, text in enumerate(SOURCE.splitlines(), 1)
+               if (match := re.match(r"# (\d+)\. ", text))]  # fmt: skip
+    assert [chapter for _, chapter in banners] == sorted({chapter for _, chapter in banners})
+    return max((chapter for first, chapter in banners if first <= line), default=0)
+
+
+def test_only_the_standard_library_is_imported_and_json_is_not():
+    imported = set()
+    for node in ast.walk(ast.parse(SOURCE)):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add((node.module or "").partition(".")[0])
+    assert imported <= sys.stdlib_module_names
+    assert "json" not in imported and "socketserver" in imported
+
+
+def test_a_chapter_uses_only_what_stands_above_it():
+    tree = ast.parse(SOURCE)
+    defined: dict[str, int] = {}
+    for node in tree.body:
+        targets = node.targets if isinstance(node, ast.Assign) else [node]
+        for target in targets:
+            for name in ast.walk(target) if isinstance(node, ast.Assign) else [target]:
+                if found := getattr(name, "id", None) or getattr(name, "name", None):
+                    defined.setdefault(found, chapter_of(node.lineno))
+    assert len(defined) > 100
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and node.id in defined:
+            assert defined[node.id] <= chapter_of(node.lineno), f"line {node.lineno}: {node.id}"
+
+
+def test_no_pattern_backtracks_beyond_its_input():
+    """Each pattern, fed what its repetitions like best, ends in time that doubles when the input does."""
+    patterns = {name: value for name, value in vars(metricstream).items() if isinstance(value, re.Pattern)}
+    assert len(patterns) > 15
+    for name, pattern in patterns.items():
+        for unit in ("a", "1", " ", "\t", "%", "%41", ":", ";", "0", ".", "\\", '"', "e", "-", "1.1e1"):
+            text = unit * 200_000 + "\x00"
+            started = time.process_time()
+            pattern.match(text.encode() if isinstance(pattern.pattern, bytes) else text)
+            assert time.process_time() - started < 5, (name, unit)  # quadratic would be hours
+
+
+def test_the_examples_in_the_module_are_true():
+    outcome = doctest.testmod(metricstream)
+    assert outcome.attempted > 15 and outcome.failed == 0
