@@ -449,6 +449,8 @@ class RequestReader:
 
     def _check_unfinished_head(self) -> None:
         """Refuse at once what no further byte can mend."""
+        if self._buffer[self._start : self._start + 1] == b"\n":  # a CR before it was a body's last
+            raise HTTPError(400, "a bare LF before the request line")
         self._check_octets()
         size = len(self._buffer) - self._start
         if self._buffer[self._start : self._start + 2] == b"\r\n":
@@ -1521,6 +1523,8 @@ class MetricLog:
         """Why the log can't be written, or "". While it can't, each call tries again: a write that
         is taken back.
         """
+        if not self.error:  # the usual case waits for nobody who is writing
+            return ""
         with self._lock:
             if self.error and not self._closing and self.durability != "memory":
                 blank = b" " * 4096

@@ -1,8 +1,8 @@
 """All tests of MetricStream, in the order of its chapters.
 
-Tables of cases in the domain's own words where the behaviour is known from an RFC; a real server on a
-real port for everything a user does, once for each model of threads. Nothing sleeps to wait for something:
-`eventually` polls until a condition holds.
+Tables of cases in the domain's own words where the behaviour is known from an RFC; a real server on
+a real port for everything a user does, once for each model of threads. Nothing sleeps to wait for
+something: `eventually` polls until a condition holds.
 """
 
 import ast
@@ -42,7 +42,6 @@ from metricstream import (
     MetricLog,
     Request,
     RequestReader,
-    Response,
     Sample,
     Server,
     Service,
@@ -51,9 +50,7 @@ from metricstream import (
     Timeouts,
     flush_metrics,
     parse_json,
-    prefers_text,
     read_batch,
-    write_json,
 )
 
 HERE = Path(__file__).resolve().parent
@@ -431,7 +428,7 @@ MALFORMED: list[tuple[str, bytes, int | set[int]]] = [
     ("two equal Hosts", get(b"/health", b"Host: localhost"), 400),
     ("two Hosts", get(b"/health", b"hOST: other.example"), 400),
     ("two Hosts in HTTP/1.0", head(b"GET /health HTTP/1.0", b"Host: other.example"), 400),
-    *[(f"Host {value.decode('latin-1')!r}", head(b"GET /health HTTP/1.1", host=b"Host: " + value), 400)
+    *[(f"Host {value.decode('latin-1')!r}", head(b"GET / HTTP/1.1", host=b"Host: " + value), 400)
       for value in (b"a b", b"a,b", b"a, a", b"user@localhost", b"http://localhost", b"a/b", b"a:b",
                     b"a?b", b"a#b", b"a:80:80", b"a:-1", b"a:+80", b"a: 80", b"a:8_0", b"[::1",
                     b"::1", b"[::1]x", b"[]", b"<b>", b"a\\b", b'"a"', "a:８０".encode(), b"\xe9")],
@@ -474,14 +471,16 @@ MALFORMED: list[tuple[str, bytes, int | set[int]]] = [
           (b'"chunked"', {400, 501}), (b"'chunked'", {400, 501}), (b",", {400, 501}),
           (b"chunked\x0b", 400), (b"\x0bchunked", 400), (b"chunked\0", 400),
           (b"\xa0chunked", {400, 501}), (b"chunked\xa0", {400, 501}), (b"chun\xe9d", {400, 501})]],
-    ("two fields chunked", framed(*[b"Transfer-Encoding: chunked"] * 2, body=in_chunks(BATCH)), 400),
+    ("two fields chunked", framed(*[b"Transfer-Encoding: chunked"] * 2, body=in_chunks(BATCH)),
+     400),
     ("fields gzip and chunked", framed(b"Transfer-Encoding: gzip", b"Transfer-Encoding: chunked",
                                        body=in_chunks(BATCH)), 501),
     ("fields chunked and gzip", framed(b"Transfer-Encoding: chunked", b"Transfer-Encoding: gzip",
                                        body=in_chunks(BATCH)), 400),
     ("fields chunked and empty", framed(b"Transfer-Encoding: chunked", b"Transfer-Encoding:",
                                         body=in_chunks(BATCH)), 400),
-    ("fields chunked and identity", framed(b"Transfer-Encoding: chunked", b"Transfer-Encoding: identity",
+    ("fields chunked and identity", framed(b"Transfer-Encoding: chunked",
+                                           b"Transfer-Encoding: identity",
                                            body=in_chunks(BATCH)), {400, 501}),
     ("chunked, then Content-Length", framed(b"Transfer-Encoding: chunked", b"Content-Length: 4",
                                             body=in_chunks(BATCH)), 400),
@@ -689,10 +688,10 @@ ODD_BUT_VALID: list[tuple[str, bytes, dict[str, object], int, bool]] = [
      {"version": (1, 0), "close": False}, 200, False),
     ("HTTP/1.0 Keep-Alive in a list", head(b"GET /health HTTP/1.0", b"Connection: x, Keep-Alive"),
      {"close": False}, 200, False),
-    ("HTTP/1.0 close and keep-alive", head(b"GET /health HTTP/1.0", b"Connection: keep-alive, close"),
-     {"close": True}, 200, True),
-    ("HTTP/1.0 POST", framed(BATCH_LENGTH, version=b"HTTP/1.0"), {"body": BATCH, "close": True}, 200,
-     True),
+    ("HTTP/1.0 close and keep-alive",
+     head(b"GET /health HTTP/1.0", b"Connection: keep-alive, close"), {"close": True}, 200, True),
+    ("HTTP/1.0 POST", framed(BATCH_LENGTH, version=b"HTTP/1.0"), {"body": BATCH, "close": True},
+     200, True),
     ("HTTP/1.0 ignores the expectation", framed(BATCH_LENGTH, b"Expect: 100-continue",
                                                 version=b"HTTP/1.0"), {"body": BATCH}, 200, True),
     ("HTTP/1.0 ignores an unknown expectation", framed(BATCH_LENGTH, b"Expect: x",
@@ -761,7 +760,8 @@ def test_reader_refuses(raw, statuses):
     assert is_among(outcome.refusal, statuses), outcome
 
 
-@pytest.mark.parametrize("raw, statuses", by_name([row for row in MALFORMED if len(row[1]) < 50_000]))
+@pytest.mark.parametrize("raw, statuses",
+                         by_name([row for row in MALFORMED if len(row[1]) < 50_000]))  # fmt: skip
 def test_reader_refuses_octet_by_octet(raw, statuses):
     outcome = read_in_pieces(octets_of(raw + SMUGGLED))
     assert outcome.requests == []
@@ -797,9 +797,9 @@ def test_reader_accepts(raw, expected):
     request = reader.next_request()
     parts = request.head._asdict() | {"close": request.head.close, "body": request.body}
     assert {name: parts[name] for name in expected} == expected
-    request_in_pieces = read_in_pieces(octets_of(raw) if len(raw) < 50_000 else
-                                       [raw[start : start + 999] for start in range(0, len(raw), 999)])  # fmt: skip
-    assert request_in_pieces == Outcome([contents(request)], None)
+    size = 1 if len(raw) < 50_000 else 999
+    pieces = [raw[start : start + size] for start in range(0, len(raw), size)]
+    assert read_in_pieces(pieces) == Outcome([contents(request)], None)
 
 
 @pytest.mark.parametrize("field, name, value", [
@@ -838,6 +838,13 @@ def test_request_is_the_same_wherever_it_is_cut(raw):
     assert read_in_pieces(octets_of(raw)) == whole
 
 
+def test_cr_at_the_end_of_a_body_is_no_part_of_the_next_line_end():
+    raw = post(body=b"x\r") + b"\n"
+    whole = read_in_pieces([raw])
+    assert (len(whole.requests), whole.refusal) == (1, 400)
+    assert read_in_pieces([raw[:-1], raw[-1:]]) == read_in_pieces(octets_of(raw)) == whole
+
+
 @pytest.mark.parametrize("pieces, count", [
     ([HEALTH * 20_000], 20_000),
     ([post() * 10_000], 10_000),
@@ -855,11 +862,11 @@ def test_reader_does_not_slow_down_with_what_it_holds(pieces, count):
 REFUSALS = {400, 411, 413, 414, 417, 431, 501, 505}
 
 HTTP_FRAGMENTS = [
-    b"\r\n", b"\r", b"\n", b"\r\n\r\n", b" ", b"\t", b"\0", b"\x7f", b"\x80", b":", b",", b";", b"%",
-    b"%41", b"%0a", b"#", b"?", b"*", b"/", b"0", b"5", b"+", b"-", b"_", b"Host: a\r\n", b"X: y\r\n",
+    b"\r\n", b"\r", b"\n", b"\r\n\r\n", b" ", b"\t", b"\0", b"\x7f", b"\x80", b":", b",", b";",
+    b"%", b"%41", b"%0a", b"#", b"?", b"*", b"/", b"0", b"5", b"+", b"-", b"_", b"chunked", b"gzip",
     b"Content-Length: 5\r\n", b"Content-Length: 0\r\n", b"Transfer-Encoding: chunked\r\n",
-    b"Connection: close\r\n", b"Expect: x\r\n", b"chunked", b"gzip", b"HTTP/1.1", b"HTTP/1.0",
-    b"http://a/", b"0\r\n\r\n", b"5\r\nhello\r\n", SMUGGLED,
+    b"Connection: close\r\n", b"Expect: x\r\n", b"Host: a\r\n", b"X: y\r\n", b"HTTP/1.1",
+    b"HTTP/1.0", b"http://a/", b"0\r\n\r\n", b"5\r\nhello\r\n", SMUGGLED,
 ]  # fmt: skip
 
 
@@ -889,11 +896,11 @@ def random_pieces(rng: random.Random, raw: bytes) -> list[bytes]:
 @pytest.mark.parametrize("seed", range(20))
 def test_damaged_requests_have_one_outcome_however_they_arrive(seed):
     rng = random.Random(seed)
-    tables = [[row[1] for row in table if len(row[1]) < 2000] for table in (MALFORMED, ODD_BUT_VALID)]
-    corpus = [rng.choice(table) for table in (tables[0], *tables[1:] * 4) for _ in range(50)]
+    sound, malformed = ([row[1] for row in table if len(row[1]) < 2000]
+                        for table in (ODD_BUT_VALID, MALFORMED))  # fmt: skip
     served = refused = 0
     for _ in range(250):
-        raw = b"".join(rng.choices(corpus, k=rng.randrange(1, 3)))
+        raw = rng.choice(sound) + rng.choice(sound if rng.random() < 0.8 else malformed)
         raw = mutated_request(rng, raw) + rng.choice([b"", HEALTH, post()])
         whole = read_in_pieces([raw])
         assert whole.refusal is None or whole.refusal in REFUSALS, raw
@@ -901,7 +908,7 @@ def test_damaged_requests_have_one_outcome_however_they_arrive(seed):
         assert read_in_pieces(pieces) == whole, pieces
         served += len(whole.requests)
         refused += whole.refusal is not None
-    assert served > 20 and refused > 20, "the damage is neither too small nor too great"
+    assert served > 50 and refused > 50, "neither all sound nor all damaged"
 
 
 # ---- the same over a socket, and what only a server shows ----
@@ -974,7 +981,7 @@ KEPT: list[tuple[str, bytes, int, set[str]]] = [
      head(b"OPTIONS /health HTTP/1.1", b"Content-Length: 5") + b"hello", 200, {"GET", "HEAD"}),
     *[(f"Content-Type {value.decode()}", post(b"Content-Type: " + value), 415, set())
       for value in (b"text/plain", b"application/x-www-form-urlencoded", b"text/json",
-                    b"application/jsonx", b"application/json-seq", b"multipart/form-data; boundary=x")],
+                    b"application/jsonx", b"application/json-seq", b"multipart/form-data")],
     *[(f"Content-Type {value.decode()}", post(b"Content-Type: " + value), 200, set())
       for value in (b"application/json", b"Application/JSON", b"application/json; charset=utf-8",
                     b"application/json;charset=UTF-8")],
@@ -989,7 +996,8 @@ KEPT: list[tuple[str, bytes, int, set[str]]] = [
      gzipped(b"\x1f\x8b\x08\x08\0\0\0\0\0\xffname\0" + gzip.compress(BATCH)[10:]), 200, set()),
     ("gzip in chunks", framed(b"Content-Encoding: gzip", b"Transfer-Encoding: chunked",
                               body=in_chunks(gzip.compress(BATCH), 7)), 200, set()),
-    ("gzip of exactly the limit", gzipped(gzip.compress(BATCH.ljust(BODY_LIMIT_BYTES))), 200, set()),
+    ("gzip of exactly the limit", gzipped(gzip.compress(BATCH.ljust(BODY_LIMIT_BYTES))), 200,
+     set()),
     ("gzip of no gzip", gzipped(BATCH), 400, set()),
     ("gzip of nothing", gzipped(b""), 400, set()),
     ("gzip of empty text", gzipped(gzip.compress(b"")), 400, set()),
@@ -1851,8 +1859,8 @@ POSITIONS: list[tuple[str | bytes, int, int | tuple[int, ...], str]] = [
     ("[1.]", 1, (2, 3, 4), "digit|number|[],]"),
     ("[0, 1e999]", 1, 5, "large|range|float|big|finite"),
     ('["a\tb"]', 1, (2, 4), "control|string"),
-    ('["a\\x"]', 1, (4, 5), "escape"),
-    ('["a\\u12"]', 1, (4, 5, 6, 8), "escape|hex"),
+    ('["a\\x"]', 1, (4, 5), "escape|backslash"),
+    ('["a\\u12"]', 1, (4, 5, 6, 8), "escape|backslash|hex"),
     ('["é€𝄞", x]', 1, 9, "value"),
     ('["\\ud800"]', 1, (2, 3), "surrogate"),
     ('["a\ud800"]', 1, (2, 4), "surrogate|UTF-8|Unicode"),
@@ -1900,8 +1908,9 @@ def test_json_text_is_rejected_like_its_octets(document):
     assert str(from_text.value) == str(from_octets.value)
 
 
-@pytest.mark.parametrize("text", ['"\ud800"', '"\udfff"', '{"\udc80": 1}', '["\ud834\udd1e"]', "\ud800"],
-                         ids=["high", "low", "name", "pair never joined", "outside a string"])  # fmt: skip
+@pytest.mark.parametrize("text", ['"\ud800"', '"\udfff"', '{"\udc80": 1}', '["\ud834\udd1e"]',
+                                  "\ud800"],
+                         ids=["high", "low", "name", "pair never joined", "no string"])  # fmt: skip
 def test_raw_surrogates_in_text_are_rejected(text):
     with pytest.raises(JSONError):
         parse_json(text)
@@ -2251,7 +2260,7 @@ def test_a_second_owner_of_the_folder_is_refused(tmp_path):
                          ids=["folder", "pipe", "device"])  # fmt: skip
 def test_a_log_that_is_no_regular_file_is_refused(tmp_path, make):
     make(tmp_path / "metrics.jsonl")
-    with pytest.raises(LogError, match="metrics.jsonl"):
+    with pytest.raises(LogError, match=r"metrics\.jsonl"):
         MetricLog(str(tmp_path))
     (tmp_path / "metrics.jsonl").unlink() if not (tmp_path / "metrics.jsonl").is_dir() else None
     assert not (tmp_path / "metrics.jsonl").is_file()
@@ -2442,7 +2451,7 @@ def test_readers_of_the_ring_see_whole_events_in_order_while_writers_write():
     since = seen = missed_in_all = 0
     last: Counter[int] = Counter()
     try:
-        while seen < 20_000:
+        while seen < 1_000:
             events, since, missed = ring.read(since)
             seen += len(events)
             missed_in_all += missed
@@ -2673,10 +2682,10 @@ def test_level_disk_answers_after_the_sync_and_503_when_it_fails(tmp_path, threa
 def test_an_unexpected_error_costs_one_connection(tmp_path, threads, caplog):
     with running(tmp_path, threads=threads) as started:
 
-        def fail(content: object) -> str:
+        def fail() -> float:
             raise RuntimeError("two\nlines")
 
-        started.service.statistics.gauges["broken"] = fail  # type: ignore[assignment]
+        started.service.statistics.gauges["broken"] = fail
         (answer,), closed = exchange(started.port, get(b"/metrics"))
         assert (answer.status, closed) == (500, True)
         assert "RuntimeError" not in answer.json["error"]
@@ -2733,13 +2742,12 @@ def test_what_does_not_arrive_in_time_is_ended(tmp_path, threads, sent, status):
 
 def test_an_unread_answer_is_given_up(tmp_path, threads):
     with running(tmp_path, threads=threads, timeouts=SHORT) as started:
+        started.server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # inherited
         with socket.socket() as deaf:
             deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             deaf.connect(("127.0.0.1", started.port))
-            deaf.settimeout(0.2)
-            with contextlib.suppress(OSError):
-                for _ in range(20):
-                    deaf.sendall(get(b"/metrics") * 2000)
+            deaf.sendall(get(b"/metrics") * 100)
+            eventually(lambda: started.server._answering.queue)
             assert_healthy(started.port)
             eventually(lambda: open_connections(started) == 0)
 
@@ -3055,7 +3063,9 @@ def test_a_chapter_uses_only_what_stands_above_it():
 
 
 def test_no_pattern_backtracks_beyond_its_input():
-    """Each pattern, fed what its repetitions like best, ends in time that doubles when the input does."""
+    """Each pattern, fed what its repetitions like best, ends in time that doubles when the input
+    does.
+    """
     patterns = {name: value for name, value in vars(metricstream).items() if isinstance(value, re.Pattern)}
     assert len(patterns) > 15
     for name, pattern in patterns.items():

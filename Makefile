@@ -1,0 +1,30 @@
+# What one does with MetricStream. `make` alone lists it.
+
+PORT ?= 8080
+VENV := .venv
+PYTHON ?= python3
+
+.DEFAULT_GOAL := help
+.PHONY: help run test lint clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/' | expand -t 16
+
+run:  ## serve on http://127.0.0.1:8080 (another port: make run PORT=9000)
+	$(PYTHON) metricstream.py $(PORT)
+
+$(VENV)/ready: Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check pytest==8.4.2 ruff==0.14.4 mypy==1.18.2
+	touch $@
+
+test: $(VENV)/ready  ## run all tests, in a virtual environment of their own
+	$(VENV)/bin/python -m pytest -q test_metricstream.py
+
+lint: $(VENV)/ready  ## check the style and the types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check metricstream.py load_test.py
+	$(VENV)/bin/mypy metricstream.py load_test.py
+
+clean:  ## remove what the other targets made
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache __pycache__
