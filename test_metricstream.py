@@ -911,6 +911,20 @@ def test_damaged_requests_have_one_outcome_however_they_arrive(seed):
     assert served > 50 and refused > 50, "neither all sound nor all damaged"
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_head_that_was_seen_before_is_read_as_it_was_the_first_time(seed):
+    rng = random.Random(seed)
+    corpus = [row[1].partition(b"\r\n\r\n")[0] + b"\r\n" for row in MALFORMED + ODD_BUT_VALID]
+    for section in rng.choices(corpus, k=500):
+        outcomes = []
+        for parse in (metricstream.parse_head, metricstream.known_head, metricstream.known_head):
+            try:
+                outcomes.append((*parse(section), None))
+            except HTTPError as error:
+                outcomes.append((error.status, str(error)))
+        assert outcomes[0] == outcomes[1] == outcomes[2]
+
+
 # ---- the same over a socket, and what only a server shows ----
 
 
@@ -2264,6 +2278,76 @@ def test_a_log_that_is_no_regular_file_is_refused(tmp_path, make):
         MetricLog(str(tmp_path))
     (tmp_path / "metrics.jsonl").unlink() if not (tmp_path / "metrics.jsonl").is_dir() else None
     assert not (tmp_path / "metrics.jsonl").is_file()
+
+
+def plain_lines(body: bytes, now_ms: int) -> tuple[bytes, int] | None:
+    """The lines of a body by the plain way; None where it is refused."""
+    try:
+        samples = read_batch(parse_json(body), now_ms)
+    except (JSONError, BatchError):
+        return None
+    return "".join(map(metricstream.log_line, samples)).encode(), len(samples)
+
+
+def random_usual_body(rng: random.Random) -> bytes:
+    numbers = ["0", "-0", "-0.0", "7", "75.5", "75.50", "0.5", "-0.25", "0.00001", "1e3", "1E400", "007",
+               "123456789012345678901", "9999999999.99999", "0.1234567890123", "1.0", "-5", "00", "5.",
+               str(rng.randrange(10**12)), f"{rng.uniform(0, 100):.2f}", repr(rng.random())]  # fmt: skip
+    names = ["cpu_usage", "a b", "", "n" * 255, "n" * 256, "a}b", "a{b", "é", "a\\nb", "a,b", "\x7f", '",']
+    types = ["gauge", "counter", "histogram", "summary", "rate", ""]
+    tags = ['{}', '{"host":"web1"}', '{"host": "web1", "region":"eu"}', '{"a":"1","a":"2"}', '{"a":1}',
+            '{"é":"ü"}', '{"a":"\\u0041\\n"}', '{"a":"}"}', '{"a":"{"}', '{"a":"\x01"}', '{"a":"b",}', "[]",
+            "{" + ",".join(f'"k{n}":"v"' for n in range(rng.choice((32, 33)))) + "}"]  # fmt: skip
+
+    def usually(usual: str, unusual: list[str]) -> str:
+        return usual if rng.random() < 0.93 else rng.choice(unusual)
+
+    colon, comma = rng.choice([(":", ","), (": ", ", ")])
+
+    def metric() -> str:
+        name = usually("requests_total", names)
+        number = rng.choice(numbers) if rng.random() < 0.5 else str(rng.randrange(100))
+        fields = [f'"name"{colon}"{name}"', f'"value"{colon}{number}']
+        if rng.random() < 0.8:
+            fields.append(f'"type"{colon}"{usually("gauge", types)}"')
+        if rng.random() < 0.8:
+            fields.append(f'"tags"{colon}{usually(tags[1], tags)}')
+        unusual = ['"timestamp":5', '"name":"again"', '"value":9', '"labels":{}', ""]
+        if rng.random() < 0.05:
+            fields.insert(rng.randrange(5), rng.choice(unusual))
+        return "{" + comma.join(fields) + "}"
+
+    metrics = comma.join(metric() for _ in range(rng.randrange(1, 4)))
+    return f'{{"metrics"{colon}[{metrics}]}}'.encode()
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_usual_bodies_become_the_same_lines_as_by_the_plain_way(seed):
+    rng = random.Random(seed)
+    fast = refused = 0
+    for count in range(1500):
+        body = random_usual_body(rng)
+        if count % 2:
+            body = mutated(rng, body)
+        lines = metricstream.usual_lines(body, NOW_MS)
+        expected = plain_lines(body, NOW_MS)
+        assert lines is None or lines == expected, body
+        assert metricstream._usual_tail.cache_info().currsize <= 4096
+        fast += lines is not None
+        refused += expected is None
+    assert fast > 300 and refused > 300
+
+
+@pytest.mark.parametrize("count", [1, 2, 999, 1000, 1001])
+def test_the_usual_way_keeps_the_bounds_of_a_batch(count):
+    body = json.dumps({"metrics": [{"name": "a", "value": 1.5}] * count}).encode()
+    assert metricstream.usual_lines(body, NOW_MS) == plain_lines(body, NOW_MS)
+
+
+def test_what_the_agents_of_the_readme_send_takes_the_fast_way():
+    for body in (b'{"metrics":[{"name":"cpu_usage","value":75.50,"type":"gauge","tags":{"host":"web1"}}]}',
+                 json.dumps({"metrics": [{"name": "a", "value": 1.25, "tags": {"k": "v"}}] * 3}).encode()):  # fmt: skip
+        assert metricstream.usual_lines(body, NOW_MS) == plain_lines(body, NOW_MS) != None  # noqa: E711
 
 
 class FaultyDisk:
