@@ -671,6 +671,7 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 # Clients are spread over stripes by hash, each with its own lock, so two clients rarely wait for
 # each other.
 
+STRIPES = 64
 MAX_TRACKED_CLIENTS = 100_000
 FORGET_BATCH = 64
 
@@ -721,7 +722,7 @@ class SlidingWindowLimiter:
         limit: int,
         window_s: float = 1.0,
         *,
-        stripes: int = 64,
+        stripes: int = STRIPES,
         max_clients: int = MAX_TRACKED_CLIENTS,
         clock: Callable[[], float] = time.monotonic,
     ):
@@ -2944,6 +2945,13 @@ def argument_parser() -> argparse.ArgumentParser:
         help="requests per second and client (default 1000; 0 = off)",
     )
     parser.add_argument(
+        "--stripes",
+        metavar="N",
+        type=_number_from(1, 4096),
+        default=STRIPES,
+        help=f"locks that the clients of the rate limit share, a power of two (default {STRIPES})",
+    )
+    parser.add_argument(
         "--durability",
         choices=DURABILITY_LEVELS,
         default="os",
@@ -2988,7 +2996,8 @@ def _number_from(least: int, most: int = 10**9) -> Callable[[str], int]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the server; returns the exit status."""
-    options = argument_parser().parse_args(arguments)
+    parser = argument_parser()
+    options = parser.parse_args(arguments)
     logging.basicConfig(
         stream=sys.stdout,
         level=options.log_level.upper(),
@@ -3001,12 +3010,16 @@ def main(arguments: list[str] | None = None) -> int:
             max_connections,
             options.max_connections,
         )
+    if options.stripes & (options.stripes - 1):
+        parser.error(f"argument --stripes: {options.stripes} is not a power of two")
     try:
         log = MetricLog(options.data_dir, options.durability)
     except LogError as error:
         return _complain(str(error))
     try:
-        limiter = SlidingWindowLimiter(options.rate_limit) if options.rate_limit else None
+        limiter = None
+        if options.rate_limit:
+            limiter = SlidingWindowLimiter(options.rate_limit, stripes=options.stripes)
         service = Service(log, limiter, Statistics())
         try:
             server = Server(

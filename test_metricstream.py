@@ -3078,6 +3078,7 @@ def test_mistakes_are_one_clear_line_and_a_status(tmp_path):
             (["-1"], 2, "-1"),
             (["٨٠"], 2, "not a whole number"),
             (["0", "--rate-limit", "1.5"], 2, "not a whole number"),
+            (["0", "--stripes", "12"], 2, "12 is not a power of two"),
             (["0", "--durability", "ram"], 2, "choose from"),
             (["0", "--nonsense"], 2, "--nonsense"),
         ]:
@@ -3101,7 +3102,7 @@ def test_the_limit_on_open_files_lowers_the_connections(tmp_path):
 def test_version_and_help():
     assert run("--version").stdout == f"MetricStream {metricstream.__version__}\n"
     shown = run("--help").stdout
-    for option in ("--host", "--data-dir", "--rate-limit", "--durability", "--threads",
+    for option in ("--host", "--data-dir", "--rate-limit", "--stripes", "--durability", "--threads",
                    "--max-connections", "--log-level"):  # fmt: skip
         assert option in shown
 
