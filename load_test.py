@@ -129,13 +129,15 @@ REGIONS = ("us-east", "us-west", "eu-west", "ap-south")
 def random_metric(rng: random.Random) -> dict[str, Any]:
     """Return one metric as an agent on a host would send it."""
     tags = {"host": rng.choice(HOSTS), "region": rng.choice(REGIONS)}
-    name, value, kind = rng.choice((
-        ("cpu_usage", round(rng.uniform(1, 99), 2), "gauge"),
-        ("memory_usage", rng.randrange(1 << 28, 1 << 34), "gauge"),
-        ("disk_usage", round(rng.uniform(5, 95), 1), "gauge"),
-        ("requests_total", rng.randrange(1, 1_000_000), "counter"),
-        ("request_duration_ms", round(rng.expovariate(1 / 40), 3), "histogram"),
-    ))
+    name, value, kind = rng.choice(
+        (
+            ("cpu_usage", round(rng.uniform(1, 99), 2), "gauge"),
+            ("memory_usage", rng.randrange(1 << 28, 1 << 34), "gauge"),
+            ("disk_usage", round(rng.uniform(5, 95), 1), "gauge"),
+            ("requests_total", rng.randrange(1, 1_000_000), "counter"),
+            ("request_duration_ms", round(rng.expovariate(1 / 40), 3), "histogram"),
+        )
+    )
     return {"name": name, "value": value, "type": kind, "tags": tags}
 
 
@@ -486,8 +488,11 @@ class LoadLoop:
         for client in self.clients:
             if client.awaiting and now_s - client.sent_s > self.options.timeout_s:
                 what = "answer" if client.connected else "connection"
-                self._fail(client, "timeout" if client.connected else "connect",
-                           f"no {what} within {self.options.timeout_s:g} s")
+                self._fail(
+                    client,
+                    "timeout" if client.connected else "connect",
+                    f"no {what} within {self.options.timeout_s:g} s",
+                )
         self.tally.duration_s = now_s - self.start_s
         self.control.send((False, self.tally))
         parent = multiprocessing.parent_process()
@@ -570,7 +575,7 @@ class LoadLoop:
         if client.sock is None or client.unsent is None:
             return
         try:
-            client.unsent = client.unsent[client.sock.send(client.unsent):]
+            client.unsent = client.unsent[client.sock.send(client.unsent) :]
             client.connected = True
         except BlockingIOError:
             return
@@ -781,8 +786,12 @@ class Progress:
             f"{tally.duration_s:6.1f} s  {tally.total:,} requests  {rate_per_s:,.0f}/s  "
             f"{tally.total - tally.accepted.total:,} failed"
         )
-        print(f"\r{line}\x1b[K" if self.in_place else line, end="" if self.in_place else "\n",
-              file=sys.stderr, flush=True)
+        print(
+            f"\r{line}\x1b[K" if self.in_place else line,
+            end="" if self.in_place else "\n",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def clear(self) -> None:
         """Leave the terminal's line empty for what follows."""
@@ -846,8 +855,10 @@ class NoStatistics(Exception):
 
 def fetch_statistics(options: Options, server: Server) -> Statistics:
     """Read the server's counters, or raise NoStatistics with the reason."""
-    request = f"GET /metrics HTTP/1.1\r\nHost: {options.host_field}\r\n" \
-              "Authorization: load_audit\r\nConnection: close\r\n\r\n"
+    request = (
+        f"GET /metrics HTTP/1.1\r\nHost: {options.host_field}\r\n"
+        "Authorization: load_audit\r\nConnection: close\r\n\r\n"
+    )
     deadline_s = clock() + options.timeout_s
     received, answer = b"", None
     try:
@@ -880,22 +891,29 @@ def audit(options: Options, server: Server, before: Statistics | None, tally: Ta
         except NoStatistics as problem:
             return Audit(None, None, f"not possible after the run: {problem}", passed=False)
         more_batches = after.batches_processed - before.batches_processed - batches
-        more_metrics = (
-            after.metrics_received - before.metrics_received - batches * options.batch
-        )
+        more_metrics = after.metrics_received - before.metrics_received - batches * options.batch
         if min(more_batches, more_metrics) >= 0 or clock() >= deadline_s:
             break
         time.sleep(0.05)
     if after.metrics_received < before.metrics_received:
-        return Audit(None, None, "not possible: the counters went back, so the server was "
-                     "restarted during the run", passed=False)
+        return Audit(
+            None,
+            None,
+            "not possible: the counters went back, so the server was restarted during the run",
+            passed=False,
+        )
     acknowledged = f"{batches * options.batch:,} metrics acknowledged"
     lost = max(0, -more_metrics, -more_batches * options.batch)
     if lost:
         return Audit(lost, 0, f"LOST {lost:,} of {acknowledged}", passed=False)
     if more_metrics:
-        return Audit(0, more_metrics, f"{acknowledged}, all accounted for, and {more_metrics:,} "
-                     "more: of other clients, or whose answer did not arrive", passed=True)
+        return Audit(
+            0,
+            more_metrics,
+            f"{acknowledged}, all accounted for, and {more_metrics:,} "
+            "more: of other clients, or whose answer did not arrive",
+            passed=True,
+        )
     return Audit(0, 0, f"{acknowledged}, all accounted for", passed=True)
 
 
@@ -967,8 +985,9 @@ def is_all_well(outcome: Outcome, result: Audit) -> bool:
 
 def format_latencies(title: str, summary_ms: dict[str, float]) -> str:
     """Format one line of latencies; what the sample does not support is not there."""
-    return f"{title:<18}" + "  ".join(f"{name} {ms:,.3g}" if ms < 100 else f"{name} {ms:,.0f}"
-                                      for name, ms in summary_ms.items())
+    return f"{title:<18}" + "  ".join(
+        f"{name} {ms:,.3g}" if ms < 100 else f"{name} {ms:,.0f}" for name, ms in summary_ms.items()
+    )
 
 
 def format_statuses(statuses: dict[int, int]) -> str:
@@ -997,15 +1016,22 @@ def report_lines(options: Options, outcome: Outcome, figures: dict[str, Any]) ->
     yield ""
     rate = f"{tally.accepted.total / tally.total:.2%}" if tally.total else "none"
     yield f"duration          {tally.duration_s:.2f} s"
-    yield f"requests          {tally.total:,} in all, {figures['successful']:,} successful, " \
-          f"{figures['failed']:,} failed"
+    yield (
+        f"requests          {tally.total:,} in all, {figures['successful']:,} successful, "
+        f"{figures['failed']:,} failed"
+    )
     yield f"success rate      {rate}"
-    yield f"requests/s        {figures['attempted_per_second']:,.0f} attempted, " \
-          f"{figures['accepted_per_second']:,.0f} accepted"
+    yield (
+        f"requests/s        {figures['attempted_per_second']:,.0f} attempted, "
+        f"{figures['accepted_per_second']:,.0f} accepted"
+    )
     yield f"metrics/s         {figures['metrics_per_second']:,.0f}"
     yield f"statuses          {format_statuses(tally.statuses)}"
-    counts = ", ".join(f"{name.replace('_', ' ')}: {tally.errors[name]:,}"
-                       for name in ERROR_CLASSES if tally.errors[name])
+    counts = ", ".join(
+        f"{name.replace('_', ' ')}: {tally.errors[name]:,}"
+        for name in ERROR_CLASSES
+        if tally.errors[name]
+    )
     yield f"errors            {counts or 'none'}"
     for name, example in tally.examples.items():
         yield f"  first {name.replace('_', ' ')}: {example}"
@@ -1064,8 +1090,10 @@ def find_server(options: Options) -> Server:
                 return Server(family, address)
         except OSError as error:
             problem = error
-    raise fail(f"no server at {options.host_field} ({problem}); "
-               f"start one with: python3 metricstream.py {options.port}")
+    raise fail(
+        f"no server at {options.host_field} ({problem}); "
+        f"start one with: python3 metricstream.py {options.port}"
+    )
 
 
 def allow_open_files(needed: int) -> None:
@@ -1078,8 +1106,10 @@ def allow_open_files(needed: int) -> None:
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return
     if hard != resource.RLIM_INFINITY and hard < needed:
-        raise fail(f"too many clients: {needed:,} open files needed, {hard:,} allowed "
-                   "(see ulimit -n); use fewer clients or more --processes")
+        raise fail(
+            f"too many clients: {needed:,} open files needed, {hard:,} allowed "
+            "(see ulimit -n); use fewer clients or more --processes"
+        )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
@@ -1117,22 +1147,54 @@ def argument_parser() -> argparse.ArgumentParser:
     add = cli.add_argument
     add("port", nargs="?", type=number(int, 1, 65535), default=8080, help="default: 8080")
     add("clients", nargs="?", type=positive, default=10, help="default: 10")
-    add("requests", nargs="?", type=positive,
-        help="for each client (default: 100; without limit where --duration or --rate is given)")
-    add("interval_ms", nargs="?", type=number(float, 0), default=0.0,
-        help="pause of a client after an answer (default: 0)")
+    add(
+        "requests",
+        nargs="?",
+        type=positive,
+        help="for each client (default: 100; without limit where --duration or --rate is given)",
+    )
+    add(
+        "interval_ms",
+        nargs="?",
+        type=number(float, 0),
+        default=0.0,
+        help="pause of a client after an answer (default: 0)",
+    )
     add("--host", default="127.0.0.1", help="default: 127.0.0.1")
-    add("--batch", metavar="N", type=number(int, 1, 100_000), default=3,
-        help="metrics a request (default: 3)")
+    add(
+        "--batch",
+        metavar="N",
+        type=number(int, 1, 100_000),
+        default=3,
+        help="metrics a request (default: 3)",
+    )
     add("--close", action="store_true", help="a new connection for each request")
-    add("--rate", metavar="R", type=seconds,
-        help="open model: R requests/s over all clients, at times fixed in advance")
-    add("--duration", metavar="S", type=seconds,
-        help="end after S seconds (default with --rate and no requests: 10)")
-    add("--timeout", metavar="S", type=seconds, default=10.0,
-        help="seconds to wait for an answer (default: 10)")
-    add("--processes", metavar="P", type=number(int, 1, 256), default=default_processes(),
-        help="processes that send (default here: %(default)s)")
+    add(
+        "--rate",
+        metavar="R",
+        type=seconds,
+        help="open model: R requests/s over all clients, at times fixed in advance",
+    )
+    add(
+        "--duration",
+        metavar="S",
+        type=seconds,
+        help="end after S seconds (default with --rate and no requests: 10)",
+    )
+    add(
+        "--timeout",
+        metavar="S",
+        type=seconds,
+        default=10.0,
+        help="seconds to wait for an answer (default: 10)",
+    )
+    add(
+        "--processes",
+        metavar="P",
+        type=number(int, 1, 256),
+        default=default_processes(),
+        help="processes that send (default here: %(default)s)",
+    )
     add("--json", action="store_true", help="print one JSON object instead of the report")
     add("--quiet", action="store_true", help="show no progress")
     return cli
@@ -1149,9 +1211,16 @@ def parse_options(cli: argparse.ArgumentParser, args: argparse.Namespace) -> Opt
         else:
             requests = 100
     return Options(
-        host=args.host, port=args.port, clients=args.clients, requests=requests,
-        interval_s=args.interval_ms / 1e3, batch=args.batch, close=args.close,
-        rate_per_s=args.rate, duration_s=duration_s, timeout_s=args.timeout,
+        host=args.host,
+        port=args.port,
+        clients=args.clients,
+        requests=requests,
+        interval_s=args.interval_ms / 1e3,
+        batch=args.batch,
+        close=args.close,
+        rate_per_s=args.rate,
+        duration_s=duration_s,
+        timeout_s=args.timeout,
         processes=min(args.processes, args.clients),
     )
 

@@ -3118,6 +3118,122 @@ def test_version_and_help():
 
 
 # --------------------------------------------------------------------------------------------------
+# The load tester and the performance run
+# --------------------------------------------------------------------------------------------------
+
+
+def load(port: int, *arguments: str) -> tuple[int, dict]:
+    command = [sys.executable, str(HERE / "load_test.py"), str(port), *arguments]
+    ended = subprocess.run([*command, "--json", "--quiet"], capture_output=True, text=True, timeout=50)
+    assert ended.stderr == "" and ended.stdout.count("\n") == 1, ended
+    return ended.returncode, json.loads(ended.stdout)
+
+
+@pytest.mark.parametrize("arguments, total", [
+    (["20", "15"], 300), (["20", "15", "--close"], 300), (["3", "5", "10"], 15),
+    (["8", "5", "--batch", "7"], 40), (["10", "20", "--processes", "2"], 200),
+    (["5", "--rate", "200", "--duration", "0.5"], 100),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip
+def test_the_load_tester_counts_what_the_server_counts(tmp_path, arguments, total):
+    with running(tmp_path) as started:
+        status, figures = load(started.port, *arguments)
+        stored = started.service.statistics.snapshot()["metrics_received"]
+    assert status == 0
+    assert (figures["total"], figures["successful"], figures["failed"]) == (total, total, 0)
+    assert figures["success_rate"] == 1.0 and figures["lost"] == figures["unsent"] == 0
+    assert figures["statuses"] == {"200": total} and set(figures["errors"].values()) == {0}
+    assert stored == total * figures["options"]["batch"] == len(lines_of(tmp_path))
+    assert 0 < figures["latency_ms"]["p50"] <= figures["latency_ms"]["max"]
+    assert ("p99" in figures["latency_ms"]) == (total >= 100)  # only if the sample supports it
+    assert ("service_time_ms" in figures) == ("--rate" in arguments)
+
+
+def test_each_load_client_has_an_id_of_its_own(tmp_path):
+    with running(tmp_path, limit=1000) as started:
+        load(started.port, "6", "2")
+        seen: dict[str, int] = {}
+        flush_metrics(started.service.limiter, lambda client, allowed, _: seen.update({client: allowed}))
+    assert sorted(seen.values()) == [2] * 6
+    assert all(re.fullmatch(r"load_client_\d+", client) for client in seen)
+
+
+def test_refusals_are_failures_of_their_own_kind(tmp_path):
+    with running(tmp_path, limit=2) as started:
+        status, figures = load(started.port, "4", "5")
+    assert status == 1 and figures["lost"] == 0
+    assert figures["successful"] < figures["total"] and figures["statuses"]["429"] >= 4
+    assert figures["refused_latency_ms"]["max"] > 0
+
+
+def test_the_load_tester_finds_out_a_server_that_forgets(tmp_path):
+    with running(tmp_path) as started:
+        record = started.service.statistics.record
+
+        def forgetful(event: metricstream.Event, *, invalid: bool = False) -> None:
+            record(event._replace(metrics=event.metrics and 2), invalid=invalid)
+
+        started.service.statistics.record = forgetful  # type: ignore[method-assign]
+        status, figures = load(started.port, "5", "4")
+    assert (status, figures["success_rate"], figures["lost"]) == (1, 1.0, 20)
+
+
+def test_an_acknowledgement_of_the_wrong_number_is_no_success(tmp_path, monkeypatch):
+    monkeypatch.setattr(metricstream, "accepted", lambda metrics: metricstream.json_response(
+        200, {"success": True, "metrics_processed": metrics + 1}))  # fmt: skip
+    with running(tmp_path) as started:
+        status, figures = load(started.port, "2", "3")
+    assert (status, figures["successful"], figures["errors"]["bad_response"]) == (1, 0, 6)
+
+
+def test_latency_counts_from_the_intended_time(tmp_path):
+    """A server that stops for half a second delays all that was due meanwhile: no coordinated omission."""
+    paused = threading.Event()
+
+    def pausing_write(fd: int, octets: bytes) -> int:
+        if not paused.is_set() and os.fstat(fd).st_size > 5000:
+            paused.set()
+            threading.Event().wait(0.5)  # what is tested is the measuring of this wait
+        return os.write(fd, octets)
+
+    with running(tmp_path, log=MetricLog(str(tmp_path), write=pausing_write)) as started:
+        status, figures = load(started.port, "1", "--rate", "200", "--duration", "1.5")
+    assert status == 0 and paused.is_set()
+    assert figures["latency_ms"]["p90"] > 5 * figures["service_time_ms"]["p90"]
+    assert figures["late"] > 50
+
+
+def test_a_server_that_is_not_there_is_one_clear_line():
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = str(unused.getsockname()[1])
+        ended = subprocess.run([sys.executable, str(HERE / "load_test.py"), port, "1", "1"],
+                               capture_output=True, text=True, timeout=20)  # fmt: skip
+    assert ended.returncode == 1 and ended.stdout == ""
+    assert len(ended.stderr.splitlines()) == 1 and f"no server at 127.0.0.1:{port}" in ended.stderr
+
+
+def test_an_interrupted_load_prints_what_there_is(tmp_path):
+    with running(tmp_path) as started:
+        process = subprocess.Popen(
+            [sys.executable, str(HERE / "load_test.py"), str(started.port), "4", "--duration", "30",
+             "--json", "--quiet"], stdout=subprocess.PIPE, text=True)  # fmt: skip
+        eventually(lambda: started.service.statistics.snapshot()["metrics_received"] > 100)
+        process.send_signal(signal.SIGINT)
+        out = process.communicate(timeout=10)[0]
+    figures = json.loads(out)
+    assert process.returncode in (1, 130)
+    assert figures["interrupted"] and figures["successful"] > 0
+
+
+def test_the_load_tester_is_alone():
+    imported = {node.module or "" for node in ast.walk(ast.parse((HERE / "load_test.py").read_text()))
+                if isinstance(node, ast.ImportFrom)}  # fmt: skip
+    names = {alias.name for node in ast.walk(ast.parse((HERE / "load_test.py").read_text()))
+             if isinstance(node, ast.Import) for alias in node.names}  # fmt: skip
+    assert {name.partition(".")[0] for name in imported | names} <= sys.stdlib_module_names
+
+
+# --------------------------------------------------------------------------------------------------
 # The shape of the module
 # --------------------------------------------------------------------------------------------------
 
