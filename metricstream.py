@@ -26,6 +26,7 @@ import fcntl
 import functools
 import hashlib
 import http
+import itertools
 import logging
 import math
 import os
@@ -416,6 +417,8 @@ class RequestReader:
         if body is None:
             return None
         self._expect_head()
+        if self._start == len(self._buffer):  # an idle connection holds nothing of its last request
+            self._buffer, self._start, self._scanned = b"", 0, 0
         return Request(head, body)
 
     @property
@@ -585,21 +588,21 @@ def decode_content(request: Request) -> bytes:
             f"Content-Encoding {coding[:80]!r} is not known; send gzip or identity",
             fields=[("Accept-Encoding", "gzip, identity")],
         )
-    content, rest = b"", request.body
+    content, body, position = bytearray(), memoryview(request.body), 0
     try:
-        while rest or not content:  # RFC 1952, 2.2: one or more members
+        while position < len(body) or not position:  # RFC 1952, 2.2: one or more members
             member = zlib.decompressobj(wbits=31)
-            content += member.decompress(rest, MAX_BODY_BYTES + 1 - len(content))
-            if len(content) > MAX_BODY_BYTES:
-                raise HTTPError(413, f"gzip body of more than {MAX_BODY_BYTES} bytes when decoded")
-            if not member.eof:
-                raise HTTPError(400, "gzip body is cut short")
-            rest = member.unused_data
-            if not content and not rest:
-                break
+            while not member.eof:
+                piece = body[position : position + 4096]  # small: what a member leaves is copied
+                if not piece:
+                    raise HTTPError(400, "gzip body is cut short")
+                content += member.decompress(piece, MAX_BODY_BYTES + 1 - len(content))
+                if len(content) > MAX_BODY_BYTES:
+                    raise HTTPError(413, f"gzip body of more than {MAX_BODY_BYTES} bytes decoded")
+                position += len(piece) - len(member.unused_data)
     except zlib.error as error:
         raise HTTPError(400, f"gzip body is broken: {error}") from None
-    return content
+    return bytes(content)
 
 
 class Response:
@@ -1298,6 +1301,7 @@ DURABILITY_LEVELS = ("memory", "os", "disk")
 LOG_NAME = "metrics.jsonl"
 MAX_QUEUED_BYTES = 64 * 1024 * 1024  # at level memory
 WRITER_PAUSE_S = 0.05  # how long the writer of level memory gathers batches for one write
+PROBE = b" " * 4096  # one block, written to see whether writing works again
 WRITE_RETRY_S = 0.5  # and how long it waits when the write failed
 
 
@@ -1606,25 +1610,32 @@ class MetricLog:
 
     def probe(self) -> str:
         """Why the log can't be written, or "". While it can't, each call tries again: a write that
-        is taken back.
+        is taken back, and an fsync.
         """
         if not self.error:  # the usual case waits for nobody who is writing
             return ""
         with self._lock:
-            if self.error and not self._closing and self.durability != "memory":
-                blank = b" " * 4096
-                try:
-                    self._append_now(blank)
-                    self._torn_at = os.fstat(self._fd).st_size - len(blank)
-                    self.size_bytes -= len(blank)
+            if not self.error or self._closing or self.durability == "memory":
+                return self.error  # at level memory the writer tries again by itself
+            try:
+                self._append_now(PROBE)
+                self.size_bytes -= len(PROBE)
+                self._torn_at = os.fstat(self._fd).st_size - len(PROBE)
+                self._cut(self._torn_at)
+                if self.durability == "os":
                     self._fsync(self._fd)
-                    self.error = ""
-                except LogError:
                     return self.error
-                except OSError as error:
-                    self.error = f"can't sync {self.path}: {error.strerror}"
-                self._try_to_cut()
-            return self.error
+            except LogError:
+                return self.error
+            except OSError as error:
+                self.error = f"can't write {self.path}: {error.strerror}"
+                return self.error
+            # At level disk only one thread may fsync: the kernel tells of a failure only once.
+            self._joined = True
+            self._work.notify()
+            commit = self._commit
+        commit.wait()
+        return self.error
 
     def _write_queue(self) -> None:
         """The thread of level `memory`: writes whatever has gathered, and keeps it while it can't
@@ -1635,10 +1646,9 @@ class MetricLog:
             with self._queued:
                 while not (lines or self._queue or self._closing):
                     self._queued.wait()
-                if (
-                    not self._closing
-                ):  # gather a little, or wait for the disk; only close() ends it early
-                    self._queued.wait(WRITE_RETRY_S if lines else WRITER_PAUSE_S)
+                # Gather a little, or wait for the disk; only close() ends it early.
+                pause_s = WRITE_RETRY_S if lines else WRITER_PAUSE_S
+                self._queued.wait_for(lambda: self._closing, pause_s)
                 closing = self._closing
                 lines += b"".join(self._queue)
                 self._queue.clear()
@@ -1701,6 +1711,8 @@ class MetricLog:
             self._queued.notify()
         if self._thread:
             self._thread.join()
+        with self._lock:
+            self._try_to_cut()
         try:
             self._fsync(self._fd)
         except OSError as error:
@@ -1829,11 +1841,11 @@ class Statistics:
             }
             latency_sum_s = self._latency_sum_s
         now = self._clock()
-        events = self.ring.read()[0]
+        events, ended, _ = self.ring.read()
         latencies = sorted(event.latency_s for event in events)
         recent = [event.time for event in events if event.time > now - RATE_SPAN_S]
         span_s = RATE_SPAN_S if len(recent) < len(events) else min(RATE_SPAN_S, now - self._started)
-        if len(recent) == RING_SIZE:
+        if ended > RING_SIZE and recent and len(recent) == len(events):
             span_s = now - recent[0]
         return {
             **counters,
@@ -2275,9 +2287,7 @@ class Connection:
         self.unsent: bytes | memoryview = b""
         self.pending: tuple[Pending, Head] | None = None  # the answer that waits for the log
         self.more = False  # whole requests may stand in the reader: serve them before reading
-        self.ending = (
-            ""  # once what is unsent is sent: "close", or "linger" so that the client can read it
-        )
+        self.ending = False  # nothing more is read: once all is sent, linger
         self.progressed = True  # since it was parked: its time-out starts again
         self.drained_bytes = 0
         self.parking: _Parking | None = None  # guarded by Server._lock, as the three below
@@ -2479,7 +2489,7 @@ class Server(socketserver.ThreadingTCPServer):
         )
         connection.progressed = True
         if persistence is CLOSE:
-            connection.ending = "linger" if connection.reader.in_request else "close"
+            connection.ending = True
 
     def _refuse(self, connection: Connection, error: Exception) -> None:
         """Answer what can't be answered otherwise; the connection ends, but not before the client
@@ -2487,15 +2497,13 @@ class Server(socketserver.ThreadingTCPServer):
         """
         response = self.service.refuse(error, connection.peer)
         connection.put(response.encode(CLOSE, date_field(int(time.time()))))
-        connection.progressed, connection.ending = True, "linger"
+        connection.progressed = connection.ending = True
 
     def _send(self, connection: Connection) -> _Parking | None:
         """Send what is to be sent. Returns where the connection waits next."""
         if connection.unsent and not connection.flush():
             return self._answering
-        if connection.ending == "close":
-            return None
-        if connection.ending == "linger":
+        if connection.ending:
             connection.socket.shutdown(socket.SHUT_WR)
             return self._lingering
         if connection.more:
@@ -2602,16 +2610,16 @@ class Server(socketserver.ThreadingTCPServer):
         them.
         """
         with self._lock:
-            idle = [
-                connection
-                for connection, _ in zip(self._idle.queue, range(count))
-                if connection.parked
-            ]
+            parked = (connection for connection in self._idle.queue if connection.parked)
+            idle = list(itertools.islice(parked, count))
             for connection in idle:
-                del self._idle.queue[connection]
-                self._lingering.queue[connection] = None
-                connection.parking = self._lingering
-                connection.deadline = self._clock() + self.timeouts.linger_s
+                if (
+                    how != socket.SHUT_RD
+                ):  # a request that has arrived before a stop is still served
+                    del self._idle.queue[connection]
+                    self._lingering.queue[connection] = None
+                    connection.parking = self._lingering
+                    connection.deadline = self._clock() + self.timeouts.linger_s
                 try:
                     connection.socket.shutdown(how)
                 except OSError:  # reset in the meantime: its owner will see that too
@@ -2689,9 +2697,9 @@ class Server(socketserver.ThreadingTCPServer):
         if self._stopping or error.errno in (errno.ECONNABORTED, errno.EINTR, errno.EPROTO):
             return
         self._wake_idle(socket.SHUT_RDWR, ACCEPTS_A_TURN)
-        self._paused = True
         if self._epoll is not None:
             self._epoll.modify(self._listener_fd, 0)  # level-triggered, it would report without end
+        self._paused = True  # after that: the housekeeper undoes both
         now = self._clock()
         if now - self._warned_at >= 1.0:
             self._warned_at = now
@@ -2704,7 +2712,12 @@ class Server(socketserver.ThreadingTCPServer):
         worker = _Worker(self._work)
         with self._lock:
             self._workers.add(worker)
-        worker.start()
+        try:
+            worker.start()
+        except RuntimeError as error:  # no thread to be had: those that there are go on
+            with self._lock:
+                self._workers.discard(worker)
+            raise OSError(errno.EAGAIN, str(error)) from None
 
     def _work(self, worker: _Worker) -> None:
         assert self._epoll is not None
@@ -2745,8 +2758,12 @@ class Server(socketserver.ThreadingTCPServer):
                 and not worker.replaced
                 and len(workers) < MAX_WORKERS
             ):
+                try:
+                    self._start_worker()
+                except OSError as error:
+                    logger.warning("can't replace a worker that is held up: %s", error.strerror)
+                    break
                 worker.replaced = True
-                self._start_worker()
             worker.turns_seen = worker.turns
         return any(worker.busy for worker in workers)
 
@@ -2823,9 +2840,9 @@ class Server(socketserver.ThreadingTCPServer):
             try:
                 if self._control.get(timeout=1.0 if self._asleep else TICK_S) == "stop":
                     return
-            except queue.Empty:
-                pass  # the usual case: nobody has anything to say
-            quiet = 0 if self._asleep else quiet + 1
+                quiet = 0
+            except queue.Empty:  # the usual case: nobody has anything to say
+                quiet += 1
             self._asleep = False
             if self._replace_stuck_workers():
                 quiet = 0
@@ -2860,7 +2877,8 @@ class Server(socketserver.ThreadingTCPServer):
             super().shutdown()
         self.socket.close()
         deadline = time.monotonic() + self.timeouts.stop_s
-        while self._open and time.monotonic() < deadline:
+        # who lingers has its answer
+        while len(self._open) > len(self._lingering.queue) and time.monotonic() < deadline:
             self._wake_idle(socket.SHUT_RD, len(self._open))
             self._stopped.wait(TICK_S / 4)
         self._finished = True

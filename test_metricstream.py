@@ -2435,6 +2435,41 @@ def test_a_failed_fsync_refuses_all_who_waited_and_keeps_nothing_of_them(tmp_pat
     assert lines_of(tmp_path) == ["safe", "again"]
 
 
+def test_only_one_thread_asks_the_kernel_whether_the_disk_works(tmp_path):
+    asking: set[str] = set()
+    disk = FaultyDisk()
+    disk.syncs = [BROKEN, BROKEN]
+
+    def fsync(fd: int) -> None:
+        asking.add(threading.current_thread().name)
+        disk.fsync(fd)
+
+    log = MetricLog(str(tmp_path), "disk", fsync=fsync)
+    with pytest.raises(LogError):
+        append_and_wait(log, b"a\n")
+    assert "can't sync" in log.probe()
+    assert log.probe() == "" and asking == {"log-disk"}
+    log.close()
+    assert lines_of(tmp_path) == []
+
+
+def test_what_was_refused_is_gone_after_a_stop(tmp_path, monkeypatch):
+    disk = FaultyDisk(5, 4, FULL)
+    log = MetricLog(str(tmp_path), write=disk.write)
+    log.append(b"good\n")
+    truncate = os.ftruncate
+
+    def broken(fd: int, size: int) -> None:
+        monkeypatch.setattr(os, "ftruncate", truncate)
+        raise BROKEN
+
+    monkeypatch.setattr(os, "ftruncate", broken)
+    with pytest.raises(LogError):
+        log.append(b"a\nb\nc\n")
+    log.close()
+    assert lines_of(tmp_path) == ["good"]
+
+
 def test_one_fsync_serves_all_who_wait(tmp_path):
     disk, entered, go_on = FaultyDisk(), threading.Event(), threading.Event()
 
@@ -2904,6 +2939,72 @@ def test_a_worker_that_is_held_up_holds_nobody_up(tmp_path):
         go_on.set()
         assert b" 200 OK" in slow.recv(1000)
         eventually(lambda: len(started.server._workers) == 1)
+
+
+def test_a_request_that_has_arrived_is_answered_before_a_stop(tmp_path, threads):
+    with running(tmp_path, threads=threads) as started, contextlib.ExitStack() as stack:
+        connections = [stack.enter_context(connect(started.port)) for _ in range(50)]
+        for connection in connections:
+            connection.sendall(HEALTH)
+            assert b" 200 " in connection.recv(1000)
+        for connection in connections:
+            connection.sendall(post())
+        started.server.stop_soon()
+        for connection in connections:
+            assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
+    assert len(lines_of(tmp_path)) == 50
+
+
+def test_an_idle_connection_holds_nothing_of_its_last_request():
+    reader = RequestReader()
+    reader.feed(post(body=b" " * 1_000_000))
+    assert reader.next_request() is not None
+    assert len(reader._buffer) == 0
+
+
+def test_without_a_thread_to_be_had_the_server_goes_on(tmp_path, monkeypatch):
+    stuck, go_on, refused = threading.Event(), threading.Event(), threading.Event()
+
+    def slow_write(fd: int, octets: bytes) -> int:
+        stuck.set()
+        assert go_on.wait(20)
+        return os.write(fd, octets)
+
+    def no_thread(worker: threading.Thread) -> None:
+        refused.set()
+        raise RuntimeError("can't start new thread")
+
+    with running(tmp_path, log=MetricLog(str(tmp_path), write=slow_write)) as started:
+        assert_healthy(started.port)  # its worker has started
+        monkeypatch.setattr(metricstream._Worker, "start", no_thread)
+        with connect(started.port) as connection:
+            connection.sendall(post())
+            assert stuck.wait(10) and refused.wait(10)
+            go_on.set()
+            assert b" 200 OK" in connection.recv(1000)
+        assert_healthy(started.port)
+
+
+def test_a_stuck_connection_keeps_no_room_from_others(tmp_path):
+    stuck, go_on = threading.Event(), threading.Event()
+
+    def slow_write(fd: int, octets: bytes) -> int:
+        stuck.set()
+        assert go_on.wait(20)
+        return os.write(fd, octets)
+
+    log = MetricLog(str(tmp_path), write=slow_write)
+    with running(tmp_path, log=log, max_connections=3) as started, contextlib.ExitStack() as stack:
+        slow, *idle = [stack.enter_context(connect(started.port)) for _ in range(3)]
+        for connection in (slow, *idle):
+            connection.sendall(HEALTH)
+            assert b" 200 " in connection.recv(1000)
+        slow.sendall(post())
+        assert stuck.wait(10)
+        assert_healthy(started.port)  # a fourth: the first of the idle ones made room
+        assert idle[0].recv(1) == b""
+        go_on.set()
+        assert b" 200 OK" in slow.recv(1000)
 
 
 def test_clients_that_reset_leave_no_trace(tmp_path, threads, caplog):
