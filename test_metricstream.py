@@ -3043,8 +3043,8 @@ def test_running_out_of_file_descriptors_is_survived(tmp_path, threads):
 
 
 def test_a_stop_answers_what_is_in_flight_and_closes_what_is_idle(tmp_path, threads):
-    with running(tmp_path, threads=threads) as started:
-        idle, busy = connect(started.port), connect(started.port)
+    with running(tmp_path, threads=threads) as started, contextlib.ExitStack() as stack:
+        idle, busy = (stack.enter_context(connect(started.port)) for _ in range(2))
         idle.sendall(HEALTH)
         assert b" 200 " in idle.recv(1000)
         busy.sendall(post()[:-1])
