@@ -375,9 +375,6 @@ class RequestReader:
         self._scanned = 0  # no line end that matters lies before it
         self._continued = False  # the interim answer was given
         self._refusal: HTTPError | None = None  # nothing after it is read
-        self._expect_head()
-
-    def _expect_head(self) -> None:
         self._head: Head | None = None
         self._chunks: _ChunkedBody | None = None
         self._skipped_line = False
@@ -416,9 +413,11 @@ class RequestReader:
             raise
         if body is None:
             return None
-        self._expect_head()
         if self._start == len(self._buffer):  # an idle connection holds nothing of its last request
             self._buffer, self._start, self._scanned = b"", 0, 0
+        self._head = self._chunks = None
+        self._skipped_line = False
+        self._line_ended = 0
         return Request(head, body)
 
     @property
@@ -2377,9 +2376,8 @@ class Server(socketserver.ThreadingTCPServer):
         self._committing = _Parking(0, math.inf)  # until the log calls back
         self._answered = _Parking(0, math.inf)  # until the round is over: then they are in _unsent
         self._unsent: deque[Connection] = deque()  # any worker may take from it; it is atomic
-        self._events: deque[tuple[int, int]] = (
-            deque()
-        )  # from epoll, not yet claimed; deque operations are atomic
+        # Claimed, for whichever worker comes first to give them their turns. A deque is atomic.
+        self._claimed: deque[Connection | None] = deque()
         self._control: queue.SimpleQueue[str] = (
             queue.SimpleQueue()
         )  # to the housekeeper; put() is safe in a signal handler
@@ -2720,30 +2718,41 @@ class Server(socketserver.ThreadingTCPServer):
             raise OSError(errno.EAGAIN, str(error)) from None
 
     def _work(self, worker: _Worker) -> None:
-        assert self._epoll is not None
+        """Give each that is ready its turn; then see what has become ready meanwhile."""
         batch = 64 if self.threads == 1 else 4  # several workers share what is ready
         while not (self._finished or worker.replaced):
             try:
-                fd, _ = self._events.popleft()
+                connection = self._claimed.popleft()
             except IndexError:
                 self._send_answers()
                 worker.busy = False
-                self._events.extend(self._epoll.poll(1.0, batch))
+                self._claim_ready(batch)
                 worker.turns += 1
                 worker.busy = True
                 if self._asleep:
                     self._control.put("work")
                 continue
             worker.turns += 1
-            if fd == self._listener_fd:
+            if connection is None:
                 self._accept(worker)
-                continue
-            connection = self._open.get(fd)
-            if connection is not None and self._claim(connection):
+            else:
                 self._turn(connection)
         self._send_answers()
         with self._lock:
             self._workers.discard(worker)
+
+    def _claim_ready(self, most: int) -> None:
+        """Wait until something is ready, and claim it: a connection; None is the listener."""
+        assert self._epoll is not None
+        ready = self._epoll.poll(1.0, most)
+        with self._lock:
+            for fd, _ in ready:
+                connection = self._open.get(fd)
+                if connection is not None and connection.parked:
+                    connection.parked = False
+                    self._claimed.append(connection)
+                elif fd == self._listener_fd:
+                    self._claimed.append(None)
 
     def _replace_stuck_workers(self) -> bool:
         """Start a new worker for each that is still at the turn of the last look; whether any is at
