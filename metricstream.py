@@ -404,6 +404,8 @@ class RequestReader:
         try:
             head = self._head
             if head is None:
+                if not self._buffer:  # 1 µs saved on the last look of every turn
+                    return None
                 head = self._head = self._read_head()
                 if head is None:
                     return None
@@ -1815,7 +1817,7 @@ class Statistics:
         self._invalid = 0
         self._latency_sum_s = 0.0
 
-    def record(self, event: Event, *, invalid: bool = False) -> None:
+    def record(self, event: Event, invalid: bool = False) -> None:
         """Count one request; `invalid` if it was refused for what its body held."""
         self.ring.append(event)
         _, _, status, latency_s, metrics = event
@@ -2147,7 +2149,7 @@ class Service:
         self, client: str, status: int, started: float, metrics: int, invalid: bool = False
     ) -> None:
         event = Event(self._clock(), client, status, time.perf_counter() - started, metrics)
-        self.statistics.record(event, invalid=invalid)
+        self.statistics.record(event, invalid)
 
 
 def refuse_other_origins(head: Head) -> None:
@@ -2241,6 +2243,7 @@ RECEIVE_BYTES = 64 * 1024
 LINGER_BYTES = 1024 * 1024  # how much is read and dropped after an error
 REQUESTS_A_TURN = 16  # pipelined; then the others have their turn
 ACCEPTS_A_TURN = 16
+_ONESHOT = getattr(select, "EPOLLONESHOT", 0)
 READ, WRITE = select.POLLIN, select.POLLOUT  # epoll gives them the same values
 
 
@@ -2569,21 +2572,21 @@ class Server(socketserver.ThreadingTCPServer):
             return
         with self._lock:
             if connection.parking is not parking or connection.progressed:
-                if connection.parking is not None:
-                    del connection.parking.queue[connection]
-                parking.queue[connection] = None
-                connection.parking = parking
+                if connection.parking is parking:
+                    parking.queue.move_to_end(connection)
+                else:
+                    if connection.parking is not None:
+                        del connection.parking.queue[connection]
+                    parking.queue[connection] = None
+                    connection.parking = parking
                 connection.deadline = self._clock() + parking.limit_s
                 connection.progressed = False
             connection.parked = parking is not self._committing
             if self._epoll is not None and connection.parked:
-                # under the lock: once it can be claimed it can be closed, and its descriptor be
-                # another's
-                if connection.registered:
-                    self._epoll.modify(connection.fd, parking.events | select.EPOLLONESHOT)
-                else:
-                    connection.registered = True
-                    self._epoll.register(connection.fd, parking.events | select.EPOLLONESHOT)
+                # Under the lock: once claimed it can be closed, and its descriptor be another's.
+                arm = self._epoll.modify if connection.registered else self._epoll.register
+                arm(connection.fd, parking.events | _ONESHOT)
+                connection.registered = True
         if parking is self._committing and self._epoll is not None:
             assert connection.pending is not None  # that is what it was parked for
             connection.pending[0].commit.then(partial(self._settle, connection))

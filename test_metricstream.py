@@ -3270,8 +3270,8 @@ def test_the_load_tester_finds_out_a_server_that_forgets(tmp_path):
     with running(tmp_path) as started:
         record = started.service.statistics.record
 
-        def forgetful(event: metricstream.Event, *, invalid: bool = False) -> None:
-            record(event._replace(metrics=event.metrics and 2), invalid=invalid)
+        def forgetful(event: metricstream.Event, invalid: bool = False) -> None:
+            record(event._replace(metrics=event.metrics and 2), invalid)
 
         started.service.statistics.record = forgetful  # type: ignore[method-assign]
         status, figures = load(started.port, "5", "4")
