@@ -5,7 +5,7 @@ VENV := .venv
 PYTHON ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint clean
+.PHONY: help run test lint load perf clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/' | expand -t 16
@@ -26,5 +26,11 @@ lint: $(VENV)/ready  ## check the style and the types
 	$(VENV)/bin/ruff format --check metricstream.py load_test.py
 	$(VENV)/bin/mypy metricstream.py load_test.py
 
+load:  ## load a running server: 50 clients with 200 requests each
+	$(PYTHON) load_test.py $(PORT) 50 200
+
+perf:  ## the systematic performance run, into performance_results.txt
+	./performance_test.sh
+
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache __pycache__
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache __pycache__ performance_results.txt
