@@ -3219,6 +3219,23 @@ def test_version_and_help():
 
 
 # --------------------------------------------------------------------------------------------------
+# Under fire
+# --------------------------------------------------------------------------------------------------
+#
+# What the chapters promise, under the conditions that break promises: crashes, faults, hostile
+# clients. Real server processes, ended by their own process id.
+
+
+# ---- crashes and faults ----
+
+
+# ---- hostile and clumsy clients ----
+
+
+# ---- fuzzing, worst inputs, forgery ----
+
+
+# --------------------------------------------------------------------------------------------------
 # The load tester and the performance run
 # --------------------------------------------------------------------------------------------------
 
