@@ -25,7 +25,9 @@ import errno
 import fcntl
 import functools
 import hashlib
+import hmac
 import http
+import ipaddress
 import itertools
 import logging
 import math
@@ -33,17 +35,20 @@ import os
 import queue
 import re
 import resource
+import secrets
 import select
 import signal
 import socket
 import socketserver
+import ssl
+import stat
 import sys
 import threading
 import time
 import traceback
 import zlib
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
@@ -745,8 +750,9 @@ class SlidingWindowLimiter:
         self._mask = stripes - 1
         self._stripe_clients = max(1, max_clients // stripes)
 
-    def decide(self, client: str) -> Decision:
-        """Count one request of `client`, if it is allowed."""
+    def decide(self, client: str, own_limit: int | None = None) -> Decision:
+        """Count one request of `client`, if it is allowed; `own_limit` stands for `limit` then."""
+        limit = self.limit if own_limit is None else own_limit
         stripe = self._stripes[
             hash(client) & self._mask
         ]  # str hashes are keyed: nobody can choose a stripe
@@ -763,12 +769,13 @@ class SlidingWindowLimiter:
                 while window and now - window[0] >= self.window_s:
                     window.popleft()
                 used = len(window)
-            if used >= self.limit:
+            if used >= limit:
                 assert window is not None  # limit is at least 1, so something was used
                 windows[client] = window
                 self._count(stripe.refused, client)
-                oldest = window if isinstance(window, float) else window[0]
-                return Decision(False, 0, self.window_s - (now - oldest))
+                # the one that must leave first: not the oldest, if the limit has been lowered
+                first = window if isinstance(window, float) else window[used - limit]
+                return Decision(False, 0, self.window_s - (now - first))
             if not used:
                 windows[client] = now  # 24 bytes; an empty deque alone has 760
             elif isinstance(window, float):
@@ -778,7 +785,7 @@ class SlidingWindowLimiter:
                 window.append(now)
                 windows[client] = window
             self._count(stripe.allowed, client)
-            return Decision(True, self.limit - used - 1, 0.0)
+            return Decision(True, limit - used - 1, 0.0)
 
     def _count(self, tally: dict[str, int], client: str) -> None:
         if client in tally:
@@ -1472,7 +1479,7 @@ class MetricLog:
         self.path = os.path.join(folder, LOG_NAME)
         self.error = ""
         self._write, self._fsync = write, fsync
-        # Guards the end of the file: error, size_bytes and the five below. It is held across a
+        # Guards the file and its end: error, size_bytes and the eight below. It is held across a
         # write: only so is a failed one surely the last thing in the file, and can be cut off.
         # `_work` shares it.
         self._lock = threading.Lock()
@@ -1481,6 +1488,9 @@ class MetricLog:
         self._commit = Commit()  # the one that the next batch joins, at level disk
         self._joined = False  # whether any batch did
         self._closing = False
+        self._reopening = False  # the thread of level disk is to change the file
+        self._seen_bytes = 0  # the size at the last look, when the file still had a name
+        self._gone: OSError | None = None  # why a deleted file can't be made anew
         self._work = threading.Condition(self._lock)  # the thread of level disk has something to do
         # Guards the queue of level memory: the three below. Never held together with _lock.
         self._queued = threading.Condition()
@@ -1489,13 +1499,11 @@ class MetricLog:
         self._max_queued_bytes = max_queued_bytes
         self._folder_fd = self._own_folder(folder)
         try:
-            self._fd = self._open()
-            self.cut_bytes = self._cut_torn_tail()
-            os.fsync(self._folder_fd)  # or a new file's name could be lost with the power
+            self._fd, self.cut_bytes = self._open()
         except OSError as error:
             os.close(self._folder_fd)
             raise LogError(f"can't use {self.path}: {error.strerror}") from None
-        self.size_bytes = self._synced_bytes = os.fstat(self._fd).st_size
+        self.size_bytes = self._synced_bytes = self._seen_bytes = os.fstat(self._fd).st_size
         self._thread: threading.Thread | None = None
         if durability != "os":
             work = self._write_queue if durability == "memory" else self._sync_groups
@@ -1522,29 +1530,36 @@ class MetricLog:
             ) from None
         return folder_fd
 
-    def _open(self) -> int:
+    def _open(self) -> tuple[int, int]:
+        """(the file, how many bytes of a torn line were cut off it)."""
         # O_NONBLOCK: to open a pipe by that name must not block; for a regular file it means
         # nothing
         fd = os.open(
             self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK, 0o644
         )
-        if not os.path.isfile(self.path):
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise OSError(errno.EINVAL, "it is not a regular file")
+            cut_bytes = self._cut_torn_tail(fd)
+            os.fsync(self._folder_fd)  # or a new file's name could be lost with the power
+        except OSError:
             os.close(fd)
-            raise OSError(errno.EINVAL, "it is not a regular file")
-        return fd
+            raise
+        return fd, cut_bytes
 
-    def _cut_torn_tail(self) -> int:
+    @staticmethod
+    def _cut_torn_tail(fd: int) -> int:
         """Cut off what follows the last line end; return how many bytes that was."""
-        size = end = os.fstat(self._fd).st_size
+        size = end = os.fstat(fd).st_size
         while end:
             start = max(0, end - 64 * 1024)
-            newline = os.pread(self._fd, end - start, start).rfind(b"\n")
+            newline = os.pread(fd, end - start, start).rfind(b"\n")
             if newline >= 0:
                 end = start + newline + 1
                 break
             end = start
         if end < size:
-            os.ftruncate(self._fd, end)
+            os.ftruncate(fd, end)
         return size - end
 
     def append(self, lines: bytes) -> Commit | None:
@@ -1583,6 +1598,8 @@ class MetricLog:
         """Write all of the lines or, as far as the file shows, none. The lock is held."""
         written = 0
         try:
+            if self._gone is not None:
+                raise self._gone
             if self._torn_at is not None:
                 self._cut(self._torn_at)
             written = self._write(self._fd, lines)
@@ -1641,6 +1658,99 @@ class MetricLog:
         commit.wait()
         return self.error
 
+    def reopen(self) -> None:
+        """Go on in a new file where the old one was moved away, in the same one where it was not.
+
+        Raises LogError; then the old file stays in use. At level disk it happens a moment later, in
+        the thread that syncs: only there may the old file be synced for those who wait for it.
+        """
+        with self._lock:
+            if self._closing:
+                return
+            if self.durability == "disk":
+                self._reopening = True
+                self._work.notify()
+                return
+            old = self._change_file()
+        self._leave_file(*old)
+
+    def look_after(self) -> None:
+        """Where the file was deleted, go on in a new one, with what was appended since the last
+        look: nobody would find it in the old one.
+
+        A file that was moved needs nothing: what is appended to it is still to be found. Call this
+        often: what is acknowledged between a deletion and the next look is safe from everything but
+        a crash.
+        """
+        if self._lock.acquire(blocking=False):  # who keeps house must not wait for a slow disk
+            try:
+                self._replace_deleted()
+            finally:
+                self._lock.release()
+
+    def _replace_deleted(self) -> None:
+        if os.fstat(self._fd).st_nlink:
+            self._seen_bytes, self._gone = self.size_bytes, None
+        elif self.durability == "disk" and self._thread and self._thread.is_alive():
+            self._reopening = True
+            self._work.notify()
+        else:
+            try:
+                old, _ = self._change_file()
+            except LogError as error:
+                self._report(error)
+            else:
+                os.close(old)
+                logger.warning("%s was deleted; the server made it anew", self.path)
+
+    def _change_file(self) -> tuple[int, int]:
+        """Open the file by its name again; return the old one and its synced size. The lock is
+        held.
+        """
+        self._try_to_cut()
+        try:
+            fd, _ = self._open()
+        except OSError as error:
+            self._gone = None if os.fstat(self._fd).st_nlink else error
+            raise LogError(f"can't write {self.path}: {error.strerror}") from None
+        size = os.fstat(fd).st_size
+        old = self._fd, self._synced_bytes
+        if not os.fstat(self._fd).st_nlink:
+            unseen = os.pread(
+                self._fd, max(0, self.size_bytes - self._seen_bytes), self._seen_bytes
+            )
+            try:
+                while unseen:
+                    unseen = unseen[self._write(fd, unseen) :]
+            except OSError as error:
+                os.ftruncate(fd, size)
+                os.close(fd)
+                self._gone = error  # nothing more is acknowledged until it works
+                raise LogError(f"can't write {self.path}: {error.strerror}") from None
+        self._fd, self._torn_at, self._gone = fd, None, None
+        self.size_bytes = os.fstat(fd).st_size
+        self._synced_bytes = self._seen_bytes = size
+        return old
+
+    def _report(self, error: LogError) -> None:
+        """Log what goes wrong with nobody there to be told: once, not at each attempt."""
+        if self.error != str(error):
+            self.error = str(error)
+            logger.error("%s", error)
+
+    def _leave_file(self, fd: int, synced_bytes: int) -> OSError | None:
+        """Sync a file to which nothing is appended any more, and close it."""
+        failure = None
+        try:
+            self._fsync(fd)
+        except OSError as error:
+            failure = error
+            logger.error("can't sync the file that was %s: %s", self.path, error.strerror)
+            if self.durability == "disk":  # who waits for the rest is refused
+                os.ftruncate(fd, synced_bytes)
+        os.close(fd)
+        return failure
+
     def _write_queue(self) -> None:
         """The thread of level `memory`: writes whatever has gathered, and keeps it while it can't
         be written.
@@ -1673,14 +1783,26 @@ class MetricLog:
     def _sync_groups(self) -> None:
         """The thread of level `disk`: one fsync for all who joined while the last one ran."""
         while True:
+            old = None
             with self._lock:
-                while not self._joined and not self._closing:
+                while not (self._joined or self._closing or self._reopening):
                     self._work.wait()
-                if not self._joined:
+                if self._reopening:
+                    self._reopening = False
+                    try:
+                        old = self._change_file()
+                    except LogError as error:
+                        self._report(error)
+                        if not self._joined:
+                            continue
+                elif not self._joined:
                     return
                 commit, self._commit, self._joined = self._commit, Commit(), False
                 size_bytes = self.size_bytes
+            failure = self._leave_file(*old) if old else None
             try:
+                if failure is not None:
+                    raise failure
                 self._fsync(self._fd)
             except OSError as error:
                 self._give_up([commit], error)
@@ -1717,6 +1839,7 @@ class MetricLog:
             self._thread.join()
         with self._lock:
             self._try_to_cut()
+            self._replace_deleted()
         try:
             self._fsync(self._fd)
         except OSError as error:
@@ -1997,12 +2120,19 @@ def error_response(error: Exception) -> Response:
     raise error
 
 
+def log_unexpected(error: Exception) -> None:
+    """Log an error that is a fault of ours: with its traceback, in one line."""
+    text = "".join(traceback.format_exception(error))
+    logger.error("unexpected error: %s", write_json_string(text))
+
+
 def client_id(head: Head, peer: str) -> str:
     """Who asks: the value of Authorization, else the peer's address. A very long value is known by
     its hash.
     """
-    client = head.headers["authorization"] if "authorization" in head.headers else ""
-    client = client or peer
+    client = peer
+    if "authorization" in head.headers:
+        client = head.headers["authorization"] or peer
     return (
         client
         if len(client) <= MAX_CLIENT_ID_LENGTH
@@ -2010,8 +2140,82 @@ def client_id(head: Head, peer: str) -> str:
     )
 
 
+class ClientListError(ValueError):
+    """A list of clients that can't be read: file, line and reason."""
+
+
+class ClientList:
+    """Who may write: names by their keys, of which only the SHA-256 is kept.
+
+    `text` has a client a line: name, SHA-256 of the key in hex, and optionally its own rate in
+    requests a second (0: none). Empty lines and those that begin with # are skipped. A name may
+    stand twice, while one key follows another; the last rate counts. Raises ClientListError.
+
+    >>> clients = ClientList(f"web1 {hashlib.sha256(b'k3y').hexdigest()} 5", "clients.txt")
+    >>> clients.identify("Bearer k3y"), clients.identify("k3y"), clients.identify("guess")
+    ('web1', 'web1', None)
+    >>> clients.rates
+    {'web1': 5}
+    """
+
+    # A letter first and no colon: no address of a peer can pass for a name.
+    NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,63}")
+    _LINE = re.compile(rf"({NAME.pattern})[ \t]+([0-9A-Fa-f]{{64}})(?:[ \t]+([0-9]{{1,9}}))?")
+    _BEARER = re.compile(r"bearer +(.*)", re.IGNORECASE)  # RFC 6750, 2.1
+
+    def __init__(self, text: str, source: str):
+        self.rates: dict[str, int | None] = {}
+        self._by_prefix: dict[bytes, tuple[bytes, str]] = {}
+        for number, line in enumerate(text.splitlines(), 1):
+            line = line.strip()
+            if not line or line.startswith("#"):
+                continue
+            match = self._LINE.fullmatch(line)
+            if match is None:  # the line is not shown: it may hold a key
+                raise ClientListError(
+                    f"{source}, line {number}: expected 'name sha256-of-key [rate]'"
+                )
+            name, digest, rate = match[1], bytes.fromhex(match[2]), match[3]
+            if digest[:8] in self._by_prefix:
+                raise ClientListError(f"{source}, line {number}: this key stands there twice")
+            self._by_prefix[digest[:8]] = (digest, name)
+            self.rates[name] = int(rate) if rate else None
+
+    @classmethod
+    def read(cls, path: str) -> "ClientList":
+        """The list in a file."""
+        try:
+            with open(path, encoding="utf-8") as file:
+                return cls(file.read(), path)
+        except UnicodeDecodeError:
+            raise ClientListError(f"{path} is not UTF-8") from None
+        except OSError as error:
+            raise ClientListError(f"can't read {path}: {error.strerror}") from None
+
+    def identify(self, authorization: str) -> str | None:
+        """The client whose key an Authorization value holds, bare or as `Bearer KEY`.
+
+        The table is searched by the hash of what was sent, so what its timing could tell is of a
+        hash that nobody can aim; the hash itself is compared in constant time.
+        """
+        bearer = self._BEARER.fullmatch(authorization)
+        digest = hashlib.sha256((bearer[1] if bearer else authorization).encode("latin-1")).digest()
+        known, name = self._by_prefix.get(digest[:8], (bytes(32), None))
+        return name if hmac.compare_digest(known, digest) else None
+
+
+def new_client(name: str) -> tuple[str, str]:
+    """(a new key, the line for the list of clients)."""
+    key = secrets.token_urlsafe(32)
+    return key, f"{name} {hashlib.sha256(key.encode()).hexdigest()}"
+
+
 class Service:
-    """The routes, and what they do. `limiter` is None where no rate is limited."""
+    """The routes, and what they do.
+
+    `limiter` is None where no rate is limited, `clients` where anybody may write. Pages that a
+    browser loads may write under addresses, `localhost` and the names in `allowed_hosts`.
+    """
 
     def __init__(
         self,
@@ -2019,8 +2223,13 @@ class Service:
         limiter: SlidingWindowLimiter | None,
         statistics: Statistics,
         clock: Callable[[], float] = time.time,
+        *,
+        clients: ClientList | None = None,
+        allowed_hosts: Iterable[str] = (),
     ):
         self.log, self.limiter, self.statistics = log, limiter, statistics
+        self.clients = clients  # replaced as a whole when the list is read again
+        self._allowed_hosts = frozenset({"localhost", *map(str.lower, allowed_hosts)})
         self.stopping = False  # set once, when the server shuts down
         self._clock = clock
         self._routes: dict[str, dict[str, Handler]] = {
@@ -2037,21 +2246,39 @@ class Service:
 
     def ingest(self, request: Request, client: str) -> tuple[Response, Commit | None]:
         """The pipeline of `POST /metrics`: allowed? → JSON → batch → log (durable) → Response."""
+        refuse_other_origins(request.head, self._allowed_hosts)
         quota = self._take_quota(client)
-        refuse_other_origins(request.head)
         require_json(request.head)
         lines, count = batch_lines(decode_content(request), int(self._clock() * 1000))
         commit = self.log.append(lines)
         return accepted(count).with_field_lines(quota), commit
 
+    def _client(self, head: Head, peer: str) -> str:
+        """Who asks. Where there is a list of clients: a name on it, or the peer's address."""
+        if self.clients is None:
+            return client_id(head, peer)
+        return self.clients.identify(head.headers.get("authorization", "")) or peer
+
     def _take_quota(self, client: str) -> bytes:
         """Count a request against its client's rate: the RateLimit field line of the answer, or
-        HTTPError 429.
+        HTTPError 401 or 429.
         """
-        limiter = self.limiter
+        limiter, clients = self.limiter, self.clients
+        own_limit = None
+        if clients is not None:
+            if client not in clients.rates:
+                raise HTTPError(
+                    401,
+                    "only listed clients may write; send 'Authorization: Bearer KEY'",
+                    fields=[("WWW-Authenticate", "Bearer")],
+                )
+            own_limit = clients.rates[client]
         if limiter is None:
             return b""
-        decision = limiter.decide(client)
+        limit = limiter.limit if own_limit is None else own_limit
+        if not limit:
+            return b""
+        decision = limiter.decide(client, limit)
         if decision.allowed:
             return b'RateLimit: "default";r=%d;t=%d\r\n' % (
                 decision.remaining,
@@ -2060,11 +2287,11 @@ class Service:
         wait_s = math.ceil(decision.retry_after_s)
         raise HTTPError(
             429,
-            f"more than {limiter.limit} requests in {limiter.window_s:g} s; "
+            f"more than {limit} requests in {limiter.window_s:g} s; "
             f"the next one is allowed in {decision.retry_after_s:.3f} s",
             fields=[
                 ("Retry-After", str(wait_s)),
-                ("RateLimit-Policy", f'"default";q={limiter.limit};w={limiter.window_s:g}'),
+                ("RateLimit-Policy", f'"default";q={limit};w={limiter.window_s:g}'),
                 ("RateLimit", f'"default";r=0;t={wait_s}'),
             ],
         )
@@ -2119,7 +2346,7 @@ class Service:
         """Answer a whole request of the address `peer`, whose last byte came at `started`
         (time.perf_counter).
         """
-        client = client_id(request.head, peer)
+        client = self._client(request.head, peer)
         metrics, invalid = 0, False
         try:
             response, commit = self._handler(request.head)(request, client)
@@ -2141,10 +2368,7 @@ class Service:
     def refuse(self, error: Exception, peer: str) -> Response:
         """The answer to what never became a request, or to what should not have happened (500)."""
         if not isinstance(error, HTTPError):
-            logger.error(
-                "unexpected error: %s",
-                write_json_string("".join(traceback.format_exception(error))),
-            )
+            log_unexpected(error)
             error = HTTPError(500, "internal error; the server's log has the details")
         response = error_response(error)
         self._record(peer, response.status, time.perf_counter(), 0)
@@ -2157,15 +2381,31 @@ class Service:
         self.statistics.record(event, invalid)
 
 
-def refuse_other_origins(head: Head) -> None:
+def refuse_other_origins(head: Head, allowed_hosts: Container[str]) -> None:
     """A page that a browser loaded from elsewhere must not write here: its Origin (RFC 6454) gives
     it away.
+
+    A page may also have made its own name resolve to this machine (DNS rebinding): then Origin and
+    Host agree, but Host is a name that nobody here has allowed.
     """
     if "origin" not in head.headers:
         return
     origin, host = head.headers["origin"], head.host.lower()
     if origin.lower() not in (f"http://{host}", f"https://{host}"):
-        raise HTTPError(403, f"a page of {origin[:80]!r} may not write to {head.host!r}")
+        raise HTTPError(403, f"a page of {origin[:80]!r} may not write to {head.host[:80]!r}")
+    name = re.sub(r":[0-9]*$", "", host)
+    if name not in allowed_hosts and not _is_address(name):
+        raise HTTPError(
+            403, f"a page may not write here as {name[:80]!r}; --allowed-host would let it"
+        )
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        return False
+    return True
 
 
 def require_json(head: Head) -> None:
@@ -2300,6 +2540,10 @@ class Connection:
         self.parked = False  # whether it may be claimed
         self.registered = False  # with epoll
 
+    # What only TLS changes: whether the handshake is still to be made, whether something was
+    # decrypted that no recv() has asked for, and whether TLS must write before it can read.
+    shaking_hands = buffered = must_write = False
+
     def receive(self) -> bytes | None:
         """What has arrived: b"" at the end, None if there is nothing now."""
         try:
@@ -2320,6 +2564,69 @@ class Connection:
         self.progressed = True
         self.unsent = b"" if sent == len(self.unsent) else memoryview(self.unsent)[sent:]
         return not self.unsent
+
+    def end_output(self) -> None:
+        """Tell the client that nothing more will come."""
+        self.socket.shutdown(socket.SHUT_WR)
+
+
+class _TLSConnection(Connection):
+    """A connection whose bytes are encrypted (RFC 8446); its handshake is made by turns, too."""
+
+    __slots__ = ("shaking_hands", "buffered", "must_write", "_tls")
+
+    def __init__(self, sock: socket.socket, peer: str, context: ssl.SSLContext):
+        sock.setblocking(False)
+        wrapped = context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+        super().__init__(wrapped, peer)
+        self._tls = wrapped
+        self.shaking_hands = True
+        self.buffered = self.must_write = False
+
+    def receive(self) -> bytes | None:
+        self.must_write = False
+        try:
+            if self.shaking_hands:
+                self._tls.do_handshake()
+                self.shaking_hands = False
+            received = self._tls.recv(RECEIVE_BYTES)
+        except ssl.SSLWantReadError:
+            self.buffered = False
+            return None
+        except ssl.SSLWantWriteError:
+            self.must_write = True
+            return None
+        self.buffered = self._tls.pending() > 0  # epoll knows nothing of these
+        return received
+
+    def flush(self) -> bool:
+        try:
+            sent = self._tls.send(self.unsent)
+        except ssl.SSLWantWriteError:
+            return False
+        self.progressed = True
+        self.unsent = memoryview(self.unsent)[sent:] if sent < len(self.unsent) else b""
+        return not self.unsent
+
+    def end_output(self) -> None:
+        try:
+            self._tls.unwrap()  # sends close_notify: the answer was not cut off by somebody else
+        except ssl.SSLError as error:  # usual: the client's own is not there yet
+            logger.debug("%s: TLS ended without the client's consent: %s", self.peer, error.reason)
+        socket.socket.shutdown(self._tls, socket.SHUT_WR)
+
+
+def tls_context(certificate: str, key: str) -> ssl.SSLContext:
+    """How HTTPS is spoken: TLS 1.2 and newer. Raises OSError, of which ssl.SSLError is one."""
+
+    def no_password() -> str:
+        raise OSError(errno.EACCES, "the key has a password; remove it first")
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION
+    context.load_cert_chain(certificate, key, no_password)
+    return context
 
 
 class _Worker(threading.Thread):
@@ -2342,9 +2649,9 @@ class Server(socketserver.ThreadingTCPServer):
     """Serves a `Service` on a TCP address (host, port); port 0 takes a free one, `server_address`
     says which.
 
-    `threads` is the number of steady workers, 0 for a thread a connection. `serve_forever` runs
-    until `shutdown` or `stop_soon` and then finishes what is in flight; `server_close` gives the
-    address back. Raises OSError.
+    `threads` is the number of steady workers, 0 for a thread a connection; with `tls` it speaks
+    HTTPS. `serve_forever` runs until `shutdown` or `stop_soon` and then finishes what is in flight;
+    `server_close` gives the address back. `reload_soon` has `reload` called. Raises OSError.
     """
 
     allow_reuse_address = True
@@ -2361,17 +2668,22 @@ class Server(socketserver.ThreadingTCPServer):
         max_connections: int = MAX_CONNECTIONS,
         timeouts: Timeouts = DEFAULT_TIMEOUTS,
         clock: Callable[[], float] = time.monotonic,
+        tls: ssl.SSLContext | None = None,
+        reload: Callable[["Server"], None] | None = None,
     ):
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
         self.service, self.max_connections, self.timeouts = service, max_connections, timeouts
         self.threads = steady_threads() if threads is None else threads
         self._clock = clock
+        self.tls = tls  # replaced as a whole when the certificate is read again
+        self._reload = reload
         # Guards _open, _workers, the parkings and what Connection says. Nothing is locked under it.
         self._lock = threading.Lock()
         self._open: dict[int, Connection] = {}  # by file descriptor
         self._workers: set[_Worker] = set()
         self._idle = _Parking(READ, timeouts.idle_s)
+        self._shaking_hands = _Parking(READ, timeouts.head_s)
         self._in_head = _Parking(READ, timeouts.head_s)
         self._in_body = _Parking(READ, timeouts.body_s)
         self._answering = _Parking(WRITE, timeouts.answer_s)
@@ -2454,7 +2766,9 @@ class Server(socketserver.ThreadingTCPServer):
         else:
             received = connection.receive()
             if received is None:
-                return connection.parking or self._idle
+                if connection.must_write:
+                    return self._answering
+                return self._shaking_hands if connection.shaking_hands else self._wait(connection)
             if not received:
                 return self._end_of_input(connection)
             connection.reader.feed(received)
@@ -2508,9 +2822,13 @@ class Server(socketserver.ThreadingTCPServer):
         if connection.unsent and not connection.flush():
             return self._answering
         if connection.ending:
-            connection.socket.shutdown(socket.SHUT_WR)
+            connection.end_output()
             return self._lingering
-        if connection.more:
+        return self._wait(connection)
+
+    def _wait(self, connection: Connection) -> _Parking:
+        """Where a connection waits for more of a request, or for a new one."""
+        if connection.more or connection.buffered:
             return self._ready
         if connection.reader.in_request:
             return self._in_body if connection.reader.in_body else self._in_head
@@ -2625,7 +2943,8 @@ class Server(socketserver.ThreadingTCPServer):
                     connection.parking = self._lingering
                     connection.deadline = self._clock() + self.timeouts.linger_s
                 try:
-                    connection.socket.shutdown(how)
+                    # not TLS's own: its owner is to find the end of the input
+                    socket.socket.shutdown(connection.socket, how)
                 except OSError:  # reset in the meantime: its owner will see that too
                     continue
         return len(idle)
@@ -2636,6 +2955,7 @@ class Server(socketserver.ThreadingTCPServer):
         with self._lock:
             for parking in (
                 self._idle,
+                self._shaking_hands,
                 self._in_head,
                 self._in_body,
                 self._answering,
@@ -2670,7 +2990,16 @@ class Server(socketserver.ThreadingTCPServer):
                 self._turn(connection)
 
     def _admit(self, sock: socket.socket, address: Any) -> Connection | None:
-        connection = Connection(sock, address[0])
+        tls = self.tls
+        try:
+            connection = (
+                Connection(sock, address[0])
+                if tls is None
+                else _TLSConnection(sock, address[0], tls)
+            )
+        except OSError:  # it is gone already
+            sock.close()
+            return None
         with self._lock:
             full = len(self._open) >= self.max_connections
         if full and not self._wake_idle(socket.SHUT_RDWR, 1):
@@ -2681,6 +3010,9 @@ class Server(socketserver.ThreadingTCPServer):
         return connection
 
     def _turn_away(self, connection: Connection) -> None:
+        if connection.shaking_hands:  # nobody to be told anything yet
+            connection.socket.close()
+            return
         error = HTTPError(503, "too many connections", fields=[("Retry-After", str(RETRY_AFTER_S))])
         try:
             connection.put(
@@ -2848,32 +3180,45 @@ class Server(socketserver.ThreadingTCPServer):
             self._stopped.set()
 
     def _keep_house(self) -> None:
-        next_expiry = self._clock()
-        next_flush = self._clock() + FLUSH_INTERVAL_S
-        quiet = 0
-        while True:
+        self._next_expiry = self._clock()
+        self._next_flush = self._clock() + FLUSH_INTERVAL_S
+        quiet, order = 0, ""
+        while order != "stop":
             self._asleep = quiet >= QUIET_TICKS
             try:
-                if self._control.get(timeout=1.0 if self._asleep else TICK_S) == "stop":
-                    return
+                order = self._control.get(timeout=1.0 if self._asleep else TICK_S)
                 quiet = 0
             except queue.Empty:  # the usual case: nobody has anything to say
+                order = ""
                 quiet += 1
             self._asleep = False
-            if self._replace_stuck_workers():
-                quiet = 0
-            if self._paused:
-                self._paused = False
-                if self._epoll is not None:
-                    self._epoll.modify(self._listener_fd, READ)
-            now = self._clock()
-            if now >= next_expiry:
-                next_expiry = now + min(1.0, *(limit for limit in self.timeouts if limit > 0))
-                if self._epoll is not None:
-                    self._expire()
-            if now >= next_flush:
-                next_flush = now + FLUSH_INTERVAL_S
-                self.flush_metrics()
+            try:
+                if self._replace_stuck_workers():
+                    quiet = 0
+                self._tidy_up()
+                if order == "reload" and self._reload is not None:
+                    # elsewhere, for it may have to wait for a slow disk
+                    threading.Thread(
+                        target=self._reload, args=(self,), name="reload", daemon=True
+                    ).start()
+            except Exception as error:  # the house is kept on
+                log_unexpected(error)
+
+    def _tidy_up(self) -> None:
+        """What is due now, and no request does."""
+        if self._paused:
+            self._paused = False
+            if self._epoll is not None:
+                self._epoll.modify(self._listener_fd, READ)
+        self.service.log.look_after()
+        now = self._clock()
+        if now >= self._next_expiry:
+            self._next_expiry = now + min(1.0, *(limit for limit in self.timeouts if limit > 0))
+            if self._epoll is not None:
+                self._expire()
+        if now >= self._next_flush:
+            self._next_flush = now + FLUSH_INTERVAL_S
+            self.flush_metrics()
 
     def flush_metrics(self) -> None:
         """Log for each client how many of its requests were allowed and refused since the last
@@ -2907,6 +3252,10 @@ class Server(socketserver.ThreadingTCPServer):
     def stop_soon(self) -> None:
         """Ask `serve_forever` to end; returns at once, and may be called in a signal handler."""
         self._control.put("stop")
+
+    def reload_soon(self) -> None:
+        """Ask for a call of `reload`; returns at once, and may be called in a signal handler."""
+        self._control.put("reload")
 
     def shutdown(self) -> None:
         """Ask `serve_forever` to end, and wait until it has."""
@@ -3020,6 +3369,29 @@ def argument_parser() -> argparse.ArgumentParser:
         help=f"open connections at most (default {MAX_CONNECTIONS})",
     )
     parser.add_argument(
+        "--clients",
+        metavar="FILE",
+        help="only these clients may write: a line each, 'name sha256-of-key [rate]' "
+        "(default: anyone may, under any id)",
+    )
+    parser.add_argument(
+        "--new-client",
+        metavar="NAME",
+        help="print a line for that file, and its key on stderr; then end",
+    )
+    parser.add_argument(
+        "--allowed-host",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="a name, beside localhost and addresses, under which browsers may write here; "
+        "may be repeated",
+    )
+    parser.add_argument(
+        "--tls-cert", metavar="FILE", help="serve HTTPS: the certificate and its chain, as PEM"
+    )
+    parser.add_argument("--tls-key", metavar="FILE", help="its private key, as PEM")
+    parser.add_argument(
         "--log-level",
         choices=("debug", "info", "warning", "error"),
         default="info",
@@ -3049,6 +3421,12 @@ def main(arguments: list[str] | None = None) -> int:
         level=options.log_level.upper(),
         format="%(asctime)s %(levelname)s %(message)s",
     )
+    if options.stripes & (options.stripes - 1):
+        parser.error(f"argument --stripes: {options.stripes} is not a power of two")
+    if (options.tls_cert is None) != (options.tls_key is None):
+        parser.error("--tls-cert and --tls-key go together")
+    if options.new_client is not None:
+        return _make_client(parser, options.new_client)
     max_connections = fit_connections(options.max_connections)
     if max_connections < options.max_connections:
         logger.warning(
@@ -3056,32 +3434,45 @@ def main(arguments: list[str] | None = None) -> int:
             max_connections,
             options.max_connections,
         )
-    if options.stripes & (options.stripes - 1):
-        parser.error(f"argument --stripes: {options.stripes} is not a power of two")
     try:
+        clients = ClientList.read(options.clients) if options.clients else None
+        tls = tls_context(options.tls_cert, options.tls_key) if options.tls_cert else None
         log = MetricLog(options.data_dir, options.durability)
-    except LogError as error:
+    except OSError as error:  # only TLS lets one pass
+        return _complain(_tls_fault(options, error))
+    except (ClientListError, LogError) as error:
         return _complain(str(error))
     try:
         limiter = None
-        if options.rate_limit:
+        if options.rate_limit or clients is not None:  # listed clients may have rates of their own
             limiter = SlidingWindowLimiter(options.rate_limit, stripes=options.stripes)
-        service = Service(log, limiter, Statistics())
+        service = Service(
+            log,
+            limiter,
+            Statistics(),
+            clients=clients,
+            allowed_hosts=[options.host, *options.allowed_host],
+        )
         try:
             server = Server(
                 (options.host, options.port),
                 service,
                 threads=options.threads,
                 max_connections=max_connections,
+                tls=tls,
+                reload=partial(_reload, options),
             )
         except OSError as error:
             return _complain(
                 f"can't listen on {options.host} port {options.port}: {error.strerror or error}"
             )
         with server:
-            print(_startup_line(options, server, log), flush=True)
+            if clients is None and not _is_loopback(server):
+                logger.warning("whoever reaches %s may write: see --clients", options.host)
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: server.stop_soon())
+            signal.signal(signal.SIGHUP, lambda *_: server.reload_soon())
+            print(_startup_line(options, server, log), flush=True)
             server.serve_forever()
             server.flush_metrics()
     finally:
@@ -3093,20 +3484,72 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def _make_client(parser: argparse.ArgumentParser, name: str) -> int:
+    if not ClientList.NAME.fullmatch(name):
+        parser.error(
+            f"argument --new-client: {name!a} must be a letter and up to 63 letters, digits, '.', "
+            "'_' or '-'"
+        )
+    key, line = new_client(name)
+    print(f"the key of {name}, shown only now: {key}", file=sys.stderr)
+    print(line)
+    return 0
+
+
+def _reload(options: argparse.Namespace, server: Server) -> None:
+    """On SIGHUP: read the files again that others may have changed; what is broken stays as it
+    was.
+    """
+
+    def read_clients() -> None:
+        server.service.clients = ClientList.read(options.clients)
+
+    def read_certificate() -> None:
+        server.tls = tls_context(options.tls_cert, options.tls_key)
+
+    steps = [(LOG_NAME, server.service.log.reopen)]
+    if options.clients:
+        steps.append((options.clients, read_clients))
+    if options.tls_cert:
+        steps.append((options.tls_cert, read_certificate))
+    for path, step in steps:
+        try:
+            step()
+        except (LogError, ClientListError) as error:
+            logger.error("SIGHUP: %s; what was in force stays in force", error)
+        except OSError as error:
+            logger.error("SIGHUP: %s; what was in force stays in force", _tls_fault(options, error))
+        else:
+            logger.info("SIGHUP: %s is opened again", path)
+
+
+def _tls_fault(options: argparse.Namespace, error: OSError) -> str:
+    reason = getattr(error, "reason", None) or error.strerror or str(error)
+    return f"can't use certificate {options.tls_cert} with key {options.tls_key}: {reason}"
+
+
 def _complain(reason: str) -> int:
     print(f"metricstream.py: error: {reason}", file=sys.stderr)
     return 1
 
 
+def _is_loopback(server: Server) -> bool:
+    return ipaddress.ip_address(str(server.server_address[0])).is_loopback
+
+
 def _startup_line(options: argparse.Namespace, server: Server, log: MetricLog) -> str:
     host, port = str(server.server_address[0]), server.server_address[1]
+    clients = server.service.clients
     facts = [
-        f"MetricStream {__version__} on http://{f'[{host}]' if ':' in host else host}:{port}",
+        f"MetricStream {__version__} on {'https' if server.tls else 'http'}://"
+        f"{f'[{host}]' if ':' in host else host}:{port}",
         f"log {os.path.abspath(log.path)}",
         f"{options.rate_limit} requests/s a client" if options.rate_limit else "no rate limit",
         f"{server.max_connections} connections",
         f"durability {log.durability}",
     ]
+    if clients is not None:
+        facts.append(f"clients listed: {len(clients.rates)}")
     if log.cut_bytes:
         facts.append(f"cut a torn line of {log.cut_bytes} bytes off the log")
     return ", ".join(facts)
