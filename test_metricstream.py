@@ -10,6 +10,7 @@ import contextlib
 import doctest
 import errno
 import gzip
+import hashlib
 import http.client
 import itertools
 import json
@@ -19,6 +20,7 @@ import random
 import re
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -28,13 +30,15 @@ import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Container, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import pytest
 
 import metricstream
 from metricstream import (
     BatchError,
+    ClientList,
+    ClientListError,
     EventRing,
     HTTPError,
     JSONError,
@@ -131,8 +135,9 @@ def get(target: bytes = b"/health", *fields: bytes) -> bytes:
     return head(b"GET " + target + b" HTTP/1.1", *fields)
 
 
-def post(*fields: bytes, body: bytes = BATCH, target: bytes = b"/metrics") -> bytes:
-    return head(b"POST " + target + b" HTTP/1.1", b"Content-Length: %d" % len(body), *fields) + body
+def post(*fields: bytes, body: bytes = BATCH, target: bytes = b"/metrics", **host: Any) -> bytes:
+    length = b"Content-Length: %d" % len(body)
+    return head(b"POST " + target + b" HTTP/1.1", length, *fields, **host) + body
 
 
 def framed(*fields: bytes, body: bytes = BATCH, version: bytes = b"HTTP/1.1") -> bytes:
@@ -2526,6 +2531,75 @@ def test_the_writer_of_level_memory_keeps_what_the_disk_refuses(tmp_path, monkey
     assert lines_of(tmp_path) == ["first", "second"]
 
 
+@pytest.mark.parametrize("durability", LEVELS)
+def test_a_moved_log_is_reopened_and_nothing_of_either_file_is_lost(tmp_path, durability):
+    log = MetricLog(str(tmp_path), durability)
+    append_and_wait(log, b'{"n":1}\n')
+    os.rename(log.path, tmp_path / "moved")
+    append_and_wait(log, b'{"n":2}\n')
+    eventually(lambda: (tmp_path / "moved").read_bytes().count(b"\n") == 2)
+    log.reopen()
+    eventually(lambda: os.path.exists(log.path))
+    append_and_wait(log, b'{"n":3}\n')
+    log.close()
+    assert (tmp_path / "moved").read_bytes() == b'{"n":1}\n{"n":2}\n'
+    assert lines_of(tmp_path) == ['{"n":3}']
+
+
+@pytest.mark.parametrize("durability", LEVELS)
+def test_a_log_that_was_not_moved_may_be_reopened_too(tmp_path, durability):
+    log = MetricLog(str(tmp_path), durability)
+    for number in range(5):
+        append_and_wait(log, b"%d\n" % number)
+        log.reopen()
+    log.close()
+    assert lines_of(tmp_path) == list("01234")
+
+
+@pytest.mark.parametrize("looks", [True, False], ids=["noticed", "noticed-at-the-stop"])
+@pytest.mark.parametrize("durability", LEVELS)
+def test_what_is_appended_to_a_deleted_log_is_found_in_a_new_one(tmp_path, durability, looks):
+    log = MetricLog(str(tmp_path), durability)
+    append_and_wait(log, b"before\n")
+    eventually(lambda: log.size_bytes == len(b"before\n"))
+    log.look_after()
+    os.unlink(log.path)
+    append_and_wait(log, b"after\n")
+    eventually(lambda: log.size_bytes == len(b"before\nafter\n"))
+    if looks:
+        eventually(lambda: log.look_after() or os.path.exists(log.path))
+        append_and_wait(log, b"later\n")
+    log.close()
+    assert lines_of(tmp_path) == ["after", "later"][: 1 + looks]
+
+
+def test_without_room_for_a_new_log_nothing_more_is_acknowledged(tmp_path):
+    disk = FaultyDisk()
+    log = MetricLog(str(tmp_path), "os", write=disk.write, fsync=disk.fsync)
+    log.look_after()
+    os.unlink(log.path)
+    log.append(b"first\n")
+    disk.plan = [3, FULL]  # while the new file is being filled
+    log.look_after()
+    with pytest.raises(LogError, match="No space left"):
+        log.append(b"second\n")
+    assert "No space left" in log.error
+    log.look_after()
+    log.append(b"third\n")
+    log.close()
+    assert lines_of(tmp_path) == ["first", "third"] and not log.error
+
+
+def test_a_log_whose_folder_was_deleted_takes_nothing_more(tmp_path):
+    log = MetricLog(str(tmp_path / "data"), "os")
+    os.unlink(log.path)
+    os.rmdir(tmp_path / "data")
+    log.look_after()
+    with pytest.raises(LogError, match="No such file"):
+        log.append(b"line\n")
+    log.close()
+
+
 def test_closing_a_log_ends_it(tmp_path):
     for durability in LEVELS:
         log = MetricLog(str(tmp_path), durability)
@@ -2661,6 +2735,22 @@ def client(server: RunningServer) -> Iterator[Client]:
         yield connection
 
 
+def a_service(folder: Path, limit: int = 0, **options: Any) -> Service:
+    limiter = SlidingWindowLimiter(limit) if limit else None
+    return Service(MetricLog(str(folder)), limiter, Statistics(), **options)
+
+
+def answer_to(service: Service, octets: bytes) -> metricstream.Response:
+    """The answer to one request, without a server."""
+    reader = RequestReader()
+    reader.feed(octets)
+    request = reader.next_request()
+    assert request is not None
+    answer = service.answer(request, "10.0.0.7", 0.0)
+    assert isinstance(answer, metricstream.Response)
+    return answer
+
+
 def logged(folder: Path, name: str) -> list[dict]:
     return [json.loads(line) for line in lines_of(folder) if f'"name":{json.dumps(name)}' in line]
 
@@ -2740,6 +2830,88 @@ def test_a_page_of_another_origin_may_not_write(server, client, origin, status):
     answer = client.ask("POST", "/metrics", BATCH, Origin=origin)
     assert answer.status == status
     assert client.ask("GET", "/health", Origin=origin).status == 200
+
+
+@pytest.mark.parametrize("host, status", [
+    ("127.0.0.1:{port}", 200), ("[::1]:{port}", 200), ("localhost:{port}", 200), ("LOCALHOST", 200),
+    ("metrics.lan", 200), ("Metrics.LAN:8080", 200), ("evil.example:{port}", 403), ("evil.example", 403),
+    ("localhost.evil.example", 403), ("127.0.0.1.evil.example", 403), ("metrics.lan.evil.example", 403),
+])  # fmt: skip
+def test_a_page_whose_name_was_made_to_resolve_to_this_machine_may_not_write(tmp_path, host, status):
+    service = a_service(tmp_path, allowed_hosts=["metrics.LAN"])
+    fields = [b"Host: " + host.format(port=8080).encode()]
+    origin = b"Origin: http://" + host.format(port=8080).encode()
+    assert answer_to(service, post(origin, *fields, host=None)).status == status
+    assert answer_to(service, post(*fields, host=None)).status == 200  # no browser
+    service.log.close()
+
+
+KEY = "k3y-of-web1"
+KEY_LINE = f"web1 {hashlib.sha256(KEY.encode()).hexdigest()}"
+
+
+@pytest.mark.parametrize("authorization, status", [
+    (f"Bearer {KEY}", 200), (f"bearer  {KEY}", 200), (KEY, 200), (None, 401), ("Bearer", 401),
+    (f"Bearer {KEY}x", 401), (f"Basic {KEY}", 401), ("web1", 401), (KEY_LINE.split()[1], 401),
+    ("Bearer \u00fc", 401), (f"Bearer {KEY_LINE.split()[1]}", 401),
+])  # fmt: skip
+def test_only_listed_clients_may_write(tmp_path, authorization, status):
+    service = a_service(tmp_path, clients=ClientList(f"# ours\n\n{KEY_LINE}\n", "list"))
+    fields = [b"Authorization: " + authorization.encode("latin-1")] if authorization else []
+    answer = answer_to(service, post(*fields))
+    assert answer.status == status
+    octets = answer.encode(metricstream.KEEP, b"Date: now\r\n")
+    assert (b"\r\nWWW-Authenticate: Bearer\r\n" in octets) == (status == 401)
+    assert KEY.encode() not in octets
+    assert answer_to(service, get(b"/health", *fields)).status == 200
+    assert answer_to(service, get(b"/metrics", *fields)).status == 200
+    assert KEY not in service.statistics.prometheus() + repr(service.statistics.ring.read()[0])
+    service.log.close()
+
+
+def test_a_listed_client_may_have_a_rate_of_its_own(tmp_path):
+    listed = "".join(f"{name} {hashlib.sha256(name.encode()).hexdigest()} {rate}\n"
+                     for name, rate in [("few", 2), ("many", 50), ("usual", ""), ("free", 0)])  # fmt: skip
+    service = a_service(tmp_path, limit=5, clients=ClientList(listed, "list"))
+    allowed = Counter()
+    for name in ["few", "many", "usual", "free"] * 60:
+        answer = answer_to(service, post(b"Authorization: " + name.encode()))
+        allowed[name] += answer.status == 200
+    assert allowed == {"few": 2, "many": 50, "usual": 5, "free": 60}
+    assert b'"default";q=2;w=1' in answer_to(service, post(b"Authorization: few")).encode(b"", b"Date: now\r\n")
+    service.log.close()
+
+
+def test_a_lowered_rate_names_the_exact_wait():
+    times = iter([0.0, 0.1, 0.2, 0.3, 0.4])
+    limiter = SlidingWindowLimiter(4, clock=times.__next__)
+    for _ in range(4):
+        assert limiter.decide("web1").allowed
+    # of the four, all but one must have left the window: the third does so at 1.2
+    assert limiter.decide("web1", 2) == (False, 0, pytest.approx(0.8))
+
+
+def test_keys_are_compared_in_constant_time_whether_known_or_not(monkeypatch):
+    compared = []
+    monkeypatch.setattr(metricstream.hmac, "compare_digest",
+                        lambda a, b: compared.append((len(a), len(b))) or a == b)  # fmt: skip
+    clients = ClientList(KEY_LINE, "list")
+    assert [clients.identify(key) for key in (KEY, "guess", "")] == ["web1", None, None]
+    assert compared == [(32, 32)] * 3
+
+
+@pytest.mark.parametrize("text, reason", [
+    ("web1", "line 1: expected 'name sha256-of-key"), (f"# list\n{KEY_LINE} fast", "line 2: expected"),
+    ("web1 " + "0" * 63, "line 1: expected"), ("web1 " + "g" * 64, "line 1: expected"),
+    ("10.0.0.7 " + "0" * 64, "line 1: expected"), ("fe80::1 " + "0" * 64, "line 1: expected"),
+    (KEY_LINE + " 1_000", "line 1: expected"), (KEY_LINE + " \u0663", "line 1: expected"),
+    (f"{KEY_LINE}\nweb2 {KEY_LINE.split()[1]}", "line 2: this key stands there twice"),
+    (f"web1 {KEY}", "line 1: expected"),
+])  # fmt: skip
+def test_a_broken_list_of_clients_is_refused_with_its_place_and_without_its_keys(text, reason):
+    with pytest.raises(ClientListError) as caught:
+        ClientList(text, "clients.txt")
+    assert str(caught.value).startswith(f"clients.txt, {reason}") and KEY not in str(caught.value)
 
 
 def test_statistics_account_for_every_request(tmp_path, threads):
@@ -3090,6 +3262,144 @@ def test_several_workers_share_the_connections(tmp_path):
     assert len(lines_of(tmp_path)) == 1200
 
 
+# Made for these tests alone; valid until 2120 for localhost and 127.0.0.1.
+TEST_KEY = """-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgODPGcFsskxUmCvsw
+hFRbrv5WTHSGBr1pN3PLsmJ2APuhRANCAARxIu0srKMYe4+L+beRZ8dwwrxQTcJZ
+cenl1uRUMnAQYUAvaClzReYLybtnwZb6c6uEoH62dQLL7qmWWFRPEQF9
+-----END PRIVATE KEY-----
+"""
+TEST_CERTIFICATE = """-----BEGIN CERTIFICATE-----
+MIIBejCCASCgAwIBAgIUJ4u1KWI3IDmwCvF4G60goj+E8sgwCgYIKoZIzj0EAwIw
+FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTIwMDEwMTAwMDAwMFoYDzIxMjAwMTAx
+MDAwMDAwWjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
+PQMBBwNCAARxIu0srKMYe4+L+beRZ8dwwrxQTcJZcenl1uRUMnAQYUAvaClzReYL
+ybtnwZb6c6uEoH62dQLL7qmWWFRPEQF9o04wTDAaBgNVHREEEzARgglsb2NhbGhv
+c3SHBH8AAAEwDwYDVR0TAQH/BAUwAwEB/zAdBgNVHQ4EFgQUSkmvTKwL65D5zP+/
+jzL6DXfwjbMwCgYIKoZIzj0EAwIDSAAwRQIhAN376mLg5avraaho8lrAgLaDnmFN
+BHX+avxm6lQMfFteAiAYYGMYXAiTQN1RM/moEuuFgy1jdXLysuoQUgVH1CUbmA==
+-----END CERTIFICATE-----
+"""
+
+
+def pem_files(folder: Path) -> tuple[str, str]:
+    """Paths of the tests' certificate and key."""
+    certificate, key = folder / "cert.pem", folder / "key.pem"
+    certificate.write_text(TEST_CERTIFICATE)
+    key.write_text(TEST_KEY)
+    return str(certificate), str(key)
+
+
+@pytest.fixture
+def tls(tmp_path: Path) -> ssl.SSLContext:
+    return metricstream.tls_context(*pem_files(tmp_path))
+
+
+def trusting() -> ssl.SSLContext:
+    return ssl.create_default_context(cadata=TEST_CERTIFICATE)
+
+
+def over_tls(port: int) -> ssl.SSLSocket:
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # soon full when nobody reads
+    connection.settimeout(10)
+    connection.connect(("127.0.0.1", port))
+    return trusting().wrap_socket(connection, server_hostname="localhost", suppress_ragged_eofs=False)
+
+
+def test_https_serves_what_http_does(tmp_path, threads, tls):
+    with running(tmp_path, threads=threads, tls=tls) as started:
+        connection = http.client.HTTPSConnection("localhost", started.port, context=trusting())
+        value = {"name": "big", "value": 1, "tags": {f"k{i}": "v" * 1000 for i in range(32)}}
+        bodies = [BATCH, json.dumps({"metrics": [value] * 31}).encode(), BATCH]
+        assert max(map(len, bodies)) > 60 * metricstream.RECEIVE_BYTES / 4
+        for body in bodies:
+            connection.request("POST", "/metrics", body)
+            answer = connection.getresponse()
+            assert (answer.status, b'"success":true' in answer.read()) == (200, True)
+        connection.close()
+        assert len(lines_of(tmp_path)) == 33
+
+
+def test_pipelined_requests_in_one_record_are_all_answered(tmp_path, threads, tls):
+    with running(tmp_path, threads=threads, tls=tls) as started, over_tls(started.port) as client:
+        client.sendall(post() * 100 + get(b"/health", b"Connection: close"))
+        received = b"".join(iter(lambda: client.recv(65536), b""))  # to a clean end of TLS
+        assert received.count(b"HTTP/1.1 200 OK") == 101
+        assert len(lines_of(tmp_path)) == 100
+
+
+def test_an_encrypted_answer_that_is_not_read_waits_and_holds_up_nobody(tmp_path, threads, tls):
+    with running(tmp_path, threads=threads, tls=tls) as started, over_tls(started.port) as client:
+        asked = 0
+        while not started.server._answering.queue:  # until the server can't send
+            client.sendall(get(b"/metrics") * 16)
+            asked += 16
+        with over_tls(started.port) as other:
+            other.sendall(get())
+            assert other.recv(65536).startswith(b"HTTP/1.1 200")
+        status_line, answers, rest = b"HTTP/1.1 200 OK", 0, b""
+        while answers < asked:
+            rest += client.recv(1 << 20)
+            answers += rest.count(status_line)
+            rest = rest[rest.rfind(status_line) + 1 :]
+
+
+def test_a_client_that_never_shakes_hands_blocks_nobody_and_is_ended(tmp_path, threads, tls):
+    with running(tmp_path, threads=threads, tls=tls, timeouts=SHORT) as started:
+        silent = [socket.create_connection(("127.0.0.1", started.port), timeout=10) for _ in range(50)]
+        for connection in silent[25:]:
+            connection.sendall(b"\x16\x03\x01\x02\x00")  # the first octets of a ClientHello
+        with over_tls(started.port) as client:
+            client.sendall(get())
+            assert client.recv(65536).startswith(b"HTTP/1.1 200")
+        for connection in silent:
+            assert connection.recv(1) == b""
+            connection.close()
+        eventually(lambda: open_connections(started) == 0)
+
+
+def test_plain_http_to_a_tls_port_is_ended(tmp_path, threads, tls):
+    with running(tmp_path, threads=threads, tls=tls) as started:
+        with socket.create_connection(("127.0.0.1", started.port), timeout=10) as plain:
+            plain.sendall(HEALTH)
+            try:
+                assert b"HTTP/1.1" not in plain.recv(65536)
+            except ConnectionResetError as error:  # as good an end
+                assert error.errno == errno.ECONNRESET
+        with over_tls(started.port) as client:
+            client.sendall(get())
+            assert client.recv(65536).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion.TLSv1_1 is deprecated:DeprecationWarning")
+def test_tls_older_than_1_2_is_refused(tmp_path, tls):
+    assert tls.minimum_version == ssl.TLSVersion.TLSv1_2
+    old = trusting()
+    old.set_ciphers("ALL:@SECLEVEL=0")
+    old.minimum_version = old.maximum_version = ssl.TLSVersion.TLSv1_1
+    with running(tmp_path, tls=tls) as started:
+        with socket.create_connection(("127.0.0.1", started.port), timeout=10) as connection:
+            with pytest.raises(ssl.SSLError):
+                old.wrap_socket(connection, server_hostname="localhost")
+
+
+def test_a_stop_ends_encrypted_connections_and_answers_what_has_arrived(tmp_path, threads, tls):
+    with running(tmp_path, threads=threads, tls=tls, timeouts=SHORT) as started:
+        idle, busy = over_tls(started.port), over_tls(started.port)
+        for client in (idle, busy):
+            client.sendall(get())
+            assert client.recv(65536).startswith(b"HTTP/1.1 200")
+        busy.sendall(post()[:-1])
+        eventually(lambda: any(c.reader.in_request for c in list(started.server._open.values())))
+        started.server.stop_soon()
+        eventually(lambda: started.service.stopping)
+        busy.sendall(post()[-1:])
+        assert busy.recv(65536).startswith(b"HTTP/1.1 200")
+        for client in (idle, busy):
+            client.close()
+
+
 # --------------------------------------------------------------------------------------------------
 # 14. Command line
 # --------------------------------------------------------------------------------------------------
@@ -3104,7 +3414,7 @@ class ServerProcess:
                                         stderr=subprocess.PIPE, text=True)  # fmt: skip
         assert self.process.stdout
         self.startup_line = self.process.stdout.readline()
-        found = re.search(r"http://(\S+):(\d+),", self.startup_line)
+        found = re.search(r"https?://(\S+):(\d+),", self.startup_line)
         assert found, (self.startup_line, self.process.communicate(timeout=10))
         self.port = int(found[2])
 
@@ -3192,6 +3502,11 @@ def test_mistakes_are_one_clear_line_and_a_status(tmp_path):
             (["0", "--stripes", "12"], 2, "12 is not a power of two"),
             (["0", "--durability", "ram"], 2, "choose from"),
             (["0", "--nonsense"], 2, "--nonsense"),
+            (["0", "--clients", str(tmp_path / "none")], 1, "can't read"),
+            (["0", "--tls-cert", str(readable)], 2, "--tls-cert and --tls-key go together"),
+            (["0", "--tls-cert", str(readable), "--tls-key", str(readable)], 1, "can't use certificate"),
+            (["0", "--tls-cert", "none", "--tls-key", "none"], 1, "No such file"),
+            (["--new-client", "10.0.0.7"], 2, "must be a letter and"),
         ]:
             ended = run(*arguments)
             assert (ended.returncode, ended.stdout) == (status, ""), ended
@@ -3214,8 +3529,95 @@ def test_version_and_help():
     assert run("--version").stdout == f"MetricStream {metricstream.__version__}\n"
     shown = run("--help").stdout
     for option in ("--host", "--data-dir", "--rate-limit", "--stripes", "--durability", "--threads",
-                   "--max-connections", "--log-level"):  # fmt: skip
+                   "--max-connections", "--log-level", "--clients", "--new-client", "--allowed-host",
+                   "--tls-cert", "--tls-key"):  # fmt: skip
         assert option in shown
+
+
+def test_a_new_client_may_write_and_its_key_appears_nowhere(tmp_path):
+    made = run("--new-client", "web1")
+    key = made.stderr.split()[-1]
+    assert made.returncode == 0 and re.fullmatch(r"web1 [0-9a-f]{64}\n", made.stdout)
+    assert key not in made.stdout and run("--new-client", "web1").stderr.split()[-1] != key
+    listed = tmp_path / "clients"
+    listed.write_text(made.stdout)
+    with ServerProcess(tmp_path, "--clients", str(listed), "--log-level", "debug") as started:
+        assert "clients listed: 1" in started.startup_line
+        with contextlib.closing(Client(started.port)) as client:
+            for authorization, status in [(f"Bearer {key}", 200), (key, 200), (f"Bearer {key}x", 401)]:
+                answer = client.ask("POST", "/metrics", BATCH, Authorization=authorization)
+                assert (answer.status, key in str(answer)) == (status, False)
+            assert client.ask("POST", "/metrics", b"{", Authorization=key).status == 400
+            assert key not in str(client.ask("GET", "/metrics", Authorization=key))
+        command_line = Path(f"/proc/{started.process.pid}/cmdline")
+        assert not command_line.exists() or key not in command_line.read_text()
+        status, out, err = started.stop()
+    assert (status, err) == (0, "") and key not in out
+    assert "client web1: 3 allowed, 0 refused" in out
+
+
+def test_sighup_reads_again_what_others_have_changed(tmp_path):
+    listed, (certificate, key_file) = tmp_path / "clients", pem_files(tmp_path)
+    listed.write_text(KEY_LINE)
+    options = ["--clients", str(listed), "--tls-cert", certificate, "--tls-key", key_file]
+    with ServerProcess(tmp_path, *options) as started:
+        assert started.process.stdout and "on https://" in started.startup_line
+
+        def hang_up() -> list[str]:
+            started.process.send_signal(signal.SIGHUP)
+            return [started.process.stdout.readline() for _ in range(3)]
+
+        def posted(key: str) -> int:
+            with contextlib.closing(http.client.HTTPSConnection("localhost", started.port, timeout=10,
+                                                                context=trusting())) as client:  # fmt: skip
+                client.request("POST", "/metrics", BATCH, {"Authorization": key})
+                return client.getresponse().status
+
+        assert [posted(KEY), posted("other")] == [200, 401]
+        os.rename(tmp_path / "metrics.jsonl", tmp_path / "moved")
+        listed.write_text(f"web2 {hashlib.sha256(b'other').hexdigest()}\n")
+        assert all("is opened again" in line for line in hang_up())
+        assert [posted(KEY), posted("other")] == [401, 200]
+        assert len(lines_of(tmp_path)) == (tmp_path / "moved").read_bytes().count(b"\n") == 1
+
+        listed.write_text("web2 what?\n")  # whoever writes such a file is told, and keeps the old
+        Path(certificate).write_text("no certificate")
+        _, *faults = hang_up()
+        assert "clients, line 1: expected" in faults[0] and "stays in force" in faults[0]
+        assert "can't use certificate" in faults[1] and "stays in force" in faults[1]
+        assert [posted(KEY), posted("other")] == [401, 200]
+        assert started.stop()[::2] == (0, "")
+
+
+@pytest.mark.parametrize("durability", LEVELS)
+def test_a_log_that_is_deleted_under_load_loses_nothing_acknowledged_afterwards(tmp_path, durability):
+    with ServerProcess(tmp_path, "--durability", durability, "--rate-limit", "0") as started:
+        with contextlib.closing(Client(started.port)) as client:
+            after = set()
+            for count in range(200):
+                if count == 100:
+                    os.unlink(tmp_path / "metrics.jsonl")
+                metric = {"name": f"n{count}", "value": 1}
+                assert client.ask("POST", "/metrics", {"metrics": [metric]}).status == 200
+                after |= {metric["name"]} if count >= 100 else set()
+        assert started.stop()[0] == 0
+    kept = [json.loads(line)["name"] for line in lines_of(tmp_path)]
+    assert after <= set(kept) and len(set(kept)) == len(kept)
+
+
+def test_to_be_reached_from_elsewhere_without_a_list_of_clients_is_warned_of(tmp_path):
+    def first_line(*options: str) -> str:
+        command = [sys.executable, str(HERE / "metricstream.py"), "0", "--data-dir", str(tmp_path)]
+        with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True) as process:
+            line = process.stdout.readline()
+            process.terminate()
+            process.communicate(timeout=10)
+        return line
+
+    (tmp_path / "clients").write_text(KEY_LINE)
+    assert "WARNING whoever reaches 0.0.0.0 may write: see --clients" in first_line("--host", "0.0.0.0")
+    for options in [["--host", "127.0.0.2"], ["--host", "0.0.0.0", "--clients", str(tmp_path / "clients")]]:
+        assert first_line(*options).startswith("MetricStream ")
 
 
 # --------------------------------------------------------------------------------------------------
