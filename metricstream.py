@@ -1748,11 +1748,11 @@ def client_label(client: str) -> str:
     ('load_client_7', 'Bearer-0c9ae606')
     """
     scheme, space, _ = client.partition(" ")
+    shown = client
     if space or len(client) > 64:
-        return (
-            f"{scheme[:16] if space else 'long'}-{hashlib.sha256(client.encode()).hexdigest()[:8]}"
-        )
-    return write_json_string(client)[1:-1]
+        digest = hashlib.sha256(client.encode()).hexdigest()[:8]
+        shown = f"{scheme[:16] if space else 'long'}-{digest}"
+    return write_json_string(shown)[1:-1]
 
 
 class Event(NamedTuple):
