@@ -3235,6 +3235,136 @@ def test_version_and_help():
 # ---- fuzzing, worst inputs, forgery ----
 
 
+NASTY_TEXTS = {
+    "line feed": "a\nb", "carriage return": "a\rb", "CRLF and a line": "\r\n{}",
+    "a whole line": '"}\n{"name":"forged","value":1}\n', "a tally": "x: 9 allowed, 0 refused\nclient y",
+    "a label": '"} 1\nforged{a="', "quote": '"', "apostrophe": "'", "backslash": "a\\", "a \\n": "a\\nb",
+    "colour": "\x1b[31mred\x1b[0m", "title": "\x1b]0;title\x07", "C1 colour": "\x9b31mred",
+    "C1 title": "\x9d0;title\x9c", "next line": "a\x85b", "line separator": "a\u2028b",
+    "paragraph separator": "a\u2029b", "script": "</script><script>alert(1)", "NUL": "a\0b",
+    "DEL": "a\x7fb", "backspace": "abc\b\b\bxyz", "tab": "a\tb", "form feed": "\x0b\x0c\x1c\x1d\x1e",
+    "override": "\u202egnp.exe", "isolate": "\u2066a\u2069", "mark": "\u200fa\u200e\u061c", "BOM": "\ufeffa",
+    "format": "%s %d %(a)s {0} {a}", "beyond the BMP": "😀é",
+}  # fmt: skip
+# What a terminal obeys, what ends a line for someone, and what reorders the text around it.
+UNSAFE = re.compile("[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ServerProcess, Path]]:
+    """A server process that says all it can say."""
+    folder = tmp_path_factory.mktemp("watched")
+    with ServerProcess(folder, "--log-level", "debug", "--rate-limit", "0") as started:
+        yield started, folder
+
+
+@pytest.mark.parametrize("ascii_only", [True, False], ids=["escaped", "raw"])
+@pytest.mark.parametrize("text", NASTY_TEXTS.values(), ids=NASTY_TEXTS)
+def test_a_metric_is_one_line_whatever_its_texts(watched, text, ascii_only):
+    started, folder = watched
+    tagged = {"name": "cpu", "value": 1, "tags": {"text": text, text: "x"}}
+    named = {"name": text, "value": 1}
+    for metric in (tagged, named):
+        already = (folder / "metrics.jsonl").read_bytes()
+        body = json.dumps({"metrics": [metric]}, ensure_ascii=ascii_only).encode()
+        ((answer,), closed) = exchange(started.port, post(body=body))
+        new = (folder / "metrics.jsonl").read_bytes().removeprefix(already).decode()
+        control = re.search("[\0-\x1f\x7f-\x9f]", metric["name"])
+        assert (answer.status, closed) == (400 if control else 200, False)
+        assert not UNSAFE.search(answer.body.decode())
+        if control:
+            assert new == ""
+        else:
+            assert new.endswith("\n") and not UNSAFE.search(new[:-1])
+            stored = json.loads(new)
+            assert {name: stored[name] for name in metric} == metric
+
+
+@pytest.mark.parametrize("text", NASTY_TEXTS.values(), ids=NASTY_TEXTS)
+def test_an_error_repeats_nothing_raw(watched, text):
+    """What an error quotes of a request is quoted so that no terminal obeys it."""
+    started, _ = watched
+    octets = text.encode()
+    value = json.dumps(text, ensure_ascii=False).encode()
+    metric = b'{"name":"a","value":1,%b}'
+    requests = [
+        get(b"/" + octets), get(b"/" + b"".join(b"%%%02x" % octet for octet in octets)),
+        head(octets + b" / HTTP/1.1"), get(b"/", b"Host: " + octets), get(b"/", octets + b": a"),
+        get(b"/health", b"Expect: " + octets), post(b"Origin: " + octets),
+        post(b"Content-Type: " + octets), gzipped(BATCH, b"Content-Encoding: " + octets),
+        framed(b"Content-Length: " + octets), chunked(octets + b"\r\n"), chunked(b"", coding=octets),
+        post(body=octets), post(body=b"{" + value + b":1}"), post(body=b'{"metrics":' + value + b"}"),
+        post(body=b'{"metrics":[%b]}' % (metric % (value + b":1"))),
+        post(body=b'{"metrics":[%b]}' % (metric % (b'"type":' + value))),
+        post(body=b'{"metrics":[%b]}' % (metric % (b'"timestamp":' + value))),
+        post(body=b'{"metrics":[%b]}' % (metric % (b'"tags":{%b:1}' % value))),
+        post(body=b'{"metrics":[%b]}' % (metric % (b'"tags":{%b:"a"}' % (b'"%b"' % (value[1:-1] * 129))))),
+    ]  # fmt: skip
+    refused = 0
+    for raw in requests:
+        answers, _ = exchange(started.port, raw, half_close=True)
+        for answer in answers:
+            assert not UNSAFE.search(answer.body.decode()), (raw, answer)
+            assert isinstance(answer.json, dict)
+            refused += 400 <= answer.status < 500 and "error" in answer.json
+    assert refused >= 12
+
+
+def client_ids() -> Iterator[bytes]:
+    """Client ids that HTTP allows to be sent: alone, with a space (a credential), and long."""
+    for text in NASTY_TEXTS.values():
+        octets = re.sub(rb"[\0-\x08\x0a-\x1f\x7f]", b"", text.encode())
+        raw = re.sub(rb"[\0-\x08\x0a-\x1f\x7f]", b"", text.encode("latin-1", "ignore"))
+        for client in (octets, raw):
+            if client:
+                yield from (client, client + b" secret", b"a " + client, client * 70)
+
+
+def parse_exposition(text: str) -> dict[str, float]:
+    """Prometheus's text format 0.0.4, of which nothing is forgiven: samples by name and labels."""
+    families: set[str] = set()
+    samples: dict[str, float] = {}
+    assert text.endswith("\n")
+    for line in text[:-1].split("\n"):
+        comment = re.fullmatch(r"# (?:HELP ([a-z_]+) [ -~]+|TYPE ([a-z_]+) (?:counter|gauge|summary))", line)
+        if comment:
+            families |= {comment[2]} - {None}
+            continue
+        sample = re.fullmatch(r'(([a-z_]+?)(?:_sum|_count)?(?:\{[a-z]+="[ !#-\[\]-~]+"\})?) ([0-9.e+-]+)', line)
+        assert sample and (sample[2] in families or sample[1] in families), line
+        assert sample[1] not in samples, line
+        samples[sample[1]] = float(sample[3])
+    return samples
+
+
+def test_a_client_id_can_forge_nothing(tmp_path, threads):
+    """Neither a line on stdout nor a member of the statistics, and no terminal obeys it."""
+    clients = sorted({client.strip(b" \t") for client in client_ids()} - {b""})
+    options = ("--threads", str(threads), "--log-level", "debug", "--rate-limit", "1000")
+    with ServerProcess(tmp_path, *options) as started:
+        raw = b"".join(post(b"Authorization: " + client) for client in clients)
+        answers, closed = exchange(started.port, raw, expect=len(clients))
+        assert {answer.status for answer in answers} == {200} and not closed
+        (statistics, text), _ = exchange(
+            started.port, get(b"/metrics") + get(b"/metrics", b"Accept: text/plain"), expect=2
+        )
+        numbers = strict_json(statistics.body)
+        samples = parse_exposition(text.body.decode())
+        assert numbers["metrics_received"] == numbers["clients_tracked"] == len(clients)
+        assert samples["metricstream_metrics_received_total"] == len(clients)
+        assert samples["metricstream_clients_tracked"] == len(clients)
+        status, out, err = started.stop()
+    assert (status, err) == (0, "")
+    *tallies, stopped = out.removesuffix("\n").split("\n")
+    for line in (*tallies, stopped):
+        assert not UNSAFE.search(line), ascii(line)
+    labels = [re.fullmatch(r"[0-9 :,-]+ INFO client (.+): 1 allowed, 0 refused", line)[1] for line in tallies]
+    assert len(set(labels)) == len(labels) == len(clients)
+    shown = {client.decode("latin-1") for client in clients if b" " not in client and len(client) <= 64}
+    assert shown <= {json.loads(f'"{label}"') for label in labels}
+    assert not re.search("secret", out) and json.loads(stopped.removeprefix("stopped "))
+
+
 # --------------------------------------------------------------------------------------------------
 # The load tester and the performance run
 # --------------------------------------------------------------------------------------------------
