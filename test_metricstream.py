@@ -3236,6 +3236,14 @@ def test_version_and_help():
 # ---- fuzzing, worst inputs, forgery ----
 
 
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ServerProcess, Path]]:
+    """A server process that says all it can say."""
+    folder = tmp_path_factory.mktemp("watched")
+    with ServerProcess(folder, "--log-level", "debug", "--rate-limit", "0") as started:
+        yield started, folder
+
+
 def growth(work: Callable[[object], object], small: object, large: object, limit: float) -> float:
     """How many times as long `work` takes for `large`: the best times of up to 20 rounds.
 
@@ -3338,6 +3346,103 @@ def test_the_measure_of_growth_knows_a_quadratic_pattern():
     assert growth(re.compile("a*b").search, "a" * 1_000, "a" * 8_000, 24) > 24
 
 
+def metric_with(member: bytes) -> bytes:
+    return b'{"metrics":[{"name":"cpu","value":1,%b}]}' % member
+
+
+def tagged_metrics(count: int, value: bytes) -> bytes:
+    tags = b",".join(b'"t%d":"%b"' % (number, value) for number in range(32))
+    return b'{"metrics":[%b]}' % b",".join([b'{"name":"cpu","value":1,"tags":{%b}}' % tags] * count)
+
+
+# name, a document of about n octets, status, part of the answer
+WORST_DOCUMENTS: list[tuple[str, Callable[[int], bytes], int, str]] = [
+    ("arrays, never closed", lambda n: b"[" * n, 400, "nesting deeper than 64"),
+    ("arrays, closed", lambda n: b"[" * (n // 2) + b"]" * (n // 2), 400, "nesting deeper than 64"),
+    ("objects", lambda n: b'{"a":' * (n // 5), 400, "nesting deeper than 64"),
+    ("arrays in objects", lambda n: b'{"a":[' * (n // 6), 400, "nesting deeper than 64"),
+    ("arrays in a metric", lambda n: metric_with(b'"tags":' + b"[" * n), 400, "nesting deeper than 64"),
+    ("arrays side by side", lambda n: b"[" + b"[]," * (n // 3), 400, "expected a value"),
+    ("the deepest, again and again", lambda n: b"[%b]" % b",".join([b"[" * 63 + b"]" * 63] * (n // 127)), 400, "must be an object"),
+    ("integer", lambda n: metric_with(b'"value":' + b"1" * n), 400, "number of more than 1000 characters"),
+    ("fraction", lambda n: metric_with(b'"value":0.' + b"1" * n), 400, "number of more than 1000 characters"),
+    ("exponent", lambda n: metric_with(b'"value":1e' + b"0" * n), 400, "number of more than 1000 characters"),
+    ("negative number alone", lambda n: b"-" + b"9" * n, 400, "number of more than 1000 characters"),
+    ("number of zeros", lambda n: metric_with(b'"value":' + b"0" * n), 400, "expected ',' or '}', found '0'"),
+    ("longest numbers", lambda n: b"[%b]" % b",".join([b"1" * 300] * (n // 301)), 400, "must be an object"),
+    ("minus signs", lambda n: b"-" * n, 400, "expected a value, found '-' at line 1, column 1"),
+    ("numbers", lambda n: b"[%b0]" % (b"0," * (n // 2)), 400, "must be an object"),
+    ("literals", lambda n: b"[%b" % (b"true," * (n // 5)), 400, "expected a value, found the end"),
+    ("string", lambda n: b'"%b"' % (b"a" * n), 400, "must be an object"),
+    ("string, never closed", lambda n: b'{"metrics":"' + b"a" * n, 400, "found the end of the text"),
+    ("string, not UTF-8 at its end", lambda n: b'"%b\xff"' % (b"a" * n), 400, "invalid UTF-8"),
+    ("string beyond ASCII", lambda n: b'"%b"' % ("é".encode() * (n // 2)), 400, "must be an object"),
+    ("escapes", lambda n: b'"%b"' % (b"\\n" * (n // 2)), 400, "must be an object"),
+    ("escapes in hex", lambda n: b'"%b"' % (b"\\u0041" * (n // 6)), 400, "must be an object"),
+    ("surrogate pairs", lambda n: b'"%b"' % (b"\\ud83d\\ude00" * (n // 12)), 400, "must be an object"),
+    ("lone surrogate at the end", lambda n: b'"%b\\ud83d"' % (b"a" * n), 400, "lone surrogate"),
+    ("backslashes", lambda n: b'"' + b"\\\\" * (n // 2), 400, "found the end of the text"),
+    ("backslashes alone", lambda n: b"\\" * n, 400, "expected a value"),
+    ("quotes", lambda n: b'"' * n, 400, "expected the end of the text, found '\"'"),
+    ("quotes in a list", lambda n: b'["",%b' % (b'"",' * (n // 3)), 400, "expected a value, found the end"),
+    ("a name repeated", lambda n: metric_with(b",".join([b'"name":"again"'] * (n // 15))), 200, "success"),
+    ("metrics repeated", lambda n: b'{%b"metrics":[{"name":"a","value":1}]}' % (b'"metrics":[],' * (n // 13)), 200, "success"),
+    ("unknown fields", lambda n: metric_with(b",".join(b'"%06d":0' % i for i in range(n // 11))), 400, "unknown field"),
+    ("unknown fields outside", lambda n: b'{"metrics":[],%b}' % b",".join(b'"%06d":0' % i for i in range(n // 11)), 400, "unknown field"),
+    ("too many tags", lambda n: metric_with(b'"tags":{%b}' % b",".join(b'"%06d":""' % i for i in range(n // 12))), 400, "must be at most 32"),
+    ("bad tags", lambda n: metric_with(b'"tags":{%b}' % b",".join(b'"%06d":0' % i for i in range(n // 11))), 400, "must be at most 32, not"),
+    ("a thousand metrics, 32 tags each", lambda n: tagged_metrics(n // 1000, b"v" * 21), 200, "metrics_processed"),
+    ("a thousand usual metrics", lambda n: b'{"metrics":[%b]}' % b",".join([b'{"name":"%b","value":1}' % (b"n" * 200)] * (n // 1000)), 200, "metrics_processed"),
+    ("usual metrics, one fault at the end", lambda n: b'{"metrics":[%b{]}' % (b'{"name":"a","value":1},' * (n // 24)), 400, "expected a name in double quotes"),
+    ("too many metrics", lambda n: b'{"metrics":[%b0]}' % (b"0," * (n // 2)), 400, "must be a list of 1 to 1000 metrics, not"),
+    ("beginnings of a metric", lambda n: b'{"metrics":[' + b'{"name":"a","value":' * (n // 20), 400, "nesting deeper than 64"),
+    ("name", lambda n: metric_with(b'"name":"%b"' % (b"a" * n)), 400, "must be a string of 1 to 255 characters"),
+    ("name of a field", lambda n: metric_with(b'"%b":1' % (b"a" * n)), 400, "unknown field"),
+    ("type", lambda n: metric_with(b'"type":"%b"' % (b"a" * n)), 400, "must be one of gauge"),
+    ("value of a tag", lambda n: metric_with(b'"tags":{"a":"%b"}' % (b"a" * n)), 400, "must have at most 1024 characters"),
+    ("key of a tag", lambda n: metric_with(b'"tags":{"%b":"a"}' % (b"a" * n)), 400, "must have 1 to 128 characters"),
+    ("timestamp", lambda n: metric_with(b'"timestamp":"%b"' % (b"1" * n)), 400, "must be Unix seconds or an ISO 8601"),
+    ("spaces", lambda n: b'{"metrics":[%b{"name":"a","value":1}]}' % (b" " * n), 200, "success"),
+    ("spaces alone", lambda n: b" " * n, 400, "expected a value, found the end of the text at line 1, column"),
+    ("line feeds", lambda n: b"\n" * n + b"x", 400, "expected a value, found 'x' at line"),
+    ("NULs", lambda n: b"\0" * n, 400, "expected a value, found '\\x00'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("document, status, part", by_name(WORST_DOCUMENTS))
+def test_the_worst_json_of_a_megabyte_gets_a_clear_and_short_answer(watched, document, status, part):
+    started, _ = watched
+    body = document(1_000_000)
+    assert 200_000 < len(body) <= BODY_LIMIT_BYTES
+    (answer,), closed = exchange(started.port, post(body=body), timeout_s=30)
+    assert answer.status == status and not closed
+    assert part in answer.json.get("error", answer.body.decode())
+    assert len(answer.body) < 3_000
+
+
+@pytest.mark.parametrize("document", [pytest.param(row[1], id=row[0]) for row in WORST_DOCUMENTS])
+def test_the_work_for_json_is_linear(document):
+    """Four times the document is about four times the time: 16 times would be quadratic."""
+
+    def work(body: bytes) -> None:
+        with contextlib.suppress(JSONError, BatchError):
+            metricstream.batch_lines(body, 0)
+
+    assert growth(work, document(20_000), document(80_000), 8) <= 8
+
+
+@pytest.mark.parametrize("content", [
+    tagged_metrics(1000, b"v" * 1024), b" " * (BODY_LIMIT_BYTES + 1), b"[" * 50_000_000,
+], ids=["a thousand metrics, 32 tags each", "one octet too many", "brackets"])  # fmt: skip
+def test_gzip_that_is_too_large_is_refused(watched, content):
+    started, _ = watched
+    packed = gzip.compress(content, 1)
+    assert len(packed) < BODY_LIMIT_BYTES < len(content)
+    (answer,), closed = exchange(started.port, gzipped(packed))
+    assert (answer.status, closed) == (413, False)
+    assert "gzip body of more than 1048576 bytes decoded" in answer.json["error"]
+
+
 NASTY_TEXTS = {
     "line feed": "a\nb", "carriage return": "a\rb", "CRLF and a line": "\r\n{}",
     "a whole line": '"}\n{"name":"forged","value":1}\n', "a tally": "x: 9 allowed, 0 refused\nclient y",
@@ -3351,14 +3456,6 @@ NASTY_TEXTS = {
 }  # fmt: skip
 # What a terminal obeys, what ends a line for someone, and what reorders the text around it.
 UNSAFE = re.compile("[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
-
-
-@pytest.fixture(scope="module")
-def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ServerProcess, Path]]:
-    """A server process that says all it can say."""
-    folder = tmp_path_factory.mktemp("watched")
-    with ServerProcess(folder, "--log-level", "debug", "--rate-limit", "0") as started:
-        yield started, folder
 
 
 @pytest.mark.parametrize("ascii_only", [True, False], ids=["escaped", "raw"])
