@@ -2744,6 +2744,15 @@ class Server(socketserver.ThreadingTCPServer):
             else:
                 self._turn(connection)
         self._send_answers()
+        # It may have been replaced while it claimed: its successor, who waits for epoll by then,
+        # would look there only when the wait times out.
+        while self._claimed:
+            try:
+                connection = self._claimed.popleft()
+            except IndexError:
+                break
+            if connection is not None:  # the listener reports again by itself
+                self._park(connection, connection.parking)
         with self._lock:
             self._workers.discard(worker)
 
