@@ -3443,6 +3443,41 @@ def test_gzip_that_is_too_large_is_refused(watched, content):
     assert "gzip body of more than 1048576 bytes decoded" in answer.json["error"]
 
 
+class ReplacedOnReturn:
+    """An epoll that never times out, and that can mark the worker whom it wakes as replaced."""
+
+    def __init__(self, epoll):
+        self.epoll, self.waiting, self.replace_next = epoll, 0, False
+
+    def poll(self, _: float, most: int) -> list[tuple[int, int]]:
+        self.waiting += 1
+        ready = self.epoll.poll(-1, most)
+        self.waiting -= 1
+        if self.replace_next:
+            self.replace_next = False
+            threading.current_thread().replaced = True
+        return ready
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.epoll, name)
+
+
+@pytest.mark.skipif(not hasattr(metricstream.select, "epoll"), reason="has no epoll")
+def test_what_a_worker_claimed_as_it_was_replaced_is_served(tmp_path):
+    """It was left until the successor's wait timed out: a second, now and then, after a long turn."""
+    with running(tmp_path, threads=1) as started, connect(started.port) as connection:
+        started.server._epoll = epoll = ReplacedOnReturn(started.server._epoll)
+        with connection.makefile("rb") as stream:
+            connection.sendall(HEALTH)
+            assert is_healthy(read_answer(stream))
+            started.server._start_worker()
+            eventually(lambda: epoll.waiting == 2)
+            epoll.replace_next = True
+            connection.sendall(HEALTH)
+            assert is_healthy(read_answer(stream))
+            eventually(lambda: len(started.server._workers) == 1)
+
+
 NASTY_TEXTS = {
     "line feed": "a\nb", "carriage return": "a\rb", "CRLF and a line": "\r\n{}",
     "a whole line": '"}\n{"name":"forged","value":1}\n', "a tally": "x: 9 allowed, 0 refused\nclient y",
