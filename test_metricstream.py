@@ -3236,6 +3236,147 @@ def test_version_and_help():
 # ---- fuzzing, worst inputs, forgery ----
 
 
+def a_request(rng: random.Random) -> bytes:
+    """One or two whole requests, each sound in itself."""
+    batch = random_usual_body(rng) if rng.random() < 0.5 else BATCH
+    extended = b"".join(b"%x ; a=b\r\n%b\r\n" % (len(piece), piece) for piece in (batch[:9], batch[9:]) if piece)
+    sound = [
+        lambda: HEALTH,
+        lambda: get(b"/metrics", b"Accept: text/plain;q=0.5, */*;q=0.1"),
+        lambda: get(b"http://localhost:8080/metrics?x=%41"),
+        lambda: get(b"/%68ealth", b"Connection: close"),
+        lambda: head(b"HEAD /health HTTP/1.0", host=None),
+        lambda: head(b"GET /metrics HTTP/1.0", b"Connection: keep-alive"),
+        lambda: head(b"OPTIONS * HTTP/1.1"),
+        lambda: head(b"PUT /metrics HTTP/1.1", b"Content-Length: 0"),
+        lambda: b"\r\n" + post(body=batch),
+        lambda: post(b"Content-Type: application/json; charset=utf-8", b"Authorization: web1", body=batch),
+        lambda: post(b"Expect: 100-continue", b"Origin: http://localhost", body=batch),
+        lambda: gzipped(gzip.compress(batch)),
+        lambda: gzipped(gzip.compress(batch[:20]) + gzip.compress(batch[20:])),
+        lambda: chunked(in_chunks(batch)),
+        lambda: chunked(extended + b"0;last\r\nX-Sum: 1\r\nX-Note: two\r\n\r\n"),
+        lambda: framed(BATCH_LENGTH, version=b"HTTP/1.0"),
+    ]  # fmt: skip
+    return b"".join(rng.choice(sound)() for _ in range(rng.choice([1, 1, 2])))
+
+
+NASTY_TOKENS = [
+    b"\r\n", b"\n", b"\r", b"\r\n\r\n", b"\0", b" ", b"\t", b":", b";", b",", b"%", b"%00", b"%0d%0a", b"#", b"?",
+    b"Transfer-Encoding: chunked\r\n", b"Transfer-Encoding: gzip, chunked\r\n", b"Content-Length: +5\r\n",
+    b"Content-Length: 0\r\n", b"Content-Length: 5, 5\r\n", b"Content-Length: 99999999999999999999\r\n",
+    b"Content-Length: -1\r\n", b"Content-Length: 1048577\r\n", b"Expect: 200-maybe\r\n", b"Host: b\r\n",
+    b"Content-Encoding: gzip\r\n", b"Content-Encoding: br\r\n", b"Connection: close\r\n", b"Origin: null\r\n",
+    b"Content-Type: text/plain\r\n", b" folded\r\n", b"no colon\r\n", b"X: \xff\x80\r\n", b"0\r\n\r\n", b"0\r\n",
+    b"ffffffffffffffff\r\n", b"10000000000000000\r\n", b"-1\r\n", b"0x5\r\n", b"5;a=\"\n\"\r\n", b"HTTP/1.1",
+    b"HTTP/2.0", b"HTTP/0.9", b"GET ", b"POST /metrics HTTP/1.1\r\n", b"CONNECT ", b"\x1f\x8b\x08", b"[::1]",
+    b"a" * 9_000, b"X: " + b"a" * 17_000 + b"\r\n", b"X: a\r\n" * 101,
+]  # fmt: skip
+
+
+def damaged(rng: random.Random, raw: bytes) -> bytes:
+    """`raw` after one to four accidents: a flip, a cut, a repetition, a splice, a nasty token."""
+    for _ in range(rng.choice([1, 1, 1, 2, 4])):
+        start = rng.randrange(len(raw) + 1)
+        end = min(len(raw), start + rng.choice([1, 2, 8, 40]))
+        before, piece, after = raw[:start], raw[start:end], raw[end:]
+        accident = rng.randrange(6)
+        if accident == 0:
+            piece = bytes(octet ^ (1 << rng.randrange(8)) for octet in piece)
+        elif accident == 1:
+            piece = b""
+        elif accident == 2:
+            piece *= rng.choice([2, 3, 50])
+        elif accident == 3:
+            other = a_request(rng)
+            after = other[rng.randrange(len(other)) :]
+        elif accident == 4:
+            piece = rng.choice(NASTY_TOKENS) + piece
+        else:  # where lines begin it does most harm
+            lines = raw.split(b"\r\n")
+            where = rng.randrange(len(lines))
+            lines[where:where] = [rng.choice(NASTY_TOKENS).removesuffix(b"\r\n")]
+            before, piece, after = b"\r\n".join(lines), b"", b""
+        raw = before + piece + after
+    return raw
+
+
+def in_random_pieces(rng: random.Random, raw: bytes) -> list[bytes]:
+    cuts = sorted(rng.choices(range(len(raw) + 1), k=rng.choice([1, 3, 10])))
+    return [raw[start:end] for start, end in itertools.pairwise([0, *cuts, len(raw)])]
+
+
+# The README's table of statuses: what the reader may say, and what the service may. 408, 429, 500
+# and 503 would mean more than a bad request.
+READER_STATUSES = {400, 411, 413, 414, 417, 431, 501, 505}
+SERVICE_STATUSES = {200, 400, 403, 404, 405, 413, 415}
+
+
+@pytest.fixture
+def forgetful_service(tmp_path: Path) -> Iterator[Service]:
+    """A service whose log writes to nowhere."""
+    log = MetricLog(str(tmp_path), write=lambda _, lines: len(lines))
+    with contextlib.closing(log):
+        yield Service(log, None, Statistics())
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_damaged_requests_are_read_the_same_in_any_pieces(forgetful_service, seed):
+    """Whole, octet by octet or in between: the same requests and the same end; then an answer."""
+    rng = random.Random(f"requests {seed}")
+    seen: Counter[int | None] = Counter()
+    for _ in range(2_000):
+        raw = damaged(rng, a_request(rng))
+        whole = read_in_pieces([raw])
+        pieces = octets_of(raw) if rng.random() < 0.03 and len(raw) < 999 else in_random_pieces(rng, raw)
+        cut = read_in_pieces(pieces)
+        # Of several faults the first to be seen is told: that of size can be before the line ends.
+        if {414, 431} & {whole.refusal, cut.refusal} and None not in (whole.refusal, cut.refusal):
+            cut = cut._replace(refusal=whole.refusal)
+        assert cut == whole, raw
+        assert whole.refusal in READER_STATUSES | {None}, raw
+        seen[whole.refusal] += 1
+        reader = RequestReader()
+        reader.feed(raw)
+        for _ in whole.requests:
+            answer = forgetful_service.answer(reader.next_request(), "10.0.0.7", 0.0)
+            assert answer.status in SERVICE_STATUSES, raw
+            seen[answer.status] += 1
+    assert {None, 200, 400, 403, 404, 405, 411, 415, 417, 431} <= seen.keys(), seen
+
+
+def test_damaged_requests_over_a_socket_get_an_answer_or_the_end(tmp_path, threads):
+    """Nothing hangs, nothing is a fault of the server's own, and there are as many answers as the
+    reader finds requests and faults.
+    """
+    rng = random.Random(f"socket {threads}")
+    seen: Counter[int] = Counter()
+    with ServerProcess(tmp_path, "--threads", str(threads), "--rate-limit", "0") as started:
+        for _ in range(3_000):
+            raw = damaged(rng, a_request(rng))
+            outcome = read_in_pieces([raw])
+            heads = [index for index, request in enumerate(outcome.requests) if request[0] == "HEAD"]
+            answers, closed = exchange(started.port, raw, half_close=True, timeout_s=10, heads=heads)
+            assert closed
+            for answer in answers:
+                assert answer.status in READER_STATUSES | SERVICE_STATUSES, raw
+                seen[answer.status] += 1
+            *_, last = answers or [None]
+            until_close = [index for index, request in enumerate(outcome.requests, 1)
+                           if request[-2] is metricstream.CLOSE]  # fmt: skip
+            if until_close:
+                assert len(answers) == until_close[0], raw
+            elif outcome.refusal:
+                assert len(answers) == len(outcome.requests) + 1, raw
+            else:  # what is left of a request when the client ends it is a 400
+                assert len(answers) - len(outcome.requests) in (0, 1), raw
+                assert len(answers) == len(outcome.requests) or last.status == 400, raw
+        assert_healthy(started.port)
+        status, out, err = started.stop()
+    assert (status, err) == (0, "") and "Traceback" not in out and '"500"' not in out
+    assert {200, 400, 404, 405, 411, 415, 431} <= seen.keys()
+
+
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ServerProcess, Path]]:
     """A server process that says all it can say."""
