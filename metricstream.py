@@ -1875,11 +1875,11 @@ def client_label(client: str) -> str:
     ('load_client_7', 'Bearer-0c9ae606')
     """
     scheme, space, _ = client.partition(" ")
+    shown = client
     if space or len(client) > 64:
-        return (
-            f"{scheme[:16] if space else 'long'}-{hashlib.sha256(client.encode()).hexdigest()[:8]}"
-        )
-    return write_json_string(client)[1:-1]
+        digest = hashlib.sha256(client.encode()).hexdigest()[:8]
+        shown = f"{scheme[:16] if space else 'long'}-{digest}"
+    return write_json_string(shown)[1:-1]
 
 
 class Event(NamedTuple):
@@ -3098,6 +3098,15 @@ class Server(socketserver.ThreadingTCPServer):
             else:
                 self._turn(connection)
         self._send_answers()
+        # It may have been replaced while it claimed: its successor, who waits for epoll by then,
+        # would look there only when the wait times out.
+        while self._claimed:
+            try:
+                connection = self._claimed.popleft()
+            except IndexError:
+                break
+            if connection is not None:  # the listener reports again by itself
+                self._park(connection, connection.parking)
         with self._lock:
             self._workers.discard(worker)
 
