@@ -2162,6 +2162,13 @@ def client_id(head: Head, peer: str) -> str:
     )
 
 
+# A letter first and no colon: no address of a peer can pass for a name.
+_CLIENT_NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,63}")
+_CLIENT_LINE = re.compile(
+    rf"({_CLIENT_NAME.pattern})[ \t]+([0-9A-Fa-f]{{64}})(?:[ \t]+([0-9]{{1,9}}))?"
+)
+
+
 class ClientListError(ValueError):
     """A list of clients that can't be read: file, line and reason."""
 
@@ -2180,11 +2187,6 @@ class ClientList:
     {'web1': 5}
     """
 
-    # A letter first and no colon: no address of a peer can pass for a name.
-    NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,63}")
-    _LINE = re.compile(rf"({NAME.pattern})[ \t]+([0-9A-Fa-f]{{64}})(?:[ \t]+([0-9]{{1,9}}))?")
-    _BEARER = re.compile(r"bearer +(.*)", re.IGNORECASE)  # RFC 6750, 2.1
-
     def __init__(self, text: str, source: str):
         self.rates: dict[str, int | None] = {}
         self._by_prefix: dict[bytes, tuple[bytes, str]] = {}
@@ -2192,7 +2194,7 @@ class ClientList:
             line = line.strip()
             if not line or line.startswith("#"):
                 continue
-            match = self._LINE.fullmatch(line)
+            match = _CLIENT_LINE.fullmatch(line)
             if match is None:  # the line is not shown: it may hold a key
                 raise ClientListError(
                     f"{source}, line {number}: expected 'name sha256-of-key [rate]'"
@@ -2220,8 +2222,10 @@ class ClientList:
         The table is searched by the hash of what was sent, so what its timing could tell is of a
         hash that nobody can aim; the hash itself is compared in constant time.
         """
-        bearer = self._BEARER.fullmatch(authorization)
-        digest = hashlib.sha256((bearer[1] if bearer else authorization).encode("latin-1")).digest()
+        scheme, _, key = authorization.partition(" ")
+        if scheme.lower() != "bearer":  # RFC 6750, 2.1
+            key = authorization
+        digest = hashlib.sha256(key.strip(" ").encode("latin-1")).digest()
         known, name = self._by_prefix.get(digest[:8], (bytes(32), None))
         return name if hmac.compare_digest(known, digest) else None
 
@@ -2415,7 +2419,7 @@ def refuse_other_origins(head: Head, allowed_hosts: Container[str]) -> None:
     origin, host = head.headers["origin"], head.host.lower()
     if origin.lower() not in (f"http://{host}", f"https://{host}"):
         raise HTTPError(403, f"a page of {origin[:80]!r} may not write to {head.host[:80]!r}")
-    name = re.sub(r":[0-9]*$", "", host)
+    name = host if host.endswith("]") else host.rpartition(":")[0] or host
     if name not in allowed_hosts and not _is_address(name):
         raise HTTPError(
             403, f"a page may not write here as {name[:80]!r}; --allowed-host would let it"
@@ -3516,7 +3520,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _make_client(parser: argparse.ArgumentParser, name: str) -> int:
-    if not ClientList.NAME.fullmatch(name):
+    if not _CLIENT_NAME.fullmatch(name):
         parser.error(
             f"argument --new-client: {name!a} must be a letter and up to 63 letters, digits, '.', "
             "'_' or '-'"
