@@ -28,6 +28,7 @@ import sys
 import threading
 import time
 import tracemalloc
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Container, Iterator
 from pathlib import Path
@@ -3890,6 +3891,155 @@ def test_no_pattern_backtracks_beyond_its_input(name):
 
 def test_the_measure_of_growth_knows_a_quadratic_pattern():
     assert growth(re.compile("a*b").search, "a" * 1_000, "a" * 8_000, 24) > 24
+
+
+# Timestamps as JSON and what the log makes of them; None: refused. The years are 1970 to 2200.
+GRAMMAR_TIMESTAMPS = {
+    "0": "1970-01-01T00:00:00.000Z", "-0.0": "1970-01-01T00:00:00.000Z",
+    "1758116723": "2025-09-17T13:45:23.000Z", "1758116723.123": "2025-09-17T13:45:23.123Z",
+    "1.758116723e9": "2025-09-17T13:45:23.000Z", "7289654399": "2200-12-31T23:59:59.000Z",
+    '"2025-09-17T13:45:23.123Z"': "2025-09-17T13:45:23.123Z", '"2025-09-17 15:45:23+02:00"': "2025-09-17T13:45:23.000Z",
+    '"1969-12-31T23:00:00-01:00"': "1970-01-01T00:00:00.000Z", '"2024-02-29T00:00:00z"': "2024-02-29T00:00:00.000Z",
+    "-1": None, "7289654400": None, "1758116723123": None, "1e300": None, "true": None, "null": None,
+    '"2025-02-29T00:00:00Z"': None, '"2025-09-17T13:45:23"': None, '"1758116723"': None, '""': None,
+    '"1969-12-31T23:59:59Z"': None, '"2200-12-31T23:59:59-00:01"': None, '"2025-09-17"': None, "[0]": None,
+}  # fmt: skip
+
+
+class BatchGrammar:
+    """Batches written rule by rule. Now and then a rule writes something else than it should."""
+
+    NUMBERS = ["0", "-0", "1", "-1.5", "75.50", "1e5", "1E-5", "123456789012345678901234567890", "-1e-400", "1e308",
+               "9" * 995 + "e-900", "0." + "1" * 998, "1" * 300]  # fmt: skip
+    NAMES = ["cpu", "a" * 255, "😀" * 255, "é", 'q"\\/', "\u2028", "\u202e", "{}[],:", " ", "name"]
+    BAD_NAMES = ["", "a" * 256, "a\nb", "\0", "a\x7f", "\x85", "\x1b[31m"]
+    ODDITIES = ["null", "true", "false", "[]", "{}", '""', '"1"', "[[1]]", "{\"a\":{}}", "[" * 61 + "]" * 61,
+                "[" * 62 + "]" * 62, "[" * 70 + "]" * 70, "1e400", "-1e999", "NaN", "Infinity", "01", "+1", ".5",
+                "1.", "1e", "0x1", "1_0", "0." + "1" * 999, "'a'", '"\\ud800"', '"\\x"', '"a\tb"', "", "nul", "\ufeff"]  # fmt: skip
+
+    def __init__(self, rng: random.Random, oddness: float) -> None:
+        self.rng, self.oddness = rng, oddness
+
+    def odd(self) -> bool:
+        return self.rng.random() < self.oddness
+
+    def space(self) -> str:
+        return self.rng.choice(" \t\r\n") * self.rng.randrange(1, 4) if self.odd() else ""
+
+    def punctuation(self, mark: str) -> str:
+        if self.rng.random() < self.oddness / 8:
+            mark = self.rng.choice(["", mark * 2, ",", ":", "\x0b", "\xa0", "}", "]"])
+        return self.space() + mark + self.space()
+
+    def string(self, text: str) -> str:
+        if self.odd():
+            return '"' + "".join(f"\\u{unit:04X}" for unit in memoryview(text.encode("utf-16")[2:]).cast("H")) + '"'
+        return json.dumps(text, ensure_ascii=self.odd())
+
+    def something(self, usual: Callable[[], str]) -> str:
+        return self.rng.choice(self.ODDITIES) if self.rng.random() < self.oddness / 3 else usual()
+
+    def members(self, members: list[tuple[str, Callable[[], str]]]) -> str:
+        if self.odd():
+            self.rng.shuffle(members)
+        if members and self.odd():  # a name twice: the last one counts
+            members.insert(0, self.rng.choice(members))
+        if members and self.rng.random() < self.oddness / 6:
+            members.pop(self.rng.randrange(len(members)))
+        if self.rng.random() < self.oddness / 6:
+            members.append((self.rng.choice(["labels", "Name", "", "metric"]), lambda: "1"))
+        written = [self.string(name) + self.punctuation(":") + self.something(value) for name, value in members]
+        return "{" + self.space() + self.punctuation(",").join(written) + self.space() + "}"
+
+    def name(self) -> str:
+        return self.string(self.rng.choice(self.BAD_NAMES if self.rng.random() < self.oddness / 3 else self.NAMES))
+
+    def type(self) -> str:
+        usual = ["gauge", "counter", "histogram", "summary"]
+        return self.string(self.rng.choice([*usual, "Gauge", ""] if self.odd() else usual))
+
+    def tags(self) -> str:
+        count = self.rng.choice([0, 1, 1, 2, 32] if not self.odd() else [31, 33])
+        keys = [f"{number}" for number in range(count)]
+        if keys and self.odd():
+            keys[0] = self.rng.choice(["k" * 128, "k" * 129, "", "😀" * 128, "\0\n"])
+        values = ["", "web1", "😀" * 1_024, "v" * (1_025 if self.odd() else 1_024), "\n\0"]
+        weights = [5, 50, 1, 1, 1]
+        return self.members([
+            (key, lambda: self.string(self.rng.choices(values, weights)[0])) for key in keys
+        ])  # fmt: skip
+
+    def timestamp(self) -> str:
+        valid = [text for text, logged in GRAMMAR_TIMESTAMPS.items() if logged]
+        return self.rng.choice(list(GRAMMAR_TIMESTAMPS) if self.odd() else valid)
+
+    def metric(self) -> str:
+        optional = [("type", self.type), ("tags", self.tags), ("timestamp", self.timestamp)]
+        chosen = [member for member in optional if self.rng.random() < 0.4]
+        return self.members([("name", self.name), ("value", lambda: self.rng.choice(self.NUMBERS)), *chosen])
+
+    def metrics(self) -> str:
+        count = self.rng.choice([0, 1, 2, 5] if self.odd() else [1, 1, 2])
+        return "[" + self.punctuation(",").join(self.something(self.metric) for _ in range(count)) + "]"
+
+    def batch(self) -> str:
+        return self.space() + self.something(lambda: self.members([("metrics", self.metrics)])) + self.space()
+
+
+def as_the_readme_has_it(body: bytes) -> list[dict] | None:
+    """What the log must say of a batch, by the limits of the README; None: it must be refused."""
+    is_number = lambda value: type(value) in (int, float)  # noqa: E731
+    try:
+        document = strict_json(body)
+    except ValueError:
+        return None
+    if not isinstance(document, dict) or document.keys() != {"metrics"}:
+        return None
+    metrics = document["metrics"]
+    if not isinstance(metrics, list) or not 1 <= len(metrics) <= 1_000:
+        return None
+    lines = []
+    moments = {exact(json.loads(text)): logged for text, logged in GRAMMAR_TIMESTAMPS.items()}
+    for metric in metrics:
+        if not isinstance(metric, dict) or not metric.keys() <= {"name", "value", "type", "tags", "timestamp"}:
+            return None
+        name, tags, type_ = metric.get("name"), metric.get("tags", {}), metric.get("type", "gauge")
+        if not isinstance(name, str) or not 1 <= len(name) <= 255 or not is_number(metric.get("value")):
+            return None
+        if any(unicodedata.category(character) == "Cc" for character in name):
+            return None
+        if type_ not in ("gauge", "counter", "histogram", "summary") or not isinstance(tags, dict) or len(tags) > 32:
+            return None
+        for key, value in tags.items():
+            if not 1 <= len(key) <= 128 or not isinstance(value, str) or len(value) > 1_024:
+                return None
+        moment = "2025-09-17T13:45:23.123Z"  # NOW_MS
+        if "timestamp" in metric:
+            moment = moments.get(exact(metric["timestamp"]))
+            if moment is None:
+                return None
+        line = {"timestamp": moment, "name": name, "value": metric["value"], "type": type_}
+        lines.append(line | ({"tags": tags} if tags else {}))
+    return lines
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_batches_of_a_grammar_are_judged_as_the_readme_says(seed):
+    rng = random.Random(f"grammar {seed}")
+    verdicts: Counter[bool] = Counter()
+    for _ in range(1_000):
+        body = BatchGrammar(rng, rng.choice([0.02, 0.1, 0.3])).batch().encode("utf-8", "surrogatepass")
+        expected = as_the_readme_has_it(body)
+        try:
+            lines, count = metricstream.batch_lines(body, NOW_MS)
+        except (JSONError, BatchError):
+            found = None
+        else:
+            found = [json.loads(line) for line in lines.splitlines()]
+            assert count == len(found)
+        assert exact(found) == exact(expected), body
+        verdicts[found is None] += 1
+    assert min(verdicts[True], verdicts[False]) > 200, verdicts
 
 
 def metric_with(member: bytes) -> bytes:
