@@ -1692,8 +1692,11 @@ class MetricLog:
                 self._lock.release()
 
     def _replace_deleted(self) -> None:
-        if os.fstat(self._fd).st_nlink:
-            self._seen_bytes, self._gone = self.size_bytes, None
+        status = os.fstat(self._fd)
+        if status.st_nlink:
+            self._gone = None
+            if self._torn_at is None:
+                self._seen_bytes = status.st_size  # not size_bytes: others may have emptied it
         elif self.durability == "disk" and self._thread and self._thread.is_alive():
             self._reopening = True
             self._work.notify()
@@ -1718,10 +1721,9 @@ class MetricLog:
             raise LogError(f"can't write {self.path}: {error.strerror}") from None
         size = os.fstat(fd).st_size
         old = self._fd, self._synced_bytes
-        if not os.fstat(self._fd).st_nlink:
-            unseen = os.pread(
-                self._fd, max(0, self.size_bytes - self._seen_bytes), self._seen_bytes
-            )
+        status = os.fstat(self._fd)
+        if not status.st_nlink:
+            unseen = os.pread(self._fd, status.st_size, self._seen_bytes)
             try:
                 while unseen:
                     unseen = unseen[self._write(fd, unseen) :]

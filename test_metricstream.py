@@ -2575,6 +2575,17 @@ def test_what_is_appended_to_a_deleted_log_is_found_in_a_new_one(tmp_path, durab
     assert lines_of(tmp_path) == ["after", "later"][: 1 + looks]
 
 
+def test_a_log_that_is_copied_and_emptied_while_in_use_goes_on(tmp_path):
+    log = MetricLog(str(tmp_path))
+    log.append(b"copied\n" * 10)
+    os.truncate(log.path, 0)
+    log.look_after()
+    log.append(b"kept\n")
+    os.unlink(log.path)
+    log.close()
+    assert lines_of(tmp_path) == ["kept"]
+
+
 def test_without_room_for_a_new_log_nothing_more_is_acknowledged(tmp_path):
     disk = FaultyDisk()
     log = MetricLog(str(tmp_path), "os", write=disk.write, fsync=disk.fsync)
