@@ -3653,7 +3653,9 @@ def test_to_be_reached_from_elsewhere_without_a_list_of_clients_is_warned_of(tmp
 def a_request(rng: random.Random) -> bytes:
     """One or two whole requests, each sound in itself."""
     batch = random_usual_body(rng) if rng.random() < 0.5 else BATCH
-    extended = b"".join(b"%x ; a=b\r\n%b\r\n" % (len(piece), piece) for piece in (batch[:9], batch[9:]) if piece)
+    extended = b"".join(
+        b"%x ; a=b\r\n%b\r\n" % (len(piece), piece) for piece in (batch[:9], batch[9:]) if piece
+    )
     sound = [
         lambda: HEALTH,
         lambda: get(b"/metrics", b"Accept: text/plain;q=0.5, */*;q=0.1"),
@@ -3676,14 +3678,22 @@ def a_request(rng: random.Random) -> bytes:
 
 
 NASTY_TOKENS = [
-    b"\r\n", b"\n", b"\r", b"\r\n\r\n", b"\0", b" ", b"\t", b":", b";", b",", b"%", b"%00", b"%0d%0a", b"#", b"?",
-    b"Transfer-Encoding: chunked\r\n", b"Transfer-Encoding: gzip, chunked\r\n", b"Content-Length: +5\r\n",
-    b"Content-Length: 0\r\n", b"Content-Length: 5, 5\r\n", b"Content-Length: 99999999999999999999\r\n",
-    b"Content-Length: -1\r\n", b"Content-Length: 1048577\r\n", b"Expect: 200-maybe\r\n", b"Host: b\r\n",
-    b"Content-Encoding: gzip\r\n", b"Content-Encoding: br\r\n", b"Connection: close\r\n", b"Origin: null\r\n",
-    b"Content-Type: text/plain\r\n", b" folded\r\n", b"no colon\r\n", b"X: \xff\x80\r\n", b"0\r\n\r\n", b"0\r\n",
-    b"ffffffffffffffff\r\n", b"10000000000000000\r\n", b"-1\r\n", b"0x5\r\n", b"5;a=\"\n\"\r\n", b"HTTP/1.1",
-    b"HTTP/2.0", b"HTTP/0.9", b"GET ", b"POST /metrics HTTP/1.1\r\n", b"CONNECT ", b"\x1f\x8b\x08", b"[::1]",
+    b"\r\n", b"\n", b"\r", b"\r\n\r\n", b"\0", b" ", b"\t", b":", b";", b",", b"%", b"%00",
+    b"%0d%0a", b"#", b"?",
+    b"Transfer-Encoding: chunked\r\n", b"Transfer-Encoding: gzip, chunked\r\n",
+    b"Content-Length: +5\r\n",
+    b"Content-Length: 0\r\n", b"Content-Length: 5, 5\r\n",
+    b"Content-Length: 99999999999999999999\r\n",
+    b"Content-Length: -1\r\n", b"Content-Length: 1048577\r\n", b"Expect: 200-maybe\r\n",
+    b"Host: b\r\n",
+    b"Content-Encoding: gzip\r\n", b"Content-Encoding: br\r\n", b"Connection: close\r\n",
+    b"Origin: null\r\n",
+    b"Content-Type: text/plain\r\n", b" folded\r\n", b"no colon\r\n", b"X: \xff\x80\r\n",
+    b"0\r\n\r\n", b"0\r\n",
+    b"ffffffffffffffff\r\n", b"10000000000000000\r\n", b"-1\r\n", b"0x5\r\n", b"5;a=\"\n\"\r\n",
+    b"HTTP/1.1",
+    b"HTTP/2.0", b"HTTP/0.9", b"GET ", b"POST /metrics HTTP/1.1\r\n", b"CONNECT ", b"\x1f\x8b\x08",
+    b"[::1]",
     b"a" * 9_000, b"X: " + b"a" * 17_000 + b"\r\n", b"X: a\r\n" * 101,
 ]  # fmt: skip
 
@@ -3742,7 +3752,9 @@ def test_damaged_requests_are_read_the_same_in_any_pieces(forgetful_service, see
     for _ in range(2_000):
         raw = damaged(rng, a_request(rng))
         whole = read_in_pieces([raw])
-        pieces = octets_of(raw) if rng.random() < 0.03 and len(raw) < 999 else in_random_pieces(rng, raw)
+        pieces = (
+            octets_of(raw) if rng.random() < 0.03 and len(raw) < 999 else in_random_pieces(rng, raw)
+        )
         cut = read_in_pieces(pieces)
         # Of several faults the first to be seen is told: that of size can be before the line ends.
         if {414, 431} & {whole.refusal, cut.refusal} and None not in (whole.refusal, cut.refusal):
@@ -3769,8 +3781,12 @@ def test_damaged_requests_over_a_socket_get_an_answer_or_the_end(tmp_path, threa
         for _ in range(3_000):
             raw = damaged(rng, a_request(rng))
             outcome = read_in_pieces([raw])
-            heads = [index for index, request in enumerate(outcome.requests) if request[0] == "HEAD"]
-            answers, closed = exchange(started.port, raw, half_close=True, timeout_s=10, heads=heads)
+            heads = [
+                index for index, request in enumerate(outcome.requests) if request[0] == "HEAD"
+            ]
+            answers, closed = exchange(
+                started.port, raw, half_close=True, timeout_s=10, heads=heads
+            )
             assert closed
             for answer in answers:
                 assert answer.status in READER_STATUSES | SERVICE_STATUSES, raw
@@ -3819,32 +3835,40 @@ def growth(work: Callable[[object], object], small: object, large: object, limit
 # that are searched for or split at get beginnings that fail late, again and again. Patterns without
 # a name stand here by their text.
 WORST_INPUTS: dict[str, list[tuple[str, str, str]]] = {
-    "_REQUEST_LINE": [("", "A", " /"), ("GET ", "a", ""), ("GET ", "HTTP/1.1", "x"), ("GET ", "a ", "HTTP/1.1")],
+    "_REQUEST_LINE": [("", "A", " /"), ("GET ", "a", ""), ("GET ", "HTTP/1.1", "x"),
+                      ("GET ", "a ", "HTTP/1.1")],
     "_FIELD_LINE": [("", "a", ""), ("a:", " ", "\0"), ("", "a:", "\n"), ("", ":", "\x7f")],
-    "_CHUNK_SIZE": [("", "f", "g"), ("1", " ", "x"), ("1", " \t;", "\0"), ("1;", ";", "\n"), ("1", "; ", "\0")],
+    "_CHUNK_SIZE": [("", "f", "g"), ("1", " ", "x"), ("1", " \t;", "\0"), ("1;", ";", "\n"),
+                    ("1", "; ", "\0")],
     "_CONTENT_LENGTH": [("", "1", "x")],
-    "_HOST": [("[", "0:", ""), ("[", "::1.", "]x"), ("", "a", "/"), ("", "%41", "%4"), ("", "a:", "1"),
+    "_HOST": [("[", "0:", ""), ("[", "::1.", "]x"), ("", "a", "/"), ("", "%41", "%4"),
+              ("", "a:", "1"),
               ("", "%", ""), ("a:", "1", "x"), ("", "%41a", ":x")],
     # a target has no line end, which alone could make ".*" fail
-    "_ABSOLUTE_FORM": [("http://", "a", "/"), ("http://", "/?", ""), ("", "http://", ""), ("http", "s", "")],
+    "_ABSOLUTE_FORM": [("http://", "a", "/"), ("http://", "/?", ""), ("", "http://", ""),
+                       ("http", "s", "")],
     "_BAD_PERCENT": [("", "%41", ""), ("", "a", "%"), ("", "%4a%", "")],
     "_PERCENT": [("", "%", ""), ("", "%4", ""), ("", "%41", ""), ("", "%4g", "")],
     "_CONTROL": [("", "a", ""), ("", "\xa0", "\0")],
-    "_NEVER_IN_A_LINE": [("", "\r\n", ""), ("", "\r\n", "\r"), ("", "a", "\n"), ("", "a\r\n", "\0")],
+    "_NEVER_IN_A_LINE": [("", "\r\n", ""), ("", "\r\n", "\r"), ("", "a", "\n"),
+                         ("", "a\r\n", "\0")],
     "_SPACE": [("", " ", "x"), ("", " \t\r\n", "")],
-    "_NUMBER": [("", "1", ""), ("-", "1", "."), ("1.", "1", "e"), ("1.", "0", "e+"), ("1e", "1", "."),
+    "_NUMBER": [("", "1", ""), ("-", "1", "."), ("1.", "1", "e"), ("1.", "0", "e+"),
+                ("1e", "1", "."),
                 ("", "1.1e1", ""), ("", "-", ""), ("", "0", "")],
     "_PLAIN_STRING": [('"', "a", ""), ('"', "a", "\\"), ("", '"', ""), ('"', "é", "\n")],
     "_UNESCAPED": [("", "a", ""), ("", "é", "\\")],
     "_UNICODE_ESCAPE": [("", "\\u", ""), ("", "\\u004", ""), ("", "\\", "")],
     "_SURROGATE": [("", "\ud7ff", ""), ("", "\ue000", "\udfff")],
     "_MUST_ESCAPE": [("", '"', ""), ("", "\0", ""), ("", "a", "\ud800"), ("", "\u2027\u202f", "")],
-    "_ISO_8601": [("", "1", ""), ("2025-09-17T13:45:23.", "1", "Z"), ("", "2025-09-17T13:45:23Z", "")],
+    "_ISO_8601": [("", "1", ""), ("2025-09-17T13:45:23.", "1", "Z"),
+                  ("", "2025-09-17T13:45:23Z", "")],
     "_USUAL_METRIC": [
         ("", '{"name":"', ""), ("", '{"name": "' + "{" * 255, ""), ("", '{"name":"a","value":', ""),
         ("", '{"name":"' + "a" * 254 + '","value":-', ""), ("", '{"name":"a","value":0.000', ""),
         ("", '{"name":"a","value":' + "1" * 18 + "." + "1" * 18, ""),
-        ("", '{"name":"a","value":1111111111.00000,', ""), ("", '{"name":"a","value":1,' + "a" * 63, ""),
+        ("", '{"name":"a","value":1111111111.00000,', ""),
+        ("", '{"name":"a","value":1,' + "a" * 63, ""),
         ("", '{"name":"a","value":1,' + "a" * 63 + "{" + "a" * 512, ""),
         ("", '{"name":"a","value":1,"tags":{' + "a" * 511 + "}", ""), ("{", '"name":"{', ""),
         ("", '{"name":"a","value":1},', ""), ("", "{", ""),
@@ -3909,24 +3933,32 @@ GRAMMAR_TIMESTAMPS = {
     "0": "1970-01-01T00:00:00.000Z", "-0.0": "1970-01-01T00:00:00.000Z",
     "1758116723": "2025-09-17T13:45:23.000Z", "1758116723.123": "2025-09-17T13:45:23.123Z",
     "1.758116723e9": "2025-09-17T13:45:23.000Z", "7289654399": "2200-12-31T23:59:59.000Z",
-    '"2025-09-17T13:45:23.123Z"': "2025-09-17T13:45:23.123Z", '"2025-09-17 15:45:23+02:00"': "2025-09-17T13:45:23.000Z",
-    '"1969-12-31T23:00:00-01:00"': "1970-01-01T00:00:00.000Z", '"2024-02-29T00:00:00z"': "2024-02-29T00:00:00.000Z",
-    "-1": None, "7289654400": None, "1758116723123": None, "1e300": None, "true": None, "null": None,
+    '"2025-09-17T13:45:23.123Z"': "2025-09-17T13:45:23.123Z",
+    '"2025-09-17 15:45:23+02:00"': "2025-09-17T13:45:23.000Z",
+    '"1969-12-31T23:00:00-01:00"': "1970-01-01T00:00:00.000Z",
+    '"2024-02-29T00:00:00z"': "2024-02-29T00:00:00.000Z",
+    "-1": None, "7289654400": None, "1758116723123": None, "1e300": None, "true": None,
+    "null": None,
     '"2025-02-29T00:00:00Z"': None, '"2025-09-17T13:45:23"': None, '"1758116723"': None, '""': None,
-    '"1969-12-31T23:59:59Z"': None, '"2200-12-31T23:59:59-00:01"': None, '"2025-09-17"': None, "[0]": None,
+    '"1969-12-31T23:59:59Z"': None, '"2200-12-31T23:59:59-00:01"': None, '"2025-09-17"': None,
+    "[0]": None,
 }  # fmt: skip
 
 
 class BatchGrammar:
     """Batches written rule by rule. Now and then a rule writes something else than it should."""
 
-    NUMBERS = ["0", "-0", "1", "-1.5", "75.50", "1e5", "1E-5", "123456789012345678901234567890", "-1e-400", "1e308",
+    NUMBERS = ["0", "-0", "1", "-1.5", "75.50", "1e5", "1E-5", "123456789012345678901234567890",
+               "-1e-400", "1e308",
                "9" * 995 + "e-900", "0." + "1" * 998, "1" * 300]  # fmt: skip
     NAMES = ["cpu", "a" * 255, "😀" * 255, "é", 'q"\\/', "\u2028", "\u202e", "{}[],:", " ", "name"]
     BAD_NAMES = ["", "a" * 256, "a\nb", "\0", "a\x7f", "\x85", "\x1b[31m"]
-    ODDITIES = ["null", "true", "false", "[]", "{}", '""', '"1"', "[[1]]", "{\"a\":{}}", "[" * 61 + "]" * 61,
-                "[" * 62 + "]" * 62, "[" * 70 + "]" * 70, "1e400", "-1e999", "NaN", "Infinity", "01", "+1", ".5",
-                "1.", "1e", "0x1", "1_0", "0." + "1" * 999, "'a'", '"\\ud800"', '"\\x"', '"a\tb"', "", "nul", "\ufeff"]  # fmt: skip
+    ODDITIES = ["null", "true", "false", "[]", "{}", '""', '"1"', "[[1]]", "{\"a\":{}}",
+                "[" * 61 + "]" * 61,
+                "[" * 62 + "]" * 62, "[" * 70 + "]" * 70, "1e400", "-1e999", "NaN", "Infinity",
+                "01", "+1", ".5",
+                "1.", "1e", "0x1", "1_0", "0." + "1" * 999, "'a'", '"\\ud800"', '"\\x"', '"a\tb"',
+                "", "nul", "\ufeff"]  # fmt: skip
 
     def __init__(self, rng: random.Random, oddness: float) -> None:
         self.rng, self.oddness = rng, oddness
@@ -3944,7 +3976,13 @@ class BatchGrammar:
 
     def string(self, text: str) -> str:
         if self.odd():
-            return '"' + "".join(f"\\u{unit:04X}" for unit in memoryview(text.encode("utf-16")[2:]).cast("H")) + '"'
+            return (
+                '"'
+                + "".join(
+                    f"\\u{unit:04X}" for unit in memoryview(text.encode("utf-16")[2:]).cast("H")
+                )
+                + '"'
+            )
         return json.dumps(text, ensure_ascii=self.odd())
 
     def something(self, usual: Callable[[], str]) -> str:
@@ -3959,11 +3997,16 @@ class BatchGrammar:
             members.pop(self.rng.randrange(len(members)))
         if self.rng.random() < self.oddness / 6:
             members.append((self.rng.choice(["labels", "Name", "", "metric"]), lambda: "1"))
-        written = [self.string(name) + self.punctuation(":") + self.something(value) for name, value in members]
+        written = [
+            self.string(name) + self.punctuation(":") + self.something(value)
+            for name, value in members
+        ]
         return "{" + self.space() + self.punctuation(",").join(written) + self.space() + "}"
 
     def name(self) -> str:
-        return self.string(self.rng.choice(self.BAD_NAMES if self.rng.random() < self.oddness / 3 else self.NAMES))
+        return self.string(
+            self.rng.choice(self.BAD_NAMES if self.rng.random() < self.oddness / 3 else self.NAMES)
+        )
 
     def type(self) -> str:
         usual = ["gauge", "counter", "histogram", "summary"]
@@ -3987,14 +4030,24 @@ class BatchGrammar:
     def metric(self) -> str:
         optional = [("type", self.type), ("tags", self.tags), ("timestamp", self.timestamp)]
         chosen = [member for member in optional if self.rng.random() < 0.4]
-        return self.members([("name", self.name), ("value", lambda: self.rng.choice(self.NUMBERS)), *chosen])
+        return self.members(
+            [("name", self.name), ("value", lambda: self.rng.choice(self.NUMBERS)), *chosen]
+        )
 
     def metrics(self) -> str:
         count = self.rng.choice([0, 1, 2, 5] if self.odd() else [1, 1, 2])
-        return "[" + self.punctuation(",").join(self.something(self.metric) for _ in range(count)) + "]"
+        return (
+            "["
+            + self.punctuation(",").join(self.something(self.metric) for _ in range(count))
+            + "]"
+        )
 
     def batch(self) -> str:
-        return self.space() + self.something(lambda: self.members([("metrics", self.metrics)])) + self.space()
+        return (
+            self.space()
+            + self.something(lambda: self.members([("metrics", self.metrics)]))
+            + self.space()
+        )
 
 
 def as_the_readme_has_it(body: bytes) -> list[dict] | None:
@@ -4012,14 +4065,28 @@ def as_the_readme_has_it(body: bytes) -> list[dict] | None:
     lines = []
     moments = {exact(json.loads(text)): logged for text, logged in GRAMMAR_TIMESTAMPS.items()}
     for metric in metrics:
-        if not isinstance(metric, dict) or not metric.keys() <= {"name", "value", "type", "tags", "timestamp"}:
+        if not isinstance(metric, dict) or not metric.keys() <= {
+            "name",
+            "value",
+            "type",
+            "tags",
+            "timestamp",
+        }:
             return None
         name, tags, type_ = metric.get("name"), metric.get("tags", {}), metric.get("type", "gauge")
-        if not isinstance(name, str) or not 1 <= len(name) <= 255 or not is_number(metric.get("value")):
+        if (
+            not isinstance(name, str)
+            or not 1 <= len(name) <= 255
+            or not is_number(metric.get("value"))
+        ):
             return None
         if any(unicodedata.category(character) == "Cc" for character in name):
             return None
-        if type_ not in ("gauge", "counter", "histogram", "summary") or not isinstance(tags, dict) or len(tags) > 32:
+        if (
+            type_ not in ("gauge", "counter", "histogram", "summary")
+            or not isinstance(tags, dict)
+            or len(tags) > 32
+        ):
             return None
         for key, value in tags.items():
             if not 1 <= len(key) <= 128 or not isinstance(value, str) or len(value) > 1_024:
@@ -4039,7 +4106,9 @@ def test_batches_of_a_grammar_are_judged_as_the_readme_says(seed):
     rng = random.Random(f"grammar {seed}")
     verdicts: Counter[bool] = Counter()
     for _ in range(1_000):
-        body = BatchGrammar(rng, rng.choice([0.02, 0.1, 0.3])).batch().encode("utf-8", "surrogatepass")
+        body = (
+            BatchGrammar(rng, rng.choice([0.02, 0.1, 0.3])).batch().encode("utf-8", "surrogatepass")
+        )
         expected = as_the_readme_has_it(body)
         try:
             lines, count = metricstream.batch_lines(body, NOW_MS)
@@ -4068,56 +4137,92 @@ WORST_DOCUMENTS: list[tuple[str, Callable[[int], bytes], int, str]] = [
     ("arrays, closed", lambda n: b"[" * (n // 2) + b"]" * (n // 2), 400, "nesting deeper than 64"),
     ("objects", lambda n: b'{"a":' * (n // 5), 400, "nesting deeper than 64"),
     ("arrays in objects", lambda n: b'{"a":[' * (n // 6), 400, "nesting deeper than 64"),
-    ("arrays in a metric", lambda n: metric_with(b'"tags":' + b"[" * n), 400, "nesting deeper than 64"),
+    ("arrays in a metric", lambda n: metric_with(b'"tags":' + b"[" * n),
+     400, "nesting deeper than 64"),
     ("arrays side by side", lambda n: b"[" + b"[]," * (n // 3), 400, "expected a value"),
-    ("the deepest, again and again", lambda n: b"[%b]" % b",".join([b"[" * 63 + b"]" * 63] * (n // 127)), 400, "must be an object"),
-    ("integer", lambda n: metric_with(b'"value":' + b"1" * n), 400, "number of more than 1000 characters"),
-    ("fraction", lambda n: metric_with(b'"value":0.' + b"1" * n), 400, "number of more than 1000 characters"),
-    ("exponent", lambda n: metric_with(b'"value":1e' + b"0" * n), 400, "number of more than 1000 characters"),
-    ("negative number alone", lambda n: b"-" + b"9" * n, 400, "number of more than 1000 characters"),
-    ("number of zeros", lambda n: metric_with(b'"value":' + b"0" * n), 400, "expected ',' or '}', found '0'"),
-    ("longest numbers", lambda n: b"[%b]" % b",".join([b"1" * 300] * (n // 301)), 400, "must be an object"),
+    ("the deepest, again and again",
+     lambda n: b"[%b]" % b",".join([b"[" * 63 + b"]" * 63] * (n // 127)), 400, "must be an object"),
+    ("integer", lambda n: metric_with(b'"value":' + b"1" * n),
+     400, "number of more than 1000 characters"),
+    ("fraction", lambda n: metric_with(b'"value":0.' + b"1" * n),
+     400, "number of more than 1000 characters"),
+    ("exponent", lambda n: metric_with(b'"value":1e' + b"0" * n),
+     400, "number of more than 1000 characters"),
+    ("negative number alone", lambda n: b"-" + b"9" * n,
+     400, "number of more than 1000 characters"),
+    ("number of zeros", lambda n: metric_with(b'"value":' + b"0" * n),
+     400, "expected ',' or '}', found '0'"),
+    ("longest numbers", lambda n: b"[%b]" % b",".join([b"1" * 300] * (n // 301)),
+     400, "must be an object"),
     ("minus signs", lambda n: b"-" * n, 400, "expected a value, found '-' at line 1, column 1"),
     ("numbers", lambda n: b"[%b0]" % (b"0," * (n // 2)), 400, "must be an object"),
     ("literals", lambda n: b"[%b" % (b"true," * (n // 5)), 400, "expected a value, found the end"),
     ("string", lambda n: b'"%b"' % (b"a" * n), 400, "must be an object"),
-    ("string, never closed", lambda n: b'{"metrics":"' + b"a" * n, 400, "found the end of the text"),
+    ("string, never closed", lambda n: b'{"metrics":"' + b"a" * n,
+     400, "found the end of the text"),
     ("string, not UTF-8 at its end", lambda n: b'"%b\xff"' % (b"a" * n), 400, "invalid UTF-8"),
-    ("string beyond ASCII", lambda n: b'"%b"' % ("é".encode() * (n // 2)), 400, "must be an object"),
+    ("string beyond ASCII", lambda n: b'"%b"' % ("é".encode() * (n // 2)),
+     400, "must be an object"),
     ("escapes", lambda n: b'"%b"' % (b"\\n" * (n // 2)), 400, "must be an object"),
     ("escapes in hex", lambda n: b'"%b"' % (b"\\u0041" * (n // 6)), 400, "must be an object"),
-    ("surrogate pairs", lambda n: b'"%b"' % (b"\\ud83d\\ude00" * (n // 12)), 400, "must be an object"),
+    ("surrogate pairs", lambda n: b'"%b"' % (b"\\ud83d\\ude00" * (n // 12)),
+     400, "must be an object"),
     ("lone surrogate at the end", lambda n: b'"%b\\ud83d"' % (b"a" * n), 400, "lone surrogate"),
     ("backslashes", lambda n: b'"' + b"\\\\" * (n // 2), 400, "found the end of the text"),
     ("backslashes alone", lambda n: b"\\" * n, 400, "expected a value"),
     ("quotes", lambda n: b'"' * n, 400, "expected the end of the text, found '\"'"),
-    ("quotes in a list", lambda n: b'["",%b' % (b'"",' * (n // 3)), 400, "expected a value, found the end"),
-    ("a name repeated", lambda n: metric_with(b",".join([b'"name":"again"'] * (n // 15))), 200, "success"),
-    ("metrics repeated", lambda n: b'{%b"metrics":[{"name":"a","value":1}]}' % (b'"metrics":[],' * (n // 13)), 200, "success"),
-    ("unknown fields", lambda n: metric_with(b",".join(b'"%06d":0' % i for i in range(n // 11))), 400, "unknown field"),
-    ("unknown fields outside", lambda n: b'{"metrics":[],%b}' % b",".join(b'"%06d":0' % i for i in range(n // 11)), 400, "unknown field"),
-    ("too many tags", lambda n: metric_with(b'"tags":{%b}' % b",".join(b'"%06d":""' % i for i in range(n // 12))), 400, "must be at most 32"),
-    ("bad tags", lambda n: metric_with(b'"tags":{%b}' % b",".join(b'"%06d":0' % i for i in range(n // 11))), 400, "must be at most 32, not"),
-    ("a thousand metrics, 32 tags each", lambda n: tagged_metrics(n // 1000, b"v" * 21), 200, "metrics_processed"),
-    ("a thousand usual metrics", lambda n: b'{"metrics":[%b]}' % b",".join([b'{"name":"%b","value":1}' % (b"n" * 200)] * (n // 1000)), 200, "metrics_processed"),
-    ("usual metrics, one fault at the end", lambda n: b'{"metrics":[%b{]}' % (b'{"name":"a","value":1},' * (n // 24)), 400, "expected a name in double quotes"),
-    ("too many metrics", lambda n: b'{"metrics":[%b0]}' % (b"0," * (n // 2)), 400, "must be a list of 1 to 1000 metrics, not"),
-    ("beginnings of a metric", lambda n: b'{"metrics":[' + b'{"name":"a","value":' * (n // 20), 400, "nesting deeper than 64"),
-    ("name", lambda n: metric_with(b'"name":"%b"' % (b"a" * n)), 400, "must be a string of 1 to 255 characters"),
+    ("quotes in a list", lambda n: b'["",%b' % (b'"",' * (n // 3)),
+     400, "expected a value, found the end"),
+    ("a name repeated", lambda n: metric_with(b",".join([b'"name":"again"'] * (n // 15))),
+     200, "success"),
+    ("metrics repeated",
+     lambda n: b'{%b"metrics":[{"name":"a","value":1}]}' % (b'"metrics":[],' * (n // 13)),
+     200, "success"),
+    ("unknown fields", lambda n: metric_with(b",".join(b'"%06d":0' % i for i in range(n // 11))),
+     400, "unknown field"),
+    ("unknown fields outside",
+     lambda n: b'{"metrics":[],%b}' % b",".join(b'"%06d":0' % i for i in range(n // 11)),
+     400, "unknown field"),
+    ("too many tags",
+     lambda n: metric_with(b'"tags":{%b}' % b",".join(b'"%06d":""' % i for i in range(n // 12))),
+     400, "must be at most 32"),
+    ("bad tags",
+     lambda n: metric_with(b'"tags":{%b}' % b",".join(b'"%06d":0' % i for i in range(n // 11))),
+     400, "must be at most 32, not"),
+    ("a thousand metrics, 32 tags each", lambda n: tagged_metrics(n // 1000, b"v" * 21),
+     200, "metrics_processed"),
+    ("a thousand usual metrics",
+     lambda n: b'{"metrics":[%b]}' % b",".join([b'{"name":"%b","value":1}' % (b"n" * 200)] * (n // 1000)),
+     200, "metrics_processed"),
+    ("usual metrics, one fault at the end",
+     lambda n: b'{"metrics":[%b{]}' % (b'{"name":"a","value":1},' * (n // 24)),
+     400, "expected a name in double quotes"),
+    ("too many metrics", lambda n: b'{"metrics":[%b0]}' % (b"0," * (n // 2)),
+     400, "must be a list of 1 to 1000 metrics, not"),
+    ("beginnings of a metric", lambda n: b'{"metrics":[' + b'{"name":"a","value":' * (n // 20),
+     400, "nesting deeper than 64"),
+    ("name", lambda n: metric_with(b'"name":"%b"' % (b"a" * n)),
+     400, "must be a string of 1 to 255 characters"),
     ("name of a field", lambda n: metric_with(b'"%b":1' % (b"a" * n)), 400, "unknown field"),
     ("type", lambda n: metric_with(b'"type":"%b"' % (b"a" * n)), 400, "must be one of gauge"),
-    ("value of a tag", lambda n: metric_with(b'"tags":{"a":"%b"}' % (b"a" * n)), 400, "must have at most 1024 characters"),
-    ("key of a tag", lambda n: metric_with(b'"tags":{"%b":"a"}' % (b"a" * n)), 400, "must have 1 to 128 characters"),
-    ("timestamp", lambda n: metric_with(b'"timestamp":"%b"' % (b"1" * n)), 400, "must be Unix seconds or an ISO 8601"),
+    ("value of a tag", lambda n: metric_with(b'"tags":{"a":"%b"}' % (b"a" * n)),
+     400, "must have at most 1024 characters"),
+    ("key of a tag", lambda n: metric_with(b'"tags":{"%b":"a"}' % (b"a" * n)),
+     400, "must have 1 to 128 characters"),
+    ("timestamp", lambda n: metric_with(b'"timestamp":"%b"' % (b"1" * n)),
+     400, "must be Unix seconds or an ISO 8601"),
     ("spaces", lambda n: b'{"metrics":[%b{"name":"a","value":1}]}' % (b" " * n), 200, "success"),
-    ("spaces alone", lambda n: b" " * n, 400, "expected a value, found the end of the text at line 1, column"),
+    ("spaces alone", lambda n: b" " * n,
+     400, "expected a value, found the end of the text at line 1, column"),
     ("line feeds", lambda n: b"\n" * n + b"x", 400, "expected a value, found 'x' at line"),
     ("NULs", lambda n: b"\0" * n, 400, "expected a value, found '\\x00'"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("document, status, part", by_name(WORST_DOCUMENTS))
-def test_the_worst_json_of_a_megabyte_gets_a_clear_and_short_answer(watched, document, status, part):
+def test_the_worst_json_of_a_megabyte_gets_a_clear_and_short_answer(
+    watched, document, status, part
+):
     started, _ = watched
     body = document(1_000_000)
     assert 200_000 < len(body) <= BODY_LIMIT_BYTES
@@ -4187,17 +4292,23 @@ def test_what_a_worker_claimed_as_it_was_replaced_is_served(tmp_path):
 
 NASTY_TEXTS = {
     "line feed": "a\nb", "carriage return": "a\rb", "CRLF and a line": "\r\n{}",
-    "a whole line": '"}\n{"name":"forged","value":1}\n', "a tally": "x: 9 allowed, 0 refused\nclient y",
-    "a label": '"} 1\nforged{a="', "quote": '"', "apostrophe": "'", "backslash": "a\\", "a \\n": "a\\nb",
+    "a whole line": '"}\n{"name":"forged","value":1}\n',
+    "a tally": "x: 9 allowed, 0 refused\nclient y",
+    "a label": '"} 1\nforged{a="', "quote": '"', "apostrophe": "'", "backslash": "a\\",
+    "a \\n": "a\\nb",
     "colour": "\x1b[31mred\x1b[0m", "title": "\x1b]0;title\x07", "C1 colour": "\x9b31mred",
     "C1 title": "\x9d0;title\x9c", "next line": "a\x85b", "line separator": "a\u2028b",
     "paragraph separator": "a\u2029b", "script": "</script><script>alert(1)", "NUL": "a\0b",
-    "DEL": "a\x7fb", "backspace": "abc\b\b\bxyz", "tab": "a\tb", "form feed": "\x0b\x0c\x1c\x1d\x1e",
-    "override": "\u202egnp.exe", "isolate": "\u2066a\u2069", "mark": "\u200fa\u200e\u061c", "BOM": "\ufeffa",
+    "DEL": "a\x7fb", "backspace": "abc\b\b\bxyz", "tab": "a\tb",
+    "form feed": "\x0b\x0c\x1c\x1d\x1e",
+    "override": "\u202egnp.exe", "isolate": "\u2066a\u2069", "mark": "\u200fa\u200e\u061c",
+    "BOM": "\ufeffa",
     "format": "%s %d %(a)s {0} {a}", "beyond the BMP": "😀é",
 }  # fmt: skip
 # What a terminal obeys, what ends a line for someone, and what reorders the text around it.
-UNSAFE = re.compile("[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+UNSAFE = re.compile(
+    "[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
+)
 
 
 @pytest.mark.parametrize("ascii_only", [True, False], ids=["escaped", "raw"])
@@ -4234,8 +4345,10 @@ def test_an_error_repeats_nothing_raw(watched, text):
         head(octets + b" / HTTP/1.1"), get(b"/", b"Host: " + octets), get(b"/", octets + b": a"),
         get(b"/health", b"Expect: " + octets), post(b"Origin: " + octets),
         post(b"Content-Type: " + octets), gzipped(BATCH, b"Content-Encoding: " + octets),
-        framed(b"Content-Length: " + octets), chunked(octets + b"\r\n"), chunked(b"", coding=octets),
-        post(body=octets), post(body=b"{" + value + b":1}"), post(body=b'{"metrics":' + value + b"}"),
+        framed(b"Content-Length: " + octets), chunked(octets + b"\r\n"), chunked(b"",
+        coding=octets),
+        post(body=octets), post(body=b"{" + value + b":1}"),
+        post(body=b'{"metrics":' + value + b"}"),
         post(body=b'{"metrics":[%b]}' % (metric % (value + b":1"))),
         post(body=b'{"metrics":[%b]}' % (metric % (b'"type":' + value))),
         post(body=b'{"metrics":[%b]}' % (metric % (b'"timestamp":' + value))),
@@ -4268,11 +4381,15 @@ def parse_exposition(text: str) -> dict[str, float]:
     samples: dict[str, float] = {}
     assert text.endswith("\n")
     for line in text[:-1].split("\n"):
-        comment = re.fullmatch(r"# (?:HELP ([a-z_]+) [ -~]+|TYPE ([a-z_]+) (?:counter|gauge|summary))", line)
+        comment = re.fullmatch(
+            r"# (?:HELP ([a-z_]+) [ -~]+|TYPE ([a-z_]+) (?:counter|gauge|summary))", line
+        )
         if comment:
             families |= {comment[2]} - {None}
             continue
-        sample = re.fullmatch(r'(([a-z_]+?)(?:_sum|_count)?(?:\{[a-z]+="[ !#-\[\]-~]+"\})?) ([0-9.e+-]+)', line)
+        sample = re.fullmatch(
+            r'(([a-z_]+?)(?:_sum|_count)?(?:\{[a-z]+="[ !#-\[\]-~]+"\})?) ([0-9.e+-]+)', line
+        )
         assert sample and (sample[2] in families or sample[1] in families), line
         assert sample[1] not in samples, line
         samples[sample[1]] = float(sample[3])
@@ -4300,9 +4417,14 @@ def test_a_client_id_can_forge_nothing(tmp_path, threads):
     *tallies, stopped = out.removesuffix("\n").split("\n")
     for line in (*tallies, stopped):
         assert not UNSAFE.search(line), ascii(line)
-    labels = [re.fullmatch(r"[0-9 :,-]+ INFO client (.+): 1 allowed, 0 refused", line)[1] for line in tallies]
+    labels = [
+        re.fullmatch(r"[0-9 :,-]+ INFO client (.+): 1 allowed, 0 refused", line)[1]
+        for line in tallies
+    ]
     assert len(set(labels)) == len(labels) == len(clients)
-    shown = {client.decode("latin-1") for client in clients if b" " not in client and len(client) <= 64}
+    shown = {
+        client.decode("latin-1") for client in clients if b" " not in client and len(client) <= 64
+    }
     assert shown <= {json.loads(f'"{label}"') for label in labels}
     assert not re.search("secret", out) and json.loads(stopped.removeprefix("stopped "))
 
