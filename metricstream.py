@@ -27,6 +27,7 @@ import functools
 import hashlib
 import hmac
 import http
+import io
 import ipaddress
 import itertools
 import logging
@@ -3453,6 +3454,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the server; returns the exit status."""
     parser = argument_parser()
     options = parser.parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # whatever it is, no text of a client breaks it
+        sys.stdout.reconfigure(errors="backslashreplace")
     logging.basicConfig(
         stream=sys.stdout,
         level=options.log_level.upper(),
@@ -3580,7 +3583,7 @@ def _startup_line(options: argparse.Namespace, server: Server, log: MetricLog) -
     facts = [
         f"MetricStream {__version__} on {'https' if server.tls else 'http'}://"
         f"{f'[{host}]' if ':' in host else host}:{port}",
-        f"log {os.path.abspath(log.path)}",
+        f"log {write_json_string(os.path.abspath(log.path))[1:-1]}",
         f"{options.rate_limit} requests/s a client" if options.rate_limit else "no rate limit",
         f"{server.max_connections} connections",
         f"durability {log.durability}",

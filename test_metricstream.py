@@ -3072,9 +3072,17 @@ def test_beyond_the_limit_the_connection_idle_longest_makes_room(tmp_path, threa
     with running(tmp_path, threads=threads, max_connections=3) as started:
         with contextlib.ExitStack() as stack:
             first, *others = [stack.enter_context(connect(started.port)) for _ in range(3)]
+
+            def last_idle() -> object:
+                with started.server._lock:
+                    return next(reversed(started.server._idle.queue)).socket.getpeername()
+
             for connection in (first, *others):
                 connection.sendall(HEALTH)
                 assert b" 200 " in connection.recv(1000)
+                # the answer may leave before the connection is parked, as the last of the idle
+                name = connection.getsockname()
+                eventually(lambda name=name: last_idle() == name)
             assert_healthy(started.port)  # a fourth
             assert first.recv(1) == b""
             others[-1].sendall(HEALTH)
@@ -3452,6 +3460,16 @@ def test_the_startup_line_says_what_is_in_force(tmp_path):
         assert f"on http://127.0.0.1:{started.port}, log {tmp_path / 'metrics.jsonl'}, " in line
         assert "7 requests/s a client" in line and "durability disk" in line
         assert "cut a torn line of 6 bytes off the log" in line
+
+
+def test_a_stdout_without_unicode_and_a_folder_with_a_line_end_break_no_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    with ServerProcess(tmp_path / "Messdaten\nü") as started:
+        assert "Messdaten\\n\\xfc/metrics.jsonl, " in started.startup_line
+        with contextlib.closing(Client(started.port)) as client:
+            assert client.ask("POST", "/metrics", BATCH, Authorization="büro").status == 200
+        status, out, err = started.stop()
+    assert (status, err) == (0, "") and "client b\\xfcro: 1 allowed" in out
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
