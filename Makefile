@@ -5,7 +5,7 @@ VENV := .venv
 PYTHON ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint load perf clean
+.PHONY: help run test lint soak load perf clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/' | expand -t 16
@@ -25,6 +25,9 @@ lint: $(VENV)/ready  ## check the style and the types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check metricstream.py load_test.py
 	$(VENV)/bin/mypy metricstream.py load_test.py
+
+soak: $(VENV)/ready  ## ten minutes of load with kills, faults and hostile clients
+	METRICSTREAM_SOAK_S=600 $(VENV)/bin/python -m pytest -q -k "soak or kill_9" test_metricstream.py
 
 load:  ## load a running server: 50 clients with 200 requests each
 	$(PYTHON) load_test.py $(PORT) 50 200

@@ -1888,7 +1888,7 @@ def client_label(client: str) -> str:
 class Event(NamedTuple):
     """What happened to one request."""
 
-    time: float  # Unix time at which it was answered
+    time: float  # at which it was answered, by time.perf_counter: no step of the clock shifts it
     client: str
     status: int
     latency_s: float  # from its last byte's arrival to its answer
@@ -1938,7 +1938,7 @@ class EventRing:
 class Statistics:
     """Counters since the start, the ring of events, and gauges lent by others (name → function)."""
 
-    def __init__(self, clock: Callable[[], float] = time.time):
+    def __init__(self, clock: Callable[[], float] = time.perf_counter):
         self.ring = EventRing()
         self.gauges: dict[str, Callable[[], float]] = {}
         self._clock = clock
@@ -2406,7 +2406,8 @@ class Service:
     def _record(
         self, client: str, status: int, started: float, metrics: int, invalid: bool = False
     ) -> None:
-        event = Event(self._clock(), client, status, time.perf_counter() - started, metrics)
+        ended = time.perf_counter()
+        event = Event(ended, client, status, ended - started, metrics)
         self.statistics.record(event, invalid)
 
 
@@ -2956,7 +2957,7 @@ class Server(socketserver.ThreadingTCPServer):
             self._open.pop(connection.fd, None)  # before the descriptor can be another's
         connection.socket.close()
 
-    def _wake_idle(self, how: int, count: int) -> int:
+    def _evict_idle(self, count: int) -> int:
         """Shut down up to `count` of the connections idle longest, so that whoever owns them closes
         them.
         """
@@ -2964,19 +2965,35 @@ class Server(socketserver.ThreadingTCPServer):
             parked = (connection for connection in self._idle.queue if connection.parked)
             idle = list(itertools.islice(parked, count))
             for connection in idle:
-                if (
-                    how != socket.SHUT_RD
-                ):  # a request that has arrived before a stop is still served
-                    del self._idle.queue[connection]
-                    self._lingering.queue[connection] = None
-                    connection.parking = self._lingering
-                    connection.deadline = self._clock() + self.timeouts.linger_s
+                del self._idle.queue[connection]
+                self._lingering.queue[connection] = None
+                connection.parking = self._lingering
+                connection.deadline = self._clock() + self.timeouts.linger_s
                 try:
                     # not TLS's own: its owner is to find the end of the input
-                    socket.socket.shutdown(connection.socket, how)
+                    socket.socket.shutdown(connection.socket, socket.SHUT_RDWR)
                 except OSError:  # reset in the meantime: its owner will see that too
                     continue
         return len(idle)
+
+    def _close_idle(self) -> None:
+        """Close all that are idle, but serve what has just arrived first."""
+        with self._lock:
+            idle = [connection for connection in self._idle.queue if connection.parked]
+            for connection in idle:
+                connection.parked = False
+        for connection in idle:
+            self._turn(connection)
+            with self._lock:
+                still_idle = connection.parked and connection.parking is self._idle
+                connection.parked = connection.parked and not still_idle
+            if still_idle:
+                try:  # where a thread waits for it, this wakes it
+                    socket.socket.shutdown(connection.socket, socket.SHUT_RDWR)
+                except OSError as error:
+                    logger.debug("%s was gone before the stop: %s", connection.peer, error)
+                self._close(connection)
+        self._send_answers()
 
     def _expire(self) -> None:
         """Time out what was parked for too long."""
@@ -3031,7 +3048,7 @@ class Server(socketserver.ThreadingTCPServer):
             return None
         with self._lock:
             full = len(self._open) >= self.max_connections
-        if full and not self._wake_idle(socket.SHUT_RDWR, 1):
+        if full and not self._evict_idle(1):
             self._turn_away(connection)
             return None
         with self._lock:
@@ -3061,7 +3078,7 @@ class Server(socketserver.ThreadingTCPServer):
         """
         if self._stopping or error.errno in (errno.ECONNABORTED, errno.EINTR, errno.EPROTO):
             return
-        self._wake_idle(socket.SHUT_RDWR, ACCEPTS_A_TURN)
+        self._evict_idle(ACCEPTS_A_TURN)
         if self._epoll is not None:
             self._epoll.modify(self._listener_fd, 0)  # level-triggered, it would report without end
         self._paused = True  # after that: the housekeeper undoes both
@@ -3175,11 +3192,11 @@ class Server(socketserver.ThreadingTCPServer):
         self._turn(connection)
         poll = select.poll()
         poll.register(connection.fd)
-        while connection.parking is not None:
+        while (parking := connection.parking) is not None:
             if connection.pending is not None:
                 self._settle(connection, connection.pending[0].commit.wait())
                 continue
-            poll.modify(connection.fd, connection.parking.events)
+            poll.modify(connection.fd, parking.events)
             wait_s = max(0.0, connection.deadline - self._clock())
             ready = poll.poll(wait_s * 1000 + 1)
             if self._claim(connection):
@@ -3278,7 +3295,7 @@ class Server(socketserver.ThreadingTCPServer):
         deadline = time.monotonic() + self.timeouts.stop_s
         # who lingers has its answer
         while len(self._open) > len(self._lingering.queue) and time.monotonic() < deadline:
-            self._wake_idle(socket.SHUT_RD, len(self._open))
+            self._close_idle()
             self._stopped.wait(TICK_S / 4)
         self._finished = True
         self._waker.send(b"!")  # stays unread: every worker sees it

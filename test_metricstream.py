@@ -19,6 +19,7 @@ import math
 import os
 import random
 import re
+import resource
 import signal
 import socket
 import ssl
@@ -3487,20 +3488,6 @@ def test_a_signal_ends_it_with_everything_on_disk(tmp_path, number, durability):
     assert len(lines_of(tmp_path)) == 10
 
 
-@pytest.mark.parametrize("durability", ["os", "disk"])
-def test_nothing_acknowledged_is_lost_to_kill_9(tmp_path, durability):
-    for round_ in range(3):
-        acknowledged = set()
-        with ServerProcess(tmp_path, "--durability", durability) as started:
-            with contextlib.closing(Client(started.port)) as client:
-                for count in range(50):
-                    metric = {"name": f"{round_}/{count}", "value": 1}
-                    assert client.ask("POST", "/metrics", {"metrics": [metric]}).status == 200
-                    acknowledged.add(metric["name"])
-                started.process.kill()
-        assert acknowledged <= {json.loads(line)["name"] for line in lines_of(tmp_path)}
-
-
 def test_a_reader_of_stdout_that_leaves_is_no_error(tmp_path):
     with ServerProcess(tmp_path, "--log-level", "error") as started:
         assert started.process.stdout and started.process.stderr
@@ -3660,6 +3647,363 @@ def test_to_be_reached_from_elsewhere_without_a_list_of_clients_is_warned_of(tmp
 
 
 # ---- crashes and faults ----
+
+
+SOAK_S = float(os.environ.get("METRICSTREAM_SOAK_S", "0"))  # set by `make soak`
+
+
+class Writers:
+    """Clients that post batches of uniquely named metrics until they are stopped or the server is
+    gone. They never send anything twice.
+    """
+
+    BATCH = 3
+
+    def __init__(self, port: int, prefix: str, count: int = 4, pause_s: float = 0.0) -> None:
+        self.acknowledged: set[str] = set()  # set.update holds no lock of ours: each thread adds its own
+        self.statuses: Counter[int] = Counter()
+        self.faults: list[Exception] = []  # answers that broke off
+        self._stopped = threading.Event()
+        self._pause_s = pause_s
+        self._lock = threading.Lock()  # guards acknowledged and statuses
+        self._threads = [threading.Thread(target=self._write, args=(port, f"{prefix}.{number}"))
+                         for number in range(count)]  # fmt: skip
+        for thread in self._threads:
+            thread.start()
+
+    def _write(self, port: int, prefix: str) -> None:
+        with contextlib.closing(Client(port)) as client:
+            for number in itertools.count():
+                names = [f"{prefix}.{number}.{index}" for index in range(self.BATCH)]
+                batch = {"metrics": [{"name": name, "value": number} for name in names]}
+                try:
+                    status = client.ask("POST", "/metrics", batch).status
+                except ConnectionError:  # refused, or closed without an octet of an answer
+                    return
+                except (http.client.HTTPException, OSError) as error:
+                    self.faults.append(error)
+                    return
+                with self._lock:
+                    self.statuses[status] += 1
+                    if status == 200:
+                        self.acknowledged.update(names)
+                if self._stopped.wait(self._pause_s) if self._pause_s else self._stopped.is_set():
+                    return
+
+    def join(self) -> None:
+        """Wait until all have ended by themselves: the server is gone."""
+        for thread in self._threads:
+            thread.join(30)
+            assert not thread.is_alive()
+        assert not self.faults
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self.join()
+
+
+def names_in(path: Path) -> list[str]:
+    """The names of all metrics in a log of which every line must be whole."""
+    octets = path.read_bytes()
+    assert octets.endswith(b"\n") or not octets
+    return [json.loads(line)["name"] for line in octets.splitlines()]
+
+
+def assert_kept(acknowledged: set[str], folder: Path) -> None:
+    """All that was acknowledged is in the log, and nothing is there twice."""
+    names = names_in(folder / "metrics.jsonl")
+    kept = set(names)
+    assert not acknowledged - kept
+    assert len(kept) == len(names)
+
+
+def assert_whole_batches(folder: Path) -> None:
+    batches = Counter(name.rpartition(".")[0] for name in names_in(folder / "metrics.jsonl"))
+    assert set(batches.values()) <= {Writers.BATCH}
+
+
+@pytest.mark.parametrize("durability", ["os", "disk"])
+def test_nothing_acknowledged_is_lost_to_kill_9(tmp_path, durability):
+    rng = random.Random(f"kill -9 at level {durability}")
+    acknowledged: set[str] = set()
+    for round_ in range(100 if SOAK_S else 10):
+        with ServerProcess(tmp_path, "--durability", durability, "--rate-limit", "0") as started:
+            writers, most = Writers(started.port, str(round_)), rng.randrange(1, 400)
+            eventually(lambda w=writers, most=most: len(w.acknowledged) >= most)
+            started.process.kill()
+            started.process.wait()
+            writers.join()
+        acknowledged |= writers.acknowledged
+        if rng.random() < 0.5:  # a tear in the middle of a write, which kill -9 itself seldom makes
+            with open(tmp_path / "metrics.jsonl", "ab") as log:
+                log.write(b'{"timestamp":"2025-09-17T13:45:23.123Z","na'[: rng.randrange(1, 43)])
+    with ServerProcess(tmp_path) as started:
+        assert started.stop()[0] == 0
+    assert_kept(acknowledged, tmp_path)
+
+
+@pytest.mark.parametrize("durability", LEVELS)
+def test_a_stop_under_load_answers_what_is_in_flight_and_loses_nothing(tmp_path, threads, durability):
+    options = ("--durability", durability, "--threads", str(threads), "--rate-limit", "0")
+    with ServerProcess(tmp_path, *options) as started:
+        writers = Writers(started.port, "w", count=8)
+        eventually(lambda: len(writers.acknowledged) > 300)
+        status, _, err = started.stop()  # within 5 s
+        writers.join()
+    assert (status, err) == (0, "")
+    assert set(writers.statuses) <= {200, 503}
+    assert_kept(writers.acknowledged, tmp_path)
+    assert_whole_batches(tmp_path)
+
+
+needs_prlimit = pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="needs prlimit")
+
+
+def limit_file_size(process: subprocess.Popen, size: int) -> None:
+    """Let the process write files up to this size and not beyond, as on a full disk."""
+    _, hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, hard))
+
+
+@needs_prlimit
+@pytest.mark.parametrize("durability", LEVELS)
+def test_a_disk_that_is_full_for_a_while_costs_nothing_acknowledged(tmp_path, durability):
+    log = tmp_path / "metrics.jsonl"
+    with ServerProcess(tmp_path, "--durability", durability, "--rate-limit", "0") as started:
+        with contextlib.closing(Client(started.port)) as client:
+            acknowledged: set[str] = set()
+
+            def post_batch(number: int) -> int:
+                names = [f"w.{number}.{index}" for index in range(Writers.BATCH)]
+                batch = {"metrics": [{"name": name, "value": 1} for name in names]}
+                answer = client.ask("POST", "/metrics", batch)
+                if answer.status == 200:
+                    acknowledged.update(names)
+                else:
+                    assert "File too large" in str(answer.body) and answer.headers["retry-after"]
+                return answer.status
+
+            assert post_batch(0) == 200
+            size = eventually(lambda: log.stat().st_size)
+            # where in a line the room ends makes no difference; level memory takes 0.5 s for each
+            for room in range(0, 2 * size, 29 if durability != "memory" else 150):
+                end = log.stat().st_size
+                limit_file_size(started.process, end + room)
+                statuses = [post_batch(1000 * (room + 1) + number) for number in range(3)]
+                assert durability == "memory" or statuses[-1] == 503
+                health = eventually(lambda: (a := client.ask("GET", "/health")).status == 503 and a)
+                assert "File too large" in str(health.body)
+                limit_file_size(started.process, resource.RLIM_INFINITY)
+                eventually(lambda: client.ask("GET", "/health").status == 200)
+            assert post_batch(1) == 200
+        status, _, err = started.stop()
+    assert (status, err) == (0, "")
+    assert_kept(acknowledged, tmp_path)
+    assert_whole_batches(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root may mount")
+def test_a_file_system_that_is_full_is_told_and_got_over(tmp_path):
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    mounted = subprocess.run(mount, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"may not mount: {mounted.stderr.strip()}")
+    try:
+        (folder / "filler").write_bytes(bytes(128 * 1024))
+        with ServerProcess(folder, "--rate-limit", "0") as started:
+            writers = Writers(started.port, "w", count=2)
+            eventually(lambda: writers.statuses[503] > 10)
+            (folder / "filler").unlink()
+            before = len(writers.acknowledged)
+            eventually(lambda: len(writers.acknowledged) > before)
+            writers.stop()
+            assert started.stop()[0] == 0
+        assert set(writers.statuses) == {200, 503}
+        assert_kept(writers.acknowledged, folder)
+        assert_whole_batches(folder)
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("durability", ["os", "disk"])
+@pytest.mark.parametrize("error", [FULL, BROKEN, None], ids=["ENOSPC", "EIO", "no-error"])
+def test_a_write_may_stop_anywhere(tmp_path, durability, error):
+    """After every possible number of octets of a batch: an error, or just a short write."""
+    disk = FaultyDisk()
+    log = MetricLog(str(tmp_path), durability, write=disk.write, fsync=disk.fsync)
+    kept = []
+    batch = b'{"name":"a","value":1}\n{"name":"b","value":2}\n'
+    for length in range(len(batch) + 1):
+        lines = batch.replace(b"1", b"%d" % length)
+        disk.plan = [length, error] if error else [max(1, length), 1]
+        if error and length < len(lines):
+            with pytest.raises(LogError):
+                append_and_wait(log, lines)
+            assert log.probe() == "" and not disk.plan
+        else:
+            append_and_wait(log, lines)
+            kept.append(lines)
+        disk.plan = []
+    log.close()
+    assert Path(log.path).read_bytes() == b"".join(kept)
+
+
+@pytest.mark.parametrize("step_s", [3600, -3600], ids=["forward", "back"])
+def test_a_step_of_the_clock_changes_neither_rates_nor_time_outs(tmp_path, threads, monkeypatch, step_s):
+    now, step = time.time, [0]
+    monkeypatch.setattr(time, "time", lambda: now() + step[0])
+    limit = 100
+    with running(tmp_path, limit=limit, threads=threads) as started:
+        started.service._clock = lambda: time.time()
+        idle, unfinished = connect(started.port), connect(started.port)
+        with contextlib.closing(idle), contextlib.closing(unfinished):
+            idle.sendall(HEALTH)
+            assert b" 200 " in idle.recv(1000)
+            unfinished.sendall(post()[:-1])
+            eventually(lambda: open_connections(started) == 2)
+            statuses = Counter()
+            with contextlib.closing(Client(started.port)) as client:
+                for number in range(3 * limit):
+                    if number == limit // 2:
+                        step[0] = step_s
+                        started.server._expire()
+                    statuses[client.ask("POST", "/metrics", BATCH).status] += 1
+                numbers = json.loads(client.ask("GET", "/metrics").body)
+            spent_s = numbers["uptime_seconds"]
+            assert limit <= statuses[200] <= limit * (1 + spent_s) and statuses[429]
+            assert 0 <= spent_s < 600 and numbers["requests_per_second"] > 0
+            unfinished.sendall(post()[-1:])
+            assert unfinished.recv(1000).startswith(b"HTTP/1.1 ")
+            idle.sendall(HEALTH)
+            assert b" 200 " in idle.recv(1000)
+    stamps = [metric["timestamp"] for metric in map(json.loads, lines_of(tmp_path))]
+    assert (stamps[0] < stamps[limit - 1]) == (step_s > 0)  # the log follows the clock
+
+
+def test_an_unexpected_error_of_the_housekeeper_is_logged_and_the_house_kept_on(tmp_path, caplog):
+    failures = [RuntimeError("no house to keep")] * 3
+    with running(tmp_path, timeouts=SHORT) as started:
+        look_after = started.service.log.look_after
+
+        def fails() -> None:
+            if failures:
+                raise failures.pop()
+            look_after()
+
+        started.service.log.look_after = fails  # type: ignore[method-assign]
+        eventually(lambda: not failures)
+        with connect(started.port) as idle:
+            assert idle.recv(1) == b""  # it is still timed out
+        assert_healthy(started.port)
+    faults = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert len(faults) == 3 and all("no house to keep" in fault for fault in faults)
+    assert not any("\n" in fault for fault in faults)
+
+
+def process_figures(pid: int) -> dict[str, int]:
+    """Resident memory in KiB, threads and open files of a process."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    figures = {name: int(re.search(rf"^{name}:\s+(\d+)", status, re.M)[1]) for name in ("VmRSS", "Threads")}
+    return figures | {"files": len(os.listdir(f"/proc/{pid}/fd"))}
+
+
+def pester(port: int, rng: random.Random, held: list[socket.socket]) -> None:
+    """One hostile or clumsy client; some of them stay, in `held`."""
+    client = socket.create_connection(("127.0.0.1", port), timeout=5)
+    deed = rng.randrange(7)
+    client.sendall([
+        b"POST /metrics HTTP/1.1\r\nHost: x\r\nX-Drip: " + b"a" * rng.randrange(2000),
+        post()[: rng.randrange(1, len(post()))],
+        get(b"/metrics") * 500,  # and never read
+        bytes(rng.randrange(256) for _ in range(300)),
+        framed(b"Content-Length: 104857600"),
+        post(body=b"[" * 100_000),
+        HEALTH,
+    ][deed])  # fmt: skip
+    if rng.random() < 0.3:  # a reset
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
+    else:
+        held.append(client)
+    while len(held) > 300:
+        held.pop(rng.randrange(len(held))).close()
+
+
+@pytest.mark.skipif(not SOAK_S, reason="`make soak` runs it")
+def test_soak(tmp_path, capsys):
+    """Mixed load with kills, clean stops, a full disk and hostile clients; nothing may be lost."""
+    rng = random.Random("soak")
+    began, events = time.monotonic(), Counter()
+    acknowledged, requests = set(), Counter()
+    held: list[socket.socket] = []
+    figures: list[dict[str, int]] = []
+    pause = threading.Event()  # never set: its wait paces what happens
+    while (left_s := SOAK_S - (time.monotonic() - began)) > 0:
+        last = left_s < SOAK_S / 4  # one server lives long, so that its figures can be compared
+        lives_s = left_s if last else min(left_s, rng.uniform(1, SOAK_S / 20))
+        with ServerProcess(tmp_path, "--rate-limit", "0", "--max-connections", "500") as started:
+            writers = Writers(started.port, str(events["servers"]), count=6, pause_s=0.02)
+            events["servers"] += 1
+            eventually(lambda w=writers: len(w.acknowledged) > 100)
+            if last:
+                figures.append(process_figures(started.process.pid))
+            ends_at = time.monotonic() + lives_s
+            while time.monotonic() < ends_at:
+                with contextlib.suppress(ConnectionError):  # such clients are refused and reset
+                    pester(started.port, rng, held)
+                events["hostile clients"] += 1
+                if rng.random() < 0.005:
+                    events["full disks"] += 1
+                    limit_file_size(started.process, (tmp_path / "metrics.jsonl").stat().st_size + 100)
+                    pause.wait(rng.uniform(0.1, 1))
+                    limit_file_size(started.process, resource.RLIM_INFINITY)
+                pause.wait(0.02)
+            if last:
+                for client in held:
+                    client.close()
+                held.clear()
+                with contextlib.closing(Client(started.port)) as client:
+                    most = 6 + 1  # the writers, and who asks
+                    eventually(lambda c=client: json.loads(c.ask("GET", "/metrics").body)
+                               ["connections_open"] <= most, 30)  # fmt: skip
+                figures.append(process_figures(started.process.pid))
+            if last or rng.random() < 0.3:
+                events["clean stops"] += 1
+                assert started.stop()[::2] == (0, "")
+            else:
+                events["kills"] += 1
+                started.process.kill()
+                started.process.wait()
+            writers.join()
+        acknowledged |= writers.acknowledged
+        requests += writers.statuses
+    for client in held:
+        client.close()
+    damaged, kept = 0, set()
+    with open(tmp_path / "metrics.jsonl", "rb") as log:
+        for line in log:
+            try:
+                kept.add(json.loads(line)["name"])
+            except ValueError:
+                damaged += 1
+    lost = len(acknowledged - kept)
+    start, end = figures
+    with capsys.disabled():
+        print(f"""
+soak of {time.monotonic() - began:,.0f} s
+  requests         {requests.total():,} ({requests[200]:,} answered 200, {requests[503]:,} 503)
+  metrics          {len(acknowledged):,} acknowledged
+  survived         {events["kills"]} kills, {events["clean stops"]} clean stops, {events["full disks"]} full disks
+  hostile clients  {events["hostile clients"]:,}
+  lost             {lost}
+  damaged lines    {damaged}
+  last server      memory {start["VmRSS"] / 1024:.1f} -> {end["VmRSS"] / 1024:.1f} MiB, threads {start["Threads"]} -> {end["Threads"]}, open files {start["files"]} -> {end["files"]}""")  # fmt: skip
+    assert (lost, damaged) == (0, 0)
+    assert set(requests) <= {200, 503}
+    assert end["Threads"] <= start["Threads"] + 1 and end["files"] <= start["files"] + 1
+    assert end["VmRSS"] < start["VmRSS"] + 64 * 1024
 
 
 # ---- hostile and clumsy clients ----
