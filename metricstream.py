@@ -2514,7 +2514,7 @@ QUIET_TICKS = 50  # so many without work, and the housekeeper sleeps a second at
 FLUSH_INTERVAL_S = 60.0
 RECEIVE_BYTES = 64 * 1024
 LINGER_BYTES = 1024 * 1024  # how much is read and dropped after an error
-REQUESTS_A_TURN = 16  # pipelined; then the others have their turn
+REQUESTS_A_TURN = 4  # pipelined; then the others have their turn
 ACCEPTS_A_TURN = 16
 _ONESHOT = getattr(select, "EPOLLONESHOT", 0)
 READ, WRITE = select.POLLIN, select.POLLOUT  # epoll gives them the same values
@@ -2726,6 +2726,8 @@ class Server(socketserver.ThreadingTCPServer):
         self._unsent: deque[Connection] = deque()  # any worker may take from it; it is atomic
         # Claimed, for whichever worker comes first to give them their turns. A deque is atomic.
         self._claimed: deque[Connection | None] = deque()
+        # Claimed too, but with requests left from an earlier turn; filled under _lock.
+        self._backlog: deque[Connection] = deque()
         self._control: queue.SimpleQueue[str] = (
             queue.SimpleQueue()
         )  # to the housekeeper; put() is safe in a signal handler
@@ -3135,18 +3137,25 @@ class Server(socketserver.ThreadingTCPServer):
             self._workers.discard(worker)
 
     def _claim_ready(self, most: int) -> None:
-        """Wait until something is ready, and claim it: a connection; None is the listener."""
+        """Wait until something is ready, and claim it: a connection; None is the listener.
+
+        Who sent many requests at once has had one turn of them: the rest is a backlog, of which
+        each round takes one turn. Others wait for that one turn at most, and not for 200.
+        """
         assert self._epoll is not None
-        ready = self._epoll.poll(1.0, most)
+        ready = self._epoll.poll(0 if self._backlog else 1.0, most)
         with self._lock:
             for fd, _ in ready:
                 if fd in self._open:
                     connection = self._open[fd]
                     if connection.parked:
                         connection.parked = False
-                        self._claimed.append(connection)
+                        rest = connection.parking is self._ready
+                        (self._backlog if rest else self._claimed).append(connection)
                 elif fd == self._listener_fd:
                     self._claimed.append(None)
+            if self._backlog:
+                self._claimed.append(self._backlog.popleft())
 
     def _replace_stuck_workers(self) -> bool:
         """Start a new worker for each that is still at the turn of the last look; whether any is at

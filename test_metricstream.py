@@ -16,6 +16,7 @@ import http.client
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -4007,6 +4008,354 @@ soak of {time.monotonic() - began:,.0f} s
 
 
 # ---- hostile and clumsy clients ----
+
+
+MIB = 1 << 20
+ABORT = struct.pack("ii", 1, 0)  # SO_LINGER: closing sends a reset
+needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="there is no /proc")
+
+
+def scaled(short: int, soak: int) -> int:
+    """A number of clients or rounds, and what it is in a soak test."""
+    return soak if SOAK_S else short
+
+
+class Footprint(NamedTuple):
+    """What a process holds now."""
+
+    resident_bytes: int
+    threads: int
+    files: int
+
+    @classmethod
+    def of(cls, pid: int) -> "Footprint":
+        status = Path(f"/proc/{pid}/status").read_text()
+        numbers = dict(re.findall(r"^(VmRSS|Threads):\s+(\d+)", status, re.MULTILINE))
+        files = len(os.listdir(f"/proc/{pid}/fd"))
+        return cls(1024 * int(numbers["VmRSS"]), int(numbers["Threads"]), files)
+
+
+@contextlib.contextmanager
+def leaving_nothing(pid: int, spare_bytes: int = 16 * MIB) -> Iterator[Footprint]:
+    """Threads and files are again what they were before, memory too but for what malloc keeps."""
+    before = Footprint.of(pid)
+    yield before
+    with contextlib.suppress(AssertionError):  # the next line says what is left
+        eventually(lambda: Footprint.of(pid)[1:] == before[1:])
+    after = Footprint.of(pid)
+    assert after[1:] == before[1:]
+    assert after.resident_bytes - before.resident_bytes < spare_bytes
+
+
+@contextlib.contextmanager
+def besieged(folder: Path, threads: int, *options: str) -> Iterator[ServerProcess]:
+    """A server process that is warm, and is alive and well when the siege is over."""
+    arguments = ("--threads", str(threads), "--rate-limit", "0", *options)
+    with ServerProcess(folder, *arguments) as started:
+        files = len(os.listdir(f"/proc/{started.process.pid}/fd"))
+        with contextlib.ExitStack() as stack:  # first threads, buffers and memos are no leak
+            for connection in crowd(started.port, 40, post(), stack):
+                assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
+        eventually(lambda: Footprint.of(started.process.pid).files == files)
+        yield started
+        assert_healthy(started.port)
+        status, out, err = started.stop()
+        assert (status, err) == (0, "") and out.startswith("stopped {") and out.count("\n") == 1, out
+
+
+def connections_of(started: ServerProcess) -> int:
+    """How many connections the server says are open, the asking one included."""
+    (answer,), _ = exchange(started.port, get(b"/metrics"))
+    return answer.json["connections_open"]  # type: ignore[index]
+
+
+def crowd(port: int, count: int, sent: bytes, stack: contextlib.ExitStack) -> list[socket.socket]:
+    """So many connections that have sent this, until the stack closes."""
+    connections = []
+    for _ in range(count):
+        connection = stack.enter_context(connect(port))
+        connection.sendall(sent)
+        connections.append(connection)
+    return connections
+
+
+def post_latencies(port: int, count: int, connections: int = 4) -> list[float]:
+    """Post so often, in turn over kept-alive connections; each answer is 200. Seconds, ascending."""
+    request, latencies = post(), []
+    with contextlib.ExitStack() as stack:
+        good = [stack.enter_context(connect(port, 30)) for _ in range(connections)]
+        for connection in itertools.islice(itertools.cycle(good), count):
+            began = time.perf_counter()
+            connection.sendall(request)
+            answer = connection.recv(1000)
+            latencies.append(time.perf_counter() - began)
+            assert answer.startswith(b"HTTP/1.1 200 ") and answer.endswith(b"}"), answer
+    return sorted(latencies)
+
+
+@needs_proc
+def test_half_closed_connections_are_answered_and_forgotten(tmp_path, threads):
+    with besieged(tmp_path, threads) as started, leaving_nothing(started.process.pid):
+        for sent, status in ((post(), b"200"), (post()[:-1], b"400"), (get()[:-2], b"400")):
+            with contextlib.ExitStack() as stack:
+                halves = crowd(started.port, scaled(200, 2000), sent, stack)
+                for connection in halves:
+                    connection.shutdown(socket.SHUT_WR)
+                for connection in halves:
+                    with connection.makefile("rb") as stream:
+                        assert stream.read().startswith(b"HTTP/1.1 " + status)
+
+
+@needs_proc
+def test_announced_bodies_that_never_come_take_no_memory(tmp_path, threads):
+    with besieged(tmp_path, threads) as started, contextlib.ExitStack() as outer:
+        before = outer.enter_context(leaving_nothing(started.process.pid))
+        with contextlib.ExitStack() as stack:
+            (too_large,) = crowd(started.port, 1, framed(b"Content-Length: 104857600", body=b""), stack)
+            assert too_large.recv(1000).startswith(b"HTTP/1.1 413 ")  # without waiting for any of it
+            crowd(started.port, 200, framed(b"Content-Length: 1048576", body=b"{"), stack)
+            eventually(lambda: connections_of(started) >= 201)
+            assert len(post_latencies(started.port, 100)) == 100
+            grown = Footprint.of(started.process.pid).resident_bytes - before.resident_bytes
+            assert grown < 200 * MIB / 8  # of 200 MiB that were announced
+
+
+@needs_proc
+def test_resets_by_the_thousand_leave_no_trace(tmp_path, threads):
+    with besieged(tmp_path, threads) as started, leaving_nothing(started.process.pid):
+        for _ in range(scaled(10_000 if threads else 2_000, 100_000)):
+            connection = connect(started.port)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, ABORT)
+            connection.close()
+        assert connections_of(started) == 1  # it has seen them all: they came before this one
+
+
+@needs_proc
+def test_two_thousand_idle_connections_cost_no_thread(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    count = 2_000
+    if hard != resource.RLIM_INFINITY and hard < count + 100:
+        pytest.skip(f"only {hard} files may be open")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, count + 100), hard))
+    with besieged(tmp_path, 1) as started, leaving_nothing(started.process.pid) as before:
+        with contextlib.ExitStack() as stack:
+            idle = crowd(started.port, count, post(), stack)
+            for connection in idle:
+                assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
+            eventually(lambda: connections_of(started) == count + 1)
+            now = Footprint.of(started.process.pid)
+            assert now.threads == before.threads and now.files - before.files == count
+            assert now.resident_bytes - before.resident_bytes < count * 8 * 1024
+            assert len(post_latencies(started.port, 100)) == 100
+            idle[0].sendall(post())  # none was forgotten
+            assert idle[0].recv(1000).startswith(b"HTTP/1.1 200 ")
+
+
+@needs_proc
+def test_beyond_the_limit_idle_ones_make_room_and_busy_ones_do_not(tmp_path, threads):
+    with besieged(tmp_path, threads, "--max-connections", "50") as started:
+        with leaving_nothing(started.process.pid):
+            with contextlib.ExitStack() as stack:
+                crowd(started.port, 200, b"", stack)  # four times as many: the first make room
+                assert len(post_latencies(started.port, 20)) == 20
+            with contextlib.ExitStack() as stack:
+                crowd(started.port, 50, post()[:-1], stack)
+
+                def turned_away() -> bool:
+                    with connect(started.port) as one_more:
+                        one_more.sendall(post())
+                        return one_more.recv(1000).startswith(b"HTTP/1.1 503 ")
+
+                eventually(turned_away)
+            eventually(lambda: not turned_away())
+            assert len(post_latencies(started.port, 20)) == 20
+
+
+class Dripping:
+    """A client that sends its request octet by octet, and starts again when it is timed out."""
+
+    def __init__(self, port: int, octets: bytes) -> None:
+        self.port, self.octets = port, octets
+        self.connection, self.rest = connect(port), iter(octets)
+
+    def drip(self) -> None:
+        try:
+            self.connection.send(bytes((next(self.rest),)))
+        except ConnectionError:
+            self.connection.close()
+            self.connection, self.rest = connect(self.port), iter(self.octets)
+
+
+def drip(port: int, ready: Any, stop: Any) -> None:
+    """A process of slow clients: 200 drip their heads, 200 their bodies, 200 read no answer."""
+    head = b"POST /metrics HTTP/1.1\r\nHost: x\r\n"
+    heads = [Dripping(port, head + b"X-Slow: " + b"a" * 1000) for _ in range(200)]
+    bodies = [Dripping(port, head + b"Content-Length: 1000\r\n\r\n" + b" " * 999) for _ in range(200)]
+    deaf = []
+    for _ in range(200):
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", port))
+        connection.sendall(get(b"/metrics") * 400)
+        deaf.append(connection)
+    for turn, slow in enumerate(itertools.cycle(heads + bodies)):
+        slow.drip()  # four octets a second each
+        if turn == 400:
+            ready.set()
+        if turn % 8 == 0 and stop.wait(0.005):
+            break
+    for connection in deaf + [slow.connection for slow in heads + bodies]:
+        connection.close()
+
+
+def test_slow_clients_by_the_hundred_slow_nobody_else_down(tmp_path):
+    """The p99 of good clients stays within five times the quiet one: the best of three rounds, as
+    noise only ever adds to either.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    ratios = []
+    with besieged(tmp_path, 1) as started:
+        for _ in range(scaled(3, 10)):
+            quiet = post_latencies(started.port, 1_000)
+            ready, stop = spawn.Event(), spawn.Event()
+            slow = spawn.Process(target=drip, args=(started.port, ready, stop))
+            slow.start()
+            try:
+                assert ready.wait(30)
+                assert connections_of(started) > 600
+                besieged_ = post_latencies(started.port, 1_000)
+            finally:
+                stop.set()
+                slow.join(30)
+            assert slow.exitcode == 0
+            ratios.append(besieged_[-10] / quiet[-10])
+            if ratios[-1] <= 5:
+                break
+    assert min(ratios) <= 5, ratios
+
+
+@needs_proc
+@needs_prlimit
+def test_without_file_descriptors_the_server_neither_spins_nor_dies(tmp_path, threads):
+    options = ("--log-level", "error")  # it warns of what it lacks
+    with besieged(tmp_path, threads, *options) as started, contextlib.ExitStack() as stack:
+        pid = started.process.pid
+        crowd(started.port, 20, post()[:-1], stack)  # busy: they can't make room
+        eventually(lambda: connections_of(started) == 21)
+        soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        highest = max(int(name) for name in os.listdir(f"/proc/{pid}/fd"))
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (highest + 1, hard))
+        waiting = crowd(started.port, 50, post(b"Connection: close"), stack)
+        clock_ticks = os.sysconf("SC_CLK_TCK")
+
+        def cpu_s() -> float:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            return (int(fields[11]) + int(fields[12])) / clock_ticks
+
+        began, spent = time.monotonic(), cpu_s()
+        assert not threading.Event().wait(1.0)  # what is measured is how it spends this second
+        assert (cpu_s() - spent) / (time.monotonic() - began) < 0.5
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
+        for connection in waiting:  # they have waited in the backlog
+            assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_million_client_ids_are_remembered_in_bounded_memory():
+    """In this process: what the limiter holds is bounded, and given back when they are idle."""
+    now = [0.0]
+    limiter = SlidingWindowLimiter(10, clock=lambda: now[0])
+    tracemalloc.start()
+    try:
+        most = 0
+        for number in range(scaled(200_000, 1_000_000)):
+            now[0] += 1e-6  # all within the second, as fast as nobody can send
+            assert limiter.decide(f"client {number}").allowed
+            if number % 20_000 == 0:
+                most = max(most, tracemalloc.get_traced_memory()[0])
+        assert limiter.tracked <= metricstream.MAX_TRACKED_CLIENTS
+        assert most < 64 * MIB
+        now[0] += 2
+        assert sum(allowed for tally in limiter.drain() for allowed, _ in tally.values()) > number
+        assert limiter.tracked == 0
+        assert tracemalloc.get_traced_memory()[0] < 2 * MIB
+    finally:
+        tracemalloc.stop()
+
+
+@needs_proc
+def test_client_ids_without_end_take_less_than_150_mib(tmp_path):
+    options = ("--log-level", "warning", "--rate-limit", "1000")
+    with ServerProcess(tmp_path, *options) as started, connect(started.port, 60) as client:
+        pid = started.process.pid
+        assert len(post_latencies(started.port, 100)) == 100
+        before = Footprint.of(pid).resident_bytes
+        most = before
+        count, step = scaled(60_000, 1_000_000), 200
+        with client.makefile("rb") as answers:
+            for start in range(0, count, step):
+                client.sendall(b"".join(post(b"Authorization: client-%d" % number)
+                                        for number in range(start, start + step)))  # fmt: skip
+                for _ in range(step):
+                    answer = read_answer(answers, False)
+                    assert answer is not None and answer.status == 200
+                most = max(most, Footprint.of(pid).resident_bytes)
+        assert most - before < 150 * MIB
+        if SOAK_S:  # after a minute the idle are forgotten, and tallies reported
+            eventually(lambda: Footprint.of(pid).resident_bytes - before < (most - before) / 2, 100)
+        assert started.stop()[0] == 0
+
+
+def flood(port: int, request: bytes, per_second: float, duration_s: float, refused: Any) -> None:
+    """A process that sends at a fixed rate whatever it is answered, and counts what is refused."""
+    began, sent, count = time.monotonic(), 0, 0
+    with connect(port, 30) as connection, connection.makefile("rb") as answers:
+        while (elapsed_s := time.monotonic() - began) < duration_s:
+            due = int(elapsed_s * per_second) - sent
+            connection.sendall(request * due)
+            for _ in range(due):
+                answer = read_answer(answers, False)
+                assert answer is not None
+                count += answer.status == 429
+            sent += due
+    refused.value = count
+
+
+def paced_posts(port: int, clients: int, per_second: float, duration_s: float) -> int:
+    """How many of the posts of so many clients at so many a second each are answered with 200."""
+    accepted = 0
+    with contextlib.ExitStack() as stack:
+        connections = [stack.enter_context(connect(port, 30)) for _ in range(clients)]
+        requests = [post(b"Authorization: good-%d" % number) for number in range(clients)]
+        began = time.monotonic()
+        for turn in range(int(per_second * duration_s)):
+            threading.Event().wait(max(0.0, began + turn / per_second - time.monotonic()))
+            for connection, request in zip(connections, requests, strict=True):
+                connection.sendall(request)
+            for connection in connections:
+                accepted += connection.recv(1000).startswith(b"HTTP/1.1 200 ")
+            if time.monotonic() - began > duration_s:
+                break
+    return accepted
+
+
+def test_one_client_at_ten_times_its_limit_takes_nothing_from_the_others(tmp_path):
+    spawn = multiprocessing.get_context("spawn")
+    limit, others, seconds = 200, 10, 1.0
+    with ServerProcess(tmp_path, "--rate-limit", str(limit), "--log-level", "warning") as started:
+        quiet = paced_posts(started.port, others, limit / 2, seconds)
+        refused = spawn.Value("i", -1)
+        flooder = spawn.Process(target=flood, args=(
+            started.port, post(b"Authorization: flood"), 10 * limit, seconds + 2, refused))  # fmt: skip
+        flooder.start()
+        statistics = lambda: json.loads(exchange(started.port, get(b"/metrics"))[0][0].body)  # noqa: E731
+        try:
+            eventually(lambda: statistics()["rate_limited_requests"] > limit)
+            besieged_ = paced_posts(started.port, others, limit / 2, seconds)
+        finally:
+            flooder.join(30)
+        assert flooder.exitcode == 0 and refused.value > limit
+        assert besieged_ > 0.8 * quiet > 0, (besieged_, quiet)
+        assert statistics()["rate_limited_requests"] == refused.value  # only the flooder's
 
 
 # ---- fuzzing, worst inputs, forgery ----
