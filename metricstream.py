@@ -2718,9 +2718,8 @@ class Server(socketserver.ThreadingTCPServer):
         self._in_body = _Parking(READ, timeouts.body_s)
         self._answering = _Parking(WRITE, timeouts.answer_s)
         self._lingering = _Parking(READ, timeouts.linger_s)
-        self._ready = _Parking(
-            READ | WRITE, timeouts.idle_s
-        )  # ready at once: it has requests that were read
+        # It has requests that were read: ready as soon as an answer can be written.
+        self._ready = _Parking(READ | WRITE, timeouts.answer_s)
         self._committing = _Parking(0, math.inf)  # until the log calls back
         self._answered = _Parking(0, math.inf)  # until the round is over: then they are in _unsent
         self._unsent: deque[Connection] = deque()  # any worker may take from it; it is atomic

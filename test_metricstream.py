@@ -3053,7 +3053,7 @@ def test_an_unread_answer_is_given_up(tmp_path, threads):
             deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             deaf.connect(("127.0.0.1", started.port))
             deaf.sendall(get(b"/metrics") * 100)
-            eventually(lambda: started.server._answering.queue)
+            eventually(lambda: started.server._answering.queue or started.server._ready.queue)
             assert_healthy(started.port)
             eventually(lambda: open_connections(started) == 0)
 
@@ -3079,6 +3079,7 @@ def test_beyond_the_limit_the_connection_idle_longest_makes_room(tmp_path, threa
                 with started.server._lock:
                     return next(reversed(started.server._idle.queue)).socket.getpeername()
 
+            eventually(lambda: len(started.server._idle.queue) == 3)
             for connection in (first, *others):
                 connection.sendall(HEALTH)
                 assert b" 200 " in connection.recv(1000)
@@ -3355,7 +3356,7 @@ def test_pipelined_requests_in_one_record_are_all_answered(tmp_path, threads, tl
 def test_an_encrypted_answer_that_is_not_read_waits_and_holds_up_nobody(tmp_path, threads, tls):
     with running(tmp_path, threads=threads, tls=tls) as started, over_tls(started.port) as client:
         asked = 0
-        while not started.server._answering.queue:  # until the server can't send
+        while not started.server._answering.queue and asked < 20_000:  # until it can't send
             client.sendall(get(b"/metrics") * 16)
             asked += 16
         with over_tls(started.port) as other:
@@ -4056,7 +4057,8 @@ def besieged(folder: Path, threads: int, *options: str) -> Iterator[ServerProces
         with contextlib.ExitStack() as stack:  # first threads, buffers and memos are no leak
             for connection in crowd(started.port, 40, post(), stack):
                 assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
-        eventually(lambda: Footprint.of(started.process.pid).files == files)
+        # who keeps house, and one that works or accepts
+        eventually(lambda: Footprint.of(started.process.pid)[1:] == (2, files))
         yield started
         assert_healthy(started.port)
         status, out, err = started.stop()
