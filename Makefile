@@ -27,7 +27,7 @@ lint: $(VENV)/ready  ## check the style and the types
 	$(VENV)/bin/mypy metricstream.py load_test.py
 
 soak: $(VENV)/ready  ## ten minutes of load with kills, faults and hostile clients
-	METRICSTREAM_SOAK_S=600 $(VENV)/bin/python -m pytest -q -k "soak or kill_9" test_metricstream.py
+	METRICSTREAM_SOAK_S=600 $(VENV)/bin/python -m pytest -q -k "soak or kill_9 or client_ids or damaged or grammar or slow_clients" test_metricstream.py
 
 load:  ## load a running server: 50 clients with 200 requests each
 	$(PYTHON) load_test.py $(PORT) 50 200

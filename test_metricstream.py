@@ -4269,7 +4269,7 @@ def test_a_million_client_ids_are_remembered_in_bounded_memory():
     tracemalloc.start()
     try:
         most = 0
-        for number in range(scaled(200_000, 1_000_000)):
+        for number in range(scaled(130_000, 1_000_000)):
             now[0] += 1e-6  # all within the second, as fast as nobody can send
             assert limiter.decide(f"client {number}").allowed
             if number % 20_000 == 0:
@@ -4292,7 +4292,7 @@ def test_client_ids_without_end_take_less_than_150_mib(tmp_path):
         assert len(post_latencies(started.port, 100)) == 100
         before = Footprint.of(pid).resident_bytes
         most = before
-        count, step = scaled(60_000, 1_000_000), 200
+        count, step = scaled(30_000, 1_000_000), 200
         with client.makefile("rb") as answers:
             for start in range(0, count, step):
                 client.sendall(b"".join(post(b"Authorization: client-%d" % number)
@@ -4302,8 +4302,9 @@ def test_client_ids_without_end_take_less_than_150_mib(tmp_path):
                     assert answer is not None and answer.status == 200
                 most = max(most, Footprint.of(pid).resident_bytes)
         assert most - before < 150 * MIB
-        if SOAK_S:  # after a minute the idle are forgotten, and tallies reported
-            eventually(lambda: Footprint.of(pid).resident_bytes - before < (most - before) / 2, 100)
+        # Idle ids are forgotten all along; once a minute the rest of them, and the tallies too.
+        # What stays are the memos and the ring, which are as large after any number of ids.
+        eventually(lambda: Footprint.of(pid).resident_bytes - before < 32 * MIB, 100)
         assert started.stop()[0] == 0
 
 
@@ -4342,12 +4343,12 @@ def paced_posts(port: int, clients: int, per_second: float, duration_s: float) -
 
 def test_one_client_at_ten_times_its_limit_takes_nothing_from_the_others(tmp_path):
     spawn = multiprocessing.get_context("spawn")
-    limit, others, seconds = 200, 10, 1.0
+    limit, others, seconds = 200, 10, 0.6
     with ServerProcess(tmp_path, "--rate-limit", str(limit), "--log-level", "warning") as started:
         quiet = paced_posts(started.port, others, limit / 2, seconds)
         refused = spawn.Value("i", -1)
         flooder = spawn.Process(target=flood, args=(
-            started.port, post(b"Authorization: flood"), 10 * limit, seconds + 2, refused))  # fmt: skip
+            started.port, post(b"Authorization: flood"), 10 * limit, seconds + 1, refused))  # fmt: skip
         flooder.start()
         statistics = lambda: json.loads(exchange(started.port, get(b"/metrics"))[0][0].body)  # noqa: E731
         try:
@@ -4457,7 +4458,7 @@ def forgetful_service(tmp_path: Path) -> Iterator[Service]:
         yield Service(log, None, Statistics())
 
 
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", range(80 if SOAK_S else 12))
 def test_damaged_requests_are_read_the_same_in_any_pieces(forgetful_service, seed):
     """Whole, octet by octet or in between: the same requests and the same end; then an answer."""
     rng = random.Random(f"requests {seed}")
@@ -4814,7 +4815,7 @@ def as_the_readme_has_it(body: bytes) -> list[dict] | None:
     return lines
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(80 if SOAK_S else 12))
 def test_batches_of_a_grammar_are_judged_as_the_readme_says(seed):
     rng = random.Random(f"grammar {seed}")
     verdicts: Counter[bool] = Counter()
