@@ -2282,12 +2282,6 @@ class Service:
         commit = self.log.append(lines)
         return accepted(count).with_field_lines(quota), commit
 
-    def _client(self, head: Head, peer: str) -> str:
-        """Who asks. Where there is a list of clients: a name on it, or the peer's address."""
-        if self.clients is None:
-            return client_id(head, peer)
-        return self.clients.identify(head.headers.get("authorization", "")) or peer
-
     def _take_quota(self, client: str) -> bytes:
         """Count a request against its client's rate: the RateLimit field line of the answer, or
         HTTPError 401 or 429.
@@ -2375,7 +2369,10 @@ class Service:
         """Answer a whole request of the address `peer`, whose last byte came at `started`
         (time.perf_counter).
         """
-        client = self._client(request.head, peer)
+        if self.clients is None:
+            client = client_id(request.head, peer)
+        else:  # a name on the list, or the peer's address
+            client = self.clients.identify(request.head.headers.get("authorization", "")) or peer
         metrics, invalid = 0, False
         try:
             response, commit = self._handler(request.head)(request, client)
