@@ -3804,15 +3804,25 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing_acknowledged(tmp_path, du
     assert_whole_batches(tmp_path)
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root may mount")
-def test_a_file_system_that_is_full_is_told_and_got_over(tmp_path):
-    folder = tmp_path / "small"
+@contextlib.contextmanager
+def small_file_system(folder: Path) -> Iterator[None]:
+    """256 KiB of memory, mounted there; skips the test where that is not allowed."""
+    if not hasattr(os, "geteuid") or os.geteuid() != 0:
+        pytest.skip("only root may mount")
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
     mounted = subprocess.run(mount, capture_output=True, text=True)
     if mounted.returncode:
         pytest.skip(f"may not mount: {mounted.stderr.strip()}")
     try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_file_system_that_is_full_is_told_and_got_over(tmp_path):
+    folder = tmp_path / "small"
+    with small_file_system(folder):
         (folder / "filler").write_bytes(bytes(128 * 1024))
         with ServerProcess(folder, "--rate-limit", "0") as started:
             writers = Writers(started.port, "w", count=2)
@@ -3825,8 +3835,22 @@ def test_a_file_system_that_is_full_is_told_and_got_over(tmp_path):
         assert set(writers.statuses) == {200, 503}
         assert_kept(writers.acknowledged, folder)
         assert_whole_batches(folder)
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_log_that_may_not_be_written_is_refused_at_the_start(tmp_path):
+    log = tmp_path / "small" / "metrics.jsonl"
+    with contextlib.ExitStack() as stack:
+        if os.geteuid() == 0:  # whom modes of files do not stop
+            stack.enter_context(small_file_system(log.parent))
+        else:
+            log.parent.mkdir()
+        log.touch(0o444)
+        if os.geteuid() == 0:
+            subprocess.run(["mount", "-o", "remount,ro", str(log.parent)], check=True)
+        ended = run("0", "--data-dir", str(log.parent))
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert re.fullmatch(r"metricstream.py: error: can't use .*/metrics.jsonl: "
+                        r"(Read-only file system|Permission denied)\n", ended.stderr)  # fmt: skip
 
 
 @pytest.mark.parametrize("durability", ["os", "disk"])
