@@ -3529,14 +3529,7 @@ def main(arguments: list[str] | None = None) -> int:
                 f"can't listen on {options.host} port {options.port}: {error.strerror or error}"
             )
         with server:
-            if clients is None and not _is_loopback(server):
-                logger.warning("whoever reaches %s may write: see --clients", options.host)
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, lambda *_: server.stop_soon())
-            signal.signal(signal.SIGHUP, lambda *_: server.reload_soon())
-            print(_startup_line(options, server, log), flush=True)
-            server.serve_forever()
-            server.flush_metrics()
+            _serve(options, server, log)
     finally:
         log.close()
     try:
@@ -3544,6 +3537,18 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read stdout has left; Python must not try again at its exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _serve(options: argparse.Namespace, server: Server, log: MetricLog) -> None:
+    """Say what runs, and run it until a signal ends it."""
+    if server.service.clients is None and not _is_loopback(server):
+        logger.warning("whoever reaches %s may write: see --clients", options.host)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: server.stop_soon())
+    signal.signal(signal.SIGHUP, lambda *_: server.reload_soon())
+    print(_startup_line(options, server, log), flush=True)
+    server.serve_forever()
+    server.flush_metrics()
 
 
 def _make_client(parser: argparse.ArgumentParser, name: str) -> int:
