@@ -2188,7 +2188,8 @@ class Text(NamedTuple):
 
 
 class Selector(NamedTuple):
-    matchers: tuple[Matcher, ...]
+    name: str  # of the metric, where it stands for itself and not as __name__="…"
+    matchers: tuple[Matcher, ...]  # the name's is one of them
     position: int
     offset_ms: int = 0
     at: int | str | None = None  # ms, or "start" or "end" of the query
@@ -2687,33 +2688,40 @@ class _QueryParser:
 
     def selector(self, name: str) -> Selector:
         position = self.tokens[self.index - bool(name)].position
-        matchers = [Matcher(NAME, "=", name)] if name else []
+        matchers = []
         if self.accept("{"):
             while not self.accept("}"):
                 matcher = self.matcher()
-                if matcher.name == NAME and matcher.op == "=" and name:
-                    raise self.error(
-                        f'metric name must not be set twice: "{name}" or "{matcher.value}"',
-                        position,
-                    )
-                if matcher.name == NAME and matcher.op == "=":
-                    name = matcher.value
-                matchers.append(matcher)
+                if isinstance(matcher, str) and not name:
+                    name = matcher
+                elif isinstance(matcher, str):
+                    raise self.name_twice(name, matcher, position)
+                else:
+                    matchers.append(matcher)
                 if not self.accept(",") and self.word != "}":
                     raise self.expected("',' or '}'")
+        for matcher in matchers if name else ():
+            if matcher.name == NAME:
+                raise self.name_twice(name, matcher.value, position)
+        if name:
+            matchers.append(Matcher(NAME, "=", name))
         if all(map(_matches_empty, matchers)):
             raise self.error(
                 "vector selector must contain at least one non-empty matcher", position
             )
-        return Selector(tuple(matchers), position)
+        return Selector(name, tuple(matchers), position)
 
-    def matcher(self) -> Matcher:
+    def name_twice(self, name: str, other: str, position: int) -> QueryError:
+        return self.error(f'metric name must not be set twice: "{name}" or "{other}"', position)
+
+    def matcher(self) -> Matcher | str:
+        """A matcher, or the quoted name of a metric."""
         label = self.token
         name = self.label_name()
         op = self.accept("=", "!=", "=~", "!~")
         if not op:
             if label.kind == "string" and self.word in (",", "}"):
-                return Matcher(NAME, "=", name)
+                return name
             raise self.expected("one of = != =~ !~")
         value = self.token
         if value.kind != "string":
@@ -2926,15 +2934,34 @@ def _decimal(value: float) -> str:
 
 
 def _literal(value: float) -> str:
-    """A number as Go's %v prints it: from 1e21 and below 1e-4 with an exponent."""
-    text = repr(value)
-    if "n" in text:
+    """A number as Go's %v prints it: from 1e6 on and below 1e-4 with an exponent, 1e+06."""
+    if not math.isfinite(value) or value == 0 or 1e-4 <= abs(value) < 1e6:
         return format_value(value)
-    return text if "e" in text and not 1e-4 <= abs(value) < 1e21 else _decimal(value)
+    sign, digits, exponent = decimal.Decimal(repr(value)).normalize().as_tuple()
+    first, *more = map(str, digits)
+    fraction = "." + "".join(more) if more else ""
+    return f"{'-' * sign}{first}{fraction}e{int(exponent) + len(more):+03d}"
 
 
 def _quoted(text: str) -> str:
-    return write_json_string(text)
+    """Text in double quotes, escaped as Go does."""
+    return '"' + "".join(map(_go_escaped, text)) + '"'
+
+
+_GO_ESCAPES = {'"': '\\"'} | {
+    character: f"\\{letter}" for letter, character in _LETTER_ESCAPES.items()
+}
+
+
+def _go_escaped(character: str) -> str:
+    if character in _GO_ESCAPES:
+        return _GO_ESCAPES[character]
+    code = ord(character)
+    if character.isprintable():
+        return character
+    if code < 0x80 or 0xDC80 <= code <= 0xDCFF:  # the latter are bytes that are not UTF-8
+        return f"\\x{code & 0xFF:02x}"
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 def _label_list(labels: Iterable[str]) -> str:
@@ -2946,20 +2973,13 @@ def _label_text(name: str) -> str:
 
 
 def labels_text(labels: dict[str, str]) -> str:
-    """Labels as Prometheus prints them.
+    """Labels as Prometheus names a series in its errors.
 
     >>> labels_text({"__name__": "up", "job": "node", "host": "a"})
-    'up{host="a", job="node"}'
+    '{__name__="up", host="a", job="node"}'
     """
-    name = labels.get(NAME, "")
-    pairs = [
-        f"{_label_text(label)}={_quoted(value)}"
-        for label, value in sorted(labels.items())
-        if label != NAME
-    ]
-    if name and not _LEGACY_METRIC.fullmatch(name):
-        return "{" + ", ".join([_quoted(name), *pairs]) + "}"
-    return name + ("{" + ", ".join(pairs) + "}" if pairs or not name else "")
+    pairs = (f"{_label_text(label)}={_quoted(labels[label])}" for label in sorted(labels))
+    return "{" + ", ".join(pairs) + "}"
 
 
 _LEGACY_METRIC = re.compile(r"[A-Za-z_:][A-Za-z0-9_:]*")
@@ -2983,13 +3003,12 @@ def _modifiers(node: Selector | Subquery) -> str:
 
 
 def _selector_text(node: Selector, range_: str = "") -> str:
-    names = [m.value for m in node.matchers if m.name == NAME and m.op == "="]
-    name, pairs = "", []
-    if len(names) == 1 and names[0]:
-        name = names[0]
-    for matcher in node.matchers:
-        if not (name and matcher.name == NAME and matcher.op == "="):
-            pairs.append(f"{_label_text(matcher.name)}{matcher.op}{_quoted(matcher.value)}")
+    name = node.name
+    pairs = sorted(
+        f"{_label_text(matcher.name)}{matcher.op}{_quoted(matcher.value)}"
+        for matcher in node.matchers
+        if not (name and matcher.name == NAME)
+    )
     if name and not _LEGACY_METRIC.fullmatch(name):
         name, pairs = "", [_quoted(name), *pairs]
     braces = "{" + ",".join(pairs) + "}" if pairs else ""
