@@ -2139,6 +2139,7 @@ Select = Callable[[Sequence[Matcher], int, int], Iterable[Series]]
 LOOKBACK_MS = 300_000  # an instant selector takes the latest sample of so long
 SUBQUERY_STEP_MS = 60_000  # the step of a subquery that names none
 MAX_SAMPLES = 50_000_000
+MAX_DURATION_MS = 2**63 // 10**6  # 292 years, what Go's durations hold
 MAX_LINE = 100  # format_query breaks longer lines
 
 NAME = "__name__"
@@ -2406,7 +2407,7 @@ _PARAMETER_TYPES = {"topk": SCALAR, "bottomk": SCALAR, "quantile": SCALAR, "coun
 _AGGREGATIONS = frozenset(
     {"sum", "avg", "min", "max", "count", "group", "stddev", "stdvar", *_PARAMETER_TYPES}
 )
-_NEVER_METRICS = frozenset({"bool", "on", "ignoring", "group_left", "group_right", "offset"})
+_NEVER_METRICS = frozenset({"bool", "on", "ignoring", "group_left", "group_right", "atan2"})
 
 
 def parse_query(text: str) -> Node:
@@ -2528,7 +2529,7 @@ class _QueryParser:
         if _type_of(operand) not in (SCALAR, VECTOR):
             raise self.error(
                 "unary expression only allowed on expressions of type scalar or instant vector, "
-                f"got {_type_of(operand)}",
+                f'got "{_type_of(operand)}"',
                 operand.position,
             )
         if isinstance(operand, Number):
@@ -2637,7 +2638,7 @@ class _QueryParser:
             raise self.expected("a duration such as 5m")
         if positive and not duration_ms:
             raise self.error("duration must be greater than 0", token.position)
-        if duration_ms > 2**53:
+        if duration_ms > MAX_DURATION_MS:
             raise self.error("duration out of range", token.position)
         return duration_ms
 
@@ -3195,9 +3196,8 @@ def _quantile(values: Sequence[float], quantile: float) -> float:
     rank = quantile * (len(ordered) - 1)
     below = math.floor(rank)
     weight = rank - below
-    if not weight:
-        return ordered[below]
-    return ordered[below] * (1 - weight) + ordered[below + 1] * weight
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] * (1 - weight) + ordered[above] * weight
 
 
 def _changes(values: Sequence[float]) -> float:
@@ -3231,6 +3231,9 @@ def _smoothed(values: Sequence[float], level: float, trend: float) -> float:
     return now
 
 
+ROUNDING = 1e-12  # counts of two buckets that differ by less are the same
+
+
 class Bucket(NamedTuple):
     """One bucket of a classic histogram: how many observations are at most `bound`."""
 
@@ -3239,12 +3242,12 @@ class Bucket(NamedTuple):
 
 
 def _buckets(buckets: Iterable[Bucket]) -> list[Bucket]:
-    """In the order of their bounds, buckets of one bound added up, and the counts never falling."""
+    """In the order of their bounds, those of one bound added up, the counts never falling."""
     clean: list[Bucket] = []
     for bound, group in itertools.groupby(sorted(buckets), key=operator.itemgetter(0)):
         count = _sum([bucket.observations for bucket in group])
-        if clean and not count > clean[-1].observations:  # buckets scraped at different times
-            count = clean[-1].observations
+        if clean and not count > clean[-1].observations * (1 + ROUNDING):
+            count = clean[-1].observations  # rounded, or buckets pushed at different times
         clean.append(Bucket(bound, count))
     return clean
 
@@ -3290,7 +3293,7 @@ def _rank(buckets: list[Bucket], value: float) -> float:
         if value <= start:
             return before
         if value < end:
-            share = (value - start) / (end - start) if math.isfinite(end - start) else 0.0
+            share = 1.0 if start == -math.inf else (value - start) / (end - start)
             return before + (count - before) * share
         start, before = end, count
     return before
