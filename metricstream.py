@@ -3761,16 +3761,19 @@ class _Evaluation:
     ) -> list[Column]:
         if not _is_label_name(label):
             raise ExecutionError(f'invalid label name "{label}"')
-        results = []
+        # Two groups may meet in one series: the value takes the place of a label of that name.
+        counted: dict[frozenset[tuple[str, str]], Column] = {}
         for labels, group in groups:
-            counts: dict[str, list[float | None]] = {}
             for step, row in enumerate(self.rows(group)):
                 for value, count in Counter(map(_decimal, row)).items():
-                    counts.setdefault(value, [None] * len(self.steps))[step] = float(count)
-            for value, column in counts.items():
-                self.execution.hold(len(self.steps))
-                results.append(Column({**labels, label: value}, column))
-        return _unique(results)
+                    shown = {**labels, label: value}
+                    key = frozenset(shown.items())
+                    if key not in counted:
+                        self.execution.hold(len(self.steps))
+                        counted[key] = Column(shown, [None] * len(self.steps))
+                    counts = counted[key].values
+                    counts[step] = (counts[step] or 0.0) + count
+        return list(counted.values())
 
 
 _AGGREGATES: dict[str, Callable[[Sequence[float]], float]] = {
