@@ -2125,7 +2125,7 @@ class Matcher(NamedTuple):
 
 
 class Series(NamedTuple):
-    """Samples of one series, oldest first."""
+    """Samples of one series, oldest first. Results share its labels: nobody changes them."""
 
     labels: dict[str, str]  # the name of the metric is "__name__"
     times_ms: "array[int]"
@@ -3452,14 +3452,8 @@ class _Evaluation:
             pairs = zip(self.scalar(node.left), self.scalar(node.right))
             return [value for a, b in pairs if (value := function(a, b)) is not None]
         assert isinstance(node, Call)
-        if node.name == "pi":
-            return [math.pi] * len(self.steps)
-        if node.name == "time":
-            return [step / 1000 for step in self.steps]
-        columns = self.vector(node.arguments[0])
-        rows = zip(*(column.values for column in columns)) if columns else ((),) * len(self.steps)
-        present = ([value for value in row if value is not None] for row in rows)
-        return [row[0] if len(row) == 1 else math.nan for row in present]
+        (column,) = _FUNCTIONS[node.name].evaluate(self, node.arguments)
+        return [value for value in column.values if value is not None]
 
     def string(self, node: Node) -> str:
         bare = _bare(node)
@@ -3796,7 +3790,9 @@ def _series_of(column: Column, steps: range) -> Series:
 
 
 class Function(NamedTuple):
-    """A function of PromQL: its types, and how it makes its columns."""
+    """A function of PromQL: its types, and how it makes its columns; a scalar is a single column
+    without gaps.
+    """
 
     arguments: tuple[str, ...]
     required: int  # how many of the arguments must be given
@@ -4112,6 +4108,21 @@ def _vector(run: _Evaluation, nodes: tuple[Node, ...]) -> list[Column]:
     return [Column({}, [*run.scalar(nodes[0])])]
 
 
+def _scalar(run: _Evaluation, nodes: tuple[Node, ...]) -> list[Column]:
+    """The value of the only series; NaN where there is none or more than one."""
+    columns = run.vector(nodes[0])
+    rows = run.rows(columns) if columns else ((),) * len(run.steps)
+    return [Column({}, [row[0] if len(row) == 1 else math.nan for row in rows])]
+
+
+def _time(run: _Evaluation, nodes: tuple[Node, ...]) -> list[Column]:
+    return [Column({}, [step / 1000 for step in run.steps])]
+
+
+def _pi(run: _Evaluation, nodes: tuple[Node, ...]) -> list[Column]:
+    return [Column({}, [math.pi] * len(run.steps))]
+
+
 def _in_order(descending: bool) -> Function:
     """`sort` and `sort_desc`, NaN last; the series of a graph have no order."""
 
@@ -4211,10 +4222,6 @@ def _of_buckets(function: Callable[..., float], scalars: int) -> Function:
     return Function((*[SCALAR] * scalars, VECTOR), scalars + 1, evaluate)
 
 
-def _never(run: _Evaluation, nodes: tuple[Node, ...]) -> list[Column]:
-    raise AssertionError("a scalar function has no columns")
-
-
 LONG_WINDOW = 1_000  # samples; for longer ones the clock is looked at each time
 
 _FUNCTIONS: dict[str, Function] = {
@@ -4263,7 +4270,7 @@ _FUNCTIONS: dict[str, Function] = {
     "min_over_time": _over_time(_least),
     "minute": _of_time(lambda second: second // 60 % 60),
     "month": _of_time(lambda second: _civil(second // 86_400).month),
-    "pi": Function((), 0, _never, SCALAR),
+    "pi": Function((), 0, _pi, SCALAR),
     "predict_linear": _regression(predicts=True),
     "present_over_time": _over_time(lambda values: 1.0),
     "quantile_over_time": _over_time(
@@ -4273,7 +4280,7 @@ _FUNCTIONS: dict[str, Function] = {
     "rate": _extrapolated(counter=True, per_second=True),
     "resets": _over_time(_resets),
     "round": _per_value_and_scalars(_rounded, 1, (1.0,)),
-    "scalar": Function((VECTOR,), 1, _never, SCALAR),
+    "scalar": Function((VECTOR,), 1, _scalar, SCALAR),
     "sgn": _per_value(_sign),
     "sin": _per_value(_total(math.sin)),
     "sinh": _per_value(_total(math.sinh)),
@@ -4285,7 +4292,7 @@ _FUNCTIONS: dict[str, Function] = {
     "sum_over_time": _over_time(_sum),
     "tan": _per_value(_total(math.tan)),
     "tanh": _per_value(math.tanh),
-    "time": Function((), 0, _never, SCALAR),
+    "time": Function((), 0, _time, SCALAR),
     "timestamp": Function((VECTOR,), 1, _timestamp),
     "vector": Function((SCALAR,), 1, _vector),
     "year": _of_time(lambda second: _civil(second // 86_400).year),
@@ -4394,7 +4401,9 @@ class Engine:
         execution = _Execution(
             self._select, self._lookback_ms, self._max_samples, late, start_ms, end_ms
         )
-        return _Evaluation(execution, range(start_ms, end_ms + 1, step_ms))
+        steps = range(start_ms, end_ms + 1, step_ms)
+        execution.hold(len(steps))
+        return _Evaluation(execution, steps)
 
 
 @contextlib.contextmanager
