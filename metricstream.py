@@ -19,12 +19,15 @@ order of dependency. `grep -n '^# [0-9]*\\. ' metricstream.py` prints the table 
 """
 
 import argparse
+import contextlib
 import datetime
+import decimal
 import email.utils
 import errno
 import fcntl
 import functools
 import hashlib
+import heapq
 import hmac
 import http
 import io
@@ -32,6 +35,7 @@ import ipaddress
 import itertools
 import logging
 import math
+import operator
 import os
 import queue
 import re
@@ -48,8 +52,10 @@ import threading
 import time
 import traceback
 import zlib
+from array import array
+from bisect import bisect_left, bisect_right
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
@@ -2093,6 +2099,2327 @@ def flush_metrics(limiter: SlidingWindowLimiter, report: Callable[[str, int, int
     for tallies in limiter.drain():
         for client, (allowed, refused) in tallies.items():
             report(client_label(client), allowed, refused)
+
+
+# ==================================================================================================
+# 8. Query
+# ==================================================================================================
+#
+# The problem: to answer questions about series in PromQL, the language that Grafana and every
+# Prometheus client speak, for hundreds of steps of a graph at once, without numpy. The idea: text
+# becomes tokens, tokens become a small tree by recursive descent with precedence climbing, and the
+# tree is evaluated by columns: each node once for all steps, a column being the values of one
+# series, one for each step. Windows (`[5m]`) slide along a series with two indices. What it costs:
+# a query holds the columns of all its nodes in memory, 32 bytes a value, where a loop over the
+# steps would hold one step; the sample limit bounds it.
+#
+# The semantics are those of Prometheus 3: a range and the lookback hold start < t <= end. Not
+# here: native histograms, experimental functions, staleness markers (a pushed value is finite).
+#
+# The source: https://prometheus.io/docs/prometheus/latest/querying/
+
+
+class Matcher(NamedTuple):
+    """A condition on one label of a series; a label that is missing has the value ""."""
+
+    name: str
+    op: str  # "=", "!=", "=~" or "!~"; regular expressions match the whole value
+    value: str
+
+
+class Series(NamedTuple):
+    """Samples of one series, oldest first. Results share its labels: nobody changes them."""
+
+    labels: dict[str, str]  # the name of the metric is "__name__"
+    times_ms: "array[int]"
+    values: "array[float]"
+
+
+# (matchers, first and last time in ms) -> the series that fulfil all matchers, with their samples
+# between the two times, both included.
+Select = Callable[[Sequence[Matcher], int, int], Iterable[Series]]
+
+LOOKBACK_MS = 300_000  # an instant selector takes the latest sample of so long
+SUBQUERY_STEP_MS = 60_000  # the step of a subquery that names none
+MAX_SAMPLES = 50_000_000
+MAX_DURATION_MS = 2**63 // 10**6  # 292 years, what Go's durations hold
+MAX_LINE = 100  # format_query breaks longer lines
+
+NAME = "__name__"
+SCALAR, STRING, VECTOR, RANGE = "scalar", "string", "instant vector", "range vector"
+
+
+class QueryError(ValueError):
+    """A query that can't be evaluated: what was expected, and where, from line and column 1."""
+
+    def __init__(self, reason: str, text: str, position: int):
+        self.line = text.count("\n", 0, position) + 1
+        self.column = position - text.rfind("\n", 0, position)
+        super().__init__(f"{self.line}:{self.column}: parse error: {reason}")
+
+
+class ExecutionError(Exception):
+    """A query that failed while it was evaluated: what the series hold does not fit it."""
+
+
+class SampleLimitError(ExecutionError):
+    """A query that would hold more samples and values than the engine allows."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "query processing would load too many samples into memory in query execution"
+        )
+
+
+class QueryTimeoutError(Exception):
+    """A query that had not ended at its deadline."""
+
+    def __init__(self) -> None:
+        super().__init__("query timed out in expression evaluation")
+
+
+# ---- the tree: `position` is where in the text a node begins ----
+
+
+class Number(NamedTuple):
+    value: float
+    position: int
+
+
+class Text(NamedTuple):
+    value: str
+    position: int
+
+
+class Selector(NamedTuple):
+    name: str  # of the metric, where it stands for itself and not as __name__="…"
+    matchers: tuple[Matcher, ...]  # the name's is one of them
+    position: int
+    offset_ms: int = 0
+    at: int | str | None = None  # ms, or "start" or "end" of the query
+
+
+class Range(NamedTuple):
+    selector: Selector
+    range_ms: int
+    position: int
+
+
+class Subquery(NamedTuple):
+    expression: "Node"
+    range_ms: int
+    step_ms: int  # 0 where none is given
+    position: int
+    offset_ms: int = 0
+    at: int | str | None = None
+
+
+class Paren(NamedTuple):
+    expression: "Node"
+    position: int
+
+
+class Unary(NamedTuple):
+    op: str
+    operand: "Node"
+    position: int
+
+
+class Matching(NamedTuple):
+    """How the series of two sides find each other."""
+
+    on: bool = False  # by `labels` alone, or by all labels but these and the name
+    labels: tuple[str, ...] = ()
+    group: str = ""  # "group_left" or "group_right": the side that may have many
+    include: tuple[str, ...] = ()  # labels copied from the other side
+
+    @property
+    def text(self) -> str:
+        """As it stands behind an operator.
+
+        >>> Matching(True, ("host",), "group_left", ("os",)).text
+        ' on (host) group_left (os)'
+        """
+        if not (self.on or self.labels or self.group):
+            return ""
+        text = f" {'on' if self.on else 'ignoring'} ({_label_list(self.labels)})"
+        return text + (f" {self.group} ({_label_list(self.include)})" if self.group else "")
+
+
+class Binary(NamedTuple):
+    op: str
+    left: "Node"
+    right: "Node"
+    as_bool: bool
+    matching: Matching
+    position: int
+
+
+class Aggregate(NamedTuple):
+    op: str
+    expression: "Node"
+    parameter: "Node | None"
+    labels: tuple[str, ...]
+    without: bool
+    position: int
+
+
+class Call(NamedTuple):
+    name: str
+    arguments: tuple["Node", ...]
+    position: int
+
+
+Node = Number | Text | Selector | Range | Subquery | Paren | Unary | Binary | Aggregate | Call
+
+
+def _type_of(node: Node) -> str:
+    if isinstance(node, Number):
+        return SCALAR
+    if isinstance(node, Text):
+        return STRING
+    if isinstance(node, Selector | Aggregate):
+        return VECTOR
+    if isinstance(node, Range | Subquery):
+        return RANGE
+    if isinstance(node, Paren):
+        return _type_of(node.expression)
+    if isinstance(node, Unary):
+        return _type_of(node.operand)
+    if isinstance(node, Call):
+        return _FUNCTIONS[node.name].returns
+    both_scalar = _type_of(node.left) == _type_of(node.right) == SCALAR
+    return SCALAR if both_scalar else VECTOR
+
+
+def _bare(node: Node) -> Node:
+    while isinstance(node, Paren):
+        node = node.expression
+    return node
+
+
+# ---- tokens ----
+
+
+class Token(NamedTuple):
+    kind: str  # "number", "duration", "identifier", "string", "operator" or "end"
+    text: str
+    position: int
+
+
+_DURATION_UNITS = {
+    "ms": 1,
+    "s": 1_000,
+    "m": 60_000,
+    "h": 3_600_000,
+    "d": 86_400_000,
+    "w": 7 * 86_400_000,
+    "y": 365 * 86_400_000,
+}
+_DIGITS = r"[0-9](?:_?[0-9])*"
+_TOKEN = re.compile(
+    rf"""
+    (?P<space>      [ \t\r\n]+ | \#[^\n]* )
+  | (?P<duration>   (?:[0-9]+(?:ms|[smhdwy]))+ )
+  | (?P<number>     0[xX](?:_?[0-9a-fA-F])+
+                  | (?:{_DIGITS}(?:\.(?:{_DIGITS})?)?|\.{_DIGITS})(?:[eE][+-]?[0-9]+)? )
+  | (?P<identifier> [A-Za-z_:][A-Za-z0-9_:]* )
+  | (?P<string>     "(?:[^"\\\n]|\\.)*" | '(?:[^'\\\n]|\\.)*' | `[^`]*` )
+  | (?P<operator>   [=!]~ | [=!<>]= | [-+*/%^=<>(){{}}\[\],:@] )
+    """,
+    re.VERBOSE,
+)
+_DURATION = re.compile(
+    r"(?:[0-9]+y)?(?:[0-9]+w)?(?:[0-9]+d)?(?:[0-9]+h)?(?:[0-9]+m)?(?:[0-9]+s)?(?:[0-9]+ms)?"
+)
+_DURATION_PART = re.compile(r"([0-9]+)(ms|[smhdwy])")
+_WORD_CHARACTER = re.compile(r"[A-Za-z0-9_.:]")
+_NON_FINITE = {"nan": math.nan, "inf": math.inf}
+_STRING_ESCAPE = re.compile(
+    r"\\(?:x([0-9A-Fa-f]{2})|([0-7]{3})|u([0-9A-Fa-f]{4})|U([0-9A-Fa-f]{8})|(.))", re.DOTALL
+)
+_LETTER_ESCAPES = {
+    "a": "\a", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v", "\\": "\\",
+}  # fmt: skip
+
+
+def _tokens(text: str) -> list[Token]:
+    tokens: list[Token] = []
+    position, in_range = 0, False
+    while position < len(text):
+        match = _TOKEN.match(text, position)
+        if match is None:
+            what = "unterminated string" if text[position] in "\"'`" else "unexpected character"
+            raise QueryError(f"{what}: {text[position]!r}", text, position)
+        kind, token, end = match.lastgroup or "", match[0], match.end()
+        if kind in ("number", "duration") and _WORD_CHARACTER.match(text, end):
+            if not (in_range and text[end] == ":"):
+                raise QueryError(f"bad number or duration: {text[position : end + 1]!r}", text, end)
+        elif in_range and token[0] == ":":  # [5m:1m], where no name can stand
+            kind, token, end = "operator", ":", position + 1
+        elif token in "[]":
+            in_range = token == "["
+        if kind != "space":
+            tokens.append(Token(kind, token, position))
+        position = end
+    tokens.append(Token("end", "", len(text)))
+    return tokens
+
+
+def parse_duration_ms(text: str) -> int:
+    """The milliseconds of a duration as PromQL writes it. Raises ValueError.
+
+    >>> parse_duration_ms("1h30m"), parse_duration_ms("1w2d"), parse_duration_ms("250ms")
+    (5400000, 777600000, 250)
+    """
+    if not text or not _DURATION.fullmatch(text):
+        raise ValueError(f"not a duration such as 5m or 1h30m: {text!r}")
+    return sum(int(n) * _DURATION_UNITS[unit] for n, unit in _DURATION_PART.findall(text))
+
+
+def _duration_text(duration_ms: int) -> str:
+    if not duration_ms:
+        return "0s"
+    pieces, rest = ["-"] if duration_ms < 0 else [], abs(duration_ms)
+    for unit, length in reversed(_DURATION_UNITS.items()):
+        if rest >= length and (unit not in "wy" or rest % length == 0):
+            pieces.append(f"{rest // length}{unit}")
+            rest %= length
+    return "".join(pieces)
+
+
+def _number_of(text: str) -> float:
+    """A number as Go reads it: hexadecimal by 0x, octal by a leading 0."""
+    digits = text.replace("_", "")
+    if digits[:2] in ("0x", "0X"):
+        return float(int(digits, 16))
+    if len(digits) > 1 and digits[0] == "0" and re.fullmatch("[0-7]+", digits):
+        return float(int(digits, 8))
+    return float(digits)
+
+
+# ---- the parser ----
+
+_PRECEDENCE = {
+    "or": 1, "and": 2, "unless": 2, "==": 3, "!=": 3, "<": 3, "<=": 3, ">": 3, ">=": 3,
+    "+": 4, "-": 4, "*": 5, "/": 5, "%": 5, "atan2": 5, "^": 6,
+}  # fmt: skip
+_SET_OPERATORS = frozenset({"and", "or", "unless"})
+_COMPARISONS = frozenset({"==", "!=", "<", "<=", ">", ">="})
+_PARAMETER_TYPES = {"topk": SCALAR, "bottomk": SCALAR, "quantile": SCALAR, "count_values": STRING}
+_AGGREGATIONS = frozenset(
+    {"sum", "avg", "min", "max", "count", "group", "stddev", "stdvar", *_PARAMETER_TYPES}
+)
+_NEVER_METRICS = frozenset({"bool", "on", "ignoring", "group_left", "group_right", "atan2"})
+
+
+def parse_query(text: str) -> Node:
+    """Parse a PromQL expression and check the types of its parts. Raises QueryError.
+
+    >>> parse_query("1 + 2").op
+    '+'
+    >>> parse_query("rate(requests_total)")
+    Traceback (most recent call last):
+    metricstream.QueryError: 1:6: parse error: expected type range vector in call to function \
+"rate", got instant vector
+    """
+    try:
+        return _QueryParser(text).whole()
+    except RecursionError:
+        raise QueryError("nested too deeply", text, 0) from None
+
+
+class _QueryParser:
+    """Recursive descent over the tokens of one query; `self.token` is the next one."""
+
+    def __init__(self, text: str):
+        self.text = text
+        self.tokens = _tokens(text)
+        self.index = 0
+
+    @property
+    def token(self) -> Token:
+        return self.tokens[self.index]
+
+    @property
+    def word(self) -> str:
+        """The next token as an operator or a keyword, which are written in either case."""
+        token = self.token
+        return token.text.lower() if token.kind in ("identifier", "operator") else ""
+
+    def error(self, reason: str, position: int) -> QueryError:
+        return QueryError(reason, self.text, position)
+
+    def expected(self, what: str) -> QueryError:
+        found = self.token.text or "the end of the query"
+        return self.error(f"expected {what}, found {_clipped(found)}", self.token.position)
+
+    def take(self) -> Token:
+        token = self.token
+        self.index += 1
+        return token
+
+    def accept(self, *words: str) -> str:
+        """The next token, if it is one of these, else ""."""
+        word = self.word
+        if word not in words:
+            return ""
+        self.index += 1
+        return word
+
+    def require(self, word: str, where: str) -> None:
+        if not self.accept(word):
+            raise self.expected(f"{word!r} {where}")
+
+    def whole(self) -> Node:
+        if self.token.kind == "end":
+            raise self.error("no expression found in input", 0)
+        node = self.expression()
+        if self.token.kind != "end":
+            raise self.expected("an operator or the end of the query")
+        return node
+
+    def expression(self, least: int = 1) -> Node:
+        """Operands joined by operators that bind at least so tightly: precedence climbing."""
+        left = self.operand()
+        while (precedence := _PRECEDENCE.get(self.word, 0)) >= least:
+            operator = self.take()
+            op = operator.text.lower()
+            as_bool = bool(self.accept("bool"))
+            matching = self.matching()
+            right = self.expression(precedence + (op != "^"))
+            left = Binary(op, left, right, as_bool, matching, left.position)
+            self.check_binary(left, operator.position)
+        return left
+
+    def matching(self) -> Matching:
+        on = self.accept("on", "ignoring")
+        if not on:
+            return Matching()
+        labels = self.label_list()
+        group = self.accept("group_left", "group_right")
+        include = self.label_list() if group and self.word == "(" else ()
+        if on == "on" and (both := set(labels) & set(include)):
+            raise self.error(
+                f'label "{min(both)}" must not occur in ON and GROUP clause at once',
+                self.token.position,
+            )
+        return Matching(on == "on", labels, group, include)
+
+    def check_binary(self, node: Binary, position: int) -> None:
+        types = {_type_of(node.left), _type_of(node.right)}
+        reason = ""
+        if types - {SCALAR, VECTOR}:
+            reason = "binary expression must contain only scalar and instant vector types"
+        elif node.as_bool and node.op not in _COMPARISONS:
+            reason = "bool modifier can only be used on comparison operators"
+        elif types == {SCALAR} and node.op in _COMPARISONS and not node.as_bool:
+            reason = "comparisons between scalars must use BOOL modifier"
+        elif SCALAR in types and node.op in _SET_OPERATORS:
+            reason = f'set operator "{node.op}" not allowed in binary scalar expression'
+        elif SCALAR in types and node.matching != Matching():
+            reason = "vector matching only allowed between instant vectors"
+        elif node.op in _SET_OPERATORS and node.matching.group:
+            reason = f'no grouping allowed for "{node.op}" operation'
+        if reason:
+            raise self.error(reason, position)
+
+    def operand(self) -> Node:
+        sign = self.token
+        if not self.accept("+", "-"):
+            return self.with_modifiers(self.primary())
+        operand = self.expression(_PRECEDENCE["^"])  # -1 ^ 2 is -(1 ^ 2), but -1 * 2 is (-1) * 2
+        if _type_of(operand) not in (SCALAR, VECTOR):
+            raise self.error(
+                "unary expression only allowed on expressions of type scalar or instant vector, "
+                f'got "{_type_of(operand)}"',
+                operand.position,
+            )
+        if isinstance(operand, Number):
+            value = -operand.value if sign.text == "-" else operand.value
+            return Number(value, sign.position)
+        return Unary(sign.text, operand, sign.position)
+
+    def with_modifiers(self, node: Node) -> Node:
+        """The node with what stands behind it: a range, a subquery, offsets and times."""
+        while True:
+            modifier = self.token
+            if self.accept("["):
+                node = self.range_of(node, modifier.position)
+            elif self.accept("offset"):
+                if not isinstance(node, Selector | Range | Subquery):
+                    raise self.error(
+                        "offset modifier must be preceded by an instant vector selector or range "
+                        "vector selector or a subquery",
+                        modifier.position,
+                    )
+                node = self.with_offset(node, modifier.position)
+            elif self.accept("@"):
+                if not isinstance(node, Selector | Range | Subquery):
+                    raise self.error(
+                        "@ modifier must be preceded by an instant vector selector or range vector "
+                        "selector or a subquery",
+                        modifier.position,
+                    )
+                node = self.with_time(node, modifier.position)
+            else:
+                return node
+
+    def range_of(self, node: Node, position: int) -> Node:
+        range_ms = self.duration()
+        if self.accept(":"):
+            step_ms = 0 if self.word == "]" else self.duration()
+            self.require("]", "behind the step of a subquery")
+            if _type_of(node) != VECTOR:
+                raise self.error(
+                    f"subquery is only allowed on instant vector, got {_type_of(node)} instead",
+                    node.position,
+                )
+            return Subquery(node, range_ms, step_ms, node.position)
+        self.require("]", "or ':' behind the range")
+        if not isinstance(node, Selector):
+            raise self.error("ranges only allowed for vector selectors", position)
+        if node.offset_ms:
+            raise self.error("no offset modifiers allowed before range", position)
+        if node.at is not None:
+            raise self.error("no @ modifiers allowed before range", position)
+        return Range(node, range_ms, node.position)
+
+    def with_offset(self, node: Selector | Range | Subquery, position: int) -> Node:
+        negative = self.accept("-", "+") == "-"
+        offset_ms = self.duration(positive=False)
+        target = node.selector if isinstance(node, Range) else node
+        if target.offset_ms:
+            raise self.error("offset may not be set multiple times", position)
+        moved = target._replace(offset_ms=-offset_ms if negative else offset_ms)
+        if isinstance(node, Range):
+            assert isinstance(moved, Selector)
+            return node._replace(selector=moved)
+        return moved
+
+    def with_time(self, node: Selector | Range | Subquery, position: int) -> Node:
+        at: int | str
+        if bound := self.accept("start", "end"):
+            self.require("(", f"behind {bound}")
+            self.require(")", f"behind {bound}(")
+            at = bound
+        else:
+            sign = -1 if self.accept("-", "+") == "-" else 1
+            seconds = sign * self.seconds("a time in seconds, start() or end()")
+            if not abs(seconds) < 2**53:
+                raise self.error("timestamp out of bounds for @ modifier", position)
+            at = round(seconds * 1000)
+        target = node.selector if isinstance(node, Range) else node
+        if target.at is not None:
+            raise self.error("@ <timestamp> may not be set multiple times", position)
+        if isinstance(node, Range):
+            return node._replace(selector=node.selector._replace(at=at))
+        return node._replace(at=at)
+
+    def seconds(self, what: str) -> float:
+        token = self.token
+        if token.kind == "duration":
+            return self.duration() / 1000
+        if token.kind == "number" or token.text.lower() in _NON_FINITE:
+            self.index += 1
+            return _NON_FINITE.get(token.text.lower()) or _number_of(token.text)
+        raise self.expected(what)
+
+    def duration(self, positive: bool = True) -> int:
+        """A duration in ms; a bare number means seconds."""
+        token = self.token
+        if token.kind == "duration":
+            self.index += 1
+            try:
+                duration_ms = parse_duration_ms(token.text)
+            except ValueError as error:
+                raise self.error(str(error), token.position) from None
+        elif token.kind == "number":
+            self.index += 1
+            duration_ms = round(_number_of(token.text) * 1000)
+        else:
+            raise self.expected("a duration such as 5m")
+        if positive and not duration_ms:
+            raise self.error("duration must be greater than 0", token.position)
+        if duration_ms > MAX_DURATION_MS:
+            raise self.error("duration out of range", token.position)
+        return duration_ms
+
+    def primary(self) -> Node:
+        token = self.token
+        if token.kind in ("number", "duration") or token.text.lower() in _NON_FINITE:
+            return Number(self.seconds("a number"), token.position)
+        if token.kind == "string":
+            return Text(self.string(), token.position)
+        if self.accept("("):
+            inner = self.expression()
+            self.require(")", "or an operator")
+            return Paren(inner, token.position)
+        if self.word == "{":
+            return self.selector("")
+        if token.kind != "identifier" or self.word in _NEVER_METRICS:
+            raise self.expected("an expression")
+        self.index += 1
+        if token.text.lower() in _AGGREGATIONS and self.word in ("(", "by", "without"):
+            return self.aggregate(token)
+        if self.word == "(":
+            return self.call(token)
+        self.index -= 1
+        return self.selector(self.take().text)
+
+    def string(self) -> str:
+        """The text of a string token. Escapes are those of Go; \\x and octal ones name bytes."""
+        token = self.take()
+        quote, inner = token.text[0], token.text[1:-1]
+        if quote == "`" or "\\" not in inner:
+            return inner
+
+        def unescaped(match: re.Match[str]) -> str:
+            byte, octal, short, long, letter = match.groups()
+            if letter is not None:
+                if letter != quote and letter not in _LETTER_ESCAPES:
+                    raise self.error(f"unknown escape \\{letter}", token.position)
+                return _LETTER_ESCAPES.get(letter, letter)
+            code = int(byte or short or long or octal, 8 if octal else 16)
+            if code > (0x10FFFF if short or long else 255) or (short and 0xD800 <= code < 0xE000):
+                raise self.error(f"escape out of range {match[0]}", token.position)
+            if (byte or octal) and code > 127:
+                return chr(0xDC00 + code)  # the byte, as errors="surrogateescape" has it
+            return chr(code)
+
+        octets = _STRING_ESCAPE.sub(unescaped, inner).encode(errors="surrogateescape")
+        return octets.decode(errors="surrogateescape")
+
+    def selector(self, name: str) -> Selector:
+        position = self.tokens[self.index - bool(name)].position
+        matchers = []
+        if self.accept("{"):
+            while not self.accept("}"):
+                matcher = self.matcher()
+                if isinstance(matcher, str) and not name:
+                    name = matcher
+                elif isinstance(matcher, str):
+                    raise self.name_twice(name, matcher, position)
+                else:
+                    matchers.append(matcher)
+                if not self.accept(",") and self.word != "}":
+                    raise self.expected("',' or '}'")
+        for matcher in matchers if name else ():
+            if matcher.name == NAME:
+                raise self.name_twice(name, matcher.value, position)
+        if name:
+            matchers.append(Matcher(NAME, "=", name))
+        if all(map(_matches_empty, matchers)):
+            raise self.error(
+                "vector selector must contain at least one non-empty matcher", position
+            )
+        return Selector(name, tuple(matchers), position)
+
+    def name_twice(self, name: str, other: str, position: int) -> QueryError:
+        return self.error(f'metric name must not be set twice: "{name}" or "{other}"', position)
+
+    def matcher(self) -> Matcher | str:
+        """A matcher, or the quoted name of a metric."""
+        label = self.token
+        name = self.label_name()
+        op = self.accept("=", "!=", "=~", "!~")
+        if not op:
+            if label.kind == "string" and self.word in (",", "}"):
+                return name
+            raise self.expected("one of = != =~ !~")
+        value = self.token
+        if value.kind != "string":
+            raise self.expected("a value in quotes")
+        matcher = Matcher(name, op, self.string())
+        if op in ("=~", "!~"):
+            try:
+                compile_regex(matcher.value)
+            except ValueError as error:
+                raise self.error(str(error), value.position) from None
+        return matcher
+
+    def label_name(self) -> str:
+        token = self.token
+        if token.kind == "string":
+            name = self.string()
+            if not _is_label_name(name):
+                raise self.error(f"invalid label name {token.text}", token.position)
+            return name
+        if token.kind != "identifier" or ":" in token.text:
+            raise self.expected("a label name")
+        return self.take().text
+
+    def label_list(self) -> tuple[str, ...]:
+        self.require("(", "before label names")
+        labels: list[str] = []
+        while not self.accept(")"):
+            labels.append(self.label_name())
+            if not self.accept(",") and self.word != ")":
+                raise self.expected("',' or ')'")
+        return tuple(labels)
+
+    def arguments(self) -> list[Node]:
+        self.require("(", "before arguments")
+        arguments: list[Node] = []
+        if self.accept(")"):
+            return arguments
+        while True:
+            arguments.append(self.expression())
+            if self.accept(")"):
+                return arguments
+            if not self.accept(","):
+                raise self.expected("',' or ')'")
+
+    def aggregate(self, operator: Token) -> Node:
+        op = operator.text.lower()
+        clause = self.accept("by", "without")
+        labels = self.label_list() if clause else ()
+        arguments = self.arguments()
+        if not clause and (clause := self.accept("by", "without")):
+            labels = self.label_list()
+        types = [_PARAMETER_TYPES[op], VECTOR] if op in _PARAMETER_TYPES else [VECTOR]
+        if not arguments:
+            raise self.error("no arguments for aggregate expression provided", operator.position)
+        if len(arguments) != len(types):
+            raise self.error(
+                "wrong number of arguments for aggregate expression provided, "
+                f"expected {len(types)}, got {len(arguments)}",
+                operator.position,
+            )
+        for expected, argument in zip(types, arguments):
+            where = "aggregation expression" if expected == VECTOR else "aggregation parameter"
+            self.check_type(argument, expected, where)
+        parameter = arguments[0] if len(types) == 2 else None
+        without = clause == "without"
+        return Aggregate(op, arguments[-1], parameter, labels, without, operator.position)
+
+    def call(self, name: Token) -> Node:
+        function = _FUNCTIONS.get(name.text)
+        if function is None:
+            raise self.error(f'unknown function with name "{name.text}"', name.position)
+        arguments = self.arguments()
+        most = len(function.arguments) if not function.variadic else len(arguments)
+        if not function.required <= len(arguments) <= most:
+            bound = (
+                "" if most == function.required
+                else "at least " if len(arguments) < function.required else "at most "
+            )  # fmt: skip
+            number = function.required if len(arguments) < function.required else most
+            raise self.error(
+                f'expected {bound}{number} argument(s) in call to "{name.text}", '
+                f"got {len(arguments)}",
+                name.position,
+            )
+        for index, argument in enumerate(arguments):
+            expected = function.arguments[min(index, len(function.arguments) - 1)]
+            self.check_type(argument, expected, f'call to function "{name.text}"')
+        return Call(name.text, tuple(arguments), name.position)
+
+    def check_type(self, node: Node, expected: str, where: str) -> None:
+        if _type_of(node) != expected:
+            raise self.error(
+                f"expected type {expected} in {where}, got {_type_of(node)}", node.position
+            )
+
+
+def _matches_empty(matcher: Matcher) -> bool:
+    if matcher.op in ("=", "!="):
+        return (matcher.value == "") == (matcher.op == "=")
+    return bool(compile_regex(matcher.value).fullmatch("")) == (matcher.op == "=~")
+
+
+def _is_label_name(name: str) -> bool:
+    return bool(name) and not _SURROGATE.search(name)
+
+
+# RE2's syntax, as far as `re` spells it otherwise or has more than RE2.
+_RE2_PIECE = re.compile(
+    r"""
+    \\Q(?P<literal>.*?)(?:\\E|$)
+  | (?P<escape>\\.)
+  | (?P<set>\[\^?\]?(?:\\.|\[:\^?[a-z]+:\]|[^\]\\])*\])
+  | (?P<open>\((?!\?)|\(\?[ims]*(?:-[ims]+)?:|\(\?P?<(?=[A-Za-z_]))
+  | (?P<flags>\(\?[ims]+\))
+  | (?P<extension>\(\?)
+  | (?P<close>\)(?P<again>[*+]|\{[0-9]+,\})?)
+  | (?P<possessive>[*+?}]\+)
+  | (?P<repeat>[*+]|\{[0-9]+,\})
+  | (?P<plain>.)
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+_POSIX_CLASSES = {
+    "alnum": "0-9A-Za-z", "alpha": "A-Za-z", "digit": "0-9", "lower": "a-z", "upper": "A-Z",
+    "space": r"\t\n\v\f\r ", "punct": r"!-/:-@\[-`{-~", "word": r"\w", "xdigit": "0-9A-Fa-f",
+    "blank": r"\t ", "cntrl": r"\x00-\x1f\x7f", "graph": "!-~", "print": " -~",
+}  # fmt: skip
+_SET_PIECE = re.compile(r"\\.|\[:([a-z]+):\]|[\[&|~]", re.DOTALL)
+
+
+@functools.lru_cache(256)
+def compile_regex(pattern: str) -> re.Pattern[str]:
+    """A regular expression of RE2's syntax, for `fullmatch`. Raises ValueError.
+
+    `re` tries one way after another where RE2 follows all at once. What most easily takes it
+    exponential time, an unbounded repetition of an unbounded repetition as in `(a+)+`, is refused;
+    so are backreferences and lookaround, which RE2 does not have.
+
+    >>> bool(compile_regex("web[[:digit:]]+").fullmatch("web12"))
+    True
+    >>> compile_regex("(a+)+")
+    Traceback (most recent call last):
+    ValueError: invalid regular expression "(a+)+": a repetition within a repetition
+    """
+    try:
+        return re.compile(_re2_to_python(pattern), re.DOTALL | re.ASCII)
+    except (re.error, ValueError, OverflowError, RecursionError) as error:
+        raise ValueError(f'invalid regular expression "{pattern}": {error}') from None
+
+
+def _re2_to_python(pattern: str) -> str:
+    pieces: list[str] = []
+    repeats = [False]  # whether the pattern, and each group that is open, holds a repetition
+    for match in _RE2_PIECE.finditer(pattern):
+        kind, piece = match.lastgroup, match[0]
+        if kind == "literal":
+            piece = re.escape(match["literal"])
+        elif kind == "escape":
+            if piece[1] in "123456789Z":
+                raise ValueError(f"no escape {piece}")
+            piece = r"\Z" if piece == r"\z" else piece
+        elif kind == "set":
+            piece = "[" + _SET_PIECE.sub(_python_set, piece[1:])
+        elif kind == "open":
+            repeats.append(False)
+            piece = piece.replace("(?<", "(?P<")
+        elif kind in ("close", "again"):
+            again = match["again"] is not None
+            inner = repeats.pop() if len(repeats) > 1 else False
+            if inner and again:
+                raise ValueError("a repetition within a repetition")
+            repeats[-1] |= inner or again
+        elif kind == "repeat":
+            repeats[-1] = True
+        elif kind in ("extension", "possessive"):
+            raise ValueError(f"no such operator {piece}")
+        pieces.append(piece)
+    return "".join(pieces)
+
+
+def _python_set(match: re.Match[str]) -> str:
+    if match[1]:
+        return _POSIX_CLASSES.get(match[1]) or f"\\{match[0]}"
+    return match[0] if match[0][0] == "\\" else f"\\{match[0]}"
+
+
+# ---- text of a tree ----
+
+
+def format_value(value: float) -> str:
+    """A value as Prometheus's HTTP API prints it.
+
+    >>> [format_value(v) for v in (1.0, 0.1, 1e20, 1e21, 1e-7, math.inf, math.nan)]
+    ['1', '0.1', '100000000000000000000', '1e+21', '1e-07', '+Inf', 'NaN']
+    """
+    text = repr(value)
+    if "n" in text:
+        return {"inf": "+Inf", "-inf": "-Inf"}.get(text, "NaN")
+    if "e" not in text:
+        return text[:-2] if text.endswith(".0") else text
+    return text if not 1e-6 <= abs(value) < 1e21 else _decimal(value)
+
+
+def _decimal(value: float) -> str:
+    """The shortest decimal that reads back as the value, without an exponent."""
+    if not math.isfinite(value):
+        return format_value(value)
+    text = f"{decimal.Decimal(repr(value)):f}"
+    return text[:-2] if text.endswith(".0") else text
+
+
+def _literal(value: float) -> str:
+    """A number as Go's %v prints it: from 1e6 on and below 1e-4 with an exponent, 1e+06."""
+    if not math.isfinite(value) or value == 0 or 1e-4 <= abs(value) < 1e6:
+        return format_value(value)
+    sign, digits, exponent = decimal.Decimal(repr(value)).normalize().as_tuple()
+    first, *more = map(str, digits)
+    fraction = "." + "".join(more) if more else ""
+    return f"{'-' * sign}{first}{fraction}e{int(exponent) + len(more):+03d}"
+
+
+def _quoted(text: str) -> str:
+    """Text in double quotes, escaped as Go does."""
+    return '"' + "".join(map(_go_escaped, text)) + '"'
+
+
+_GO_ESCAPES = {'"': '\\"'} | {
+    character: f"\\{letter}" for letter, character in _LETTER_ESCAPES.items()
+}
+
+
+def _go_escaped(character: str) -> str:
+    if character in _GO_ESCAPES:
+        return _GO_ESCAPES[character]
+    code = ord(character)
+    if character.isprintable():
+        return character
+    if code < 0x80 or 0xDC80 <= code <= 0xDCFF:  # the latter are bytes that are not UTF-8
+        return f"\\x{code & 0xFF:02x}"
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def _label_list(labels: Iterable[str]) -> str:
+    return ", ".join(map(_label_text, labels))
+
+
+def _label_text(name: str) -> str:
+    return name if _LEGACY_LABEL.fullmatch(name) else _quoted(name)
+
+
+def labels_text(labels: dict[str, str]) -> str:
+    """Labels as Prometheus names a series in its errors.
+
+    >>> labels_text({"__name__": "up", "job": "node", "host": "a"})
+    '{__name__="up", host="a", job="node"}'
+    """
+    pairs = (f"{_label_text(label)}={_quoted(labels[label])}" for label in sorted(labels))
+    return "{" + ", ".join(pairs) + "}"
+
+
+_LEGACY_METRIC = re.compile(r"[A-Za-z_:][A-Za-z0-9_:]*")
+_LEGACY_LABEL = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+def format_query(text: str) -> str:
+    """A query as Prometheus's `/api/v1/format_query` lays it out. Raises QueryError.
+
+    >>> format_query("sum   by(host)(rate(cpu[5m]))>1")
+    'sum by (host) (rate(cpu[5m])) > 1'
+    """
+    return _pretty(parse_query(text), 0)
+
+
+def _modifiers(node: Selector | Subquery) -> str:
+    at = "" if node.at is None else f" @ {node.at}()"
+    if isinstance(node.at, int):
+        at = f" @ {node.at / 1000:.3f}"
+    return at + (f" offset {_duration_text(node.offset_ms)}" if node.offset_ms else "")
+
+
+def _selector_text(node: Selector, range_: str = "") -> str:
+    name = node.name
+    pairs = sorted(
+        f"{_label_text(matcher.name)}{matcher.op}{_quoted(matcher.value)}"
+        for matcher in node.matchers
+        if not (name and matcher.name == NAME)
+    )
+    if name and not _LEGACY_METRIC.fullmatch(name):
+        name, pairs = "", [_quoted(name), *pairs]
+    braces = "{" + ",".join(pairs) + "}" if pairs else ""
+    return name + braces + range_ + _modifiers(node)
+
+
+def _subquery_range(node: Subquery) -> str:
+    step = _duration_text(node.step_ms) if node.step_ms else ""
+    return f"[{_duration_text(node.range_ms)}:{step}]{_modifiers(node)}"
+
+
+def _aggregate_head(node: Aggregate) -> str:
+    if node.without:
+        return f"{node.op} without ({_label_list(node.labels)}) "
+    return f"{node.op} by ({_label_list(node.labels)}) " if node.labels else node.op
+
+
+def _operator_text(node: Binary) -> str:
+    return node.op + (" bool" if node.as_bool else "") + node.matching.text
+
+
+def _text(node: Node) -> str:
+    """A tree on one line."""
+    if isinstance(node, Number):
+        return _literal(node.value)
+    if isinstance(node, Text):
+        return _quoted(node.value)
+    if isinstance(node, Selector):
+        return _selector_text(node)
+    if isinstance(node, Range):
+        return _selector_text(node.selector, f"[{_duration_text(node.range_ms)}]")
+    if isinstance(node, Subquery):
+        return _text(node.expression) + _subquery_range(node)
+    if isinstance(node, Paren):
+        return f"({_text(node.expression)})"
+    if isinstance(node, Unary):
+        return node.op + _text(node.operand)
+    if isinstance(node, Binary):
+        return f"{_text(node.left)} {_operator_text(node)} {_text(node.right)}"
+    if isinstance(node, Call):
+        return f"{node.name}({', '.join(map(_text, node.arguments))})"
+    parameter = f"{_text(node.parameter)}, " if node.parameter else ""
+    return f"{_aggregate_head(node)}({parameter}{_text(node.expression)})"
+
+
+def _pretty(node: Node, level: int) -> str:
+    """A tree at an indentation, its parts on lines of their own where one line would be long."""
+    indent, line = "  " * level, _text(node)
+    if len(line) <= MAX_LINE or isinstance(node, Number | Text | Selector | Range):
+        return indent + line
+    if isinstance(node, Subquery):
+        return _pretty(node.expression, level) + _subquery_range(node)
+    if isinstance(node, Paren):
+        return f"{indent}(\n{_pretty(node.expression, level + 1)}\n{indent})"
+    if isinstance(node, Unary):
+        return indent + node.op + _pretty(node.operand, level).lstrip(" ")
+    if isinstance(node, Binary):
+        left, right = _pretty(node.left, level + 1), _pretty(node.right, level + 1)
+        return f"{left}\n{indent}{_operator_text(node)}\n{right}"
+    if isinstance(node, Call):
+        head, parts = node.name, list(node.arguments)
+    else:
+        head, parts = _aggregate_head(node), [node.parameter] if node.parameter else []
+        parts.append(node.expression)
+    inner = ",\n".join(_pretty(part, level + 1) for part in parts)
+    return f"{indent}{head}(\n{inner}\n{indent})"
+
+
+# ---- arithmetic of floats as IEEE 754 and Go have it: nothing raises ----
+
+
+def _divide(a: float, b: float) -> float:
+    if b:
+        return a / b
+    return math.copysign(math.inf, a) * math.copysign(1, b) if a and a == a else math.nan
+
+
+def _modulo(a: float, b: float) -> float:
+    try:
+        return math.fmod(a, b)
+    except ValueError:  # of infinity, or by zero
+        return math.nan
+
+
+def _power(a: float, b: float) -> float:
+    try:
+        return math.pow(a, b)
+    except OverflowError:
+        return -math.inf if a < 0 and b % 2 == 1 else math.inf
+    except ValueError:
+        if a:
+            return math.nan  # a root of a negative number
+        return math.copysign(math.inf, a) if b % 2 == 1 else math.inf
+
+
+_ARITHMETIC: dict[str, Callable[[float, float], float]] = {
+    "+": operator.add, "-": operator.sub, "*": operator.mul, "/": _divide, "%": _modulo,
+    "^": _power, "atan2": math.atan2,
+}  # fmt: skip
+_COMPARE: dict[str, Callable[[float, float], bool]] = {
+    "==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le,
+    ">": operator.gt, ">=": operator.ge,
+}  # fmt: skip
+
+
+def _total(function: Callable[[float], float], pole: float = math.nan) -> Callable[[float], float]:
+    """The function where `math` has it, infinity where it overflows, else the pole's value."""
+
+    def total(value: float) -> float:
+        try:
+            return function(value)
+        except OverflowError:
+            return math.inf if function is not math.sinh else math.copysign(math.inf, value)
+        except ValueError:
+            return pole
+
+    return total
+
+
+def _logarithm(function: Callable[[float], float]) -> Callable[[float], float]:
+    return lambda value: function(value) if value > 0 else math.nan if value else -math.inf
+
+
+def _atanh(value: float) -> float:
+    return math.copysign(math.inf, value) if abs(value) == 1 else _total(math.atanh)(value)
+
+
+def _whole(function: Callable[[float], int]) -> Callable[[float], float]:
+    return lambda value: math.copysign(function(value), value) if math.isfinite(value) else value
+
+
+def _sign(value: float) -> float:
+    return math.copysign(1.0, value) if value and value == value else value
+
+
+# ---- values of many samples, all of them floats ----
+
+
+def _sum(values: Sequence[float]) -> float:
+    """The exactly rounded sum, after Shewchuk: at least as good as compensation after Neumaier,
+    and in C.
+    """
+    try:
+        return math.fsum(values)
+    except (OverflowError, ValueError):  # an overflow, or infinities of both signs
+        return sum(values)
+
+
+def _mean(values: Sequence[float]) -> float:
+    total, count = _sum(values), len(values)
+    if math.isinf(total) and all(map(math.isfinite, values)):
+        return _sum([value / count for value in values])
+    return total / count
+
+
+def _least(values: Sequence[float]) -> float:
+    least = min(values)  # `min` keeps its first item until one is less: NaN stays only in front
+    return least if least == least else min((v for v in values if v == v), default=math.nan)
+
+
+def _greatest(values: Sequence[float]) -> float:
+    greatest = max(values)
+    return (
+        greatest if greatest == greatest else max((v for v in values if v == v), default=math.nan)
+    )
+
+
+def _variance(values: Sequence[float]) -> float:
+    mean = _mean(values)
+    return _mean([(value - mean) * (value - mean) for value in values])
+
+
+def _deviation(values: Sequence[float]) -> float:
+    return math.sqrt(_variance(values))
+
+
+def _quantile(values: Sequence[float], quantile: float) -> float:
+    """Interpolated between the nearest ranks; NaN is less than any other value."""
+    if quantile != quantile:
+        return math.nan
+    if not 0 <= quantile <= 1:
+        return math.copysign(math.inf, quantile)
+    ordered = sorted(values, key=lambda value: (value == value, value))
+    rank = quantile * (len(ordered) - 1)
+    below = math.floor(rank)
+    weight = rank - below
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] * (1 - weight) + ordered[above] * weight
+
+
+def _changes(values: Sequence[float]) -> float:
+    pairs = itertools.pairwise(values)
+    return float(sum(a != b and (a == a or b == b) for a, b in pairs))
+
+
+def _resets(values: Sequence[float]) -> float:
+    return float(sum(b < a for a, b in itertools.pairwise(values)))
+
+
+def _line(times_ms: Sequence[int], values: Sequence[float], origin_ms: int) -> tuple[float, float]:
+    """(slope per second, value at the origin) of the least-squares line."""
+    if values.count(values[0]) == len(values):
+        first = values[0]
+        return (0.0, first) if math.isfinite(first) else (math.nan, math.nan)
+    xs = [(time_ms - origin_ms) / 1000 for time_ms in times_ms]
+    n, sum_x, sum_y = len(xs), _sum(xs), _sum(values)
+    covariance = _sum([x * y for x, y in zip(xs, values)]) - sum_x * sum_y / n
+    slope = _divide(covariance, _sum([x * x for x in xs]) - sum_x * sum_x / n)
+    return slope, sum_y / n - slope * sum_x / n
+
+
+def _smoothed(values: Sequence[float], level: float, trend: float) -> float:
+    """The last value after double exponential smoothing (Holt-Winters)."""
+    before, now, slope = 0.0, values[0], values[1] - values[0]
+    for index, value in enumerate(values[1:]):
+        if index:
+            slope = trend * (now - before) + (1 - trend) * slope
+        before, now = now, level * value + (1 - level) * (now + slope)
+    return now
+
+
+ROUNDING = 1e-12  # counts of two buckets that differ by less are the same
+
+
+class Bucket(NamedTuple):
+    """One bucket of a classic histogram: how many observations are at most `bound`."""
+
+    bound: float
+    observations: float
+
+
+def _buckets(buckets: Iterable[Bucket]) -> list[Bucket]:
+    """In the order of their bounds, those of one bound added up, the counts never falling."""
+    clean: list[Bucket] = []
+    for bound, group in itertools.groupby(sorted(buckets), key=operator.itemgetter(0)):
+        count = _sum([bucket.observations for bucket in group])
+        if clean and not count > clean[-1].observations * (1 + ROUNDING):
+            count = clean[-1].observations  # rounded, or buckets pushed at different times
+        clean.append(Bucket(bound, count))
+    return clean
+
+
+def _histogram_quantile(buckets: list[Bucket], quantile: float) -> float:
+    if quantile != quantile:
+        return math.nan
+    if not 0 <= quantile <= 1:
+        return math.copysign(math.inf, quantile)
+    if (
+        not buckets
+        or buckets[-1].bound != math.inf
+        or len(buckets) < 2
+        or not buckets[-1].observations
+    ):
+        return math.nan
+    rank = quantile * buckets[-1].observations
+    index = bisect_left(buckets[:-1], rank, key=operator.itemgetter(1))
+    if index == len(buckets) - 1:
+        return buckets[-2].bound
+    end, count = buckets[index]
+    if index == 0 and end <= 0:
+        return end
+    start, before = buckets[index - 1] if index else (0.0, 0.0)
+    return start + (end - start) * _divide(rank - before, count - before)
+
+
+def _histogram_fraction(buckets: list[Bucket], lower: float, upper: float) -> float:
+    if not buckets or buckets[-1].bound != math.inf or lower != lower or upper != upper:
+        return math.nan
+    total = buckets[-1].observations
+    if not total:
+        return math.nan
+    if lower >= upper:
+        return 0.0
+    return (_rank(buckets, upper) - _rank(buckets, lower)) / total
+
+
+def _rank(buckets: list[Bucket], value: float) -> float:
+    """How many observations are less than the value, if those of a bucket are spread evenly."""
+    start, before = 0.0 if buckets[0].bound > 0 else -math.inf, 0.0
+    for end, count in buckets:
+        if value <= start:
+            return before
+        if value < end:
+            share = 1.0 if start == -math.inf else (value - start) / (end - start)
+            return before + (count - before) * share
+        start, before = end, count
+    return before
+
+
+# ---- evaluation: what flows ----
+
+
+class Column(NamedTuple):
+    """The values of one series of an instant vector."""
+
+    labels: dict[str, str]
+    values: list[float | None]  # one for each step; None: absent
+
+
+class _Ranges(NamedTuple):
+    """The value of a range vector: series, and where its windows end."""
+
+    series: list[Series]
+    ends_ms: Sequence[int]  # one for each step, or a single one for all (@)
+    range_ms: int
+
+    def slide(self) -> Iterator[tuple[Series, list[tuple[int, int]]]]:
+        """Each series with its windows, as indices [first, last) of samples.
+
+        Series of one client have the same times: then their windows are the same list.
+        """
+        times: array[int] | None = None
+        windows: list[tuple[int, int]] = []
+        for series in self.series:
+            if series.times_ms != times:  # 1 µs instead of 200 to slide over 1,440 samples
+                times, windows = series.times_ms, []
+                low = high = 0
+                for end_ms in self.ends_ms:
+                    high = bisect_right(times, end_ms, high)
+                    low = bisect_right(times, end_ms - self.range_ms, low, high)
+                    windows.append((low, high))
+            yield series, windows
+
+
+def _nameless(labels: dict[str, str]) -> dict[str, str]:
+    return {label: value for label, value in labels.items() if label != NAME}
+
+
+def _unique(columns: Iterable[Column]) -> list[Column]:
+    """The columns, those of the same labels made one. Raises ExecutionError where two of them
+    have a value at the same step.
+    """
+    unique: dict[frozenset[tuple[str, str]], Column] = {}
+    for column in columns:
+        key = frozenset(column.labels.items())
+        if key in unique:
+            column = _joined(
+                unique[key], column, "vector cannot contain metrics with the same labelset"
+            )
+        unique[key] = column
+    return list(unique.values())
+
+
+def _joined(one: Column, other: Column, reason: str) -> Column:
+    pairs = list(zip(one.values, other.values))
+    if any(a is not None and b is not None for a, b in pairs):
+        raise ExecutionError(reason)
+    return Column(one.labels, [b if a is None else a for a, b in pairs])
+
+
+def _mapped(function: Callable[[float], float], values: list[float | None]) -> list[float | None]:
+    return [None if value is None else function(value) for value in values]
+
+
+def _paired(
+    function: Callable[[float, float], float | None],
+    left: Sequence[float | None],
+    right: Sequence[float | None],
+) -> list[float | None]:
+    return [None if a is None or b is None else function(a, b) for a, b in zip(left, right)]
+
+
+def _operation(node: Binary) -> Callable[[float, float], float | None]:
+    """What an operator makes of two values; None: a comparison that filters is false."""
+    if node.op in _ARITHMETIC:
+        return _ARITHMETIC[node.op]
+    compare = _COMPARE[node.op]
+    if node.as_bool:
+        return lambda a, b: float(compare(a, b))
+    return lambda a, b: a if compare(a, b) else None
+
+
+def _drops_name(node: Binary) -> bool:
+    return node.op in _ARITHMETIC or node.as_bool
+
+
+# What two sides are matched by: the values of the labels named by `on`, or all labels left.
+_Match = tuple[str, ...] | frozenset[tuple[str, str]]
+
+
+class _Execution:
+    """What all nodes of one query share."""
+
+    def __init__(
+        self, select: Select, lookback_ms: int, max_samples: int, late: Callable[[], bool],
+        start_ms: int, end_ms: int,
+    ):  # fmt: skip
+        self.select = select
+        self.lookback_ms = lookback_ms
+        self.bounds = {"start": start_ms, "end": end_ms}
+        self._room = max_samples
+        self._late = late
+        self._selected: dict[tuple[tuple[Matcher, ...], int, int], list[Series]] = {}
+
+    def hold(self, values: int) -> None:
+        """Count values that the query will hold, and look at the clock."""
+        self._room -= values
+        if self._room < 0:
+            raise SampleLimitError
+        if self._late():
+            raise QueryTimeoutError
+
+    def series(self, matchers: tuple[Matcher, ...], start_ms: int, end_ms: int) -> list[Series]:
+        """The selected series that have samples; what was selected before is not again."""
+        key = (matchers, start_ms, end_ms)
+        if key not in self._selected:
+            found = []
+            for series in self.select(matchers, start_ms, end_ms):
+                self.hold(len(series.times_ms))
+                if series.times_ms:
+                    found.append(series)
+            self._selected[key] = found
+        return self._selected[key]
+
+
+class _Evaluation:
+    """Evaluates nodes for all of its steps at once.
+
+    Which method a node goes to follows from its type, which the parser has checked.
+    """
+
+    def __init__(self, execution: _Execution, steps: range):
+        self.execution = execution
+        self.steps = steps
+
+    # -- scalars and strings --
+
+    def scalar(self, node: Node) -> list[float]:
+        """One value for each step."""
+        self.execution.hold(len(self.steps))
+        if isinstance(node, Number):
+            return [node.value] * len(self.steps)
+        if isinstance(node, Paren):
+            return self.scalar(node.expression)
+        if isinstance(node, Unary):
+            values = self.scalar(node.operand)
+            return [-value for value in values] if node.op == "-" else values
+        if isinstance(node, Binary):
+            function = _operation(node)
+            pairs = zip(self.scalar(node.left), self.scalar(node.right))
+            return [value for a, b in pairs if (value := function(a, b)) is not None]
+        assert isinstance(node, Call)
+        (column,) = _FUNCTIONS[node.name].evaluate(self, node.arguments)
+        return [value for value in column.values if value is not None]
+
+    def string(self, node: Node) -> str:
+        bare = _bare(node)
+        assert isinstance(bare, Text)
+        return bare.value
+
+    # -- selectors --
+
+    def ends(self, node: Selector | Subquery) -> Sequence[int]:
+        """Where a selector looks from: one time for each step, or a single one for all (@)."""
+        offset, at = node.offset_ms, node.at
+        if at is None:
+            steps = self.steps
+            return range(steps.start - offset, steps.stop - offset, steps.step)
+        return [(self.execution.bounds[at] if isinstance(at, str) else at) - offset]
+
+    def for_all_steps(self, values: list[float | None], ends: Sequence[int]) -> list[float | None]:
+        return values if len(ends) == len(self.steps) else values * len(self.steps)
+
+    def selected(self, node: Selector, of_time: bool = False) -> list[Column]:
+        """The latest samples' values, or their Unix times in seconds."""
+        ends, lookback_ms = self.ends(node), self.execution.lookback_ms
+        columns = []
+        found = self.execution.series(node.matchers, ends[0] - lookback_ms + 1, ends[-1])
+        for series, windows in _Ranges(found, ends, lookback_ms).slide():
+            self.execution.hold(len(self.steps))
+            samples: Sequence[float] = series.values
+            if of_time:
+                samples = [time_ms / 1000 for time_ms in series.times_ms]
+            values = [samples[high - 1] if high > low else None for low, high in windows]
+            columns.append(Column(series.labels, self.for_all_steps(values, ends)))
+        return columns
+
+    def ranges(self, node: Node, each_step: bool = False) -> _Ranges:
+        """The series of a range vector; with `each_step` it has a window for each step even where
+        all are the same.
+        """
+        node = _bare(node)
+        assert isinstance(node, Range | Subquery)
+        ends = self.ends(node.selector if isinstance(node, Range) else node)
+        first_ms, last_ms = ends[0] - node.range_ms, ends[-1]
+        if isinstance(node, Range):
+            series = self.execution.series(node.selector.matchers, first_ms + 1, last_ms)
+        else:
+            step_ms = node.step_ms or SUBQUERY_STEP_MS
+            aligned_ms = (first_ms // step_ms + 1) * step_ms
+            series = self.resampled(node.expression, range(aligned_ms, last_ms + 1, step_ms))
+        if each_step and len(ends) != len(self.steps):
+            ends = [ends[0]] * len(self.steps)
+        return _Ranges(series, ends, node.range_ms)
+
+    def resampled(self, node: Node, steps: range) -> list[Series]:
+        """An instant vector at other steps, as series."""
+        if not steps:
+            return []
+        self.execution.hold(len(steps))
+        return [
+            series
+            for column in _Evaluation(self.execution, steps).vector(node)
+            if (series := _series_of(column, steps)).times_ms
+        ]
+
+    # -- instant vectors --
+
+    def vector(self, node: Node) -> list[Column]:
+        """The columns of an instant vector."""
+        if isinstance(node, Paren):
+            return self.vector(node.expression)
+        if isinstance(node, Selector):
+            return self.selected(node)
+        if isinstance(node, Aggregate):
+            columns = self.aggregated(node)
+        elif isinstance(node, Call):
+            columns = _FUNCTIONS[node.name].evaluate(self, node.arguments)
+        elif isinstance(node, Unary):
+            columns = self.vector(node.operand)
+            if node.op == "-":
+                columns = self.each(operator.neg, columns)
+        else:
+            assert isinstance(node, Binary)
+            if _type_of(node.left) == SCALAR or _type_of(node.right) == SCALAR:
+                columns = self.with_scalar(node)
+            elif node.op in _SET_OPERATORS:
+                columns = self.combined(node)
+            else:
+                columns = self.matched(node)
+        self.execution.hold(len(columns) * len(self.steps))
+        return columns
+
+    def each(self, function: Callable[[float], float], columns: list[Column]) -> list[Column]:
+        """Every value mapped, and the name dropped."""
+        return _unique(
+            Column(_nameless(labels), _mapped(function, values)) for labels, values in columns
+        )
+
+    def with_scalar(self, node: Binary) -> list[Column]:
+        """A vector and a scalar: the value that a comparison lets pass is the vector's."""
+        scalar_left = _type_of(node.left) == SCALAR
+        scalars = self.scalar(node.left if scalar_left else node.right)
+        columns = self.vector(node.right if scalar_left else node.left)
+        function = _operation(node)
+        if scalar_left and node.op in _COMPARE and not node.as_bool:
+            compare = _COMPARE[node.op]
+            function = lambda a, b: b if compare(a, b) else None  # noqa: E731
+        changed = []
+        for labels, values in columns:
+            self.execution.hold(0)
+            changed.append(
+                Column(
+                    _nameless(labels) if _drops_name(node) else labels,
+                    _paired(function, scalars, values)
+                    if scalar_left
+                    else _paired(function, values, scalars),
+                )
+            )
+        return _unique(changed) if _drops_name(node) else changed
+
+    def by_match(self, columns: list[Column], matching: Matching) -> dict[_Match, list[Column]]:
+        """The columns by what they are matched by."""
+        groups: dict[_Match, list[Column]] = {}
+        ignored = {NAME, *matching.labels}
+        for column in columns:
+            labels = column.labels
+            key: _Match
+            if matching.on:
+                key = tuple(labels.get(label, "") for label in matching.labels)
+            else:
+                key = frozenset(item for item in labels.items() if item[0] not in ignored)
+            groups.setdefault(key, []).append(column)
+        return groups
+
+    def combined(self, node: Binary) -> list[Column]:
+        """`and`, `or`, `unless`: by which series are there, step by step."""
+        left, right = self.vector(node.left), self.vector(node.right)
+        kept, asked = (right, left) if node.op == "or" else (left, right)
+        there = {
+            key: [any(v is not None for v in row) for row in zip(*(c.values for c in columns))]
+            for key, columns in self.by_match(asked, node.matching).items()
+        }
+        nowhere = [False] * len(self.steps)
+        wanted = node.op == "and"
+        columns = [
+            Column(labels, [v if t == wanted else None for v, t in zip(values, present)])
+            for key, group in self.by_match(kept, node.matching).items()
+            for present in [there.get(key, nowhere)]
+            for labels, values in group
+        ]
+        return _unique(left + columns) if node.op == "or" else columns
+
+    def matched(self, node: Binary) -> list[Column]:
+        """Arithmetic and comparison of two vectors, series by series."""
+        matching = node.matching
+        swapped = matching.group == "group_right"
+        left, right = self.vector(node.left), self.vector(node.right)
+        many = self.by_match(right if swapped else left, matching)
+        ones = self.by_match(left if swapped else right, matching)
+        function = _operation(node)
+        results: dict[object, Column] = {}
+        if any(len(group) > 1 for group in ones.values()):
+            self.refuse_many(ones, many, "left" if swapped else "right", matching)
+        for key, group in many.items():
+            for one, other in itertools.product(group, ones.get(key, ())):
+                self.execution.hold(len(self.steps))
+                labels = self.result_labels(node, one.labels, other.labels)
+                values = (
+                    _paired(function, other.values, one.values)
+                    if swapped
+                    else _paired(function, one.values, other.values)
+                )
+                column = Column(labels, values)
+                place = (key, frozenset(labels.items())) if matching.group else key
+                if place in results:
+                    reason = (
+                        "grouping labels must ensure unique matches"
+                        if matching.group
+                        else "many-to-one matching must be explicit (group_left/group_right)"
+                    )
+                    column = _joined(
+                        results[place], column, f"multiple matches for labels: {reason}"
+                    )
+                results[place] = column
+        return _unique(results.values())
+
+    def refuse_many(
+        self,
+        ones: dict[_Match, list[Column]],
+        many: dict[_Match, list[Column]],
+        side: str,
+        matching: Matching,
+    ) -> None:
+        """Raise ExecutionError if, at a step at which the other side has anything, two series of
+        the side that may have one are there for the same match.
+        """
+        other = [column.values for group in many.values() for column in group]
+        for group in ones.values():
+            for one, two in itertools.combinations(group, 2):
+                both = (a is not None and b is not None for a, b in zip(one.values, two.values))
+                at = [index for index, here in enumerate(both) if here]
+                if any(values[index] is not None for index in at for values in other):
+                    shown = labels_text(
+                        {
+                            label: value
+                            for label, value in one.labels.items()
+                            if (label in matching.labels) == matching.on and label != NAME
+                        }
+                    )
+                    raise ExecutionError(
+                        f"found duplicate series for the match group {shown} on the {side} "
+                        f"hand-side of the operation: [{labels_text(two.labels)}, "
+                        f"{labels_text(one.labels)}];many-to-many matching not allowed: matching "
+                        "labels must be unique on one side"
+                    )
+
+    def result_labels(
+        self, node: Binary, many: dict[str, str], one: dict[str, str]
+    ) -> dict[str, str]:
+        matching = node.matching
+        labels = _nameless(many) if _drops_name(node) else dict(many)
+        if not matching.group:
+            labels = {
+                label: value
+                for label, value in labels.items()
+                if (label in matching.labels) == matching.on
+            }
+        for label in matching.include:
+            labels.pop(label, None)
+            if label in one:
+                labels[label] = one[label]
+        return labels
+
+    # -- aggregation --
+
+    def aggregated(self, node: Aggregate) -> list[Column]:
+        columns = self.vector(node.expression)
+        groups: dict[object, tuple[dict[str, str], list[Column]]] = {}
+        dropped = {NAME, *node.labels}
+        for column in columns:
+            labels = column.labels
+            if node.without:
+                kept = {label: labels[label] for label in labels if label not in dropped}
+            else:
+                kept = {label: labels[label] for label in node.labels if label in labels}
+            groups.setdefault(frozenset(kept.items()), (kept, []))[1].append(column)
+        if node.op == "count_values":
+            assert node.parameter is not None
+            return self.value_counts(self.string(node.parameter), list(groups.values()))
+        parameter = self.scalar(node.parameter) if node.parameter else []
+        if node.op in ("topk", "bottomk"):
+            return [
+                column
+                for _, group in groups.values()
+                for column in self.extremes(group, parameter, node.op == "topk")
+            ]
+        results = []
+        for labels, group in groups.values():
+            rows = self.rows(group)
+            if node.op == "quantile":
+                values = [_quantile(row, q) if row else None for row, q in zip(rows, parameter)]
+            else:
+                function = _AGGREGATES[node.op]
+                values = [function(row) if row else None for row in rows]
+            results.append(Column(labels, values))
+        return results
+
+    def rows(self, columns: list[Column]) -> Iterator[Sequence[float]]:
+        """The values that are there, step by step."""
+        rows: Iterator[Any] = zip(*(values for _, values in columns))
+        gaps = any(None in values for _, values in columns)
+        for row in rows:
+            self.execution.hold(0)
+            yield [value for value in row if value is not None] if gaps else row
+
+    def extremes(
+        self, columns: list[Column], parameter: list[float], greatest: bool
+    ) -> list[Column]:
+        """The k greatest or least series of each step; NaN comes last."""
+        kept: list[list[float | None]] = [[None] * len(self.steps) for _ in columns]
+        best = heapq.nlargest if greatest else heapq.nsmallest
+        chosen: list[int] = []
+        for step, row in enumerate(zip(*(column.values for column in columns))):
+            self.execution.hold(0)
+            wanted = parameter[step]
+            if not wanted >= 1:
+                if wanted != wanted:
+                    raise ExecutionError("parameter value is NaN")
+                continue
+            k = int(min(wanted, len(columns)))
+            there = [index for index, value in enumerate(row) if value is not None]
+            numbers = [index for index in there if row[index] == row[index]]
+            chosen = best(k, numbers, key=row.__getitem__)
+            chosen += [index for index in there if row[index] != row[index]][: k - len(chosen)]
+            for index in chosen:
+                kept[index][step] = row[index]
+        order = chosen if len(self.steps) == 1 else range(len(columns))
+        return [Column(columns[index].labels, kept[index]) for index in order]
+
+    def value_counts(
+        self, label: str, groups: list[tuple[dict[str, str], list[Column]]]
+    ) -> list[Column]:
+        if not _is_label_name(label):
+            raise ExecutionError(f'invalid label name "{label}"')
+        # Two groups may meet in one series: the value takes the place of a label of that name.
+        counted: dict[frozenset[tuple[str, str]], Column] = {}
+        for labels, group in groups:
+            for step, row in enumerate(self.rows(group)):
+                for value, count in Counter(map(_decimal, row)).items():
+                    shown = {**labels, label: value}
+                    key = frozenset(shown.items())
+                    if key not in counted:
+                        self.execution.hold(len(self.steps))
+                        counted[key] = Column(shown, [None] * len(self.steps))
+                    counts = counted[key].values
+                    counts[step] = (counts[step] or 0.0) + count
+        return list(counted.values())
+
+
+_AGGREGATES: dict[str, Callable[[Sequence[float]], float]] = {
+    "sum": _sum, "avg": _mean, "min": _least, "max": _greatest, "stdvar": _variance,
+    "stddev": _deviation, "count": lambda values: float(len(values)), "group": lambda values: 1.0,
+}  # fmt: skip
+
+
+def _series_of(column: Column, steps: range) -> Series:
+    labels, values = column
+    if None not in values:
+        return Series(labels, array("q", steps), array("d", values))  # type: ignore[arg-type]
+    there = [(step, value) for step, value in zip(steps, values) if value is not None]
+    return Series(
+        labels, array("q", [step for step, _ in there]), array("d", [value for _, value in there])
+    )
+
+
+# ---- functions ----
+
+
+class Function(NamedTuple):
+    """A function of PromQL: its types, and how it makes its columns; a scalar is a single column
+    without gaps.
+    """
+
+    arguments: tuple[str, ...]
+    required: int  # how many of the arguments must be given
+    evaluate: Callable[[_Evaluation, tuple[Node, ...]], list[Column]]
+    returns: str = VECTOR
+    variadic: bool = False  # the last argument may be repeated
+
+
+def _per_value(function: Callable[[float], float]) -> Function:
+    """A function of each value."""
+    return Function((VECTOR,), 1, lambda run, nodes: run.each(function, run.vector(nodes[0])))
+
+
+def _per_value_and_scalars(
+    function: Callable[..., float | None], scalars: int, defaults: tuple[float, ...] = ()
+) -> Function:
+    """A function of each value and of scalars, whose values may differ between steps."""
+
+    def evaluate(run: _Evaluation, nodes: tuple[Node, ...]) -> list[Column]:
+        given = [run.scalar(node) for node in nodes[1:]]
+        given += [[value] * len(run.steps) for value in defaults[len(given) :]]
+        parameters = list(zip(*given))
+        columns = []
+        for labels, values in run.vector(nodes[0]):
+            run.execution.hold(len(values))
+            pairs = zip(values, parameters)
+            changed = [None if value is None else function(value, *more) for value, more in pairs]
+            columns.append(Column(_nameless(labels), changed))
+        return _unique(columns)
+
+    types = (VECTOR, *[SCALAR] * scalars)
+    return Function(types, len(types) - len(defaults), evaluate)
+
+
+def _over_time(
+    function: Callable[..., float], scalars_before: int = 0, scalars_after: int = 0,
+    least: int = 1, keeps_name: bool = False,
+) -> Function:  # fmt: skip
+    """A function of the values of each window that holds at least `least`, and of scalars."""
+
+    def evaluate(run: _Evaluation, nodes: tuple[Node, ...]) -> list[Column]:
+        parameters = [
+            run.scalar(node) for node in (*nodes[:scalars_before], *nodes[scalars_before + 1 :])
+        ]
+        ranges = run.ranges(nodes[scalars_before], each_step=bool(parameters))
+        rows = list(zip(*parameters)) if parameters else [()] * len(ranges.ends_ms)
+        columns = []
+        for series, windows in ranges.slide():
+            samples, results = series.values, list[float | None]()
+            run.execution.hold(len(run.steps))
+            for (low, high), row in zip(windows, rows):
+                if high - low > LONG_WINDOW:
+                    run.execution.hold(0)
+                results.append(function(samples[low:high], *row) if high - low >= least else None)
+            labels = series.labels if keeps_name else _nameless(series.labels)
+            columns.append(Column(labels, run.for_all_steps(results, ranges.ends_ms)))
+        return columns if keeps_name else _unique(columns)
+
+    types = (*[SCALAR] * scalars_before, RANGE, *[SCALAR] * scalars_after)
+    return Function(types, len(types), evaluate)
+
+
+class _Span(NamedTuple):
+    """What extrapolation needs to know of the times of a window."""
+
+    first: int  # index of the first sample
+    last: int
+    sampled_s: float  # from the first sample to the last
+    before_s: float  # how far the first sample is extrapolated back
+    after_s: float
+
+
+def _span(times_ms: Sequence[int], low: int, high: int, end_ms: int, range_ms: int) -> _Span | None:
+    if high - low < 2:
+        return None
+    sampled_s = (times_ms[high - 1] - times_ms[low]) / 1000
+    between_s = sampled_s / (high - 1 - low)
+    before_s = (times_ms[low] - (end_ms - range_ms)) / 1000
+    after_s = (end_ms - times_ms[high - 1]) / 1000
+    near_s = between_s * 1.1  # nearer to the border than a sample would be: the series goes on
+    return _Span(
+        low,
+        high - 1,
+        sampled_s,
+        before_s if before_s < near_s else between_s / 2,
+        after_s if after_s < near_s else between_s / 2,
+    )
+
+
+def _extrapolated(counter: bool, per_second: bool) -> Function:
+    """`rate`, `increase` and `delta`: the difference of the last sample and the first, extended to
+    the borders of the window. A counter that falls began again at 0, and is never extended below 0.
+    """
+
+    def evaluate(run: _Evaluation, nodes: tuple[Node, ...]) -> list[Column]:
+        ranges = run.ranges(nodes[0])
+        seconds = ranges.range_ms / 1000 if per_second else 1.0
+        known: list[tuple[int, int]] | None = None
+        spans: list[_Span | None] = []
+        columns = []
+        for series, windows in ranges.slide():
+            run.execution.hold(len(run.steps))
+            if windows is not known:  # spans are shared as the windows are: 0.3 s of 0.5
+                known, times = windows, series.times_ms
+                spans = [
+                    _span(times, low, high, end_ms, ranges.range_ms)
+                    for (low, high), end_ms in zip(windows, ranges.ends_ms)
+                ]
+            values = series.values
+            resets: list[int] = []
+            if counter and any(map(operator.lt, values[1:], values)):
+                resets = [at for at in range(1, len(values)) if values[at] < values[at - 1]]
+            results: list[float | None] = []
+            for span in spans:
+                if span is None:
+                    results.append(None)
+                    continue
+                first, last, sampled_s, before_s, after_s = span
+                first_value = values[first]
+                difference = values[last] - first_value
+                if counter:
+                    if resets:
+                        for at in resets[bisect_right(resets, first) : bisect_right(resets, last)]:
+                            difference += values[at - 1]
+                    if difference > 0 <= first_value:
+                        before_s = min(before_s, sampled_s * (first_value / difference))
+                factor = (sampled_s + before_s + after_s) / sampled_s / seconds
+                results.append(difference * factor)
+            results = run.for_all_steps(results, ranges.ends_ms)
+            columns.append(Column(_nameless(series.labels), results))
+        return _unique(columns)
+
+    return Function((RANGE,), 1, evaluate)
+
+
+def _between_last_two(per_second: bool) -> Function:
+    """`irate` and `idelta`."""
+
+    def evaluate(run: _Evaluation, nodes: tuple[Node, ...]) -> list[Column]:
+        ranges = run.ranges(nodes[0])
+        columns = []
+        for series, windows in ranges.slide():
+            times, values, results = series.times_ms, series.values, list[float | None]()
+            run.execution.hold(len(run.steps))
+            for low, high in windows:
+                if high - low < 2:
+                    results.append(None)
+                    continue
+                before, now = values[high - 2 : high]
+                if per_second:
+                    rise = now if now < before else now - before
+                    results.append(rise / ((times[high - 1] - times[high - 2]) / 1000))
+                else:
+                    results.append(now - before)
+            results = run.for_all_steps(results, ranges.ends_ms)
+            columns.append(Column(_nameless(series.labels), results))
+        return _unique(columns)
+
+    return Function((RANGE,), 1, evaluate)
+
+
+def _regression(predicts: bool) -> Function:
+    """`deriv`, or `predict_linear`, which looks ahead from each step."""
+
+    def evaluate(run: _Evaluation, nodes: tuple[Node, ...]) -> list[Column]:
+        ranges = run.ranges(nodes[0], each_step=predicts)
+        ahead_s = run.scalar(nodes[1]) if predicts else []
+        columns = []
+        for series, windows in ranges.slide():
+            results: list[float | None] = []
+            for index, (low, high) in enumerate(windows):
+                run.execution.hold(1)
+                if high - low < 2:
+                    results.append(None)
+                    continue
+                times, values = series.times_ms[low:high], series.values[low:high]
+                slope, origin = _line(times, values, run.steps[index] if predicts else times[0])
+                results.append(origin + slope * ahead_s[index] if predicts else slope)
+            results = run.for_all_steps(results, ranges.ends_ms)
+            columns.append(Column(_nameless(series.labels), results))
+        return _unique(columns)
+
+    types = (RANGE, SCALAR) if predicts else (RANGE,)
+    return Function(types, len(types), evaluate)
+
+
+def _holt_winters(values: Sequence[float], level: float, trend: float) -> float:
+    for what, factor in (("smoothing", level), ("trend", trend)):
+        if not 0 < factor < 1:
+            short = what[0] + "f"
+            raise ExecutionError(
+                f"invalid {what} factor. Expected: 0 < {short} < 1, got: {factor:f}"
+            )
+    return _smoothed(values, level, trend)
+
+
+def _rounded(value: float, to: float) -> float:
+    inverse = _divide(1.0, to)
+    scaled = value * inverse + 0.5
+    return _divide(math.floor(scaled) if math.isfinite(scaled) else scaled, inverse)
+
+
+def _at_least(value: float, bound: float) -> float:
+    return math.nan if value != value or bound != bound else max(value, bound)
+
+
+def _at_most(value: float, bound: float) -> float:
+    return math.nan if value != value or bound != bound else min(value, bound)
+
+
+def _clamped(value: float, least: float, most: float) -> float | None:
+    return None if most < least else _at_least(_at_most(value, most), least)
+
+
+# -- times: https://howardhinnant.github.io/date_algorithms.html, for years beyond `datetime` --
+
+
+class _Civil(NamedTuple):
+    year: int
+    month: int
+    day: int
+
+
+def _civil(days: int) -> _Civil:
+    """The date so many days after 1970-01-01, in the Gregorian calendar."""
+    era, day_of_era = divmod(days + 719_468, 146_097)
+    year_of_era = (
+        day_of_era - day_of_era // 1_460 + day_of_era // 36_524 - day_of_era // 146_096
+    ) // 365
+    day_of_year = day_of_era - (365 * year_of_era + year_of_era // 4 - year_of_era // 100)
+    month_from_march, day = (5 * day_of_year + 2) // 153, 0
+    day = day_of_year - (153 * month_from_march + 2) // 5 + 1
+    month = month_from_march + (3 if month_from_march < 10 else -9)
+    return _Civil(year_of_era + era * 400 + (month <= 2), month, day)
+
+
+def _leap(year: int) -> bool:
+    return year % 4 == 0 and (year % 100 != 0 or year % 400 == 0)
+
+
+_MONTH_DAYS = (31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
+
+
+def _month_length(date: _Civil) -> int:
+    return _MONTH_DAYS[date.month - 1] + (date.month == 2 and _leap(date.year))
+
+
+def _day_of_year(date: _Civil) -> int:
+    return sum(_MONTH_DAYS[: date.month - 1]) + (date.month > 2 and _leap(date.year)) + date.day
+
+
+def _of_time(part: Callable[[int], int]) -> Function:
+    """A part of the time that each value is, in Unix seconds (UTC); without a vector, of now."""
+
+    def of_value(value: float) -> float:
+        return float(part(int(value))) if math.isfinite(value) else math.nan
+
+    def evaluate(run: _Evaluation, nodes: tuple[Node, ...]) -> list[Column]:
+        if nodes:
+            return run.each(of_value, run.vector(nodes[0]))
+        return [Column({}, [of_value(step / 1000) for step in run.steps])]
+
+    return Function((VECTOR,), 0, evaluate)
+
+
+def _timestamp(run: _Evaluation, nodes: tuple[Node, ...]) -> list[Column]:
+    """The time of the samples that a selector takes; of all else the time of the step."""
+    inner = _bare(nodes[0])
+    if isinstance(inner, Selector):
+        return run.each(float, run.selected(inner, of_time=True))
+    columns = [
+        Column(labels, [None if v is None else step / 1000 for v, step in zip(values, run.steps)])
+        for labels, values in run.vector(inner)
+    ]
+    return run.each(float, columns)
+
+
+# -- presence, scalars, order --
+
+
+def _absent(run: _Evaluation, nodes: tuple[Node, ...]) -> list[Column]:
+    inner = _bare(nodes[0])
+    columns = run.vector(inner)
+    return [_absence(run, inner, [column.values for column in columns])]
+
+
+def _absent_over_time(run: _Evaluation, nodes: tuple[Node, ...]) -> list[Column]:
+    inner = _bare(nodes[0])
+    ranges = run.ranges(inner)
+    found: list[list[float | None]] = [
+        run.for_all_steps([1.0 if high > low else None for low, high in windows], ranges.ends_ms)
+        for _, windows in ranges.slide()
+    ]
+    return [_absence(run, inner.selector if isinstance(inner, Range) else inner, found)]
+
+
+def _absence(run: _Evaluation, node: Node, found: list[list[float | None]]) -> Column:
+    """1 where nothing was found, with the labels that a selector asked to be equal."""
+    rows: Iterable[tuple[float | None, ...]] = zip(*found) if found else ((),) * len(run.steps)
+    labels: dict[str, str] = {}
+    if isinstance(node, Selector):
+        asked = Counter(matcher.name for matcher in node.matchers)
+        labels = {
+            matcher.name: matcher.value
+            for matcher in node.matchers
+            if matcher.op == "=" and asked[matcher.name] == 1 and matcher.name != NAME
+            if matcher.value
+        }
+    return Column(labels, [None if any(v is not None for v in row) else 1.0 for row in rows])
+
+
+def _vector(run: _Evaluation, nodes: tuple[Node, ...]) -> list[Column]:
+    return [Column({}, [*run.scalar(nodes[0])])]
+
+
+def _scalar(run: _Evaluation, nodes: tuple[Node, ...]) -> list[Column]:
+    """The value of the only series; NaN where there is none or more than one."""
+    columns = run.vector(nodes[0])
+    rows = run.rows(columns) if columns else ((),) * len(run.steps)
+    return [Column({}, [row[0] if len(row) == 1 else math.nan for row in rows])]
+
+
+def _time(run: _Evaluation, nodes: tuple[Node, ...]) -> list[Column]:
+    return [Column({}, [step / 1000 for step in run.steps])]
+
+
+def _pi(run: _Evaluation, nodes: tuple[Node, ...]) -> list[Column]:
+    return [Column({}, [math.pi] * len(run.steps))]
+
+
+def _in_order(descending: bool) -> Function:
+    """`sort` and `sort_desc`, NaN last; the series of a graph have no order."""
+
+    def evaluate(run: _Evaluation, nodes: tuple[Node, ...]) -> list[Column]:
+        columns = run.vector(nodes[0])
+        if len(run.steps) > 1:
+            return columns
+
+        def rank(column: Column) -> tuple[bool, float]:
+            value = column.values[0]
+            if value is None or value != value:
+                return True, 0.0
+            return False, -value if descending else value
+
+        return sorted(columns, key=rank)
+
+    return Function((VECTOR,), 1, evaluate)
+
+
+# -- labels --
+
+_TEMPLATE = re.compile(r"\$(?:(\$)|\{([A-Za-z0-9_]+)\}|([A-Za-z0-9_]+))")
+
+
+def _label_replace(run: _Evaluation, nodes: tuple[Node, ...]) -> list[Column]:
+    target, template, source, pattern = map(run.string, nodes[1:])
+    try:
+        regex = compile_regex(pattern)
+    except ValueError:
+        raise ExecutionError(f"invalid regular expression in label_replace(): {pattern}") from None
+    if not _is_label_name(target):
+        raise ExecutionError(f"invalid destination label name in label_replace(): {target}")
+
+    def replaced(labels: dict[str, str]) -> dict[str, str]:
+        found = regex.fullmatch(labels.get(source, ""))
+        if found is None:
+            return labels
+
+        def group(match: re.Match[str]) -> str:
+            name = match[2] or match[3]
+            if match[1] or name is None:
+                return "$"
+            if name.isdigit():
+                return (found[int(name)] or "") if int(name) <= regex.groups else ""
+            return (found[name] or "") if name in regex.groupindex else ""
+
+        return _with_label(labels, target, _TEMPLATE.sub(group, template))
+
+    columns = run.vector(nodes[0])
+    return _unique(Column(replaced(labels), values) for labels, values in columns)
+
+
+def _label_join(run: _Evaluation, nodes: tuple[Node, ...]) -> list[Column]:
+    target, separator, *sources = map(run.string, nodes[1:])
+    for what, name in [("destination", target), *(("source", source) for source in sources)]:
+        if not _is_label_name(name):
+            raise ExecutionError(f"invalid {what} label name in label_join(): {name}")
+    return _unique(
+        Column(
+            _with_label(labels, target, separator.join(labels.get(s, "") for s in sources)), values
+        )
+        for labels, values in run.vector(nodes[0])
+    )
+
+
+def _with_label(labels: dict[str, str], label: str, value: str) -> dict[str, str]:
+    others = {name: labels[name] for name in labels if name != label}
+    return {**others, label: value} if value else others
+
+
+# -- classic histograms: series of one family, each counting what is at most its label `le` --
+
+
+def _of_buckets(function: Callable[..., float], scalars: int) -> Function:
+    def evaluate(run: _Evaluation, nodes: tuple[Node, ...]) -> list[Column]:
+        parameters = list(zip(*map(run.scalar, nodes[:-1])))
+        families: dict[object, tuple[dict[str, str], list[float], list[list[float | None]]]] = {}
+        for labels, values in run.vector(nodes[-1]):
+            try:
+                bound = float(labels.get("le", ""))
+            except ValueError:
+                continue
+            kept = {label: labels[label] for label in labels if label not in (NAME, "le")}
+            family = families.setdefault(frozenset(kept.items()), (kept, [], []))
+            family[1].append(bound)
+            family[2].append(values)
+        columns = []
+        for labels, bounds, counts in families.values():
+            results: list[float | None] = []
+            for row, more in zip(zip(*counts), parameters):
+                run.execution.hold(1)
+                found = [Bucket(b, c) for b, c in zip(bounds, row) if c is not None]
+                results.append(function(_buckets(found), *more) if found else None)
+            columns.append(Column(labels, results))
+        return columns
+
+    return Function((*[SCALAR] * scalars, VECTOR), scalars + 1, evaluate)
+
+
+LONG_WINDOW = 1_000  # samples; for longer ones the clock is looked at each time
+
+_FUNCTIONS: dict[str, Function] = {
+    "abs": _per_value(abs),
+    "absent": Function((VECTOR,), 1, _absent),
+    "absent_over_time": Function((RANGE,), 1, _absent_over_time),
+    "acos": _per_value(_total(math.acos)),
+    "acosh": _per_value(_total(math.acosh)),
+    "asin": _per_value(_total(math.asin)),
+    "asinh": _per_value(math.asinh),
+    "atan": _per_value(math.atan),
+    "atanh": _per_value(_atanh),
+    "avg_over_time": _over_time(_mean),
+    "ceil": _per_value(_whole(math.ceil)),
+    "changes": _over_time(_changes),
+    "clamp": _per_value_and_scalars(_clamped, 2),
+    "clamp_max": _per_value_and_scalars(_at_most, 1),
+    "clamp_min": _per_value_and_scalars(_at_least, 1),
+    "cos": _per_value(_total(math.cos)),
+    "cosh": _per_value(_total(math.cosh)),
+    "count_over_time": _over_time(lambda values: float(len(values))),
+    "day_of_month": _of_time(lambda second: _civil(second // 86_400).day),
+    "day_of_week": _of_time(lambda second: (second // 86_400 + 4) % 7),
+    "day_of_year": _of_time(lambda second: _day_of_year(_civil(second // 86_400))),
+    "days_in_month": _of_time(lambda second: _month_length(_civil(second // 86_400))),
+    "deg": _per_value(lambda value: value * 180 / math.pi),
+    "delta": _extrapolated(counter=False, per_second=False),
+    "deriv": _regression(predicts=False),
+    "double_exponential_smoothing": _over_time(_holt_winters, scalars_after=2, least=2),
+    "exp": _per_value(_total(math.exp)),
+    "floor": _per_value(_whole(math.floor)),
+    "histogram_fraction": _of_buckets(_histogram_fraction, 2),
+    "histogram_quantile": _of_buckets(_histogram_quantile, 1),
+    "holt_winters": _over_time(_holt_winters, scalars_after=2, least=2),
+    "hour": _of_time(lambda second: second // 3_600 % 24),
+    "idelta": _between_last_two(per_second=False),
+    "increase": _extrapolated(counter=True, per_second=False),
+    "irate": _between_last_two(per_second=True),
+    "label_join": Function((VECTOR, STRING, STRING, STRING), 3, _label_join, variadic=True),
+    "label_replace": Function((VECTOR, STRING, STRING, STRING, STRING), 5, _label_replace),
+    "last_over_time": _over_time(lambda values: values[-1], keeps_name=True),
+    "ln": _per_value(_logarithm(math.log)),
+    "log10": _per_value(_logarithm(math.log10)),
+    "log2": _per_value(_logarithm(math.log2)),
+    "max_over_time": _over_time(_greatest),
+    "min_over_time": _over_time(_least),
+    "minute": _of_time(lambda second: second // 60 % 60),
+    "month": _of_time(lambda second: _civil(second // 86_400).month),
+    "pi": Function((), 0, _pi, SCALAR),
+    "predict_linear": _regression(predicts=True),
+    "present_over_time": _over_time(lambda values: 1.0),
+    "quantile_over_time": _over_time(
+        lambda values, quantile: _quantile(values, quantile), scalars_before=1
+    ),
+    "rad": _per_value(lambda value: value * math.pi / 180),
+    "rate": _extrapolated(counter=True, per_second=True),
+    "resets": _over_time(_resets),
+    "round": _per_value_and_scalars(_rounded, 1, (1.0,)),
+    "scalar": Function((VECTOR,), 1, _scalar, SCALAR),
+    "sgn": _per_value(_sign),
+    "sin": _per_value(_total(math.sin)),
+    "sinh": _per_value(_total(math.sinh)),
+    "sort": _in_order(descending=False),
+    "sort_desc": _in_order(descending=True),
+    "sqrt": _per_value(_total(math.sqrt)),
+    "stddev_over_time": _over_time(_deviation),
+    "stdvar_over_time": _over_time(_variance),
+    "sum_over_time": _over_time(_sum),
+    "tan": _per_value(_total(math.tan)),
+    "tanh": _per_value(math.tanh),
+    "time": Function((), 0, _time, SCALAR),
+    "timestamp": Function((VECTOR,), 1, _timestamp),
+    "vector": Function((SCALAR,), 1, _vector),
+    "year": _of_time(lambda second: _civil(second // 86_400).year),
+}
+
+
+# ---- the engine ----
+
+
+class ScalarResult(NamedTuple):
+    time_ms: int
+    value: float
+
+
+class StringResult(NamedTuple):
+    time_ms: int
+    value: str
+
+
+class VectorResult(NamedTuple):
+    time_ms: int
+    samples: list[tuple[dict[str, str], float]]  # (labels, value), in the order of the query
+
+
+class MatrixResult(NamedTuple):
+    series: list[Series]  # in the order of their labels
+
+
+Result = ScalarResult | StringResult | VectorResult | MatrixResult
+
+
+class Engine:
+    """Evaluates PromQL over the series that `select` finds.
+
+    `lookback_ms`: how old the latest sample may be that an instant selector takes. `max_samples`:
+    how many samples and values one query may hold. `clock` is what deadlines are measured by.
+
+    >>> up = Series({"__name__": "up", "host": "a"}, array("q", [0, 15_000]), array("d", [0, 1]))
+    >>> engine = Engine(lambda matchers, start_ms, end_ms: [up])
+    >>> engine.instant("up * 2", 15_000)
+    VectorResult(time_ms=15000, samples=[({'host': 'a'}, 2.0)])
+    """
+
+    def __init__(
+        self, select: Select, *, lookback_ms: int = LOOKBACK_MS, max_samples: int = MAX_SAMPLES,
+        clock: Callable[[], float] = time.monotonic,
+    ):  # fmt: skip
+        self._select = select
+        self._lookback_ms = lookback_ms
+        self._max_samples = max_samples
+        self._clock = clock
+
+    def instant(self, text: str, time_ms: int, deadline: float | None = None) -> Result:
+        """The value of a query at one time. `deadline` is a time of the clock.
+
+        Raises QueryError, ExecutionError, SampleLimitError, QueryTimeoutError.
+        """
+        node = parse_query(text)
+        run = self._evaluation(time_ms, time_ms, 1, deadline)
+        kind = _type_of(node)
+        with _bounded_depth():
+            if kind == STRING:
+                return StringResult(time_ms, run.string(node))
+            if kind == SCALAR:
+                return ScalarResult(time_ms, run.scalar(node)[0])
+            if kind == RANGE:
+                ranges = run.ranges(node)
+                return _matrix(
+                    Series(series.labels, series.times_ms[low:high], series.values[low:high])
+                    for series, ((low, high),) in ranges.slide()
+                )
+            columns = _unique(run.vector(node))
+        samples = [(labels, value) for labels, (value,) in columns if value is not None]
+        return VectorResult(time_ms, samples)
+
+    def range(
+        self, text: str, start_ms: int, end_ms: int, step_ms: int, deadline: float | None = None
+    ) -> MatrixResult:
+        """The values of a query from start to end, both included, one each step: at least one.
+
+        Raises as `instant` does.
+        """
+        node = parse_query(text)
+        run = self._evaluation(start_ms, end_ms, step_ms, deadline)
+        kind = _type_of(node)
+        if kind not in (SCALAR, VECTOR):
+            raise QueryError(
+                f'invalid expression type "{kind}" for range query, must be scalar or instant '
+                "vector",
+                text,
+                0,
+            )
+        with _bounded_depth():
+            if kind == SCALAR:
+                columns = [Column({}, [*run.scalar(node)])]
+            else:
+                columns = _unique(run.vector(node))
+        return _matrix(_series_of(column, run.steps) for column in columns)
+
+    def _evaluation(
+        self, start_ms: int, end_ms: int, step_ms: int, deadline: float | None
+    ) -> _Evaluation:
+        def late() -> bool:
+            return deadline is not None and self._clock() > deadline
+
+        execution = _Execution(
+            self._select, self._lookback_ms, self._max_samples, late, start_ms, end_ms
+        )
+        steps = range(start_ms, end_ms + 1, step_ms)
+        execution.hold(len(steps))
+        return _Evaluation(execution, steps)
+
+
+@contextlib.contextmanager
+def _bounded_depth() -> Iterator[None]:
+    try:
+        yield
+    except RecursionError:
+        raise ExecutionError("query nested too deeply") from None
+
+
+def _matrix(series: Iterable[Series]) -> MatrixResult:
+    there = [one for one in series if one.times_ms]
+    return MatrixResult(sorted(there, key=lambda one: sorted(one.labels.items())))
 
 
 # ==================================================================================================

@@ -6,6 +6,7 @@ something: `eventually` polls until a condition holds.
 """
 
 import ast
+import bisect
 import contextlib
 import doctest
 import errno
@@ -31,8 +32,9 @@ import threading
 import time
 import tracemalloc
 import unicodedata
+from array import array
 from collections import Counter
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -43,21 +45,34 @@ from metricstream import (
     BatchError,
     ClientList,
     ClientListError,
+    Engine,
     EventRing,
+    ExecutionError,
     HTTPError,
     JSONError,
     LogError,
+    Matcher,
+    MatrixResult,
     MetricLog,
+    QueryError,
+    QueryTimeoutError,
     Request,
     RequestReader,
     Sample,
+    SampleLimitError,
+    Series,
     Server,
     Service,
     SlidingWindowLimiter,
     Statistics,
+    StringResult,
     Timeouts,
+    VectorResult,
     flush_metrics,
+    format_query,
+    format_value,
     parse_json,
+    parse_query,
     read_batch,
 )
 
@@ -2721,6 +2736,487 @@ def test_a_credential_is_never_shown(client, label):
     shown = metricstream.client_label(client)
     assert shown == label or re.fullmatch(label, shown)
     assert client.partition(" ")[2] not in shown or " " not in client
+
+
+# --------------------------------------------------------------------------------------------------
+# 8. Query
+# --------------------------------------------------------------------------------------------------
+
+MINUTE = 60_000
+
+
+def notated(values: str) -> Iterator[float | None]:
+    """The samples of "1 2 _ 4" (_: none), "0+10x3" (0 10 20 30), "5x2" (5 5 5), "_x2"."""
+    for piece in values.split():
+        if match := re.fullmatch(r"_x(\d+)", piece):
+            yield from [None] * int(match[1])
+        elif match := re.fullmatch(r"(-?[\d.]+|NaN|[-+]?Inf)(?:([-+][\d.]+))?x(\d+)", piece):
+            for index in range(int(match[3]) + 1):
+                yield float(match[1]) + float(match[2] or 0) * index
+        else:
+            yield None if piece == "_" else float(piece)
+
+
+def labels_of(series: str) -> dict[str, str]:
+    name, _, pairs = series.partition("{")
+    labels = dict(re.findall(r'([\w.]+)="([^"]*)"', pairs))
+    return {"__name__": name, **labels} if name else labels
+
+
+def as_series(labels: dict[str, str]) -> str:
+    pairs = ",".join(f'{name}="{labels[name]}"' for name in sorted(labels) if name != "__name__")
+    return labels.get("__name__", "") + (f"{{{pairs}}}" if pairs else "")
+
+
+class Stored:
+    """Series in memory, given as one line each: name, labels, values at multiples of the step."""
+
+    def __init__(self, text: str, step_ms: int = MINUTE):
+        self.series: list[Series] = []
+        self.selections: list[tuple] = []
+        for line in filter(None, map(str.strip, text.splitlines())):
+            series, _, values = line.partition(" ")
+            there = [(index * step_ms, value) for index, value in enumerate(notated(values)) if value is not None]
+            self.series.append(Series(labels_of(series), array("q", [time_ms for time_ms, _ in there]),
+                                      array("d", [value for _, value in there])))  # fmt: skip
+
+    def select(self, matchers: Sequence[Matcher], start_ms: int, end_ms: int) -> Iterator[Series]:
+        self.selections.append((tuple(matchers), start_ms, end_ms))
+        for labels, times, values in self.series:
+            if all(self.fulfils(labels.get(matcher.name, ""), matcher) for matcher in matchers):
+                low, high = bisect.bisect_left(times, start_ms), bisect.bisect_right(times, end_ms)
+                yield Series(labels, times[low:high], values[low:high])
+
+    @staticmethod
+    def fulfils(value: str, matcher: Matcher) -> bool:
+        if matcher.op in ("=", "!="):
+            return (value == matcher.value) == (matcher.op == "=")
+        return bool(re.fullmatch(matcher.value, value)) == (matcher.op == "=~")
+
+
+STORED = Stored("""
+    requests_total{host="a",job="api"} 0+60x60
+    requests_total{host="b",job="api"} 0+120x60
+    requests_total{host="a",job="web"} 0+30x30 0+30x29
+    temperature{host="a"} 10 20 30 40 50 60 50 40 30 20 10
+    temperature{host="b"} -5x10
+    limit{host="a"} 25x60
+    limit{host="b"} 0x60
+    host_info{host="a",os="linux",rack="1"} 1x60
+    host_info{host="b",os="linux",rack="2"} 1x60
+    sparse 1 _ _ _ _ _ _ 8
+    odd{kind="nan"} NaNx60
+    odd{kind="inf"} Infx60
+    odd{kind="minus"} -Infx60
+    odd{kind="one"} 1x60
+    wave 1 2 2 1 3 NaN NaN 5 4 4 0
+    latency_bucket{le="0.1"} 10x60
+    latency_bucket{le="0.5"} 30x60
+    latency_bucket{le="1"} 40x60
+    latency_bucket{le="+Inf"} 40x60
+    below_bucket{le="-1"} 10x60
+    below_bucket{le="1"} 20x60
+    below_bucket{le="+Inf"} 20x60
+    cpu.usage{host.name="x"} 7x60
+    first{l="1"} 1x60
+    second{l="1"} 2x60
+    early{l="1"} 1 1 1
+    late{l="1"} _x10 2x10
+    moment 951782400x60
+""")
+
+INF, NAN = math.inf, math.nan
+
+# at ten minutes: what is asked -> what is there, series by series; a scalar has none
+ANSWERS: dict[str, dict[str, float] | float | str] = {
+    # literals and precedence
+    "1": 1, ".5": 0.5, "5.": 5, "0x1F": 31, "0755": 493, "1e3": 1000, "1_000": 1000, "5m": 300, "1h30m": 5400,
+    "+Inf": INF, "-inf": -INF, "nan": NAN, "- 1": -1, "1 + 2 * 3 ^ 2": 19, "-1 ^ 2": -1, "(-1) ^ 2": 1,
+    "2 ^ 3 ^ 2": 512, "2 ^ -1": 0.5, "10 - 4 - 3": 3, "7 % 4 * 2": 6, "--1": 1, "1 # one\n + 1": 2,
+    "7 % -3": 1, "-7 % 3": -1, "1 / 0": INF, "-1 / 0": -INF, "0 / 0": NAN, "1 % 0": NAN, "0 ^ -1": INF,
+    "(-8) ^ 0.5": NAN, "10 ^ 400": INF, "1 atan2 1": math.pi / 4, "1 < bool 2": 1, "2 <= bool 1": 0,
+    "1 == bool 1": 1, "NaN == bool NaN": 0, "NaN != bool NaN": 1, "1 + 1 == bool 2": 1, "time()": 600, "pi()": math.pi,
+    '"a\\n\\x41\\101\\u00e9"': "a\nAAé", "'it\\'s'": "it's", "`a\\n`": "a\\n",
+    # selectors
+    'temperature': {'temperature{host="a"}': 10, 'temperature{host="b"}': -5},
+    'temperature{host="a"}': {'temperature{host="a"}': 10},
+    "temperature{host!='a',}": {'temperature{host="b"}': -5},
+    'temperature{host=~"a|x"}': {'temperature{host="a"}': 10},
+    'temperature{host!~"a.*"}': {'temperature{host="b"}': -5},
+    '{__name__=~"fir.*|sec.*"}': {'first{l="1"}': 1, 'second{l="1"}': 2},
+    '{"cpu.usage"}': {'cpu.usage{host.name="x"}': 7},
+    '{"cpu.usage","host.name"="x"}': {'cpu.usage{host.name="x"}': 7},
+    'temperature{host="a"} offset 5m': {'temperature{host="a"}': 60},
+    'temperature{host="a"} offset -0s': {'temperature{host="a"}': 10},
+    'limit offset -10m': {'limit{host="a"}': 25, 'limit{host="b"}': 0},
+    'temperature{host="a"} @ 120': {'temperature{host="a"}': 30},
+    'temperature{host="a"} @ 180 offset 1m': {'temperature{host="a"}': 30},
+    'temperature{host="a"} offset 1m @ 180': {'temperature{host="a"}': 30},
+    'temperature{host="a"} @ end()': {'temperature{host="a"}': 10},
+    "early": {},  # eight minutes old
+    "sparse": {"sparse": 8}, "sparse @ 299": {"sparse": 1}, "sparse @ 300": {},  # the lookback is left-open
+    "temperature[2m] @ 600": {'temperature{host="a"}': 10, 'temperature{host="b"}': -5},
+    # ranges hold start < t <= end
+    'count_over_time(temperature{host="b"}[5m])': {'{host="b"}': 5},
+    'count_over_time(temperature{host="b"}[5m1ms])': {'{host="b"}': 6},
+    'sum_over_time(temperature{host="a"}[3m])': {'{host="a"}': 60},
+    'avg_over_time(temperature{host="a"}[3m] offset 5m)': {'{host="a"}': 50},
+    'sum_over_time(temperature{host="a"}[2m] @ 60)': {'{host="a"}': 30},
+    "min_over_time(wave[10m])": {"": 0}, "max_over_time(wave[4m] @ 360)": {"": 3},
+    "min_over_time(wave[2m] @ 360)": {"": NAN}, "avg_over_time(wave[4m] @ 300)": {"": NAN},
+    "last_over_time(wave[3m])": {"wave": 0}, "present_over_time(wave[3m])": {"": 1},
+    "stddev_over_time(temperature{host='a'}[2m])": {'{host="a"}': 5},
+    "stdvar_over_time(temperature{host='a'}[2m])": {'{host="a"}': 25},
+    "quantile_over_time(0.5, temperature{host='a'}[4m])": {'{host="a"}': 25},
+    "quantile_over_time(-1, temperature[4m])": {'{host="a"}': -INF, '{host="b"}': -INF},
+    "quantile_over_time(1.1, temperature{host='b'}[4m])": {'{host="b"}': INF},
+    "changes(wave[11m])": {"": 7}, "resets(wave[11m])": {"": 3}, "changes(temperature{host='b'}[9m])": {'{host="b"}': 0},
+    "absent_over_time(temperature[5m])": {},
+    'absent_over_time(none{a="1",b!="2"}[5m])': {'{a="1"}': 1},
+    # rates
+    "rate(requests_total[5m])": {'{host="a",job="api"}': 1, '{host="b",job="api"}': 2, '{host="a",job="web"}': 0.5},
+    "increase(requests_total{job='web'}[5m])": {'{host="a",job="web"}': 150},
+    "rate(requests_total{job='web'}[5m] @ 2040)": {'{host="a",job="web"}': 90 / 240 * 5 / 5},
+    "increase(requests_total{host='b'}[5m] @ 120)": {'{host="b",job="api"}': 240},  # not below 0
+    "delta(temperature[5m])": {'{host="a"}': -50, '{host="b"}': 0},
+    "delta(sparse[10m])": {},  # one sample
+    "irate(requests_total{host='b'}[5m])": {'{host="b",job="api"}': 2},
+    "irate(temperature{host='a'}[5m])": {'{host="a"}': 10 / 60},
+    "idelta(temperature{host='a'}[5m])": {'{host="a"}': -10},
+    "deriv(temperature[5m])": {'{host="a"}': -1 / 6, '{host="b"}': 0},
+    "predict_linear(temperature[5m], 60)": {'{host="a"}': 0, '{host="b"}': -5},
+    "holt_winters(temperature{host='a'}[5m], 0.5, 0.5)": {'{host="a"}': 10},
+    "double_exponential_smoothing(temperature{host='a'}[5m], 0.5, 0.5)": {'{host="a"}': 10},
+    # subqueries stand on multiples of their step
+    "count_over_time(first[10m:])": {'{l="1"}': 10}, "count_over_time(first[10m:7m])": {'{l="1"}': 1},
+    "max_over_time(rate(requests_total{host='b'}[2m])[4m:1m])": {'{host="b",job="api"}': 2},
+    "sum_over_time(vector(time())[3m:1m])": {"": 600 + 540 + 480},
+    "sum_over_time(vector(time())[3m:1m] offset 1m)": {"": 540 + 480 + 420},
+    "sum_over_time(vector(time())[3m:1m] @ 240)": {"": 240 + 180 + 120},
+    "min_over_time(sum(temperature)[5m:2m])": {"": 5},
+    # functions of values
+    "abs(temperature{host='b'})": {'{host="b"}': 5}, "-temperature{host='b'}": {'{host="b"}': 5},
+    "+temperature{host='b'}": {'temperature{host="b"}': -5},
+    "ceil(vector(-0.5))": {"": 0}, "floor(vector(-0.5))": {"": -1}, "round(vector(2.5))": {"": 3},
+    "round(vector(-2.5))": {"": -2}, "round(vector(17), 5)": {"": 15}, "round(vector(0.123), 0.01)": {"": 0.12},
+    "floor(odd{kind='inf'})": {'{kind="inf"}': INF}, "sgn(odd)": {
+        '{kind="nan"}': NAN, '{kind="inf"}': 1, '{kind="minus"}': -1, '{kind="one"}': 1},
+    "exp(vector(1000))": {"": INF}, "ln(vector(0))": {"": -INF}, "ln(vector(-1))": {"": NAN}, "log2(vector(8))": {"": 3},
+    "log10(vector(1000))": {"": 3}, "sqrt(vector(-1))": {"": NAN}, "sqrt(vector(9))": {"": 3},
+    "clamp(temperature, 0, 5)": {'{host="a"}': 5, '{host="b"}': 0}, "clamp(temperature, 5, 0)": {},
+    "clamp_min(temperature, 0)": {'{host="a"}': 10, '{host="b"}': 0}, "clamp_max(temperature, NaN)": {
+        '{host="a"}': NAN, '{host="b"}': NAN},
+    "sin(vector(Inf))": {"": NAN}, "atanh(vector(1))": {"": INF}, "acosh(vector(0))": {"": NAN}, "sinh(vector(-1000))": {"": -INF},
+    "cosh(vector(-1000))": {"": INF}, "asin(vector(2))": {"": NAN}, "tanh(vector(0))": {"": 0}, "deg(vector(pi()))": {"": 180},
+    "rad(vector(180))": {"": math.pi}, "cos(vector(0)) + tan(vector(0)) + acos(vector(1)) + atan(vector(0)) + asinh(vector(0))": {"": 1},
+    "timestamp(sparse)": {"": 420}, "timestamp(-sparse)": {"": 600}, "timestamp(sparse offset 3m)": {"": 420},
+    "scalar(sparse) + 1": 9, "scalar(temperature)": NAN, "vector(1) + vector(2)": {"": 3},
+    "absent(temperature)": {}, 'absent(none{a="1",b=~"2",c="3",c="4"})': {'{a="1"}': 1}, "absent(sum(none))": {"": 1},
+    # times: 951782400 is 2000-02-29T00:00:00Z
+    "year(moment)": {"": 2000}, "month(moment)": {"": 2}, "day_of_month(moment)": {"": 29}, "day_of_week(moment)": {"": 2},
+    "day_of_year(moment)": {"": 60}, "days_in_month(moment)": {"": 29}, "hour(moment - 1)": {"": 23}, "minute()": {"": 10},
+    "year(vector(-1))": {"": 1969}, "days_in_month(vector(-1))": {"": 31}, "hour(vector(NaN))": {"": NAN}, "year()": {"": 1970},
+    # histograms
+    "histogram_quantile(0.5, latency_bucket)": {"": 0.3}, "histogram_quantile(1, latency_bucket)": {"": 1},
+    "histogram_quantile(0, latency_bucket)": {"": 0}, "histogram_quantile(2, latency_bucket)": {"": INF},
+    "histogram_quantile(-1, latency_bucket)": {"": -INF}, "histogram_quantile(NaN, latency_bucket)": {"": NAN},
+    'histogram_quantile(0.5, latency_bucket{le!="+Inf"})': {"": NAN}, "histogram_quantile(0.5, limit)": {},
+    "histogram_quantile(0.5, latency_bucket * 0)": {"": NAN}, "histogram_quantile(0.25, below_bucket)": {"": -1},
+    "histogram_fraction(0, 0.5, latency_bucket)": {"": 0.75}, "histogram_fraction(0.3, Inf, latency_bucket)": {"": 0.5},
+    "histogram_fraction(1, 0, latency_bucket)": {"": 0}, "histogram_fraction(-Inf, 0, below_bucket)": {"": 0.75},
+    "histogram_fraction(NaN, 0, below_bucket)": {"": NAN}, "histogram_fraction(-2, Inf, below_bucket)": {"": 0.5},
+    # labels
+    'label_replace(sparse, "a", "$1-${1}x-$2", "__name__", "(sp)arse")': {'sparse{a="sp-spx-"}': 8},
+    'label_replace(sparse, "a", "${n}$$1", "__name__", "(?P<n>s).*")': {'sparse{a="s$1"}': 8},
+    'label_replace(sparse, "a", "x", "__name__", "spars")': {"sparse": 8},
+    'label_replace(limit{host="a"}, "host", "", "", "")': {"limit": 25},
+    'label_join(host_info{host="a"}, "all", "-", "os", "rack", "none")': {'host_info{all="linux-1-",host="a",os="linux",rack="1"}': 1},
+    'label_join(limit{host="a"}, "host", "")': {"limit": 25},
+    # aggregation
+    "sum(temperature)": {"": 5}, "sum by (job) (rate(requests_total[5m]))": {'{job="api"}': 3, '{job="web"}': 0.5},
+    "sum(temperature) by (none)": {"": 5}, "sum without (host) (limit)": {"": 25}, "SUM WITHOUT () (limit)": {
+        '{host="a"}': 25, '{host="b"}': 0},
+    'sum by ("host.name") ({"cpu.usage"})': {'{host.name="x"}': 7}, "sum by (__name__) (limit)": {"limit": 25},
+    "avg(temperature)": {"": 2.5}, "min(odd)": {"": -INF}, "max(odd)": {"": INF}, "min(odd{kind='nan'})": {"": NAN},
+    "max(odd{kind!='inf'})": {"": 1}, "sum(odd{kind!='nan'})": {"": NAN}, "avg(odd{kind=~'inf|one'})": {"": INF},
+    "count(odd)": {"": 4}, "group(odd)": {"": 1}, "stddev(temperature)": {"": 7.5}, "stdvar(temperature)": {"": 56.25},
+    "quantile(0.5, temperature)": {"": 2.5}, "quantile(2, temperature)": {"": INF}, "quantile(NaN, temperature)": {"": NAN},
+    "topk(1, temperature)": {'temperature{host="a"}': 10}, "bottomk(1, temperature)": {'temperature{host="b"}': -5},
+    "topk by (job) (1, requests_total)": {'requests_total{host="b",job="api"}': 1200, 'requests_total{host="a",job="web"}': 300},
+    "topk(0, temperature)": {}, "topk(2, odd{kind=~'nan|one|inf'})": {'odd{kind="inf"}': INF, 'odd{kind="one"}': 1},
+    'count_values("v", limit)': {'{v="25"}': 1, '{v="0"}': 1}, 'count_values("v", vector(1e22))': {'{v="10000000000000000000000"}': 1},
+    'count_values by (host) ("host", limit * 0)': {'{host="0"}': 2},
+    "sum(vector(1e308) or on () vector(1))": {"": 1e308}, "avg(label_replace(vector(1.7e308), 'a', 'b', '', '') or vector(1.7e308))": {"": 1.7e308},
+    "sum(none)": {}, "count(none) or vector(0)": {"": 0}, "topk(2, none)": {},
+    # two vectors
+    "temperature + limit": {'{host="a"}': 35, '{host="b"}': -5},
+    "temperature / 0": {'{host="a"}': INF, '{host="b"}': -INF}, "100 - temperature": {'{host="a"}': 90, '{host="b"}': 105},
+    "temperature > 0": {'temperature{host="a"}': 10}, "0 < temperature": {'temperature{host="a"}': 10},
+    "temperature > bool 0": {'{host="a"}': 1, '{host="b"}': 0}, "0 < bool temperature": {'{host="a"}': 1, '{host="b"}': 0},
+    "temperature < limit": {'temperature{host="a"}': 10, 'temperature{host="b"}': -5},
+    "temperature < on (host) limit": {'{host="a"}': 10, '{host="b"}': -5},
+    "requests_total * on (host) group_left limit": {
+        '{host="a",job="api"}': 15000, '{host="a",job="web"}': 7500, '{host="b",job="api"}': 0},
+    "limit - on (host) group_right () requests_total": {
+        '{host="a",job="api"}': -575, '{host="a",job="web"}': -275, '{host="b",job="api"}': -1200},
+    "limit < on (host) group_right requests_total": {
+        'requests_total{host="a",job="api"}': 25, 'requests_total{host="a",job="web"}': 25, 'requests_total{host="b",job="api"}': 0},
+    "temperature * on (host) group_left (os, none) host_info": {'{host="a",os="linux"}': 10, '{host="b",os="linux"}': -5},
+    "host_info * ignoring (os, rack) limit": {'{host="a"}': 25, '{host="b"}': 0},
+    "temperature atan2 temperature": {'{host="a"}': math.pi / 4, '{host="b"}': -3 * math.pi / 4},
+    "temperature and temperature > 0": {'temperature{host="a"}': 10},
+    "temperature unless temperature > 0": {'temperature{host="b"}': -5},
+    "requests_total and on (host) limit > 5": {
+        'requests_total{host="a",job="api"}': 600, 'requests_total{host="a",job="web"}': 300},
+    "temperature or limit": {'temperature{host="a"}': 10, 'temperature{host="b"}': -5},
+    "limit > 5 or temperature": {'limit{host="a"}': 25, 'temperature{host="b"}': -5},
+    "first or second and none": {'first{l="1"}': 1}, "temperature unless on () vector(1)": {},
+    "odd == odd": {'odd{kind="inf"}': INF, 'odd{kind="minus"}': -INF, 'odd{kind="one"}': 1}, "none + temperature": {},
+}  # fmt: skip
+
+
+def numbers_agree(found: float, expected: float) -> bool:
+    return math.isclose(found, expected, rel_tol=1e-12, abs_tol=1e-12) or (found != found and expected != expected)
+
+
+@pytest.mark.parametrize("query", ANSWERS)
+def test_a_query_at_ten_minutes_answers(query):
+    result, expected = Engine(STORED.select).instant(query, 10 * MINUTE), ANSWERS[query]
+    if isinstance(result, MatrixResult):
+        assert isinstance(expected, dict)
+        assert {as_series(series.labels): series.values[-1] for series in result.series} == expected
+    elif isinstance(result, VectorResult):
+        found = {as_series(labels): value for labels, value in result.samples}
+        assert isinstance(expected, dict) and found.keys() == expected.keys() and len(found) == len(result.samples)
+        assert all(numbers_agree(found[series], expected[series]) for series in expected), found
+    elif isinstance(result, StringResult):
+        assert result.value == expected
+    else:
+        assert isinstance(expected, float | int) and numbers_agree(result.value, expected), result
+
+
+@pytest.mark.parametrize("query", [query for query in ANSWERS if not re.match(r"[\"'`]|temperature\[", query)])
+def test_a_graph_shows_at_each_step_what_is_there_at_that_time(query):
+    if "start()" in query or "end()" in query:
+        pytest.skip("means the start and end of the graph")
+    engine = Engine(STORED.select)
+    for start_ms, end_ms, step_ms in ((0, 20 * MINUTE, MINUTE), (7 * MINUTE + 13_000, 35 * MINUTE, 97_000)):
+        graph: dict[str, dict[int, float]] = {}
+        for series in engine.range(query, start_ms, end_ms, step_ms).series:
+            assert as_series(series.labels) not in graph
+            graph[as_series(series.labels)] = dict(zip(series.times_ms, series.values))
+        for time_ms in range(start_ms, end_ms + 1, step_ms):
+            result = engine.instant(query, time_ms)
+            samples = result.samples if isinstance(result, VectorResult) else [({}, result.value)]  # type: ignore[union-attr, list-item]
+            expected = {as_series(labels): value for labels, value in samples}
+            found = {series: points[time_ms] for series, points in graph.items() if time_ms in points}
+            assert found.keys() == expected.keys(), time_ms
+            assert all(numbers_agree(found[series], expected[series]) for series in found), time_ms
+
+
+@pytest.mark.parametrize("query, order", [
+    ("sort(odd)", ["minus", "one", "inf", "nan"]), ("sort_desc(odd)", ["inf", "one", "minus", "nan"]),
+    ("topk(3, odd)", ["inf", "one", "minus"]), ("bottomk(4, odd)", ["minus", "one", "inf", "nan"]),
+])  # fmt: skip
+def test_the_order_of_an_instant_vector_is_that_of_its_query(query, order):
+    result = Engine(STORED.select).instant(query, 0)
+    assert isinstance(result, VectorResult)
+    assert [labels["kind"] for labels, _ in result.samples] == order
+
+
+def test_a_range_vector_is_answered_with_its_samples():
+    result = Engine(STORED.select).instant('temperature{host="a"}[3m]', 10 * MINUTE)
+    labels = {"__name__": "temperature", "host": "a"}
+    times = array("q", [8 * MINUTE, 9 * MINUTE, 10 * MINUTE])
+    assert result == MatrixResult([Series(labels, times, array("d", [30, 20, 10]))])
+    result = Engine(STORED.select).instant("early[3m:1m]", 4 * MINUTE)
+    assert isinstance(result, MatrixResult) and list(result.series[0].times_ms) == [2 * MINUTE, 3 * MINUTE, 4 * MINUTE]
+
+
+def test_start_and_end_are_those_of_the_graph():
+    engine = Engine(STORED.select)
+    for query, values in (("temperature{host='a'} @ start()", [20, 20, 20]), ("temperature{host='a'} @ end()", [40] * 3),
+                          ("sum_over_time(temperature{host='a'}[2m] @ end())", [70] * 3)):  # fmt: skip
+        (series,) = engine.range(query, MINUTE, 3 * MINUTE, MINUTE).series
+        assert list(series.values) == values
+
+
+def test_a_prediction_from_a_fixed_window_looks_ahead_from_each_step():
+    (series,) = Engine(STORED.select).range("predict_linear(requests_total{host='b'}[5m] @ 600, 60)", 0, 2 * MINUTE, MINUTE).series
+    assert list(series.values) == pytest.approx([120, 240, 360])
+
+
+def test_series_that_take_turns_may_lose_their_names():
+    engine = Engine(STORED.select)
+    (series,) = engine.range('-{__name__=~"early|late"}', 0, 20 * MINUTE, MINUTE).series
+    assert list(series.values) == [-1] * 7 + [-2] * 11
+    with pytest.raises(ExecutionError, match="same labelset"):
+        engine.range('-{__name__=~"first|second"}', 0, 20 * MINUTE, MINUTE)
+
+
+# ---- extrapolation, window by window: the samples, where the window ends, its increase ----
+
+
+@pytest.mark.parametrize("samples, end_s, increase", [
+    ("0+10x5", 300, 50.0),  # at 60 … 300 s, and one interval before the first
+    ("100+10x5", 300, 50.0),
+    ("5+10x5", 300, 50.0),
+    ("_ _ 5 15 25 35", 300, 30 + 5),  # back to where it was 0, not to the middle of the interval
+    ("_ _ 500 510 520 530", 300, 30 + 5),  # half an interval: the series begins in the window
+    ("_ _ 1 11 21 31", 300, 30 + 1),
+    ("500 510 520 530 _ _", 300, 20 * (120 + 60 + 30) / 120),  # ends in the window
+    ("500 510 520 530 _ _", 245, 30 * (180 + 55 + 65) / 180),  # borders within 1.1 intervals
+    ("500 510 520 530 _ _", 247, 30 * (180 + 53 + 30) / 180),
+    ("90 100 110 4 14 24", 300, (24 - 100 + 110) * 300 / 240),  # begins again at 0
+    ("5 4 3 2 1 0", 300, (0 - 4 + 4 + 3 + 2 + 1) * 300 / 240),
+    ("-30+10x5", 300, 50.0),  # no zero to stop at
+])  # fmt: skip
+def test_increase_extrapolates_to_the_borders_of_the_window(samples, end_s, increase):
+    result = Engine(Stored(f"x {samples}").select).instant("increase(x[5m])", end_s * 1000)
+    assert isinstance(result, VectorResult)
+    assert result.samples[0][1] == pytest.approx(increase)
+
+
+# ---- what can't be asked: query, line and column, why ----
+
+REFUSED = [
+    ("", "1:1", "no expression found"), ("  # nothing", "1:1", "no expression found"), ("1 +", "1:4", "expected an expression"),
+    ("1\n+ + )", "2:5", "expected an expression"), ("(1", "1:3", "expected ')'"), ("foo bar", "1:5", "expected an operator"),
+    ("foo{", "1:5", "expected a label name"), ("foo{a}", "1:6", "expected one of = != =~ !~"), ("foo{a=b}", "1:7", "value in quotes"),
+    ("foo{a:b='c'}", "1:5", "expected a label name"), ("foo{a='b' c='d'}", "1:11", "expected ',' or '}'"), ("foo{''='b'}", "1:5", "invalid label name"),
+    ("foo{a=~'('}", "1:8", "invalid regular expression"), ("foo{a=~'(?=x)'}", "1:8", "no such operator"), ("foo{a=~'(a+)+'}", "1:8", "repetition"),
+    ("foo{a=~'\\\\1'}", "1:8", "no escape"), ("foo{a=~'a++'}", "1:8", "no such operator"), ("{}", "1:1", "non-empty matcher"), ("{a=~'.*',b!='c'}", "1:1", "non-empty"),
+    ("foo{__name__='bar'}", "1:1", 'set twice: "foo" or "bar"'), ("foo{'bar'}", "1:1", "set twice"), ("foo[5m", "1:7", "expected ']'"),
+    ("foo[]", "1:5", "expected a duration"), ("foo[0m]", "1:5", "greater than 0"), ("foo[5x]", "1:6", "bad number or duration"),
+    ("foo[30m1h]", "1:5", "not a duration"), ("foo[5m][5m]", "1:8", "only allowed for vector selectors"), ("foo[300y]", "1:5", "out of range"),
+    ("foo[5m:1m", "1:10", "expected ']'"), ("1[5m:]", "1:1", "got scalar"), ("foo offset 1m [5m]", "1:15", "no offset modifiers"),
+    ("foo @ 1 [5m]", "1:9", "no @ modifiers"), ("foo offset bar", "1:12", "expected a duration"), ("sum(foo) offset 5m", "1:10", "must be preceded by"),
+    ("1 @ 5", "1:3", "must be preceded by"), ("foo @ 1 @ 2", "1:9", "multiple times"), ("foo offset 1m offset 1m", "1:15", "multiple times"),
+    ("foo @ Inf", "1:5", "out of bounds"), ("foo @ start", "1:12", "expected '('"), ("'a\\q'", "1:1", "unknown escape"), ("'abc", "1:1", "unterminated string"),
+    ("'\\ud800'", "1:1", "out of range"), ("1x", "1:2", "bad number"), ("foo $", "1:5", "unexpected character"), ("on", "1:1", "expected an expression"),
+    ("nope(1)", "1:1", 'unknown function with name "nope"'), ("rate(foo)", "1:6", 'expected type range vector in call to function "rate", got instant vector'),
+    ("abs(foo[5m])", "1:5", "expected type instant vector"), ("abs()", "1:1", 'expected 1 argument(s) in call to "abs", got 0'),
+    ("time(1)", "1:1", "expected 0 argument(s)"), ("round()", "1:1", "expected at least 1"), ("round(foo, 1, 2)", "1:1", "expected at most 2"),
+    ("label_join(foo, 'a', 'b', 1)", "1:27", "expected type string"), ("abs(foo,)", "1:9", "expected an expression"), ("abs(foo bar)", "1:9", "expected ',' or ')'"),
+    ("sum()", "1:1", "no arguments"), ("sum(foo, bar)", "1:1", "expected 1, got 2"), ("topk(foo)", "1:1", "expected 2, got 1"), ("topk('a', foo)", "1:6", "expected type scalar"),
+    ("count_values(1, foo)", "1:14", "expected type string"), ("sum(1)", "1:5", "expected type instant vector"), ("sum by foo (bar)", "1:8", "expected '('"),
+    ("sum by (a b) (foo)", "1:11", "expected ',' or ')'"), ("1 == 2", "1:3", "must use BOOL"), ("1 + bool 2", "1:3", "bool modifier"), ("1 and foo", "1:3", "set operator"),
+    ("foo + on (a) 1", "1:5", "only allowed between instant vectors"), ("foo or on (a) group_left bar", "1:5", 'no grouping allowed for "or"'),
+    ("foo + on (a) group_left (a) bar", "1:29", "must not occur in ON and GROUP"), ("'a' + 1", "1:5", "only scalar and instant vector"), ("-'a'", "1:2", 'got "string"'),
+    ("(" * 2000, "1:1", "nested too deeply"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("query, place, reason", REFUSED, ids=lambda value: value[:30])
+def test_a_query_that_is_wrong_is_refused_with_the_place(query, place, reason):
+    with pytest.raises(QueryError) as refused:
+        parse_query(query)
+    assert f"{refused.value.line}:{refused.value.column}" == place
+    assert str(refused.value).startswith(f"{place}: parse error: ") and reason in str(refused.value)
+
+
+@pytest.mark.parametrize("query, reason", [
+    ("temperature * on () limit", 'found duplicate series for the match group {} on the right hand-side of the operation: '
+     '[{__name__="limit", host="b"}, {__name__="limit", host="a"}];many-to-many matching not allowed: matching labels must be unique on one side'),
+    ("limit * on (host) requests_total", 'for the match group {host="a"} on the right hand-side'),
+    ("requests_total * on (host) group_right limit", 'for the match group {host="a"} on the left hand-side'),
+    ("requests_total * on (host) limit", "multiple matches for labels: many-to-one matching must be explicit (group_left/group_right)"),
+    ("{__name__=~'first|second'} * on (l) group_left first", "multiple matches for labels: grouping labels must ensure unique matches"),
+    ("rate({__name__=~'first|second'}[5m])", "vector cannot contain metrics with the same labelset"),
+    ("label_replace(limit, 'host', 'x', '', '')", "vector cannot contain metrics with the same labelset"),
+    ("label_replace(limit, 'a', 'x', '', '(')", "invalid regular expression in label_replace(): ("),
+    ("label_replace(limit, '', 'x', '', '')", "invalid destination label name in label_replace(): "),
+    ("label_join(limit, 'a', 'x', '')", "invalid source label name in label_join(): "),
+    ("count_values('', limit)", 'invalid label name ""'), ("topk(NaN, limit)", "parameter value is NaN"),
+    ("holt_winters(limit[5m], 1, 0.5)", "invalid smoothing factor. Expected: 0 < sf < 1, got: 1.000000"),
+    ("holt_winters(limit[5m], 0.5, 0)", "invalid trend factor. Expected: 0 < tf < 1, got: 0.000000"),
+    ("limit" + " + limit" * 700, "nested too deeply"),
+], ids=lambda value: value[:40])  # fmt: skip
+def test_what_does_not_fit_the_series_is_an_error_of_execution(query, reason):
+    with pytest.raises(ExecutionError) as failed:
+        Engine(STORED.select).instant(query, 10 * MINUTE)
+    assert reason in str(failed.value)
+
+
+@pytest.mark.parametrize("query", ["'text'", "limit[5m]", "limit[5m:1m]"])
+def test_a_graph_is_of_scalars_and_instant_vectors(query):
+    with pytest.raises(QueryError, match="invalid expression type"):
+        Engine(STORED.select).range(query, 0, MINUTE, MINUTE)
+
+
+# ---- limits ----
+
+
+def test_a_query_stops_at_its_deadline():
+    clock = Clock()
+
+    def slow_select(*arguments: Any) -> Iterator[Series]:
+        for series in STORED.select(*arguments):
+            clock.now += 1.0
+            yield series
+
+    engine = Engine(slow_select, clock=clock)
+    assert engine.instant("count(limit)", 0, deadline=clock.now + 2.0)
+    with pytest.raises(QueryTimeoutError, match="query timed out in expression evaluation"):
+        engine.instant("count(requests_total)", 0, deadline=clock.now + 2.0)
+
+
+@pytest.mark.parametrize("query", ["limit", "sum_over_time(limit[1h])", "vector(1)", "time()", "sum_over_time(limit[1h:1s])",
+                                   "max_over_time(vector(1)[100000d:1ms])"])  # fmt: skip
+def test_a_query_holds_no_more_samples_than_it_may(query):
+    def ask(max_samples: int) -> MatrixResult:
+        return Engine(STORED.select, max_samples=max_samples).range(query, 0, 60 * MINUTE, MINUTE)
+
+    with pytest.raises(SampleLimitError, match="would load too many samples into memory"):
+        ask(60)
+    assert "100000d" in query or ask(100_000).series
+
+
+def test_what_is_selected_twice_is_read_once():
+    stored = Stored("x 0+1x60")
+    Engine(stored.select).range("rate(x[5m]) / rate(x[5m]) + sum(x) / count(x) + x offset 5m", 0, 60 * MINUTE, MINUTE)
+    matchers = (Matcher("__name__", "=", "x"),)
+    start_ms, end_ms = -5 * MINUTE + 1, 60 * MINUTE
+    assert stored.selections == [(matchers, start_ms, end_ms), (matchers, start_ms - 5 * MINUTE, end_ms - 5 * MINUTE)]
+
+
+# ---- text ----
+
+
+LONG = 'sum by (host_with_a_long_name, job) (rate(http_requests_total{code=~"5..",method!="GET"}[5m]))'
+
+
+@pytest.mark.parametrize("query, formatted", [
+    ("sum(x)by(a,b)", "sum by (a, b) (x)"), ("sum without()(x)", "sum without () (x)"), ("TOPK(1,x)", "topk(1, x)"),
+    ("a+on(x)group_left(y)b", "a + on (x) group_left (y) b"), ("a==bool ignoring(x)b", "a == bool ignoring (x) b"),
+    ("a AND b", "a and b"), ("x{b='c',a=~\"d\"}[90m]offset 36h@1.5", 'x{a=~"d",b="c"}[1h30m] @ 1.500 offset 1d12h'),
+    ("rate(x[1w])[400d:]@ end()", "rate(x[1w])[400d:] @ end()"), ("x[1y:30s] offset -5m", "x[1y:30s] offset -5m"),
+    ("{'cpu.usage',\"a b\"='c'}", '{"cpu.usage","a b"="c"}'), ("{__name__='x'}", '{__name__="x"}'), ("x{}", "x"),
+    ("1000000", "1e+06"), ("123456.5", "123456.5"), ("0.00001", "1e-05"), ("- inf", "-Inf"), ("1.50", "1.5"),
+    ("'\\x07\\u200b\\xff\"\\U0001F600\\U000e0001'", '"\\a\\u200b\\xff\\"\U0001f600\\U000e0001"'), ("- (a)", "-(a)"),
+    (f"{LONG}/{LONG}", f"  {LONG}\n/\n  {LONG}"), (f"({LONG}+1000)", f"(\n    {LONG}\n  +\n    1000\n)"),
+    (f"topk(5,{LONG})", f"topk(\n  5,\n  {LONG}\n)"), (f"{LONG}  [1h:]offset 1m", f"{LONG}[1h:] offset 1m"),
+    (f"histogram_quantile(0.9,-{LONG}*1000)", f"histogram_quantile(\n  0.9,\n    -{LONG}\n  *\n    1000\n)"),
+], ids=lambda text: text[:30])  # fmt: skip
+def test_a_query_is_laid_out_as_prometheus_does(query, formatted):
+    assert format_query(query) == formatted
+    assert format_query(formatted) == formatted
+
+
+@pytest.mark.parametrize("pattern, fits, fits_not", [
+    ("a.c", "a\nc", "xabc"), ("[[:alpha:]_]+", "ab_", "a1"), (r"\Qa.b\E+", "a.b", "axb"), ("(?i)ABC", "abc", "abd"),
+    ("(?<n>x)y", "xy", "x"), (r"a\z", "a", "a\n"), (r"\d+", "12", "\u0661"), ("[]a[]", "[", "b"), ("[^[:digit:]]", "a", "1"),
+    ("(a+|b)c*", "aac", "abab"), ("(?:web|db)[0-9]{1,3}", "db12", "db"), ("(?s:.)", "\n", ""),
+])  # fmt: skip
+def test_regular_expressions_are_those_of_re2(pattern, fits, fits_not):
+    regex = metricstream.compile_regex(pattern)
+    assert regex.fullmatch(fits) and not regex.fullmatch(fits_not)
+
+
+def test_values_are_printed_as_go_prints_them():
+    for value, text in ((0.0, "0"), (-0.0, "-0"), (100.0, "100"), (1e-6, "0.000001"), (9.99e-7, "9.99e-07"), (1.5e17, "150000000000000000"),
+                        (123456789.25, "123456789.25"), (-1e300, "-1e+300"), (INF, "+Inf"), (-INF, "-Inf"), (NAN, "NaN")):  # fmt: skip
+        assert format_value(value) == text
 
 
 # --------------------------------------------------------------------------------------------------
