@@ -54,6 +54,7 @@ import sys
 import threading
 import time
 import traceback
+import urllib.parse
 import zlib
 from array import array
 from bisect import bisect_left, bisect_right
@@ -5895,6 +5896,245 @@ def _matrix(series: Iterable[Series]) -> MatrixResult:
     return MatrixResult(sorted(there, key=lambda one: sorted(one.labels.items())))
 
 
+# ---- the HTTP API of Prometheus ----
+
+API_PREFIX = "/api/v1/"
+MAX_POINTS = 11_000  # steps of a range query
+MAX_QUERIES = 20  # at once
+_API_STATUS = {"bad_data": 400, "execution": 422, "timeout": 503, "not_found": 404}
+_API_ROUTES = (
+    "query", "query_range", "series", "labels", "metadata", "status/buildinfo", "format_query",
+)  # fmt: skip
+_LABEL_VALUES = re.compile(r"label/(.+)/values", re.DOTALL)
+_UNIX_TIME = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
+
+
+class APIError(Exception):
+    """A request to the API that gets an error: its type is a key of _API_STATUS."""
+
+    def __init__(self, kind: str, reason: str):
+        super().__init__(reason)
+        self.kind = kind
+
+
+def has_api_route(path: str) -> bool:
+    """Whether the API has a path."""
+    rest = path.removeprefix(API_PREFIX)
+    return rest != path and (rest in _API_ROUTES or _LABEL_VALUES.fullmatch(rest) is not None)
+
+
+class QueryAPI:
+    """The query API over a store: https://prometheus.io/docs/prometheus/latest/querying/api/
+
+    A query may take `timeout_s`, and work on at most `max_samples` samples and values. `pause` is
+    called often by long queries.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        timeout_s: float = 120.0,
+        max_samples: int = MAX_SAMPLES,
+        clock: Callable[[], float] = time.time,
+        version: str = "",
+    ):
+        self._store, self._clock, self._version = store, clock, version
+        self._timeout_s = timeout_s
+        self._engine = Engine(store.select, max_samples=max_samples)
+        self._running = threading.BoundedSemaphore(MAX_QUERIES)
+
+    def answer(self, path: str, text: str) -> tuple[int, str]:
+        """(status, JSON) for a path of `has_api_route` and its parameters as a form has them."""
+        try:
+            form = urllib.parse.parse_qs(text, keep_blank_values=True, max_num_fields=1_000)
+        except ValueError:
+            return self._refused("bad_data", "too many parameters")
+        if not self._running.acquire(blocking=False):
+            return self._refused("timeout", f"{MAX_QUERIES} queries are running already")
+        try:
+            return 200, f'{{"status":"success","data":{self._data(path, form)}}}'
+        except APIError as error:
+            return self._refused(error.kind, str(error))
+        except QueryError as error:
+            return self._refused("bad_data", str(error))
+        except ExecutionError as error:
+            return self._refused("execution", str(error))
+        except QueryTimeoutError as error:
+            return self._refused("timeout", str(error))
+        finally:
+            self._running.release()
+
+    @staticmethod
+    def _refused(kind: str, reason: str) -> tuple[int, str]:
+        answer = {"status": "error", "errorType": kind, "error": reason}
+        return _API_STATUS[kind], write_json(answer)
+
+    def _data(self, path: str, form: dict[str, list[str]]) -> str:
+        route = path.removeprefix(API_PREFIX)
+        if route == "query":
+            return self._query(form)
+        if route == "query_range":
+            return self._query_range(form)
+        if route == "format_query":
+            return write_json(format_query(_only(form, "query")))
+        if route == "series":
+            return write_json(self._series(form, needs_match=True))
+        if route == "metadata":
+            return self._metadata(form)
+        if route == "status/buildinfo":
+            facts = {"version": self._version, "revision": "", "branch": "", "buildUser": ""}
+            return write_json(facts | {"buildDate": "", "goVersion": ""})
+        if route == "labels":
+            names = {name for labels in self._series(form) for name in labels}
+        else:
+            match = _LABEL_VALUES.fullmatch(route)
+            assert match is not None  # has_api_route has seen it
+            series = self._series(form)
+            names = {labels[match[1]] for labels in series if match[1] in labels}
+        return write_json(sorted(names)[: _limit(form)])
+
+    def _deadline(self, form: dict[str, list[str]]) -> float:
+        timeout_s = self._timeout_s
+        if "timeout" in form:
+            timeout_s = min(timeout_s, _duration_ms(_only(form, "timeout"), "timeout") / 1000)
+        return time.monotonic() + timeout_s
+
+    def _time_ms(self, form: dict[str, list[str]], name: str, missing_ms: int | None) -> int:
+        if name not in form:
+            if missing_ms is None:
+                raise APIError("bad_data", f'invalid parameter "{name}": it is missing')
+            return missing_ms
+        return _api_time_ms(form[name][0], name)
+
+    def _query(self, form: dict[str, list[str]]) -> str:
+        time_ms = self._time_ms(form, "time", int(self._clock() * 1000))
+        result = self._engine.instant(_only(form, "query"), time_ms, self._deadline(form))
+        return result_json(result, _limit(form))
+
+    def _query_range(self, form: dict[str, list[str]]) -> str:
+        start_ms, end_ms = self._time_ms(form, "start", None), self._time_ms(form, "end", None)
+        step_ms = _duration_ms(_only(form, "step"), "step")
+        if end_ms < start_ms:
+            raise APIError(
+                "bad_data", 'invalid parameter "end": end timestamp must not be before start time'
+            )
+        if step_ms <= 0:
+            raise APIError(
+                "bad_data",
+                'invalid parameter "step": zero or negative query resolution step widths are not '
+                "accepted. Try a positive integer",
+            )
+        if (end_ms - start_ms) // step_ms > MAX_POINTS:
+            raise APIError(
+                "bad_data",
+                f"exceeded maximum resolution of {MAX_POINTS:,} points per timeseries. Try "
+                "decreasing the query resolution (?step=XX)",
+            )
+        query, deadline = _only(form, "query"), self._deadline(form)
+        result = self._engine.range(query, start_ms, end_ms, step_ms, deadline)
+        return result_json(result, _limit(form))
+
+    def _series(
+        self, form: dict[str, list[str]], needs_match: bool = False
+    ) -> list[dict[str, str]]:
+        selectors: list[Sequence[Matcher]] = []
+        for text in form.get("match[]", ()):
+            node = parse_query(text)
+            if not isinstance(node, Selector) or node.offset_ms or node.at is not None:
+                raise APIError("bad_data", f'invalid parameter "match[]": no selector: {text}')
+            selectors.append(node.matchers)
+        if needs_match and not selectors:
+            raise APIError("bad_data", "no match[] parameter provided")
+        start_ms = self._time_ms(form, "start", 0)
+        end_ms = self._time_ms(form, "end", END_OF_TIME_MS)
+        found = self._store.series(selectors or [()], start_ms, end_ms)
+        return found[: _limit(form)] if needs_match else found
+
+    def _metadata(self, form: dict[str, list[str]]) -> str:
+        types = self._store.types()
+        names = form["metric"][:1] if form.get("metric", [""])[0] else sorted(types)
+        facts = {
+            name: [{"type": types[name], "help": "", "unit": ""}] for name in names if name in types
+        }
+        limit = _limit(form)
+        return write_json(dict(itertools.islice(facts.items(), limit)))
+
+
+def _only(form: dict[str, list[str]], name: str) -> str:
+    if not form.get(name, [""])[0]:
+        raise APIError("bad_data", f'invalid parameter "{name}": it is missing')
+    return form[name][0]
+
+
+def _limit(form: dict[str, list[str]]) -> int | None:
+    """How many results are wanted at most; None: all."""
+    text = form.get("limit", ["0"])[0]
+    if not re.fullmatch("[0-9]{1,18}", text):
+        raise APIError("bad_data", 'invalid parameter "limit": not a whole number')
+    return int(text) or None
+
+
+def _api_time_ms(text: str, name: str) -> int:
+    """Unix seconds, or a time as RFC 3339 writes it, in milliseconds."""
+    if _UNIX_TIME.fullmatch(text):
+        time_ms = round(float(text) * 1000) if abs(float(text)) < 1e14 else None
+    else:
+        try:
+            time_ms = _read_timestamp(text)
+        except ValueError:
+            time_ms = None
+    if time_ms is None:
+        raise APIError(
+            "bad_data", f'invalid parameter "{name}": cannot parse {text!a} to a valid timestamp'
+        )
+    return time_ms
+
+
+def _duration_ms(text: str, name: str) -> int:
+    """Seconds, or a duration such as 5m, in milliseconds."""
+    if _UNIX_TIME.fullmatch(text) and abs(float(text)) * 1000 < MAX_DURATION_MS:
+        return round(float(text) * 1000)
+    try:
+        return parse_duration_ms(text)
+    except ValueError:
+        raise APIError(
+            "bad_data", f'invalid parameter "{name}": cannot parse {text!a} to a valid duration'
+        ) from None
+
+
+def _time_json(time_ms: int) -> str:
+    return f"{time_ms / 1000:.3f}".rstrip("0").rstrip(".")
+
+
+def result_json(result: Result, limit: int | None = None) -> str:
+    """A result as the API writes it.
+
+    >>> result_json(ScalarResult(1500, 2.0))
+    '{"resultType":"scalar","result":[1.5,"2"]}'
+    """
+    if isinstance(result, VectorResult):
+        kind, pieces = "vector", [
+            f'{{"metric":{write_json(labels)},'
+            f'"value":[{_time_json(result.time_ms)},"{format_value(value)}"]}}'
+            for labels, value in result.samples[:limit]
+        ]  # fmt: skip
+    elif isinstance(result, MatrixResult):
+        kind, pieces = "matrix", []
+        for labels, times_ms, values in result.series[:limit]:
+            points = ",".join(
+                f'[{_time_json(time_ms)},"{format_value(value)}"]'
+                for time_ms, value in zip(times_ms, values)
+            )
+            pieces.append(f'{{"metric":{write_json(labels)},"values":[{points}]}}')
+    else:
+        is_text = isinstance(result, StringResult)
+        text = write_json(result.value if is_text else format_value(float(result.value)))
+        pieces = [_time_json(result.time_ms), text]
+        kind = "string" if is_text else "scalar"
+    return f'{{"resultType":"{kind}","result":[{",".join(pieces)}]}}'
+
+
 # ==================================================================================================
 # 12. Service
 # ==================================================================================================
@@ -5905,6 +6145,7 @@ def _matrix(series: Iterable[Series]) -> MatrixResult:
 
 RETRY_AFTER_S = 1  # what a client is told when the log can't be written
 MAX_CLIENT_ID_LENGTH = 128
+FORM_TYPE = "application/x-www-form-urlencoded"
 Handler = Callable[[Request, str], tuple[Response, Commit | None]]
 
 
@@ -5940,6 +6181,8 @@ def error_response(error: Exception) -> Response:
     if isinstance(error, BatchError):
         errors = [reason._asdict() for reason in error.reasons]
         return json_response(400, {"error": str(error), "errors": errors})
+    if isinstance(error, SeriesLimitError):
+        return json_response(400, {"error": str(error)})
     if isinstance(error, LogError):
         return json_response(503, {"error": str(error)}, [("Retry-After", str(RETRY_AFTER_S))])
     raise error
@@ -6054,13 +6297,18 @@ class Service:
         clock: Callable[[], float] = time.time,
         *,
         store: Store | None = None,
+        api: QueryAPI | None = None,
         clients: ClientList | None = None,
         allowed_hosts: Iterable[str] = (),
     ):
         self.log, self.limiter, self.statistics = log, limiter, statistics
-        self.store = store
+        self.store, self._api = store, api
         if store is not None:
             log.stored = store.add
+            statistics.gauges["series_in_memory"] = lambda: store.series_in_memory
+            statistics.gauges["block_bytes"] = lambda: store.block_bytes
+            statistics.gauges["blocks_damaged"] = lambda: store.damaged
+            statistics.gauges["batches_beyond_max_series"] = lambda: store.refused
         self.clients = clients  # replaced as a whole when the list is read again
         self._allowed_hosts = frozenset({"localhost", *map(str.lower, allowed_hosts)})
         self.stopping = False  # set once, when the server shuts down
@@ -6069,7 +6317,8 @@ class Service:
             "/metrics": {"POST": self.ingest, "GET": self.show_statistics},
             "/health": {"GET": self.show_health},
         }
-        for handlers in self._routes.values():
+        self._api_handlers: dict[str, Handler] = {"GET": self.query, "POST": self.query}
+        for handlers in (*self._routes.values(), self._api_handlers):
             handlers["HEAD"] = handlers["GET"]
             handlers["OPTIONS"] = self.show_methods
         statistics.gauges["log_bytes"] = lambda: log.size_bytes
@@ -6150,19 +6399,39 @@ class Service:
         ), None
 
     def _allowed_methods(self, path: str) -> str:
-        routes = self._routes.values() if path == "*" else [self._routes[path]]
+        routes = self._routes.values() if path == "*" else [self._handlers(path)]
         return ", ".join(dict.fromkeys(method for handlers in routes for method in handlers))
+
+    def query(self, request: Request, client: str) -> tuple[Response, Commit | None]:
+        """`/api/v1/…`: the query API, its parameters in the target or in the body as a form."""
+        assert self._api is not None  # else there is no such route
+        form = request.head.query
+        if request.head.method == "POST":
+            content_type = request.head.headers.get("content-type", FORM_TYPE)
+            if content_type.partition(";")[0].strip().lower() != FORM_TYPE:
+                raise HTTPError(415, f"send 'Content-Type: {FORM_TYPE}'")
+            try:
+                form = "&".join(filter(None, (decode_content(request).decode(), form)))
+            except UnicodeDecodeError:
+                raise HTTPError(400, "the form is not UTF-8") from None
+        status, text = self._api.answer(request.head.path, form)
+        return Response(status, text.encode(errors="backslashreplace")), None
+
+    def _handlers(self, path: str) -> dict[str, Handler]:
+        if path in self._routes:
+            return self._routes[path]
+        return self._api_handlers
 
     def _handler(self, head: Head) -> Handler:
         # Here and for header fields `in` and a subscript: `dict.get` waits for a lock on CPython
         # 3.13 without the interpreter lock, 20,900 requests/s instead of 32,000.
-        if head.path not in self._routes:
+        if head.path not in self._routes and not (self._api and has_api_route(head.path)):
             if head.path == "*":
                 return self.show_methods
             raise HTTPError(
                 404, f"no route {head.path[:80]!r}; there are {', '.join(self._routes)}"
             )
-        handlers = self._routes[head.path]
+        handlers = self._handlers(head.path)
         if head.method not in handlers:
             raise HTTPError(
                 405,
@@ -6185,9 +6454,9 @@ class Service:
             if commit is not None:
                 return Pending(commit, response, client, started)
             metrics = response.metrics
-        except (HTTPError, JSONError, BatchError, LogError) as error:
+        except (HTTPError, JSONError, BatchError, SeriesLimitError, LogError) as error:
             response = error_response(error)
-            invalid = isinstance(error, (JSONError, BatchError))
+            invalid = isinstance(error, (JSONError, BatchError, SeriesLimitError))
         self._record(client, response.status, started, metrics, invalid)
         return response
 
