@@ -5899,6 +5899,7 @@ def _matrix(series: Iterable[Series]) -> MatrixResult:
 # ---- the HTTP API of Prometheus ----
 
 API_PREFIX = "/api/v1/"
+QUERY_TIMEOUT_S = 120.0
 MAX_POINTS = 11_000  # steps of a range query
 MAX_QUERIES = 20  # at once
 _API_STATUS = {"bad_data": 400, "execution": 422, "timeout": 503, "not_found": 404}
@@ -5934,7 +5935,7 @@ class QueryAPI:
         self,
         store: Store,
         *,
-        timeout_s: float = 120.0,
+        timeout_s: float = QUERY_TIMEOUT_S,
         max_samples: int = MAX_SAMPLES,
         clock: Callable[[], float] = time.time,
         version: str = "",
@@ -6145,6 +6146,7 @@ def result_json(result: Result, limit: int | None = None) -> str:
 
 RETRY_AFTER_S = 1  # what a client is told when the log can't be written
 MAX_CLIENT_ID_LENGTH = 128
+SELF_METRICS_S = 15.0  # how often the server's own statistics become series
 FORM_TYPE = "application/x-www-form-urlencoded"
 Handler = Callable[[Request, str], tuple[Response, Commit | None]]
 
@@ -6381,6 +6383,12 @@ class Service:
             return Response(200, text, "text/plain; version=0.0.4; charset=utf-8"), None
         return json_response(200, self.statistics.snapshot()), None
 
+    def store_statistics(self) -> None:
+        """Store the server's own numbers as series."""
+        if self.store is not None:
+            samples = own_samples(self.statistics.prometheus(), int(self._clock() * 1000))
+            self.store.add_own(samples)
+
     def show_health(self, request: Request, client: str) -> tuple[Response, Commit | None]:
         """`GET /health`: whether batches are accepted now, and if not, why."""
         reason = "shutting down" if self.stopping else self.log.probe()
@@ -6481,6 +6489,26 @@ class Service:
         ended = time.perf_counter()
         event = Event(ended, client, status, ended - started, metrics)
         self.statistics.record(event, invalid)
+
+
+_TEXT_SAMPLE = re.compile(r"([a-zA-Z_:][\w:]*)(?:\{(.*)\})? ([-+.\w]+)")
+_TEXT_LABEL = re.compile(r'(\w+)="([^"]*)"')
+
+
+def own_samples(text: str, now_ms: int) -> list[Sample]:
+    """The server's own numbers as samples, from their Prometheus text.
+
+    >>> own_samples('# TYPE up counter\\nup{a="b"} 1\\n', 0)
+    [Sample(name='up', value=1.0, type='counter', tags={'a': 'b'}, timestamp_ms=0)]
+    """
+    types = dict(re.findall(r"^# TYPE (\S+) (\S+)$", text, re.MULTILINE))
+    samples = []
+    for name, labels, value in _TEXT_SAMPLE.findall(re.sub("(?m)^#.*$", "", text)):
+        kind = types.get(name, types.get(re.sub("_(sum|count|bucket)$", "", name), "gauge"))
+        if math.isfinite(float(value)):
+            tags = dict(_TEXT_LABEL.findall(labels))
+            samples.append(Sample(name, float(value), kind, tags, now_ms))
+    return samples
 
 
 def refuse_other_origins(head: Head, allowed_hosts: Container[str]) -> None:
@@ -6772,6 +6800,7 @@ class Server(socketserver.ThreadingTCPServer):
         clock: Callable[[], float] = time.monotonic,
         tls: ssl.SSLContext | None = None,
         reload: Callable[["Server"], None] | None = None,
+        self_metrics_s: float = 0.0,
     ):
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
@@ -6780,6 +6809,7 @@ class Server(socketserver.ThreadingTCPServer):
         self._clock = clock
         self.tls = tls  # replaced as a whole when the certificate is read again
         self._reload = reload
+        self._self_metrics_s = self_metrics_s  # how often its statistics are stored; 0: never
         # Guards _open, _workers, the parkings and what Connection says. Nothing is locked under it.
         self._lock = threading.Lock()
         self._open: dict[int, Connection] = {}  # by file descriptor
@@ -7317,6 +7347,7 @@ class Server(socketserver.ThreadingTCPServer):
     def _keep_house(self) -> None:
         self._next_expiry = self._clock()
         self._next_flush = self._clock() + FLUSH_INTERVAL_S
+        self._next_self_metrics = self._clock()
         quiet, order = 0, ""
         while order != "stop":
             self._asleep = quiet >= QUIET_TICKS
@@ -7351,6 +7382,9 @@ class Server(socketserver.ThreadingTCPServer):
             self._next_expiry = now + min(1.0, *(limit for limit in self.timeouts if limit > 0))
             if self._epoll is not None:
                 self._expire()
+        if self._self_metrics_s and now >= self._next_self_metrics:
+            self._next_self_metrics = now + self._self_metrics_s
+            self.service.store_statistics()
         if now >= self._next_flush:
             self._next_flush = now + FLUSH_INTERVAL_S
             self.flush_metrics()
@@ -7504,6 +7538,46 @@ def argument_parser() -> argparse.ArgumentParser:
         help=f"open connections at most (default {MAX_CONNECTIONS})",
     )
     parser.add_argument(
+        "--max-series",
+        metavar="N",
+        type=_number_from(1),
+        default=MAX_SERIES,
+        help=f"series in memory at most (default {MAX_SERIES})",
+    )
+    parser.add_argument(
+        "--retention",
+        metavar="TIME",
+        type=_duration,
+        default=RETENTION_S,
+        help="how long blocks are kept, as 30d or 12h (default 30d; 0 keeps all)",
+    )
+    parser.add_argument(
+        "--retention-size",
+        metavar="BYTES",
+        type=_byte_size,
+        default=0,
+        help="how many bytes of blocks are kept, as 512MB or 10GB (default 0: all)",
+    )
+    parser.add_argument(
+        "--keep-log",
+        action="store_true",
+        help="keep what blocks cover of the log, as metrics-DATE-NUMBER.jsonl.gz",
+    )
+    parser.add_argument(
+        "--query-timeout",
+        metavar="TIME",
+        type=_duration,
+        default=QUERY_TIMEOUT_S,
+        help="how long a query may take (default 2m)",
+    )
+    parser.add_argument(
+        "--self-metrics",
+        metavar="TIME",
+        type=_duration,
+        default=SELF_METRICS_S,
+        help="how often the server's own statistics are stored as series (default 15s; 0 = never)",
+    )
+    parser.add_argument(
         "--clients",
         metavar="FILE",
         help="only these clients may write: a line each, 'name sha256-of-key [rate]' "
@@ -7547,8 +7621,70 @@ def _number_from(least: int, most: int = 10**9) -> Callable[[str], int]:
     return number
 
 
+def _duration(text: str) -> float:
+    """Seconds, of a number of them or of a duration such as 1h30m."""
+    try:
+        return parse_duration_ms(text) / 1000 if not text.isdigit() else float(text[:12])
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _byte_size(text: str) -> int:
+    match = re.fullmatch(r"([0-9]{1,15})(?:([KMGT])B|B)?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 512MB")
+    return int(match[1]) * 1024 ** (" KMGT".index(match[2]) if match[2] else 0)
+
+
+def query_main(arguments: list[str]) -> int:
+    """`query EXPRESSION`: ask the store of a folder, without a server; returns the exit status."""
+    parser = _Parser(prog="metricstream.py query", description="Ask what was pushed, in PromQL.")
+    parser.add_argument("expression", help="such as 'sum(rate(requests_total[5m]))'")
+    parser.add_argument("--data-dir", metavar="DIR", default=".", help="default: here")
+    parser.add_argument("--time", metavar="TIME", help="Unix seconds or ISO 8601 (default: now)")
+    parser.add_argument("--json", action="store_true", help="as the HTTP API answers")
+    options = parser.parse_args(arguments)
+    try:
+        time_ms = _api_time_ms(options.time, "time") if options.time else int(time.time() * 1000)
+        store = Store(options.data_dir)
+        result = Engine(store.select).instant(options.expression, time_ms)
+    except (APIError, QueryError, ExecutionError, OSError) as error:
+        return _complain(str(error))
+    if options.json:
+        print(f'{{"status":"success","data":{result_json(result)}}}')
+    else:
+        print(_table(result), end="")
+    return 0
+
+
+def _table(result: Result) -> str:
+    """A result for people: a line a sample."""
+    rows: list[tuple[str, str, str]] = []
+    if isinstance(result, ScalarResult):
+        rows.append(("scalar", utc_timestamp(result.time_ms), format_value(result.value)))
+    elif isinstance(result, StringResult):
+        rows.append(("string", utc_timestamp(result.time_ms), write_json(result.value)))
+    elif isinstance(result, VectorResult):
+        for labels, value in result.samples:
+            rows.append((_shown(labels), utc_timestamp(result.time_ms), format_value(value)))
+    else:
+        for series in result.series:
+            for time_ms, value in zip(series.times_ms, series.values):
+                rows.append((_shown(series.labels), utc_timestamp(time_ms), format_value(value)))
+    width = max((len(name) for name, _, _ in rows), default=0)
+    return "".join(f"{name:{width}}  {when}  {value}\n" for name, when, value in rows)
+
+
+def _shown(labels: dict[str, str]) -> str:
+    return write_json_string(labels_text(labels))[1:-1].replace('\\"', '"')
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Run the server; returns the exit status."""
+    """Run the server, or a query; returns the exit status."""
+    if arguments is None:
+        arguments = sys.argv[1:]
+    if arguments[:1] == ["query"]:
+        return query_main(arguments[1:])
     parser = argument_parser()
     options = parser.parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):  # whatever it is, no text of a client breaks it
@@ -7580,6 +7716,17 @@ def main(arguments: list[str] | None = None) -> int:
     except (ClientListError, LogError) as error:
         return _complain(str(error))
     try:
+        try:
+            store = Store(
+                options.data_dir,
+                log,
+                max_series=options.max_series,
+                retention_s=options.retention,
+                retention_bytes=options.retention_size,
+                keep_log=options.keep_log,
+            )
+        except OSError as error:
+            return _complain(f"can't read the store in {options.data_dir}: {error.strerror}")
         limiter = None
         if options.rate_limit or clients is not None:  # listed clients may have rates of their own
             limiter = SlidingWindowLimiter(options.rate_limit, stripes=options.stripes)
@@ -7587,6 +7734,8 @@ def main(arguments: list[str] | None = None) -> int:
             log,
             limiter,
             Statistics(),
+            store=store,
+            api=QueryAPI(store, timeout_s=options.query_timeout, version=__version__),
             clients=clients,
             allowed_hosts=[options.host, *options.allowed_host],
         )
@@ -7598,13 +7747,18 @@ def main(arguments: list[str] | None = None) -> int:
                 max_connections=max_connections,
                 tls=tls,
                 reload=partial(_reload, options),
+                self_metrics_s=options.self_metrics,
             )
         except OSError as error:
             return _complain(
                 f"can't listen on {options.host} port {options.port}: {error.strerror or error}"
             )
         with server:
-            _serve(options, server, log)
+            store.start()
+            try:
+                _serve(options, server, log)
+            finally:
+                store.stop()
     finally:
         log.close()
     try:
@@ -7692,6 +7846,9 @@ def _startup_line(options: argparse.Namespace, server: Server, log: MetricLog) -
     ]
     if clients is not None:
         facts.append(f"clients listed: {len(clients.rates)}")
+    store = server.service.store
+    if store and store.replayed:
+        facts.append(f"{store.replayed} metrics read from the log")
     if log.cut_bytes:
         facts.append(f"cut a torn line of {log.cut_bytes} bytes off the log")
     return ", ".join(facts)
