@@ -6504,7 +6504,8 @@ def own_samples(text: str, now_ms: int) -> list[Sample]:
     types = dict(re.findall(r"^# TYPE (\S+) (\S+)$", text, re.MULTILINE))
     samples = []
     for name, labels, value in _TEXT_SAMPLE.findall(re.sub("(?m)^#.*$", "", text)):
-        kind = types.get(name, types.get(re.sub("_(sum|count|bucket)$", "", name), "gauge"))
+        family = re.sub("_(sum|count|bucket)$", "", name)
+        kind = str(types.get(name) or types.get(family) or "gauge")
         if math.isfinite(float(value)):
             tags = dict(_TEXT_LABEL.findall(labels))
             samples.append(Sample(name, float(value), kind, tags, now_ms))
@@ -7666,16 +7667,18 @@ def _table(result: Result) -> str:
         rows.append(("string", utc_timestamp(result.time_ms), write_json(result.value)))
     elif isinstance(result, VectorResult):
         for labels, value in result.samples:
-            rows.append((_shown(labels), utc_timestamp(result.time_ms), format_value(value)))
+            rows.append((_series_text(labels), utc_timestamp(result.time_ms), format_value(value)))
     else:
         for series in result.series:
             for time_ms, value in zip(series.times_ms, series.values):
-                rows.append((_shown(series.labels), utc_timestamp(time_ms), format_value(value)))
+                rows.append(
+                    (_series_text(series.labels), utc_timestamp(time_ms), format_value(value))
+                )
     width = max((len(name) for name, _, _ in rows), default=0)
     return "".join(f"{name:{width}}  {when}  {value}\n" for name, when, value in rows)
 
 
-def _shown(labels: dict[str, str]) -> str:
+def _series_text(labels: dict[str, str]) -> str:
     return write_json_string(labels_text(labels))[1:-1].replace('\\"', '"')
 
 

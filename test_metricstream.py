@@ -133,8 +133,6 @@ def threads(request: pytest.FixtureRequest) -> int:
 # --------------------------------------------------------------------------------------------------
 
 
-
-
 BATCH = b'{"metrics":[{"name":"cpu","value":1}]}'
 BATCH_LENGTH = b"Content-Length: %d" % len(BATCH)
 BODY_LIMIT_BYTES = 1 << 20
@@ -1374,12 +1372,16 @@ def test_beyond_the_cap_the_least_recently_used_client_is_evicted():
     for client in ("a", "b", "c", "a", "d"):  # b is the one not used for longest
         limiter.decide(client)
     assert (limiter.tracked, limiter.evicted) == (3, 1)
-    assert [limiter.decide(client).allowed for client in ("a", "c", "d", "b")] == [False] * 3 + [True]
+    assert [limiter.decide(client).allowed for client in ("a", "c", "d", "b")] == [False] * 3 + [
+        True
+    ]
 
 
 def test_every_decision_is_flushed_once_while_32_threads_hammer():
     clock = Clock()
-    limiter = SlidingWindowLimiter(100, clock=clock, stripes=4, max_clients=40)  # fewer than there are
+    limiter = SlidingWindowLimiter(
+        100, clock=clock, stripes=4, max_clients=40
+    )  # fewer than there are
     decided: Counter[bool] = Counter()
     counting = threading.Lock()
     hammering = threading.Barrier(33)
@@ -1438,9 +1440,6 @@ def test_the_number_of_stripes_is_a_power_of_two(stripes):
 # --------------------------------------------------------------------------------------------------
 # 3. JSON
 # --------------------------------------------------------------------------------------------------
-
-
-
 
 
 def nested(levels: int, inner: bytes = b"") -> bytes:
@@ -2317,7 +2316,20 @@ def random_usual_body(rng: random.Random) -> bytes:
     numbers = ["0", "-0", "-0.0", "7", "75.5", "75.50", "0.5", "-0.25", "0.00001", "1e3", "1E400", "007",
                "123456789012345678901", "9999999999.99999", "0.1234567890123", "1.0", "-5", "00", "5.",
                str(rng.randrange(10**12)), f"{rng.uniform(0, 100):.2f}", repr(rng.random())]  # fmt: skip
-    names = ["cpu_usage", "a b", "", "n" * 255, "n" * 256, "a}b", "a{b", "é", "a\\nb", "a,b", "\x7f", '",']
+    names = [
+        "cpu_usage",
+        "a b",
+        "",
+        "n" * 255,
+        "n" * 256,
+        "a}b",
+        "a{b",
+        "é",
+        "a\\nb",
+        "a,b",
+        "\x7f",
+        '",',
+    ]
     types = ["gauge", "counter", "histogram", "summary", "rate", ""]
     tags = ['{}', '{"host":"web1"}', '{"host": "web1", "region":"eu"}', '{"a":"1","a":"2"}', '{"a":1}',
             '{"é":"ü"}', '{"a":"\\u0041\\n"}', '{"a":"}"}', '{"a":"{"}', '{"a":"\x01"}', '{"a":"b",}', "[]",
@@ -2345,6 +2357,11 @@ def random_usual_body(rng: random.Random) -> bytes:
     return f'{{"metrics"{colon}[{metrics}]}}'.encode()
 
 
+def usual_lines(body: bytes) -> tuple[bytes, int] | None:
+    batch = metricstream.usual_batch(body, NOW_MS)
+    return batch and (batch.lines, batch.count)
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_usual_bodies_become_the_same_lines_as_by_the_plain_way(seed):
     rng = random.Random(seed)
@@ -2353,7 +2370,7 @@ def test_usual_bodies_become_the_same_lines_as_by_the_plain_way(seed):
         body = random_usual_body(rng)
         if count % 2:
             body = mutated(rng, body)
-        lines = metricstream.usual_lines(body, NOW_MS)
+        lines = usual_lines(body)
         expected = plain_lines(body, NOW_MS)
         assert lines is None or lines == expected, body
         assert metricstream._usual_tail.cache_info().currsize <= 4096
@@ -2365,13 +2382,13 @@ def test_usual_bodies_become_the_same_lines_as_by_the_plain_way(seed):
 @pytest.mark.parametrize("count", [1, 2, 999, 1000, 1001])
 def test_the_usual_way_keeps_the_bounds_of_a_batch(count):
     body = json.dumps({"metrics": [{"name": "a", "value": 1.5}] * count}).encode()
-    assert metricstream.usual_lines(body, NOW_MS) == plain_lines(body, NOW_MS)
+    assert usual_lines(body) == plain_lines(body, NOW_MS)
 
 
 def test_what_the_agents_of_the_readme_send_takes_the_fast_way():
     for body in (b'{"metrics":[{"name":"cpu_usage","value":75.50,"type":"gauge","tags":{"host":"web1"}}]}',
                  json.dumps({"metrics": [{"name": "a", "value": 1.25, "tags": {"k": "v"}}] * 3}).encode()):  # fmt: skip
-        assert metricstream.usual_lines(body, NOW_MS) == plain_lines(body, NOW_MS) != None  # noqa: E711
+        assert usual_lines(body) == plain_lines(body, NOW_MS) != None  # noqa: E711
 
 
 class FaultyDisk:
@@ -2719,7 +2736,9 @@ def test_prometheus_text_declares_each_family_once_and_before_its_samples():
             assert match[1] in helped and match[1] not in declared
             declared[match[1]] = match[2]
         else:
-            match = re.fullmatch(r'(metricstream_\w+?)(_sum|_count)?(\{\w+="[^"\\\n]*"\})? [0-9.e+-]+', line)
+            match = re.fullmatch(
+                r'(metricstream_\w+?)(_sum|_count)?(\{\w+="[^"\\\n]*"\})? [0-9.e+-]+', line
+            )
             assert match, line
             family = match[1] if match[1] in declared else match[1] + (match[2] or "")
             assert family in declared
@@ -2776,7 +2795,11 @@ class Stored:
         self.selections: list[tuple] = []
         for line in filter(None, map(str.strip, text.splitlines())):
             series, _, values = line.partition(" ")
-            there = [(index * step_ms, value) for index, value in enumerate(notated(values)) if value is not None]
+            there = [
+                (index * step_ms, value)
+                for index, value in enumerate(notated(values))
+                if value is not None
+            ]
             self.series.append(Series(labels_of(series), array("q", [time_ms for time_ms, _ in there]),
                                       array("d", [value for _, value in there])))  # fmt: skip
 
@@ -2976,7 +2999,9 @@ ANSWERS: dict[str, dict[str, float] | float | str] = {
 
 
 def numbers_agree(found: float, expected: float) -> bool:
-    return math.isclose(found, expected, rel_tol=1e-12, abs_tol=1e-12) or (found != found and expected != expected)
+    return math.isclose(found, expected, rel_tol=1e-12, abs_tol=1e-12) or (
+        found != found and expected != expected
+    )
 
 
 @pytest.mark.parametrize("query", ANSWERS)
@@ -2987,7 +3012,11 @@ def test_a_query_at_ten_minutes_answers(query):
         assert {as_series(series.labels): series.values[-1] for series in result.series} == expected
     elif isinstance(result, VectorResult):
         found = {as_series(labels): value for labels, value in result.samples}
-        assert isinstance(expected, dict) and found.keys() == expected.keys() and len(found) == len(result.samples)
+        assert (
+            isinstance(expected, dict)
+            and found.keys() == expected.keys()
+            and len(found) == len(result.samples)
+        )
         assert all(numbers_agree(found[series], expected[series]) for series in expected), found
     elif isinstance(result, StringResult):
         assert result.value == expected
@@ -2995,12 +3024,17 @@ def test_a_query_at_ten_minutes_answers(query):
         assert isinstance(expected, float | int) and numbers_agree(result.value, expected), result
 
 
-@pytest.mark.parametrize("query", [query for query in ANSWERS if not re.match(r"[\"'`]|temperature\[", query)])
+@pytest.mark.parametrize(
+    "query", [query for query in ANSWERS if not re.match(r"[\"'`]|temperature\[", query)]
+)
 def test_a_graph_shows_at_each_step_what_is_there_at_that_time(query):
     if "start()" in query or "end()" in query:
         pytest.skip("means the start and end of the graph")
     engine = Engine(STORED.select)
-    for start_ms, end_ms, step_ms in ((0, 20 * MINUTE, MINUTE), (7 * MINUTE + 13_000, 35 * MINUTE, 97_000)):
+    for start_ms, end_ms, step_ms in (
+        (0, 20 * MINUTE, MINUTE),
+        (7 * MINUTE + 13_000, 35 * MINUTE, 97_000),
+    ):
         graph: dict[str, dict[int, float]] = {}
         for series in engine.range(query, start_ms, end_ms, step_ms).series:
             assert as_series(series.labels) not in graph
@@ -3009,7 +3043,9 @@ def test_a_graph_shows_at_each_step_what_is_there_at_that_time(query):
             result = engine.instant(query, time_ms)
             samples = result.samples if isinstance(result, VectorResult) else [({}, result.value)]  # type: ignore[union-attr, list-item]
             expected = {as_series(labels): value for labels, value in samples}
-            found = {series: points[time_ms] for series, points in graph.items() if time_ms in points}
+            found = {
+                series: points[time_ms] for series, points in graph.items() if time_ms in points
+            }
             assert found.keys() == expected.keys(), time_ms
             assert all(numbers_agree(found[series], expected[series]) for series in found), time_ms
 
@@ -3030,7 +3066,11 @@ def test_a_range_vector_is_answered_with_its_samples():
     times = array("q", [8 * MINUTE, 9 * MINUTE, 10 * MINUTE])
     assert result == MatrixResult([Series(labels, times, array("d", [30, 20, 10]))])
     result = Engine(STORED.select).instant("early[3m:1m]", 4 * MINUTE)
-    assert isinstance(result, MatrixResult) and list(result.series[0].times_ms) == [2 * MINUTE, 3 * MINUTE, 4 * MINUTE]
+    assert isinstance(result, MatrixResult) and list(result.series[0].times_ms) == [
+        2 * MINUTE,
+        3 * MINUTE,
+        4 * MINUTE,
+    ]
 
 
 def test_start_and_end_are_those_of_the_graph():
@@ -3042,7 +3082,11 @@ def test_start_and_end_are_those_of_the_graph():
 
 
 def test_a_prediction_from_a_fixed_window_looks_ahead_from_each_step():
-    (series,) = Engine(STORED.select).range("predict_linear(requests_total{host='b'}[5m] @ 600, 60)", 0, 2 * MINUTE, MINUTE).series
+    (series,) = (
+        Engine(STORED.select)
+        .range("predict_linear(requests_total{host='b'}[5m] @ 600, 60)", 0, 2 * MINUTE, MINUTE)
+        .series
+    )
     assert list(series.values) == pytest.approx([120, 240, 360])
 
 
@@ -3174,16 +3218,23 @@ def test_a_query_holds_no_more_samples_than_it_may(query):
 
 def test_what_is_selected_twice_is_read_once():
     stored = Stored("x 0+1x60")
-    Engine(stored.select).range("rate(x[5m]) / rate(x[5m]) + sum(x) / count(x) + x offset 5m", 0, 60 * MINUTE, MINUTE)
+    Engine(stored.select).range(
+        "rate(x[5m]) / rate(x[5m]) + sum(x) / count(x) + x offset 5m", 0, 60 * MINUTE, MINUTE
+    )
     matchers = (Matcher("__name__", "=", "x"),)
     start_ms, end_ms = -5 * MINUTE + 1, 60 * MINUTE
-    assert stored.selections == [(matchers, start_ms, end_ms), (matchers, start_ms - 5 * MINUTE, end_ms - 5 * MINUTE)]
+    assert stored.selections == [
+        (matchers, start_ms, end_ms),
+        (matchers, start_ms - 5 * MINUTE, end_ms - 5 * MINUTE),
+    ]
 
 
 # ---- text ----
 
 
-LONG = 'sum by (host_with_a_long_name, job) (rate(http_requests_total{code=~"5..",method!="GET"}[5m]))'
+LONG = (
+    'sum by (host_with_a_long_name, job) (rate(http_requests_total{code=~"5..",method!="GET"}[5m]))'
+)
 
 
 @pytest.mark.parametrize("query, formatted", [
@@ -3348,7 +3399,9 @@ def test_a_page_of_another_origin_may_not_write(server, client, origin, status):
     ("metrics.lan", 200), ("Metrics.LAN:8080", 200), ("evil.example:{port}", 403), ("evil.example", 403),
     ("localhost.evil.example", 403), ("127.0.0.1.evil.example", 403), ("metrics.lan.evil.example", 403),
 ])  # fmt: skip
-def test_a_page_whose_name_was_made_to_resolve_to_this_machine_may_not_write(tmp_path, host, status):
+def test_a_page_whose_name_was_made_to_resolve_to_this_machine_may_not_write(
+    tmp_path, host, status
+):
     service = a_service(tmp_path, allowed_hosts=["metrics.LAN"])
     fields = [b"Host: " + host.format(port=8080).encode()]
     origin = b"Origin: http://" + host.format(port=8080).encode()
@@ -3389,7 +3442,9 @@ def test_a_listed_client_may_have_a_rate_of_its_own(tmp_path):
         answer = answer_to(service, post(b"Authorization: " + name.encode()))
         allowed[name] += answer.status == 200
     assert allowed == {"few": 2, "many": 50, "usual": 5, "free": 60}
-    assert b'"default";q=2;w=1' in answer_to(service, post(b"Authorization: few")).encode(b"", b"Date: now\r\n")
+    assert b'"default";q=2;w=1' in answer_to(service, post(b"Authorization: few")).encode(
+        b"", b"Date: now\r\n"
+    )
     service.log.close()
 
 
@@ -3440,7 +3495,9 @@ def test_statistics_account_for_every_request(tmp_path, threads):
 
 
 def test_prometheus_gets_its_text_and_others_get_json(client):
-    accept = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3,*/*;q=0.1"
+    accept = (
+        "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3,*/*;q=0.1"
+    )
     text = client.ask("GET", "/metrics", Accept=accept)
     assert text.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
     assert b"# TYPE metricstream_metrics_received_total counter\n" in text.body
@@ -3824,7 +3881,9 @@ def over_tls(port: int) -> ssl.SSLSocket:
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # soon full when nobody reads
     connection.settimeout(10)
     connection.connect(("127.0.0.1", port))
-    return trusting().wrap_socket(connection, server_hostname="localhost", suppress_ragged_eofs=False)
+    return trusting().wrap_socket(
+        connection, server_hostname="localhost", suppress_ragged_eofs=False
+    )
 
 
 def test_https_serves_what_http_does(tmp_path, threads, tls):
@@ -3867,7 +3926,9 @@ def test_an_encrypted_answer_that_is_not_read_waits_and_holds_up_nobody(tmp_path
 
 def test_a_client_that_never_shakes_hands_blocks_nobody_and_is_ended(tmp_path, threads, tls):
     with running(tmp_path, threads=threads, tls=tls, timeouts=SHORT) as started:
-        silent = [socket.create_connection(("127.0.0.1", started.port), timeout=10) for _ in range(50)]
+        silent = [
+            socket.create_connection(("127.0.0.1", started.port), timeout=10) for _ in range(50)
+        ]
         for connection in silent[25:]:
             connection.sendall(b"\x16\x03\x01\x02\x00")  # the first octets of a ClientHello
         with over_tls(started.port) as client:
@@ -4020,7 +4081,11 @@ def test_mistakes_are_one_clear_line_and_a_status(tmp_path):
             (["0", "--nonsense"], 2, "--nonsense"),
             (["0", "--clients", str(tmp_path / "none")], 1, "can't read"),
             (["0", "--tls-cert", str(readable)], 2, "--tls-cert and --tls-key go together"),
-            (["0", "--tls-cert", str(readable), "--tls-key", str(readable)], 1, "can't use certificate"),
+            (
+                ["0", "--tls-cert", str(readable), "--tls-key", str(readable)],
+                1,
+                "can't use certificate",
+            ),
             (["0", "--tls-cert", "none", "--tls-key", "none"], 1, "No such file"),
             (["--new-client", "10.0.0.7"], 2, "must be a letter and"),
         ]:
@@ -4031,7 +4096,9 @@ def test_mistakes_are_one_clear_line_and_a_status(tmp_path):
 
 
 def test_the_limit_on_open_files_lowers_the_connections(tmp_path):
-    command = f"ulimit -n 256; exec {sys.executable} {HERE / 'metricstream.py'} 0 --data-dir {tmp_path}"
+    command = (
+        f"ulimit -n 256; exec {sys.executable} {HERE / 'metricstream.py'} 0 --data-dir {tmp_path}"
+    )
     process = subprocess.Popen(["bash", "-c", command], stdout=subprocess.PIPE, text=True)
     assert process.stdout
     warning, startup = process.stdout.readline(), process.stdout.readline()
@@ -4060,7 +4127,11 @@ def test_a_new_client_may_write_and_its_key_appears_nowhere(tmp_path):
     with ServerProcess(tmp_path, "--clients", str(listed), "--log-level", "debug") as started:
         assert "clients listed: 1" in started.startup_line
         with contextlib.closing(Client(started.port)) as client:
-            for authorization, status in [(f"Bearer {key}", 200), (key, 200), (f"Bearer {key}x", 401)]:
+            for authorization, status in [
+                (f"Bearer {key}", 200),
+                (key, 200),
+                (f"Bearer {key}x", 401),
+            ]:
                 answer = client.ask("POST", "/metrics", BATCH, Authorization=authorization)
                 assert (answer.status, key in str(answer)) == (status, False)
             assert client.ask("POST", "/metrics", b"{", Authorization=key).status == 400
@@ -4106,7 +4177,9 @@ def test_sighup_reads_again_what_others_have_changed(tmp_path):
 
 
 @pytest.mark.parametrize("durability", LEVELS)
-def test_a_log_that_is_deleted_under_load_loses_nothing_acknowledged_afterwards(tmp_path, durability):
+def test_a_log_that_is_deleted_under_load_loses_nothing_acknowledged_afterwards(
+    tmp_path, durability
+):
     with ServerProcess(tmp_path, "--durability", durability, "--rate-limit", "0") as started:
         with contextlib.closing(Client(started.port)) as client:
             after = set()
@@ -4131,8 +4204,13 @@ def test_to_be_reached_from_elsewhere_without_a_list_of_clients_is_warned_of(tmp
         return line
 
     (tmp_path / "clients").write_text(KEY_LINE)
-    assert "WARNING whoever reaches 0.0.0.0 may write: see --clients" in first_line("--host", "0.0.0.0")
-    for options in [["--host", "127.0.0.2"], ["--host", "0.0.0.0", "--clients", str(tmp_path / "clients")]]:
+    assert "WARNING whoever reaches 0.0.0.0 may write: see --clients" in first_line(
+        "--host", "0.0.0.0"
+    )
+    for options in [
+        ["--host", "127.0.0.2"],
+        ["--host", "0.0.0.0", "--clients", str(tmp_path / "clients")],
+    ]:
         assert first_line(*options).startswith("MetricStream ")
 
 
@@ -4158,7 +4236,9 @@ class Writers:
     BATCH = 3
 
     def __init__(self, port: int, prefix: str, count: int = 4, pause_s: float = 0.0) -> None:
-        self.acknowledged: set[str] = set()  # set.update holds no lock of ours: each thread adds its own
+        self.acknowledged: set[str] = (
+            set()
+        )  # set.update holds no lock of ours: each thread adds its own
         self.statuses: Counter[int] = Counter()
         self.faults: list[Exception] = []  # answers that broke off
         self._stopped = threading.Event()
@@ -4241,7 +4321,9 @@ def test_nothing_acknowledged_is_lost_to_kill_9(tmp_path, durability):
 
 
 @pytest.mark.parametrize("durability", LEVELS)
-def test_a_stop_under_load_answers_what_is_in_flight_and_loses_nothing(tmp_path, threads, durability):
+def test_a_stop_under_load_answers_what_is_in_flight_and_loses_nothing(
+    tmp_path, threads, durability
+):
     options = ("--durability", durability, "--threads", str(threads), "--rate-limit", "0")
     with ServerProcess(tmp_path, *options) as started:
         writers = Writers(started.port, "w", count=8)
@@ -4373,7 +4455,9 @@ def test_a_write_may_stop_anywhere(tmp_path, durability, error):
 
 
 @pytest.mark.parametrize("step_s", [3600, -3600], ids=["forward", "back"])
-def test_a_step_of_the_clock_changes_neither_rates_nor_time_outs(tmp_path, threads, monkeypatch, step_s):
+def test_a_step_of_the_clock_changes_neither_rates_nor_time_outs(
+    tmp_path, threads, monkeypatch, step_s
+):
     now, step = time.time, [0]
     monkeypatch.setattr(time, "time", lambda: now() + step[0])
     limit = 100
@@ -4427,7 +4511,9 @@ def test_an_unexpected_error_of_the_housekeeper_is_logged_and_the_house_kept_on(
 def process_figures(pid: int) -> dict[str, int]:
     """Resident memory in KiB, threads and open files of a process."""
     status = Path(f"/proc/{pid}/status").read_text()
-    figures = {name: int(re.search(rf"^{name}:\s+(\d+)", status, re.M)[1]) for name in ("VmRSS", "Threads")}
+    figures = {
+        name: int(re.search(rf"^{name}:\s+(\d+)", status, re.M)[1]) for name in ("VmRSS", "Threads")
+    }
     return figures | {"files": len(os.listdir(f"/proc/{pid}/fd"))}
 
 
@@ -4478,7 +4564,9 @@ def test_soak(tmp_path, capsys):
                 events["hostile clients"] += 1
                 if rng.random() < 0.005:
                     events["full disks"] += 1
-                    limit_file_size(started.process, (tmp_path / "metrics.jsonl").stat().st_size + 100)
+                    limit_file_size(
+                        started.process, (tmp_path / "metrics.jsonl").stat().st_size + 100
+                    )
                     pause.wait(rng.uniform(0.1, 1))
                     limit_file_size(started.process, resource.RLIM_INFINITY)
                 pause.wait(0.02)
@@ -4585,7 +4673,9 @@ def besieged(folder: Path, threads: int, *options: str) -> Iterator[ServerProces
         yield started
         assert_healthy(started.port)
         status, out, err = started.stop()
-        assert (status, err) == (0, "") and out.startswith("stopped {") and out.count("\n") == 1, out
+        assert (status, err) == (0, "") and out.startswith("stopped {") and out.count("\n") == 1, (
+            out
+        )
 
 
 def connections_of(started: ServerProcess) -> int:
@@ -4636,8 +4726,12 @@ def test_announced_bodies_that_never_come_take_no_memory(tmp_path, threads):
     with besieged(tmp_path, threads) as started, contextlib.ExitStack() as outer:
         before = outer.enter_context(leaving_nothing(started.process.pid))
         with contextlib.ExitStack() as stack:
-            (too_large,) = crowd(started.port, 1, framed(b"Content-Length: 104857600", body=b""), stack)
-            assert too_large.recv(1000).startswith(b"HTTP/1.1 413 ")  # without waiting for any of it
+            (too_large,) = crowd(
+                started.port, 1, framed(b"Content-Length: 104857600", body=b""), stack
+            )
+            assert too_large.recv(1000).startswith(
+                b"HTTP/1.1 413 "
+            )  # without waiting for any of it
             crowd(started.port, 200, framed(b"Content-Length: 1048576", body=b"{"), stack)
             eventually(lambda: connections_of(started) >= 201)
             assert len(post_latencies(started.port, 100)) == 100
@@ -4715,7 +4809,9 @@ def drip(port: int, ready: Any, stop: Any) -> None:
     """A process of slow clients: 200 drip their heads, 200 their bodies, 200 read no answer."""
     head = b"POST /metrics HTTP/1.1\r\nHost: x\r\n"
     heads = [Dripping(port, head + b"X-Slow: " + b"a" * 1000) for _ in range(200)]
-    bodies = [Dripping(port, head + b"Content-Length: 1000\r\n\r\n" + b" " * 999) for _ in range(200)]
+    bodies = [
+        Dripping(port, head + b"Content-Length: 1000\r\n\r\n" + b" " * 999) for _ in range(200)
+    ]
     deaf = []
     for _ in range(200):
         connection = socket.socket()
@@ -5348,7 +5444,8 @@ def test_batches_of_a_grammar_are_judged_as_the_readme_says(seed):
         )
         expected = as_the_readme_has_it(body)
         try:
-            lines, count = metricstream.batch_lines(body, NOW_MS)
+            batch = metricstream.read_body(body, NOW_MS)
+            lines, count = batch.lines, batch.count
         except (JSONError, BatchError):
             found = None
         else:
@@ -5475,7 +5572,7 @@ def test_the_work_for_json_is_linear(document):
 
     def work(body: bytes) -> None:
         with contextlib.suppress(JSONError, BatchError):
-            metricstream.batch_lines(body, 0)
+            metricstream.read_body(body, 0)
 
     assert growth(work, document(20_000), document(80_000), 8) <= 8
 
@@ -5673,7 +5770,9 @@ def test_a_client_id_can_forge_nothing(tmp_path, threads):
 
 def load(port: int, *arguments: str) -> tuple[int, dict]:
     command = [sys.executable, str(HERE / "load_test.py"), str(port), *arguments]
-    ended = subprocess.run([*command, "--json", "--quiet"], capture_output=True, text=True, timeout=50)
+    ended = subprocess.run(
+        [*command, "--json", "--quiet"], capture_output=True, text=True, timeout=50
+    )
     assert ended.stderr == "" and ended.stdout.count("\n") == 1, ended
     return ended.returncode, json.loads(ended.stdout)
 
@@ -5701,7 +5800,9 @@ def test_each_load_client_has_an_id_of_its_own(tmp_path):
     with running(tmp_path, limit=1000) as started:
         load(started.port, "6", "2")
         seen: dict[str, int] = {}
-        flush_metrics(started.service.limiter, lambda client, allowed, _: seen.update({client: allowed}))
+        flush_metrics(
+            started.service.limiter, lambda client, allowed, _: seen.update({client: allowed})
+        )
     assert sorted(seen.values()) == [2] * 6
     assert all(re.fullmatch(r"load_client_\d+", client) for client in seen)
 
