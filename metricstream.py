@@ -7634,7 +7634,8 @@ def _byte_size(text: str) -> int:
     match = re.fullmatch(r"([0-9]{1,15})(?:([KMGT])B|B)?", text)
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 512MB")
-    return int(match[1]) * 1024 ** (" KMGT".index(match[2]) if match[2] else 0)
+    size: int = int(match[1]) << 10 * " KMGT".index(match[2] or " ")
+    return size
 
 
 def query_main(arguments: list[str]) -> int:
