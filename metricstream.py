@@ -2207,6 +2207,12 @@ def flush_metrics(limiter: SlidingWindowLimiter, report: Callable[[str, int, int
             report(client_label(client), allowed, refused)
 
 
+def log_unexpected(error: Exception) -> None:
+    """Log an error that is a fault of ours: with its traceback, in one line."""
+    text = "".join(traceback.format_exception(error))
+    logger.error("unexpected error: %s", write_json_string(text))
+
+
 # ==================================================================================================
 # 7. Time-series store
 # ==================================================================================================
@@ -2439,7 +2445,7 @@ def encode_values(values: "array[float]") -> bytes:
     is zero; the bytes transposed, deflated. 0.3 µs a value.
 
     >>> len(encode_values(array("d", [0.25 * n for n in range(1000)])))
-    23
+    25
     """
     values_le = _little_endian(values)
     raw = values_le.tobytes()
@@ -6188,12 +6194,6 @@ def error_response(error: Exception) -> Response:
     if isinstance(error, LogError):
         return json_response(503, {"error": str(error)}, [("Retry-After", str(RETRY_AFTER_S))])
     raise error
-
-
-def log_unexpected(error: Exception) -> None:
-    """Log an error that is a fault of ours: with its traceback, in one line."""
-    text = "".join(traceback.format_exception(error))
-    logger.error("unexpected error: %s", write_json_string(text))
 
 
 def client_id(head: Head, peer: str) -> str:

@@ -4668,8 +4668,8 @@ def besieged(folder: Path, threads: int, *options: str) -> Iterator[ServerProces
         with contextlib.ExitStack() as stack:  # first threads, buffers and memos are no leak
             for connection in crowd(started.port, 40, post(), stack):
                 assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
-        # who keeps house, and one that works or accepts
-        eventually(lambda: Footprint.of(started.process.pid)[1:] == (2, files))
+        # who keeps house, who keeps the store, and one that works or accepts
+        eventually(lambda: Footprint.of(started.process.pid)[1:] == (3, files))
         yield started
         assert_healthy(started.port)
         status, out, err = started.stop()
@@ -5906,6 +5906,108 @@ def test_only_the_standard_library_is_imported_and_json_is_not():
             imported.add((node.module or "").partition(".")[0])
     assert imported <= sys.stdlib_module_names
     assert "json" not in imported and "socketserver" in imported
+
+
+# ---- the time-series store ----
+
+
+class StoreUnderTest:
+    """A store and its log, and a plain dictionary of what was pushed."""
+
+    SERIES = [(f"m{number}", {"host": f"h{number % 3}"}) for number in range(6)]
+
+    def __init__(self, folder: Path, durability: str, keep_log: bool):
+        self.folder, self.durability, self.keep_log = folder, durability, keep_log
+        self.pushed: dict[str, dict[int, float]] = {}
+        self.open()
+
+    def open(self) -> None:
+        self.log = MetricLog(str(self.folder), self.durability)
+        self.store = metricstream.Store(
+            str(self.folder), self.log, retention_s=0, keep_log=self.keep_log
+        )
+        self.log.stored = self.store.add
+
+    def push(self, samples: list[Sample]) -> None:
+        lines = "".join(map(log_line, samples)).encode()
+        commit = self.log.append(lines, metricstream.Batch(lines, len(samples), samples))
+        assert commit is None or commit.wait() is None
+        for sample in samples:
+            series = self.pushed.setdefault(sample.name, {})
+            series[sample.timestamp_ms] = float(sample.value)
+
+    def check(self, start_ms: int = 0, end_ms: int = metricstream.END_OF_TIME_MS - 1) -> None:
+        matchers = [metricstream.Matcher("__name__", "=~", "m.*")]
+        found = {}
+        for labels, times, values in self.store.select(matchers, start_ms, end_ms):
+            assert list(times) == sorted(set(times))
+            found[labels["__name__"]] = dict(zip(times, values))
+        expected = {
+            name: {time_ms: v for time_ms, v in series.items() if start_ms <= time_ms <= end_ms}
+            for name, series in self.pushed.items()
+        }
+        assert found == {name: series for name, series in expected.items() if series}
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_store_answers_what_a_dictionary_answers(seed, tmp_path, monkeypatch):
+    """Rows and single samples, late and repeated ones, across blocks and restarts."""
+    rng = random.Random(seed)
+    monkeypatch.setattr(metricstream, "CHUNK_SAMPLES", rng.choice((8, 64, 1024)))
+    under = StoreUnderTest(tmp_path, ("os", "disk", "memory")[seed % 3], rng.random() < 0.3)
+    now_ms = NOW_MS
+
+    def sample(name: str, tags: dict[str, str], late_ms: int) -> Sample:
+        value = rng.choice((rng.randrange(100), rng.random(), round(rng.uniform(0, 9), 2), -0.0))
+        return Sample(name, value, "gauge", tags, now_ms - late_ms)
+
+    try:
+        for _ in range(rng.randrange(40, 150)):
+            now_ms += rng.choice((0, 1, 15, 1000))
+            step, late_ms = rng.random(), rng.choice((0, 0, 0, 5, 5000))
+            if step < 0.6:
+                row = under.SERIES[:4] if rng.random() < 0.7 else rng.sample(under.SERIES, 5)
+                under.push([sample(*series, late_ms) for series in row])
+            elif step < 0.7:
+                some = rng.choices(under.SERIES, k=rng.randrange(1, 30))
+                under.push([sample(*series, rng.randrange(4000)) for series in some])
+            elif step < 0.75:
+                under.store.cut()
+            elif step < 0.85:
+                under.store.maintain()
+            elif step < 0.9:
+                under.log.close()
+                under.open()
+            else:
+                start_ms = now_ms - rng.randrange(3000)
+                under.check(start_ms, start_ms + rng.randrange(3000))
+        under.check()
+    finally:
+        under.log.close()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [1.0], [-0.0, 0.0], [1.5] * 1000, [0.1 * n for n in range(1000)],
+        [round(0.01 * n, 2) for n in range(1000)], [2.0**52, -(2.0**52)], [2.0**60, 1.0],
+        [5e-324, 1.7976931348623157e308], [float(n * n) for n in range(2000)],
+        [random.Random(1).random() for _ in range(1000)],
+    ],
+)  # fmt: skip
+def test_values_come_back_to_the_bit(values):
+    values = array("d", values)
+    encoded = metricstream.encode_values(values)
+    assert metricstream.decode_values(encoded).tobytes() == values.tobytes()
+    assert len(encoded) <= 8 * len(values) + 13
+
+
+@pytest.mark.parametrize(
+    "times", [[5], [5, 6], [0, 0, 0], [NOW_MS + 15_000 * n + n % 7 for n in range(1000)], [9, 3, 7]]
+)
+def test_times_come_back(times):
+    times = array("q", times)
+    assert metricstream.decode_times(metricstream.encode_times(times)) == times
 
 
 def test_a_chapter_uses_only_what_stands_above_it():
