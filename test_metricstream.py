@@ -5929,7 +5929,7 @@ class StoreUnderTest:
         self.log.stored = self.store.add
 
     def push(self, samples: list[Sample]) -> None:
-        lines = "".join(map(log_line, samples)).encode()
+        lines = "".join(map(metricstream.log_line, samples)).encode()
         commit = self.log.append(lines, metricstream.Batch(lines, len(samples), samples))
         assert commit is None or commit.wait() is None
         for sample in samples:
