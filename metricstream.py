@@ -3257,7 +3257,7 @@ class Store:
         self._own = Memtable()  # samples that are not in the log
         self._since = time.monotonic()  # when the active one was begun
         self._stopping = threading.Event()
-        self._cut_soon = False
+        self._log_files = log.files if log else 0  # when the active one was begun
         self._thread: threading.Thread | None = None
         self._open()
 
@@ -3532,7 +3532,7 @@ class Store:
         self.flush()
         age_s = time.monotonic() - self._since
         if self._active.samples and (
-            self._cut_soon
+            (self._log and self._log.files != self._log_files)  # it was taken away
             or age_s >= SEGMENT_AGE_S
             or (self._log and self._log.size_bytes >= SEGMENT_BYTES)
         ):
@@ -3541,10 +3541,6 @@ class Store:
         while self._compact():
             pass
         self._expire()
-
-    def cut_soon(self) -> None:
-        """Have a block written soon: the log was taken away."""
-        self._cut_soon = True
 
     def cut(self) -> None:
         """Begin a new memtable and a new file of the log; `flush` makes the old ones a block."""
@@ -3556,9 +3552,10 @@ class Store:
                 self._frozen += ((number, (self._own, self._active)),)
                 self._active, self._own = Memtable(), Memtable()
                 self._next_number = number + 1
-            self._since, self._cut_soon = time.monotonic(), False
+            self._since = time.monotonic()
 
         self._log.rotate(os.path.join(self.folder, f"metrics.{number:08d}.jsonl"), change_hands)
+        self._log_files = self._log.files
 
     def flush(self) -> None:
         """Write the memtables that are no longer pushed to as blocks, and retire their part of the
