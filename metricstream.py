@@ -2273,7 +2273,7 @@ _RE2_PIECE = re.compile(
     r"""
     \\Q(?P<literal>.*?)(?:\\E|$)
   | (?P<escape>\\.)
-  | (?P<set>\[\^?\]?(?:\\.|\[:\^?[a-z]+:\]|[^\]\\])*\])
+  | (?P<set>\[\^?\]?(?:\\.|\[:\^?[a-z]{1,9}:\]|[^\]\\]){0,200}\])
   | (?P<open>\((?!\?)|\(\?[ims]*(?:-[ims]+)?:|\(\?P?<(?=[A-Za-z_]))
   | (?P<flags>\(\?[ims]+\))
   | (?P<extension>\(\?)
@@ -3258,6 +3258,7 @@ class Store:
         self._since = time.monotonic()  # when the active one was begun
         self._stopping = threading.Event()
         self._log_files = log.files if log else 0  # when the active one was begun
+        self._to_retire = False
         self._thread: threading.Thread | None = None
         self._open()
 
@@ -3566,10 +3567,13 @@ class Store:
             self._write(tables, number, number, number)
             with self._lock:
                 self._frozen = self._frozen[1:]
-        covered = max((block.covers for block in self._blocks), default=0)
-        for number, path in self._segments():
-            if number <= covered:
-                self._retire(path)
+            self._to_retire = True
+        if self._to_retire:  # what failed is tried again
+            covered = max((block.covers for block in self._blocks), default=0)
+            for number, path in self._segments():
+                if number <= covered:
+                    self._retire(path)
+            self._to_retire = False
 
     def _write(self, sources: Sequence[Source], first: int, last: int, covers: int) -> None:
         """Write a block of all samples of some sources, and serve it in place of the blocks of
@@ -5910,7 +5914,7 @@ _API_ROUTES = (
     "query", "query_range", "series", "labels", "metadata", "status/buildinfo", "format_query",
 )  # fmt: skip
 _LABEL_VALUES = re.compile(r"label/(.+)/values", re.DOTALL)
-_UNIX_TIME = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
+_UNIX_TIME = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
 
 
 class APIError(Exception):
@@ -6488,8 +6492,8 @@ class Service:
         self.statistics.record(event, invalid)
 
 
-_TEXT_SAMPLE = re.compile(r"([a-zA-Z_:][\w:]*)(?:\{(.*)\})? ([-+.\w]+)")
-_TEXT_LABEL = re.compile(r'(\w+)="([^"]*)"')
+_TEXT_SAMPLE = re.compile(r"([a-z_]+)(?:\{(.*)\})? ([-+.\w]+)")
+_TEXT_LABEL = re.compile(r'([a-z_]+)="([^"]*)"')
 
 
 def own_samples(text: str, now_ms: int) -> list[Sample]:
@@ -6498,14 +6502,17 @@ def own_samples(text: str, now_ms: int) -> list[Sample]:
     >>> own_samples('# TYPE up counter\\nup{a="b"} 1\\n', 0)
     [Sample(name='up', value=1.0, type='counter', tags={'a': 'b'}, timestamp_ms=0)]
     """
-    types = dict(re.findall(r"^# TYPE (\S+) (\S+)$", text, re.MULTILINE))
+    types: dict[str, str] = {}
     samples = []
-    for name, labels, value in _TEXT_SAMPLE.findall(re.sub("(?m)^#.*$", "", text)):
-        family = re.sub("_(sum|count|bucket)$", "", name)
-        kind = str(types.get(name) or types.get(family) or "gauge")
-        if math.isfinite(float(value)):
-            tags = dict(_TEXT_LABEL.findall(labels))
-            samples.append(Sample(name, float(value), kind, tags, now_ms))
+    for line in text.splitlines():
+        if line.startswith("# TYPE "):
+            _, _, name, types[name] = line.split(" ")
+        elif match := _TEXT_SAMPLE.fullmatch(line):
+            name, labels, value = match.groups("")
+            kind = types.get(name) or types.get(name.rpartition("_")[0], "gauge")
+            if math.isfinite(float(value)):
+                tags = dict(_TEXT_LABEL.findall(labels))
+                samples.append(Sample(name, float(value), kind, tags, now_ms))
     return samples
 
 

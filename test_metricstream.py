@@ -5212,6 +5212,37 @@ WORST_INPUTS: dict[str, list[tuple[str, str, str]]] = {
     f"[^{metricstream._TCHAR.decode()}]": [("", "a", ""), ("", "a", "@")],
     r"q=[01](\.[0-9]{0,3})?": [("q=0.", "0", ""), ("", "q=0", "")],
     r"[0-9]{1,10}": [("", "1", "")],
+    "_RE2_PIECE": [("", r"\Qa", ""), (r"\Q", "a", ""), ("", "[", ""), ("[", "[:a:", ""), ("", "\\", ""),
+                   ("", "[a", ""), ("[^", r"\]", ""), ("[", "[:alpha:", "]"), ("", "(?i", ""),
+                   ("(?", "ims", ""), ("(?i", "-ims", ""), ("){", "1", ""), ("{", "1", "")],
+    "_SET_PIECE": [("", "[:", ""), ("[:", "a", ""), ("", "[:a", "]"), ("", "\\", "")],
+    "_BLOCK_NAME": [("", "0", ""), ("00000000-", "0", ".block")],
+    "_SEGMENT_NAME": [("metrics.", "0", ".jsonl")],
+    "_LOG_LINE": [
+        ("", '{"timestamp":"', ""), ('{"timestamp":"' + "0" * 24 + '","name":"', "a", ""),
+        ('{"timestamp":"' + "0" * 24 + '","name":"', "\\a", ""),
+        ('{"timestamp":"' + "0" * 24 + '","name":"', '\\"', ""),
+        ('{"timestamp":"' + "0" * 24 + '","name":"a","value":', "1", ","),
+        ('{"timestamp":"' + "0" * 24 + '","name":"a","value":1,"type":', "}", ""),
+        ("", '{"timestamp":"' + "0" * 24 + '","name":"a","value":1,"type":\n', ""),
+    ],
+    "_TOKEN": [("", "1", "_"), ("", "1_", "_"), ("1.", "1", "_"), ("1e", "1", "x"), ("0x", "f", "_"),
+               ("", "1h", "x"), ("", "1m", "1"), ("", "a", "."), ('"', "a", ""), ('"', "\\", ""),
+               ("'", "\\'", ""), ("`", "a", ""), ("#", "a", "\n"), ("", " ", "x")],
+    "_DURATION": [("", "1", ""), ("1y", "1", "y"), ("", "1h", "")],
+    "_DURATION_PART": [("", "1", "h"), ("", "1m", ""), ("", "1ms", "1")],
+    "_WORD_CHARACTER": [("", "a", "")],
+    "_STRING_ESCAPE": [("", "\\", ""), ("", "\\x4", ""), ("", "\\U0000", ""), ("", "\\01", "")],
+    "[0-7]+": [("", "0", "8")],
+    "_LEGACY_METRIC": [("", "a", ".")],
+    "_LEGACY_LABEL": [("", "a", ".")],
+    "_TEMPLATE": [("", "$", ""), ("", "${", ""), ("", "${a", ""), ("$", "a", "")],
+    "_LABEL_VALUES": [("label/", "a", ""), ("label/", "/values", "/value")],
+    "[0-9]{1,18}": [("", "1", "")],
+    "_UNIX_TIME": [("", "1", "x"), (".", "1", "x"), ("1e", "1", "x")],
+    "_TEXT_SAMPLE": [("", "a", ""), ("a{", "}", " "), ("a{", "} ", "{"), ("a ", "1", "{")],
+    "_TEXT_LABEL": [('a="', "b", '"'), ("", 'a="b",', "")],
+    "([0-9]{1,15})(?:([KMGT])B|B)?": [("", "1", ""), ("1K", "B", "")],
 }  # fmt: skip
 
 
@@ -5224,7 +5255,7 @@ def uses_of_patterns() -> dict[str, tuple[re.Pattern, set[str]]]:
         if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
             continue
         owner, method = getattr(node.func.value, "id", None), node.func.attr
-        if owner == "re" and method != "compile":
+        if owner == "re" and method not in ("compile", "escape"):
             text = eval(ast.unparse(node.args[0]), dict(names))
             name = text.decode() if isinstance(text, bytes) else text
             used.setdefault(name, (re.compile(text), set()))[1].add(method)
@@ -5237,7 +5268,8 @@ def test_each_pattern_has_its_worst_inputs_and_a_known_use():
     used = uses_of_patterns()
     assert used.keys() == WORST_INPUTS.keys()
     for name, (_, methods) in used.items():
-        assert methods and methods <= {"match", "fullmatch", "search", "split", "sub"}, name
+        uses = {"match", "fullmatch", "search", "split", "sub", "findall", "finditer"}
+        assert methods and methods <= uses, name
 
 
 def of_about(size: int, beginning: str, unit: str, end: str) -> str:
@@ -5253,7 +5285,10 @@ def test_no_pattern_backtracks_beyond_its_input(name):
         if isinstance(pattern.pattern, bytes):
             small, large = small.encode("latin-1"), large.encode("latin-1")
         use = getattr(pattern, method)
-        work = (lambda text: use(text[:0], text)) if method == "sub" else use
+        work = {
+            "sub": lambda text: use(text[:0], text),
+            "finditer": lambda text: list(use(text)),
+        }.get(method, use)
         assert growth(work, small, large, 24) <= 24, (method, parts)
 
 
