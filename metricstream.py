@@ -7903,7 +7903,12 @@ def _table(result: Result) -> str:
 
 
 def _series_text(labels: dict[str, str]) -> str:
-    return write_json_string(labels_text(labels))[1:-1].replace('\\"', '"')
+    """A series as one writes it in a query; what is not printable is escaped."""
+    name = labels.get(NAME, "")
+    if not _LEGACY_METRIC.fullmatch(name):
+        return labels_text(labels)
+    rest = _nameless(labels)
+    return name + (labels_text(rest) if rest else "")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -32,6 +32,7 @@ import threading
 import time
 import tracemalloc
 import unicodedata
+import urllib.parse
 from array import array
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Sequence
@@ -3258,6 +3259,8 @@ def test_a_query_is_laid_out_as_prometheus_does(query, formatted):
     ("a.c", "a\nc", "xabc"), ("[[:alpha:]_]+", "ab_", "a1"), (r"\Qa.b\E+", "a.b", "axb"), ("(?i)ABC", "abc", "abd"),
     ("(?<n>x)y", "xy", "x"), (r"a\z", "a", "a\n"), (r"\d+", "12", "\u0661"), ("[]a[]", "[", "b"), ("[^[:digit:]]", "a", "1"),
     ("(a+|b)c*", "aac", "abab"), ("(?:web|db)[0-9]{1,3}", "db12", "db"), ("(?s:.)", "\n", ""),
+    ("((?i)PRO).*", "production", "xpro"), ("x(?i)a|B", "b", "Xa"), ("(web|db)*", "webdb", "w"), ("a{,2}", "a{,2}", "aa"),
+    ("a{2}", "aa", "a"), ("(ab){3}", "ababab", "abab"), (".*a.*b.*", "xaxbx", "ba"), ("a??b", "ab", "aab"), ("(?i:a)b", "Ab", "AB"),
 ])  # fmt: skip
 def test_regular_expressions_are_those_of_re2(pattern, fits, fits_not):
     regex = metricstream.compile_regex(pattern)
@@ -5951,16 +5954,15 @@ class StoreUnderTest:
 
     SERIES = [(f"m{number}", {"host": f"h{number % 3}"}) for number in range(6)]
 
-    def __init__(self, folder: Path, durability: str, keep_log: bool):
-        self.folder, self.durability, self.keep_log = folder, durability, keep_log
+    def __init__(self, folder: Path, durability: str, **options: Any):
+        self.folder, self.durability = folder, durability
+        self.options = {"retention_s": 0} | options
         self.pushed: dict[str, dict[int, float]] = {}
         self.open()
 
     def open(self) -> None:
         self.log = MetricLog(str(self.folder), self.durability)
-        self.store = metricstream.Store(
-            str(self.folder), self.log, retention_s=0, keep_log=self.keep_log
-        )
+        self.store = metricstream.Store(str(self.folder), self.log, **self.options)
         self.log.stored = self.store.add
 
     def push(self, samples: list[Sample]) -> None:
@@ -5989,7 +5991,8 @@ def test_the_store_answers_what_a_dictionary_answers(seed, tmp_path, monkeypatch
     """Rows and single samples, late and repeated ones, across blocks and restarts."""
     rng = random.Random(seed)
     monkeypatch.setattr(metricstream, "CHUNK_SAMPLES", rng.choice((8, 64, 1024)))
-    under = StoreUnderTest(tmp_path, ("os", "disk", "memory")[seed % 3], rng.random() < 0.3)
+    durability = ("os", "disk", "memory")[seed % 3]
+    under = StoreUnderTest(tmp_path, durability, keep_log=rng.random() < 0.3)
     now_ms = NOW_MS
 
     def sample(name: str, tags: dict[str, str], late_ms: int) -> Sample:
@@ -6019,6 +6022,506 @@ def test_the_store_answers_what_a_dictionary_answers(seed, tmp_path, monkeypatch
         under.check()
     finally:
         under.log.close()
+
+
+# What is killed at a given step of writing blocks: before or after each call that changes a file.
+DEADLY_STORE = """
+import os, signal, sys
+import metricstream as m
+
+folder, fatal, keep_log = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "keep"
+steps = 0
+
+def step():
+    global steps
+    steps += 1
+    if steps == fatal:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def deadly(owner, name):
+    real = getattr(owner, name)
+    def call(*arguments, **options):
+        step()
+        result = real(*arguments, **options)
+        step()
+        return result
+    setattr(owner, name, call)
+
+for name in ("replace", "rename", "unlink", "fsync"):
+    deadly(os, name)
+deadly(m._BlockWriter, "_write")
+log = m.MetricLog(folder, "os")
+store = m.Store(folder, log, retention_s=0, keep_log=keep_log)
+log.stored = store.add
+for number in range(12):
+    samples = [m.Sample(f"m{n}", number + n / 4, "gauge", {}, 1000 * number) for n in range(3)]
+    lines = "".join(map(m.log_line, samples)).encode()
+    log.append(lines, m.Batch(lines, len(samples), samples))
+    print(number, flush=True)
+    if number % 2:
+        store.cut()
+        store.maintain()
+print("all", steps, flush=True)
+"""
+
+
+@pytest.mark.parametrize("keep_log", ["keep", "retire"])
+def test_kill_9_at_each_step_of_a_block_loses_nothing_and_doubles_nothing(keep_log, tmp_path):
+    def run(folder: Path, fatal: int) -> list[str]:
+        folder.mkdir()
+        command = [sys.executable, "-c", DEADLY_STORE, str(folder), str(fatal), keep_log]
+        return subprocess.run(command, capture_output=True, text=True, cwd=HERE).stdout.split()
+
+    *_, word, steps = run(tmp_path / "whole", 0)
+    assert word == "all" and int(steps) > 100
+    # each step of the first block, and of the first compaction; of the rest some
+    for fatal in [*range(1, 30), *range(30, int(steps), 5)]:
+        folder = tmp_path / str(fatal)
+        acknowledged = run(folder, fatal)
+        assert "all" not in acknowledged
+        log = MetricLog(str(folder))
+        try:
+            store = metricstream.Store(str(folder), log, retention_s=0, keep_log=keep_log == "keep")
+            found = list(store.select([metricstream.Matcher("__name__", "=~", "m.")], 0, NOW_MS))
+            pushed = len(found[0].times_ms) if found else 0
+            # a batch whose acknowledgement the end prevented may be there
+            assert len(acknowledged) <= pushed <= len(acknowledged) + 1, fatal
+            for series in found:
+                tag = int(series.labels["__name__"][1:]) / 4
+                assert list(series.times_ms) == [1000 * n for n in range(pushed)], fatal
+                assert list(series.values) == [n + tag for n in range(pushed)], fatal
+            in_blocks = sum(block.samples for block in store._blocks)
+            assert in_blocks + store.replayed == 3 * pushed, fatal  # none was counted twice
+            assert store.damaged == 0 and not list(folder.glob("blocks/*.tmp"))
+        finally:
+            log.close()
+
+
+def a_store(folder: Path, **options: Any) -> StoreUnderTest:
+    return StoreUnderTest(folder, "os", **options)
+
+
+def block_of(under: StoreUnderTest, *times_ms: int, name: str = "m") -> None:
+    under.push([Sample(name, time_ms / 1000, "gauge", {}, time_ms) for time_ms in times_ms])
+    under.store.cut()
+    under.store.flush()
+
+
+@pytest.mark.parametrize("place", ["value", "time", "index", "meta", "end", "length"])
+def test_a_damaged_block_is_set_aside_and_the_rest_is_served(place, tmp_path, caplog):
+    under = a_store(tmp_path)
+    block_of(under, 1000, 2000)
+    block_of(under, 3000, 4000)
+    under.log.close()
+    path = tmp_path / "blocks" / "00000001-00000001.block"
+    octets = bytearray(path.read_bytes())
+    meta = json.loads(octets[octets.rindex(b'{"first_ms"') : octets.rindex(b"}") + 1])
+    at = {
+        "value": 8, "time": meta["times_at"], "index": meta["index_at"],
+        "meta": octets.rindex(b"first_ms"), "end": len(octets) - 1, "length": 0,
+    }[place]  # fmt: skip
+    octets[at] ^= 0xFF
+    path.write_bytes(octets[:-5] if place == "length" else octets)
+    under = a_store(tmp_path)
+    under.pushed = {"m": {3000: 3.0, 4000: 4.0}}
+    under.check()
+    assert under.store.damaged == 1 and "damaged block" in caplog.text
+    assert not path.exists() and path.with_name(path.name + ".damaged").exists()
+    block_of(under, 5000)
+    under.check()
+    under.log.close()
+
+
+def test_blocks_are_compacted_into_larger_ones(tmp_path):
+    under = a_store(tmp_path)
+    for number in range(17):
+        block_of(under, 1000 * number, 1000 * number + 500, 99_000)  # the last one again and again
+        under.store.maintain()
+        under.check()
+    names = sorted(path.name for path in (tmp_path / "blocks").iterdir())
+    numbers = [tuple(map(int, re.findall(r"\d+", name))) for name in names]
+    assert len(names) < 8 and numbers[0][1] - numbers[0][0] >= 3
+    assert [first for first, _ in numbers] == [1, *(last + 1 for _, last in numbers[:-1])]
+    under.log.close()
+    under = a_store(tmp_path)
+    under.pushed = {"m": {t: t / 1000 for n in range(17) for t in (1000 * n, 1000 * n + 500, 99_000)}}
+    under.check()
+    under.log.close()
+
+
+def test_blocks_past_their_retention_are_removed(tmp_path):
+    now_s = 10_000_000.0
+    under = a_store(tmp_path, retention_s=3600, clock=lambda: now_s)
+    for age_s in (7200, 4000, 1000):
+        block_of(under, int(now_s - age_s) * 1000 + 1, name=f"m{age_s}")
+    under.store.maintain()
+    assert [series.labels["__name__"] for series in under.store.select([], 0, NOW_MS)] == ["m1000"]
+    now_s += 3000
+    under.store.maintain()
+    assert not list((tmp_path / "blocks").iterdir())
+    under.log.close()
+
+
+def test_the_oldest_blocks_go_when_all_are_too_long(tmp_path):
+    under = a_store(tmp_path, retention_bytes=4_000)
+    rng = random.Random(5)
+    for number in range(3):
+        under.push([Sample("m", rng.random(), "gauge", {}, 1000 * number + n) for n in range(150)])
+        under.store.cut()
+        under.store.flush()
+    assert under.store.block_bytes > 4_000
+    under.store.maintain()
+    assert 0 < under.store.block_bytes <= 4_000
+    (series,) = under.store.select([], 0, NOW_MS)
+    assert series.times_ms[0] == 1000 and series.times_ms[-1] == 2149
+    under.log.close()
+
+
+def test_what_a_block_covers_of_the_log_is_retired_or_kept_compressed(tmp_path):
+    under = a_store(tmp_path, keep_log=True)
+    block_of(under, 1000, 2000)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+    (kept,) = tmp_path.glob("metrics-*.jsonl.gz")
+    assert re.fullmatch(r"metrics-\d{8}T\d{6}Z-00000001\.jsonl\.gz", kept.name)
+    lines = [json.loads(line) for line in gzip.decompress(kept.read_bytes()).splitlines()]
+    assert [line["value"] for line in lines] == [1.0, 2.0]
+    under.log.close()
+    under = a_store(tmp_path)
+    block_of(under, 3000)
+    assert sorted(path.name for path in tmp_path.iterdir() if path != kept) == [
+        "blocks", "metrics.jsonl",
+    ]  # fmt: skip
+    under.log.close()
+
+
+def test_a_batch_beyond_max_series_is_refused_and_counted(tmp_path):
+    with ServerProcess(tmp_path, "--max-series", "3", "--self-metrics", "0") as started:
+        with contextlib.closing(Client(started.port)) as client:
+            def push(*names: str) -> Answer:
+                metrics = [{"name": name, "value": 1} for name in names]
+                return client.ask("POST", "/metrics", {"metrics": metrics})
+
+            assert push("a", "b").status == 200
+            refused = push("b", "c", "d")
+            assert refused.status == 400 and "--max-series is 3" in refused.json["error"]
+            assert push("b", "c").status == 200
+            assert push("a", "b", "c", "c").status == 200
+            assert push("d").status == 400
+            statistics = client.ask("GET", "/metrics").json
+            assert statistics["batches_beyond_max_series"] == 2
+            assert statistics["series_in_memory"] == 3
+        log = (tmp_path / "metrics.jsonl").read_text()
+        assert log.count("\n") == 8 and '"d"' not in log
+
+
+def test_lines_of_the_log_that_are_no_metrics_are_counted_and_the_rest_is_read(tmp_path, caplog):
+    line = metricstream.log_line(Sample("m", 1, "gauge", {"a": "b"}, 1000))
+    strange = '{"name": "m", "value": 2, "tags": {"a": "b"}, "timestamp": 2}\n'
+    (tmp_path / "metrics.jsonl").write_text(line + "nonsense\n" + strange + '{"name":"m"}\n')
+    store = metricstream.Store(str(tmp_path))
+    (series,) = store.select([], 0, NOW_MS)
+    assert dict(zip(series.times_ms, series.values)) == {1000: 1.0, 2000: 2.0}
+    assert (store.replayed, store.unreadable) == (2, 2) and "not a metric" in caplog.text
+
+
+def test_a_million_samples_stay_small_in_memory(tmp_path):
+    """In a process of its own: 1,000 series of 1,000 samples, as 100 clients push them."""
+    script = """
+import os, sys
+import metricstream as m
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+log = m.MetricLog(sys.argv[1], "os")
+store = m.Store(sys.argv[1], log, retention_s=0)
+log.stored = store.add
+before, pushed = resident(), 0
+for row in range(1000):
+    for client in range(100):
+        tags = {"client": f"c{client}"}
+        samples = [
+            m.Sample(f"m{n}", (row * n % 997) / 100, "gauge", tags, 15000 * row + client)
+            for n in range(10)
+        ]
+        lines = b"".join(m.log_line(s).encode() for s in samples)
+        log.append(lines, m.Batch(lines, 10, samples, layout=b"layout%d" % client,
+                                  time_ms=15000 * row + client, values=[s.value for s in samples]))
+        pushed += 10
+    if row % 100 == 99:
+        store.maintain()
+print(pushed, (resident() - before) >> 20)
+(series,) = store.select([m.Matcher("__name__", "=", "m3"), m.Matcher("client", "=", "c9")], 0,
+                         m.END_OF_TIME_MS)
+assert list(series.values) == [(row * 3 % 997) / 100 for row in range(1000)]
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, cwd=HERE
+    )
+    assert done.stderr == ""
+    pushed, mebibytes = map(int, done.stdout.split())
+    assert pushed == 1_000_000 and mebibytes < 60
+
+
+def test_the_bytes_of_a_sample_are_less_than_one(tmp_path):
+    """A fortieth of a day of 1,000 series of four kinds has as long chunks as a day's; here six
+    hours of 100 clients' ten series, without a server.
+    """
+    rng = random.Random(1)
+    table = metricstream.Memtable()
+    counters = [0.0] * 3
+    for client in range(20):
+        jitter = rng.randrange(15_000)
+        for row in range(5_760):
+            counters = [counter + rng.randrange(100) for counter in counters]
+            values = [
+                *counters, float(rng.randrange(50)), float(rng.randrange(50)),
+                round(20 + rng.uniform(0, 5), 2), round(rng.uniform(0, 5), 2),
+                1.0, 4096.0, 0.5,
+            ]  # fmt: skip
+            time_ms = 15_000 * row + jitter + rng.randrange(8)
+            if not table.add_row(b"%d" % client, time_ms, values):
+                tags = {"client": str(client)}
+                samples = [Sample(f"m{n}", v, "gauge", tags, time_ms) for n, v in enumerate(values)]
+                table.add(samples, b"%d" % client)
+    table.seal(metricstream.no_pause)
+    (tmp_path / "blocks").mkdir()
+    store = metricstream.Store(str(tmp_path), retention_s=0)
+    store._write([table], 1, 1, 1)
+    size = (tmp_path / "blocks" / "00000001-00000001.block").stat().st_size
+    assert size <= 1.0 * 20 * 10 * 5_760
+    assert sum(len(series.values) for series in store.select([], 0, NOW_MS)) == 20 * 10 * 5_760
+
+
+def test_long_work_goes_on_in_turn():
+    """Two that work long are never both at it after their first slices."""
+    pacer, inside, most = metricstream.Pacer(lambda: 0), Counter(), []
+    barrier = threading.Barrier(4)
+
+    def work(name: int) -> None:
+        with pacer.work() as pause:
+            barrier.wait()
+            ended = time.monotonic() + metricstream.SLICE_S
+            while time.monotonic() < ended:
+                pass
+            for _ in range(20):
+                pause()
+                inside["now"] += 1  # alone, as the turn is a lock
+                most.append(inside["now"])
+                ended = time.monotonic() + metricstream.SLICE_S
+                while time.monotonic() < ended:
+                    pass
+                inside["now"] -= 1
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(most) == 80 and set(most) == {1}
+    with pacer.work() as pause:  # and nobody has kept the turn
+        time.sleep(metricstream.SLICE_S)
+        pause()
+
+
+# ---- the HTTP API ----
+
+
+@pytest.fixture(scope="module")
+def queried(tmp_path_factory) -> Iterator[ServerProcess]:
+    """A server with a few series at times from 0."""
+    options = ("--retention", "0", "--rate-limit", "0", "--self-metrics", "0")
+    with ServerProcess(tmp_path_factory.mktemp("queried"), *options) as started:
+        with contextlib.closing(Client(started.port)) as client:
+            for time_s in range(0, 601, 60):
+                metrics = [
+                    {"name": "requests_total", "value": time_s * (n + 1), "type": "counter",
+                     "tags": {"host": f"web{n}", "path": '/"ü'}, "timestamp": time_s}
+                    for n in range(2)
+                ]  # fmt: skip
+                metrics.append({"name": "cpu.usage", "value": 0.5, "timestamp": time_s})
+                assert client.ask("POST", "/metrics", {"metrics": metrics}).status == 200
+        yield started
+
+
+def asked(started: ServerProcess, path: str, method: str = "GET", **parameters: Any) -> Any:
+    """(status, the answer as JSON) of the API, its parameters in the target or as a form."""
+    form = urllib.parse.urlencode(parameters, doseq=True)
+    with contextlib.closing(Client(started.port)) as client:
+        if method == "GET":
+            answer = client.ask("GET", f"/api/v1/{path}?{form}")
+        else:
+            kind = "application/x-www-form-urlencoded"
+            answer = client.ask("POST", f"/api/v1/{path}", form.encode(), Content_Type=kind)
+    assert answer.headers["content-type"].startswith("application/json")
+    return answer.status, answer.json
+
+
+WEB = [{"__name__": "requests_total", "host": f"web{n}", "path": '/"ü'} for n in range(2)]
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize("path, parameters, data", [
+    ("query", {"query": "1+1", "time": "4"}, {"resultType": "scalar", "result": [4, "2"]}),
+    ("query", {"query": "'a\\n'", "time": "4.5"}, {"resultType": "string", "result": [4.5, "a\n"]}),
+    ("query", {"query": "requests_total{host='web1'}", "time": "1970-01-01T00:10:00Z"},
+     {"resultType": "vector", "result": [{"metric": WEB[1], "value": [600, "1200"]}]}),
+    ("query", {"query": "sum by (path) (rate(requests_total[5m]))", "time": "600"},
+     {"resultType": "vector", "result": [{"metric": {"path": '/"ü'}, "value": [600, "3"]}]}),
+    ("query", {"query": "requests_total[2m]", "time": "600", "limit": "1"},
+     {"resultType": "matrix", "result": [
+         {"metric": WEB[0], "values": [[540, "540"], [600, "600"]]}]}),
+    ("query_range", {"query": '{"cpu.usage"}*2', "start": "0", "end": "120", "step": "1m"},
+     {"resultType": "matrix", "result": [
+         {"metric": {}, "values": [[0, "1"], [60, "1"], [120, "1"]]}]}),
+    ("query_range", {"query": "nothing", "start": "0", "end": "120", "step": "0.5"},
+     {"resultType": "matrix", "result": []}),
+    ("series", {"match[]": ['requests_total{host=~"web."}', "{__name__='cpu.usage'}"]},
+     [{"__name__": "cpu.usage"}, *WEB]),
+    ("series", {"match[]": "requests_total", "limit": 1}, [WEB[0]]),
+    ("series", {"match[]": "requests_total", "start": "10000"}, []),
+    ("labels", {}, ["__name__", "host", "path"]),
+    ("labels", {"match[]": '{__name__="cpu.usage"}'}, ["__name__"]),
+    ("label/host/values", {}, ["web0", "web1"]),
+    ("label/host/values", {"limit": "1", "start": "0", "end": "60"}, ["web0"]),
+    ("label/__name__/values", {}, ["cpu.usage", "requests_total"]),
+    ("label/none/values", {}, []),
+    ("metadata", {"metric": "requests_total"},
+     {"requests_total": [{"type": "counter", "help": "", "unit": ""}]}),
+    ("format_query", {"query": "sum(a)by(b)"}, "sum by (b) (a)"),
+])  # fmt: skip
+def test_the_api_answers_as_prometheus_does(queried, method, path, parameters, data):
+    status, answer = asked(queried, path, method, **parameters)
+    assert (status, answer) == (200, {"status": "success", "data": data})
+
+
+@pytest.mark.parametrize("path, parameters, status, kind, reason", [
+    ("query", {}, 400, "bad_data", '"query"'),
+    ("query", {"query": "sum("}, 400, "bad_data", "1:5"),
+    ("query", {"query": "up", "time": "soon"}, 400, "bad_data", '"time"'),
+    ("query", {"query": "up", "timeout": "x"}, 400, "bad_data", '"timeout"'),
+    ("query", {"query": "up", "limit": "-1"}, 400, "bad_data", '"limit"'),
+    ("query", {"query": "requests_total * on(path) requests_total", "time": "600"},
+     422, "execution", "many-to-many"),
+    ("query", {"query": "up", "timeout": "0"}, 503, "timeout", "timed out"),
+    ("query_range", {"query": "up", "start": "0", "end": "10"}, 400, "bad_data", '"step"'),
+    ("query_range", {"query": "up", "start": "9", "end": "1", "step": "1"}, 400, "bad_data", '"end"'),
+    ("query_range", {"query": "up", "start": "0", "end": "1", "step": "0"}, 400, "bad_data", '"step"'),
+    ("query_range", {"query": "up", "start": "0", "end": "11002", "step": "1"},
+     400, "bad_data", "11,000 points"),
+    ("query_range", {"query": "up[5m]", "start": "0", "end": "1", "step": "1"},
+     400, "bad_data", "range vector"),
+    ("series", {}, 400, "bad_data", "match[]"),
+    ("series", {"match[]": "sum(a)"}, 400, "bad_data", "match[]"),
+    ("format_query", {"query": "1 +"}, 400, "bad_data", "1:4"),
+])  # fmt: skip
+def test_errors_of_the_api_are_those_of_prometheus(queried, path, parameters, status, kind, reason):
+    found, answer = asked(queried, path, **parameters)
+    assert (found, answer["status"], answer["errorType"]) == (status, "error", kind)
+    assert reason in answer["error"]
+
+
+def test_grafana_saves_tests_and_draws(queried):
+    """The requests of Grafana's Prometheus data source: the health check, what it is, the names
+    for its editor, and a graph.
+    """
+    status, answer = asked(queried, "query", "POST", query="1+1", time="1758116723.123")
+    assert status == 200 and answer["data"]["result"] == [1758116723.123, "2"]
+    status, answer = asked(queried, "status/buildinfo")
+    assert status == 200 and answer["data"]["version"] == metricstream.__version__
+    times = {"start": "0", "end": "600"}
+    assert asked(queried, "labels", "POST", **times)[1]["data"]
+    assert asked(queried, "label/__name__/values", **times)[1]["data"]
+    assert asked(queried, "metadata", limit="5000")[1]["data"].keys() == {"cpu.usage", "requests_total"}
+    assert len(asked(queried, "series", "POST", **{"match[]": "requests_total"}, **times)[1]["data"]) == 2
+    query = 'sum by(host) (increase(requests_total{host=~"web0|web1"}[2m]))'
+    status, answer = asked(queried, "query_range", "POST", query=query, step="60", **times)
+    hosts = [series["metric"]["host"] for series in answer["data"]["result"]]
+    assert status == 200 and hosts == ["web0", "web1"]
+    assert answer["data"]["result"][1]["values"][-1] == [600, "240"]
+
+
+def test_other_bodies_and_paths_are_no_queries(queried):
+    with contextlib.closing(Client(queried.port)) as client:
+        assert client.ask("POST", "/api/v1/query", {"query": "up"}, Content_Type="application/json").status == 415
+        assert client.ask("GET", "/api/v1/nothing").status == 404
+        assert client.ask("DELETE", "/api/v1/query").headers["allow"] == "GET, POST, HEAD, OPTIONS"
+        kind = "application/x-www-form-urlencoded"
+        assert client.ask("POST", "/api/v1/query", b"query=\xff", Content_Type=kind).status == 400
+
+
+def test_posts_go_on_while_queries_run(queried):
+    """Heavy queries beside posts: all are answered."""
+    query = "sum(count_over_time(requests_total[10m:1s])) + sum(rate(requests_total[10m:1s]))"
+    answers: list[int] = []
+
+    def ask() -> None:
+        for _ in range(3):
+            status, _ = asked(queried, "query_range", query=query, start="0", end="3600", step="30")
+            answers.append(status)
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    with contextlib.closing(Client(queried.port)) as client:
+        posted = 0
+        while any(thread.is_alive() for thread in threads) or posted < 100:
+            assert client.ask("POST", "/metrics", {"metrics": [{"name": "cpu.usage", "value": 1}]}).status == 200
+            posted += 1
+    assert answers == [200] * 12
+
+
+def test_a_query_ends_when_the_server_stops(tmp_path):
+    with ServerProcess(tmp_path, "--rate-limit", "0") as started:
+        query = "count_over_time(vector(1)[30d:1s])"
+        form = urllib.parse.urlencode({"query": query})
+        with socket.create_connection(("127.0.0.1", started.port)) as connection:
+            connection.sendall(b"GET /api/v1/query?%b HTTP/1.1\r\nHost: a\r\n\r\n" % form.encode())
+            with contextlib.closing(Client(started.port)) as client:
+                assert client.ask("GET", "/health").status == 200
+            status, _, err = started.stop()
+    assert (status, err) == (0, "")
+
+
+def test_the_servers_own_statistics_are_series(tmp_path):
+    with ServerProcess(tmp_path, "--self-metrics", "1") as started:
+        with contextlib.closing(Client(started.port)) as client:
+            assert client.ask("POST", "/metrics", BATCH).status == 200
+        query = "metricstream_metrics_received_total"
+        answer = eventually(lambda: asked(started, "query", query=query)[1]["data"]["result"])
+        assert answer[0]["metric"] == {"__name__": query}
+        assert started.stop()[0] == 0
+    # they are in no log: a block keeps them
+    store = metricstream.Store(str(tmp_path))
+    assert list(store.select([metricstream.Matcher("__name__", "=", query)], 0, 2**62))
+
+
+def test_queries_on_the_command_line(tmp_path, capsys):
+    under = a_store(tmp_path)
+    block_of(under, 1000, 2000, name="in_a_block")
+    under.push([Sample("in_the_log", 2.5, "gauge", {"a": 'b"'}, 2000)])
+
+    def query(*arguments: str) -> tuple[int, str]:
+        status = metricstream.main(["query", *arguments, "--data-dir", str(tmp_path), "--time", "2"])
+        return status, capsys.readouterr().out
+
+    try:
+        assert query("in_the_log + 1") == (0, '{a="b\\""}  1970-01-01T00:00:02.000Z  3.5\n')
+        status, text = query("in_a_block", "--json")
+        assert status == 0 and json.loads(text)["data"]["result"] == [
+            {"metric": {"__name__": "in_a_block"}, "value": [2, "2"]}
+        ]
+        assert query("1 + 1")[1] == "scalar  1970-01-01T00:00:02.000Z  2\n"
+        assert query("in_a_block[5s]")[1].splitlines() == [
+            "in_a_block  1970-01-01T00:00:01.000Z  1", "in_a_block  1970-01-01T00:00:02.000Z  2",
+        ]  # fmt: skip
+        assert query("sum(") [0] == 1
+        assert metricstream.main(["query", "up", "--data-dir", str(tmp_path / "none")]) == 1
+    finally:
+        under.log.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["blocks", "metrics.jsonl"]
+
 
 
 @pytest.mark.parametrize(
