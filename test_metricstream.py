@@ -6,6 +6,7 @@ something: `eventually` polls until a condition holds.
 """
 
 import ast
+import bisect
 import contextlib
 import doctest
 import errno
@@ -31,8 +32,9 @@ import threading
 import time
 import tracemalloc
 import unicodedata
+from array import array
 from collections import Counter
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -43,21 +45,34 @@ from metricstream import (
     BatchError,
     ClientList,
     ClientListError,
+    Engine,
     EventRing,
+    ExecutionError,
     HTTPError,
     JSONError,
     LogError,
+    Matcher,
+    MatrixResult,
     MetricLog,
+    QueryError,
+    QueryTimeoutError,
     Request,
     RequestReader,
     Sample,
+    SampleLimitError,
+    Series,
     Server,
     Service,
     SlidingWindowLimiter,
     Statistics,
+    StringResult,
     Timeouts,
+    VectorResult,
     flush_metrics,
+    format_query,
+    format_value,
     parse_json,
+    parse_query,
     read_batch,
 )
 
@@ -116,8 +131,6 @@ def threads(request: pytest.FixtureRequest) -> int:
 # --------------------------------------------------------------------------------------------------
 # 1. HTTP
 # --------------------------------------------------------------------------------------------------
-
-
 
 
 BATCH = b'{"metrics":[{"name":"cpu","value":1}]}'
@@ -1359,12 +1372,16 @@ def test_beyond_the_cap_the_least_recently_used_client_is_evicted():
     for client in ("a", "b", "c", "a", "d"):  # b is the one not used for longest
         limiter.decide(client)
     assert (limiter.tracked, limiter.evicted) == (3, 1)
-    assert [limiter.decide(client).allowed for client in ("a", "c", "d", "b")] == [False] * 3 + [True]
+    assert [limiter.decide(client).allowed for client in ("a", "c", "d", "b")] == [False] * 3 + [
+        True
+    ]
 
 
 def test_every_decision_is_flushed_once_while_32_threads_hammer():
     clock = Clock()
-    limiter = SlidingWindowLimiter(100, clock=clock, stripes=4, max_clients=40)  # fewer than there are
+    limiter = SlidingWindowLimiter(
+        100, clock=clock, stripes=4, max_clients=40
+    )  # fewer than there are
     decided: Counter[bool] = Counter()
     counting = threading.Lock()
     hammering = threading.Barrier(33)
@@ -1423,9 +1440,6 @@ def test_the_number_of_stripes_is_a_power_of_two(stripes):
 # --------------------------------------------------------------------------------------------------
 # 3. JSON
 # --------------------------------------------------------------------------------------------------
-
-
-
 
 
 def nested(levels: int, inner: bytes = b"") -> bytes:
@@ -2302,7 +2316,20 @@ def random_usual_body(rng: random.Random) -> bytes:
     numbers = ["0", "-0", "-0.0", "7", "75.5", "75.50", "0.5", "-0.25", "0.00001", "1e3", "1E400", "007",
                "123456789012345678901", "9999999999.99999", "0.1234567890123", "1.0", "-5", "00", "5.",
                str(rng.randrange(10**12)), f"{rng.uniform(0, 100):.2f}", repr(rng.random())]  # fmt: skip
-    names = ["cpu_usage", "a b", "", "n" * 255, "n" * 256, "a}b", "a{b", "é", "a\\nb", "a,b", "\x7f", '",']
+    names = [
+        "cpu_usage",
+        "a b",
+        "",
+        "n" * 255,
+        "n" * 256,
+        "a}b",
+        "a{b",
+        "é",
+        "a\\nb",
+        "a,b",
+        "\x7f",
+        '",',
+    ]
     types = ["gauge", "counter", "histogram", "summary", "rate", ""]
     tags = ['{}', '{"host":"web1"}', '{"host": "web1", "region":"eu"}', '{"a":"1","a":"2"}', '{"a":1}',
             '{"é":"ü"}', '{"a":"\\u0041\\n"}', '{"a":"}"}', '{"a":"{"}', '{"a":"\x01"}', '{"a":"b",}', "[]",
@@ -2330,6 +2357,11 @@ def random_usual_body(rng: random.Random) -> bytes:
     return f'{{"metrics"{colon}[{metrics}]}}'.encode()
 
 
+def usual_lines(body: bytes) -> tuple[bytes, int] | None:
+    batch = metricstream.usual_batch(body, NOW_MS)
+    return batch and (batch.lines, batch.count)
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_usual_bodies_become_the_same_lines_as_by_the_plain_way(seed):
     rng = random.Random(seed)
@@ -2338,7 +2370,7 @@ def test_usual_bodies_become_the_same_lines_as_by_the_plain_way(seed):
         body = random_usual_body(rng)
         if count % 2:
             body = mutated(rng, body)
-        lines = metricstream.usual_lines(body, NOW_MS)
+        lines = usual_lines(body)
         expected = plain_lines(body, NOW_MS)
         assert lines is None or lines == expected, body
         assert metricstream._usual_tail.cache_info().currsize <= 4096
@@ -2350,13 +2382,13 @@ def test_usual_bodies_become_the_same_lines_as_by_the_plain_way(seed):
 @pytest.mark.parametrize("count", [1, 2, 999, 1000, 1001])
 def test_the_usual_way_keeps_the_bounds_of_a_batch(count):
     body = json.dumps({"metrics": [{"name": "a", "value": 1.5}] * count}).encode()
-    assert metricstream.usual_lines(body, NOW_MS) == plain_lines(body, NOW_MS)
+    assert usual_lines(body) == plain_lines(body, NOW_MS)
 
 
 def test_what_the_agents_of_the_readme_send_takes_the_fast_way():
     for body in (b'{"metrics":[{"name":"cpu_usage","value":75.50,"type":"gauge","tags":{"host":"web1"}}]}',
                  json.dumps({"metrics": [{"name": "a", "value": 1.25, "tags": {"k": "v"}}] * 3}).encode()):  # fmt: skip
-        assert metricstream.usual_lines(body, NOW_MS) == plain_lines(body, NOW_MS) != None  # noqa: E711
+        assert usual_lines(body) == plain_lines(body, NOW_MS) != None  # noqa: E711
 
 
 class FaultyDisk:
@@ -2704,7 +2736,9 @@ def test_prometheus_text_declares_each_family_once_and_before_its_samples():
             assert match[1] in helped and match[1] not in declared
             declared[match[1]] = match[2]
         else:
-            match = re.fullmatch(r'(metricstream_\w+?)(_sum|_count)?(\{\w+="[^"\\\n]*"\})? [0-9.e+-]+', line)
+            match = re.fullmatch(
+                r'(metricstream_\w+?)(_sum|_count)?(\{\w+="[^"\\\n]*"\})? [0-9.e+-]+', line
+            )
             assert match, line
             family = match[1] if match[1] in declared else match[1] + (match[2] or "")
             assert family in declared
@@ -2721,6 +2755,519 @@ def test_a_credential_is_never_shown(client, label):
     shown = metricstream.client_label(client)
     assert shown == label or re.fullmatch(label, shown)
     assert client.partition(" ")[2] not in shown or " " not in client
+
+
+# --------------------------------------------------------------------------------------------------
+# 8. Query
+# --------------------------------------------------------------------------------------------------
+
+MINUTE = 60_000
+
+
+def notated(values: str) -> Iterator[float | None]:
+    """The samples of "1 2 _ 4" (_: none), "0+10x3" (0 10 20 30), "5x2" (5 5 5), "_x2"."""
+    for piece in values.split():
+        if match := re.fullmatch(r"_x(\d+)", piece):
+            yield from [None] * int(match[1])
+        elif match := re.fullmatch(r"(-?[\d.]+|NaN|[-+]?Inf)(?:([-+][\d.]+))?x(\d+)", piece):
+            for index in range(int(match[3]) + 1):
+                yield float(match[1]) + float(match[2] or 0) * index
+        else:
+            yield None if piece == "_" else float(piece)
+
+
+def labels_of(series: str) -> dict[str, str]:
+    name, _, pairs = series.partition("{")
+    labels = dict(re.findall(r'([\w.]+)="([^"]*)"', pairs))
+    return {"__name__": name, **labels} if name else labels
+
+
+def as_series(labels: dict[str, str]) -> str:
+    pairs = ",".join(f'{name}="{labels[name]}"' for name in sorted(labels) if name != "__name__")
+    return labels.get("__name__", "") + (f"{{{pairs}}}" if pairs else "")
+
+
+class Stored:
+    """Series in memory, given as one line each: name, labels, values at multiples of the step."""
+
+    def __init__(self, text: str, step_ms: int = MINUTE):
+        self.series: list[Series] = []
+        self.selections: list[tuple] = []
+        for line in filter(None, map(str.strip, text.splitlines())):
+            series, _, values = line.partition(" ")
+            there = [
+                (index * step_ms, value)
+                for index, value in enumerate(notated(values))
+                if value is not None
+            ]
+            self.series.append(Series(labels_of(series), array("q", [time_ms for time_ms, _ in there]),
+                                      array("d", [value for _, value in there])))  # fmt: skip
+
+    def select(self, matchers: Sequence[Matcher], start_ms: int, end_ms: int) -> Iterator[Series]:
+        self.selections.append((tuple(matchers), start_ms, end_ms))
+        for labels, times, values in self.series:
+            if all(self.fulfils(labels.get(matcher.name, ""), matcher) for matcher in matchers):
+                low, high = bisect.bisect_left(times, start_ms), bisect.bisect_right(times, end_ms)
+                yield Series(labels, times[low:high], values[low:high])
+
+    @staticmethod
+    def fulfils(value: str, matcher: Matcher) -> bool:
+        if matcher.op in ("=", "!="):
+            return (value == matcher.value) == (matcher.op == "=")
+        return bool(re.fullmatch(matcher.value, value)) == (matcher.op == "=~")
+
+
+STORED = Stored("""
+    requests_total{host="a",job="api"} 0+60x60
+    requests_total{host="b",job="api"} 0+120x60
+    requests_total{host="a",job="web"} 0+30x30 0+30x29
+    temperature{host="a"} 10 20 30 40 50 60 50 40 30 20 10
+    temperature{host="b"} -5x10
+    limit{host="a"} 25x60
+    limit{host="b"} 0x60
+    host_info{host="a",os="linux",rack="1"} 1x60
+    host_info{host="b",os="linux",rack="2"} 1x60
+    sparse 1 _ _ _ _ _ _ 8
+    odd{kind="nan"} NaNx60
+    odd{kind="inf"} Infx60
+    odd{kind="minus"} -Infx60
+    odd{kind="one"} 1x60
+    wave 1 2 2 1 3 NaN NaN 5 4 4 0
+    latency_bucket{le="0.1"} 10x60
+    latency_bucket{le="0.5"} 30x60
+    latency_bucket{le="1"} 40x60
+    latency_bucket{le="+Inf"} 40x60
+    below_bucket{le="-1"} 10x60
+    below_bucket{le="1"} 20x60
+    below_bucket{le="+Inf"} 20x60
+    cpu.usage{host.name="x"} 7x60
+    first{l="1"} 1x60
+    second{l="1"} 2x60
+    early{l="1"} 1 1 1
+    late{l="1"} _x10 2x10
+    moment 951782400x60
+""")
+
+INF, NAN = math.inf, math.nan
+
+# at ten minutes: what is asked -> what is there, series by series; a scalar has none
+ANSWERS: dict[str, dict[str, float] | float | str] = {
+    # literals and precedence
+    "1": 1, ".5": 0.5, "5.": 5, "0x1F": 31, "0755": 493, "1e3": 1000, "1_000": 1000, "5m": 300, "1h30m": 5400,
+    "+Inf": INF, "-inf": -INF, "nan": NAN, "- 1": -1, "1 + 2 * 3 ^ 2": 19, "-1 ^ 2": -1, "(-1) ^ 2": 1,
+    "2 ^ 3 ^ 2": 512, "2 ^ -1": 0.5, "10 - 4 - 3": 3, "7 % 4 * 2": 6, "--1": 1, "1 # one\n + 1": 2,
+    "7 % -3": 1, "-7 % 3": -1, "1 / 0": INF, "-1 / 0": -INF, "0 / 0": NAN, "1 % 0": NAN, "0 ^ -1": INF,
+    "(-8) ^ 0.5": NAN, "10 ^ 400": INF, "1 atan2 1": math.pi / 4, "1 < bool 2": 1, "2 <= bool 1": 0,
+    "1 == bool 1": 1, "NaN == bool NaN": 0, "NaN != bool NaN": 1, "1 + 1 == bool 2": 1, "time()": 600, "pi()": math.pi,
+    '"a\\n\\x41\\101\\u00e9"': "a\nAAé", "'it\\'s'": "it's", "`a\\n`": "a\\n",
+    # selectors
+    'temperature': {'temperature{host="a"}': 10, 'temperature{host="b"}': -5},
+    'temperature{host="a"}': {'temperature{host="a"}': 10},
+    "temperature{host!='a',}": {'temperature{host="b"}': -5},
+    'temperature{host=~"a|x"}': {'temperature{host="a"}': 10},
+    'temperature{host!~"a.*"}': {'temperature{host="b"}': -5},
+    '{__name__=~"fir.*|sec.*"}': {'first{l="1"}': 1, 'second{l="1"}': 2},
+    '{"cpu.usage"}': {'cpu.usage{host.name="x"}': 7},
+    '{"cpu.usage","host.name"="x"}': {'cpu.usage{host.name="x"}': 7},
+    'temperature{host="a"} offset 5m': {'temperature{host="a"}': 60},
+    'temperature{host="a"} offset -0s': {'temperature{host="a"}': 10},
+    'limit offset -10m': {'limit{host="a"}': 25, 'limit{host="b"}': 0},
+    'temperature{host="a"} @ 120': {'temperature{host="a"}': 30},
+    'temperature{host="a"} @ 180 offset 1m': {'temperature{host="a"}': 30},
+    'temperature{host="a"} offset 1m @ 180': {'temperature{host="a"}': 30},
+    'temperature{host="a"} @ end()': {'temperature{host="a"}': 10},
+    "early": {},  # eight minutes old
+    "sparse": {"sparse": 8}, "sparse @ 299": {"sparse": 1}, "sparse @ 300": {},  # the lookback is left-open
+    "temperature[2m] @ 600": {'temperature{host="a"}': 10, 'temperature{host="b"}': -5},
+    # ranges hold start < t <= end
+    'count_over_time(temperature{host="b"}[5m])': {'{host="b"}': 5},
+    'count_over_time(temperature{host="b"}[5m1ms])': {'{host="b"}': 6},
+    'sum_over_time(temperature{host="a"}[3m])': {'{host="a"}': 60},
+    'avg_over_time(temperature{host="a"}[3m] offset 5m)': {'{host="a"}': 50},
+    'sum_over_time(temperature{host="a"}[2m] @ 60)': {'{host="a"}': 30},
+    "min_over_time(wave[10m])": {"": 0}, "max_over_time(wave[4m] @ 360)": {"": 3},
+    "min_over_time(wave[2m] @ 360)": {"": NAN}, "avg_over_time(wave[4m] @ 300)": {"": NAN},
+    "last_over_time(wave[3m])": {"wave": 0}, "present_over_time(wave[3m])": {"": 1},
+    "stddev_over_time(temperature{host='a'}[2m])": {'{host="a"}': 5},
+    "stdvar_over_time(temperature{host='a'}[2m])": {'{host="a"}': 25},
+    "quantile_over_time(0.5, temperature{host='a'}[4m])": {'{host="a"}': 25},
+    "quantile_over_time(-1, temperature[4m])": {'{host="a"}': -INF, '{host="b"}': -INF},
+    "quantile_over_time(1.1, temperature{host='b'}[4m])": {'{host="b"}': INF},
+    "changes(wave[11m])": {"": 7}, "resets(wave[11m])": {"": 3}, "changes(temperature{host='b'}[9m])": {'{host="b"}': 0},
+    "absent_over_time(temperature[5m])": {},
+    'absent_over_time(none{a="1",b!="2"}[5m])': {'{a="1"}': 1},
+    # rates
+    "rate(requests_total[5m])": {'{host="a",job="api"}': 1, '{host="b",job="api"}': 2, '{host="a",job="web"}': 0.5},
+    "increase(requests_total{job='web'}[5m])": {'{host="a",job="web"}': 150},
+    "rate(requests_total{job='web'}[5m] @ 2040)": {'{host="a",job="web"}': 90 / 240 * 5 / 5},
+    "increase(requests_total{host='b'}[5m] @ 120)": {'{host="b",job="api"}': 240},  # not below 0
+    "delta(temperature[5m])": {'{host="a"}': -50, '{host="b"}': 0},
+    "delta(sparse[10m])": {},  # one sample
+    "irate(requests_total{host='b'}[5m])": {'{host="b",job="api"}': 2},
+    "irate(temperature{host='a'}[5m])": {'{host="a"}': 10 / 60},
+    "idelta(temperature{host='a'}[5m])": {'{host="a"}': -10},
+    "deriv(temperature[5m])": {'{host="a"}': -1 / 6, '{host="b"}': 0},
+    "predict_linear(temperature[5m], 60)": {'{host="a"}': 0, '{host="b"}': -5},
+    "holt_winters(temperature{host='a'}[5m], 0.5, 0.5)": {'{host="a"}': 10},
+    "double_exponential_smoothing(temperature{host='a'}[5m], 0.5, 0.5)": {'{host="a"}': 10},
+    # subqueries stand on multiples of their step
+    "count_over_time(first[10m:])": {'{l="1"}': 10}, "count_over_time(first[10m:7m])": {'{l="1"}': 1},
+    "max_over_time(rate(requests_total{host='b'}[2m])[4m:1m])": {'{host="b",job="api"}': 2},
+    "sum_over_time(vector(time())[3m:1m])": {"": 600 + 540 + 480},
+    "sum_over_time(vector(time())[3m:1m] offset 1m)": {"": 540 + 480 + 420},
+    "sum_over_time(vector(time())[3m:1m] @ 240)": {"": 240 + 180 + 120},
+    "min_over_time(sum(temperature)[5m:2m])": {"": 5},
+    # functions of values
+    "abs(temperature{host='b'})": {'{host="b"}': 5}, "-temperature{host='b'}": {'{host="b"}': 5},
+    "+temperature{host='b'}": {'temperature{host="b"}': -5},
+    "ceil(vector(-0.5))": {"": 0}, "floor(vector(-0.5))": {"": -1}, "round(vector(2.5))": {"": 3},
+    "round(vector(-2.5))": {"": -2}, "round(vector(17), 5)": {"": 15}, "round(vector(0.123), 0.01)": {"": 0.12},
+    "floor(odd{kind='inf'})": {'{kind="inf"}': INF}, "sgn(odd)": {
+        '{kind="nan"}': NAN, '{kind="inf"}': 1, '{kind="minus"}': -1, '{kind="one"}': 1},
+    "exp(vector(1000))": {"": INF}, "ln(vector(0))": {"": -INF}, "ln(vector(-1))": {"": NAN}, "log2(vector(8))": {"": 3},
+    "log10(vector(1000))": {"": 3}, "sqrt(vector(-1))": {"": NAN}, "sqrt(vector(9))": {"": 3},
+    "clamp(temperature, 0, 5)": {'{host="a"}': 5, '{host="b"}': 0}, "clamp(temperature, 5, 0)": {},
+    "clamp_min(temperature, 0)": {'{host="a"}': 10, '{host="b"}': 0}, "clamp_max(temperature, NaN)": {
+        '{host="a"}': NAN, '{host="b"}': NAN},
+    "sin(vector(Inf))": {"": NAN}, "atanh(vector(1))": {"": INF}, "acosh(vector(0))": {"": NAN}, "sinh(vector(-1000))": {"": -INF},
+    "cosh(vector(-1000))": {"": INF}, "asin(vector(2))": {"": NAN}, "tanh(vector(0))": {"": 0}, "deg(vector(pi()))": {"": 180},
+    "rad(vector(180))": {"": math.pi}, "cos(vector(0)) + tan(vector(0)) + acos(vector(1)) + atan(vector(0)) + asinh(vector(0))": {"": 1},
+    "timestamp(sparse)": {"": 420}, "timestamp(-sparse)": {"": 600}, "timestamp(sparse offset 3m)": {"": 420},
+    "scalar(sparse) + 1": 9, "scalar(temperature)": NAN, "vector(1) + vector(2)": {"": 3},
+    "absent(temperature)": {}, 'absent(none{a="1",b=~"2",c="3",c="4"})': {'{a="1"}': 1}, "absent(sum(none))": {"": 1},
+    # times: 951782400 is 2000-02-29T00:00:00Z
+    "year(moment)": {"": 2000}, "month(moment)": {"": 2}, "day_of_month(moment)": {"": 29}, "day_of_week(moment)": {"": 2},
+    "day_of_year(moment)": {"": 60}, "days_in_month(moment)": {"": 29}, "hour(moment - 1)": {"": 23}, "minute()": {"": 10},
+    "year(vector(-1))": {"": 1969}, "days_in_month(vector(-1))": {"": 31}, "hour(vector(NaN))": {"": NAN}, "year()": {"": 1970},
+    # histograms
+    "histogram_quantile(0.5, latency_bucket)": {"": 0.3}, "histogram_quantile(1, latency_bucket)": {"": 1},
+    "histogram_quantile(0, latency_bucket)": {"": 0}, "histogram_quantile(2, latency_bucket)": {"": INF},
+    "histogram_quantile(-1, latency_bucket)": {"": -INF}, "histogram_quantile(NaN, latency_bucket)": {"": NAN},
+    'histogram_quantile(0.5, latency_bucket{le!="+Inf"})': {"": NAN}, "histogram_quantile(0.5, limit)": {},
+    "histogram_quantile(0.5, latency_bucket * 0)": {"": NAN}, "histogram_quantile(0.25, below_bucket)": {"": -1},
+    "histogram_fraction(0, 0.5, latency_bucket)": {"": 0.75}, "histogram_fraction(0.3, Inf, latency_bucket)": {"": 0.5},
+    "histogram_fraction(1, 0, latency_bucket)": {"": 0}, "histogram_fraction(-Inf, 0, below_bucket)": {"": 0.75},
+    "histogram_fraction(NaN, 0, below_bucket)": {"": NAN}, "histogram_fraction(-2, Inf, below_bucket)": {"": 0.5},
+    # labels
+    'label_replace(sparse, "a", "$1-${1}x-$2", "__name__", "(sp)arse")': {'sparse{a="sp-spx-"}': 8},
+    'label_replace(sparse, "a", "${n}$$1", "__name__", "(?P<n>s).*")': {'sparse{a="s$1"}': 8},
+    'label_replace(sparse, "a", "x", "__name__", "spars")': {"sparse": 8},
+    'label_replace(limit{host="a"}, "host", "", "", "")': {"limit": 25},
+    'label_join(host_info{host="a"}, "all", "-", "os", "rack", "none")': {'host_info{all="linux-1-",host="a",os="linux",rack="1"}': 1},
+    'label_join(limit{host="a"}, "host", "")': {"limit": 25},
+    # aggregation
+    "sum(temperature)": {"": 5}, "sum by (job) (rate(requests_total[5m]))": {'{job="api"}': 3, '{job="web"}': 0.5},
+    "sum(temperature) by (none)": {"": 5}, "sum without (host) (limit)": {"": 25}, "SUM WITHOUT () (limit)": {
+        '{host="a"}': 25, '{host="b"}': 0},
+    'sum by ("host.name") ({"cpu.usage"})': {'{host.name="x"}': 7}, "sum by (__name__) (limit)": {"limit": 25},
+    "avg(temperature)": {"": 2.5}, "min(odd)": {"": -INF}, "max(odd)": {"": INF}, "min(odd{kind='nan'})": {"": NAN},
+    "max(odd{kind!='inf'})": {"": 1}, "sum(odd{kind!='nan'})": {"": NAN}, "avg(odd{kind=~'inf|one'})": {"": INF},
+    "count(odd)": {"": 4}, "group(odd)": {"": 1}, "stddev(temperature)": {"": 7.5}, "stdvar(temperature)": {"": 56.25},
+    "quantile(0.5, temperature)": {"": 2.5}, "quantile(2, temperature)": {"": INF}, "quantile(NaN, temperature)": {"": NAN},
+    "topk(1, temperature)": {'temperature{host="a"}': 10}, "bottomk(1, temperature)": {'temperature{host="b"}': -5},
+    "topk by (job) (1, requests_total)": {'requests_total{host="b",job="api"}': 1200, 'requests_total{host="a",job="web"}': 300},
+    "topk(0, temperature)": {}, "topk(2, odd{kind=~'nan|one|inf'})": {'odd{kind="inf"}': INF, 'odd{kind="one"}': 1},
+    'count_values("v", limit)': {'{v="25"}': 1, '{v="0"}': 1}, 'count_values("v", vector(1e22))': {'{v="10000000000000000000000"}': 1},
+    'count_values by (host) ("host", limit * 0)': {'{host="0"}': 2},
+    "sum(vector(1e308) or on () vector(1))": {"": 1e308}, "avg(label_replace(vector(1.7e308), 'a', 'b', '', '') or vector(1.7e308))": {"": 1.7e308},
+    "sum(none)": {}, "count(none) or vector(0)": {"": 0}, "topk(2, none)": {},
+    # two vectors
+    "temperature + limit": {'{host="a"}': 35, '{host="b"}': -5},
+    "temperature / 0": {'{host="a"}': INF, '{host="b"}': -INF}, "100 - temperature": {'{host="a"}': 90, '{host="b"}': 105},
+    "temperature > 0": {'temperature{host="a"}': 10}, "0 < temperature": {'temperature{host="a"}': 10},
+    "temperature > bool 0": {'{host="a"}': 1, '{host="b"}': 0}, "0 < bool temperature": {'{host="a"}': 1, '{host="b"}': 0},
+    "temperature < limit": {'temperature{host="a"}': 10, 'temperature{host="b"}': -5},
+    "temperature < on (host) limit": {'{host="a"}': 10, '{host="b"}': -5},
+    "requests_total * on (host) group_left limit": {
+        '{host="a",job="api"}': 15000, '{host="a",job="web"}': 7500, '{host="b",job="api"}': 0},
+    "limit - on (host) group_right () requests_total": {
+        '{host="a",job="api"}': -575, '{host="a",job="web"}': -275, '{host="b",job="api"}': -1200},
+    "limit < on (host) group_right requests_total": {
+        'requests_total{host="a",job="api"}': 25, 'requests_total{host="a",job="web"}': 25, 'requests_total{host="b",job="api"}': 0},
+    "temperature * on (host) group_left (os, none) host_info": {'{host="a",os="linux"}': 10, '{host="b",os="linux"}': -5},
+    "host_info * ignoring (os, rack) limit": {'{host="a"}': 25, '{host="b"}': 0},
+    "temperature atan2 temperature": {'{host="a"}': math.pi / 4, '{host="b"}': -3 * math.pi / 4},
+    "temperature and temperature > 0": {'temperature{host="a"}': 10},
+    "temperature unless temperature > 0": {'temperature{host="b"}': -5},
+    "requests_total and on (host) limit > 5": {
+        'requests_total{host="a",job="api"}': 600, 'requests_total{host="a",job="web"}': 300},
+    "temperature or limit": {'temperature{host="a"}': 10, 'temperature{host="b"}': -5},
+    "limit > 5 or temperature": {'limit{host="a"}': 25, 'temperature{host="b"}': -5},
+    "first or second and none": {'first{l="1"}': 1}, "temperature unless on () vector(1)": {},
+    "odd == odd": {'odd{kind="inf"}': INF, 'odd{kind="minus"}': -INF, 'odd{kind="one"}': 1}, "none + temperature": {},
+}  # fmt: skip
+
+
+def numbers_agree(found: float, expected: float) -> bool:
+    return math.isclose(found, expected, rel_tol=1e-12, abs_tol=1e-12) or (
+        found != found and expected != expected
+    )
+
+
+@pytest.mark.parametrize("query", ANSWERS)
+def test_a_query_at_ten_minutes_answers(query):
+    result, expected = Engine(STORED.select).instant(query, 10 * MINUTE), ANSWERS[query]
+    if isinstance(result, MatrixResult):
+        assert isinstance(expected, dict)
+        assert {as_series(series.labels): series.values[-1] for series in result.series} == expected
+    elif isinstance(result, VectorResult):
+        found = {as_series(labels): value for labels, value in result.samples}
+        assert (
+            isinstance(expected, dict)
+            and found.keys() == expected.keys()
+            and len(found) == len(result.samples)
+        )
+        assert all(numbers_agree(found[series], expected[series]) for series in expected), found
+    elif isinstance(result, StringResult):
+        assert result.value == expected
+    else:
+        assert isinstance(expected, float | int) and numbers_agree(result.value, expected), result
+
+
+@pytest.mark.parametrize(
+    "query", [query for query in ANSWERS if not re.match(r"[\"'`]|temperature\[", query)]
+)
+def test_a_graph_shows_at_each_step_what_is_there_at_that_time(query):
+    if "start()" in query or "end()" in query:
+        pytest.skip("means the start and end of the graph")
+    engine = Engine(STORED.select)
+    for start_ms, end_ms, step_ms in (
+        (0, 20 * MINUTE, MINUTE),
+        (7 * MINUTE + 13_000, 35 * MINUTE, 97_000),
+    ):
+        graph: dict[str, dict[int, float]] = {}
+        for series in engine.range(query, start_ms, end_ms, step_ms).series:
+            assert as_series(series.labels) not in graph
+            graph[as_series(series.labels)] = dict(zip(series.times_ms, series.values))
+        for time_ms in range(start_ms, end_ms + 1, step_ms):
+            result = engine.instant(query, time_ms)
+            samples = result.samples if isinstance(result, VectorResult) else [({}, result.value)]  # type: ignore[union-attr, list-item]
+            expected = {as_series(labels): value for labels, value in samples}
+            found = {
+                series: points[time_ms] for series, points in graph.items() if time_ms in points
+            }
+            assert found.keys() == expected.keys(), time_ms
+            assert all(numbers_agree(found[series], expected[series]) for series in found), time_ms
+
+
+@pytest.mark.parametrize("query, order", [
+    ("sort(odd)", ["minus", "one", "inf", "nan"]), ("sort_desc(odd)", ["inf", "one", "minus", "nan"]),
+    ("topk(3, odd)", ["inf", "one", "minus"]), ("bottomk(4, odd)", ["minus", "one", "inf", "nan"]),
+])  # fmt: skip
+def test_the_order_of_an_instant_vector_is_that_of_its_query(query, order):
+    result = Engine(STORED.select).instant(query, 0)
+    assert isinstance(result, VectorResult)
+    assert [labels["kind"] for labels, _ in result.samples] == order
+
+
+def test_a_range_vector_is_answered_with_its_samples():
+    result = Engine(STORED.select).instant('temperature{host="a"}[3m]', 10 * MINUTE)
+    labels = {"__name__": "temperature", "host": "a"}
+    times = array("q", [8 * MINUTE, 9 * MINUTE, 10 * MINUTE])
+    assert result == MatrixResult([Series(labels, times, array("d", [30, 20, 10]))])
+    result = Engine(STORED.select).instant("early[3m:1m]", 4 * MINUTE)
+    assert isinstance(result, MatrixResult) and list(result.series[0].times_ms) == [
+        2 * MINUTE,
+        3 * MINUTE,
+        4 * MINUTE,
+    ]
+
+
+def test_start_and_end_are_those_of_the_graph():
+    engine = Engine(STORED.select)
+    for query, values in (("temperature{host='a'} @ start()", [20, 20, 20]), ("temperature{host='a'} @ end()", [40] * 3),
+                          ("sum_over_time(temperature{host='a'}[2m] @ end())", [70] * 3)):  # fmt: skip
+        (series,) = engine.range(query, MINUTE, 3 * MINUTE, MINUTE).series
+        assert list(series.values) == values
+
+
+def test_a_prediction_from_a_fixed_window_looks_ahead_from_each_step():
+    (series,) = (
+        Engine(STORED.select)
+        .range("predict_linear(requests_total{host='b'}[5m] @ 600, 60)", 0, 2 * MINUTE, MINUTE)
+        .series
+    )
+    assert list(series.values) == pytest.approx([120, 240, 360])
+
+
+def test_series_that_take_turns_may_lose_their_names():
+    engine = Engine(STORED.select)
+    (series,) = engine.range('-{__name__=~"early|late"}', 0, 20 * MINUTE, MINUTE).series
+    assert list(series.values) == [-1] * 7 + [-2] * 11
+    with pytest.raises(ExecutionError, match="same labelset"):
+        engine.range('-{__name__=~"first|second"}', 0, 20 * MINUTE, MINUTE)
+
+
+# ---- extrapolation, window by window: the samples, where the window ends, its increase ----
+
+
+@pytest.mark.parametrize("samples, end_s, increase", [
+    ("0+10x5", 300, 50.0),  # at 60 … 300 s, and one interval before the first
+    ("100+10x5", 300, 50.0),
+    ("5+10x5", 300, 50.0),
+    ("_ _ 5 15 25 35", 300, 30 + 5),  # back to where it was 0, not to the middle of the interval
+    ("_ _ 500 510 520 530", 300, 30 + 5),  # half an interval: the series begins in the window
+    ("_ _ 1 11 21 31", 300, 30 + 1),
+    ("500 510 520 530 _ _", 300, 20 * (120 + 60 + 30) / 120),  # ends in the window
+    ("500 510 520 530 _ _", 245, 30 * (180 + 55 + 65) / 180),  # borders within 1.1 intervals
+    ("500 510 520 530 _ _", 247, 30 * (180 + 53 + 30) / 180),
+    ("90 100 110 4 14 24", 300, (24 - 100 + 110) * 300 / 240),  # begins again at 0
+    ("5 4 3 2 1 0", 300, (0 - 4 + 4 + 3 + 2 + 1) * 300 / 240),
+    ("-30+10x5", 300, 50.0),  # no zero to stop at
+])  # fmt: skip
+def test_increase_extrapolates_to_the_borders_of_the_window(samples, end_s, increase):
+    result = Engine(Stored(f"x {samples}").select).instant("increase(x[5m])", end_s * 1000)
+    assert isinstance(result, VectorResult)
+    assert result.samples[0][1] == pytest.approx(increase)
+
+
+# ---- what can't be asked: query, line and column, why ----
+
+REFUSED = [
+    ("", "1:1", "no expression found"), ("  # nothing", "1:1", "no expression found"), ("1 +", "1:4", "expected an expression"),
+    ("1\n+ + )", "2:5", "expected an expression"), ("(1", "1:3", "expected ')'"), ("foo bar", "1:5", "expected an operator"),
+    ("foo{", "1:5", "expected a label name"), ("foo{a}", "1:6", "expected one of = != =~ !~"), ("foo{a=b}", "1:7", "value in quotes"),
+    ("foo{a:b='c'}", "1:5", "expected a label name"), ("foo{a='b' c='d'}", "1:11", "expected ',' or '}'"), ("foo{''='b'}", "1:5", "invalid label name"),
+    ("foo{a=~'('}", "1:8", "invalid regular expression"), ("foo{a=~'(?=x)'}", "1:8", "no such operator"), ("foo{a=~'(a+)+'}", "1:8", "repetition"),
+    ("foo{a=~'\\\\1'}", "1:8", "no escape"), ("foo{a=~'a++'}", "1:8", "no such operator"), ("{}", "1:1", "non-empty matcher"), ("{a=~'.*',b!='c'}", "1:1", "non-empty"),
+    ("foo{__name__='bar'}", "1:1", 'set twice: "foo" or "bar"'), ("foo{'bar'}", "1:1", "set twice"), ("foo[5m", "1:7", "expected ']'"),
+    ("foo[]", "1:5", "expected a duration"), ("foo[0m]", "1:5", "greater than 0"), ("foo[5x]", "1:6", "bad number or duration"),
+    ("foo[30m1h]", "1:5", "not a duration"), ("foo[5m][5m]", "1:8", "only allowed for vector selectors"), ("foo[300y]", "1:5", "out of range"),
+    ("foo[5m:1m", "1:10", "expected ']'"), ("1[5m:]", "1:1", "got scalar"), ("foo offset 1m [5m]", "1:15", "no offset modifiers"),
+    ("foo @ 1 [5m]", "1:9", "no @ modifiers"), ("foo offset bar", "1:12", "expected a duration"), ("sum(foo) offset 5m", "1:10", "must be preceded by"),
+    ("1 @ 5", "1:3", "must be preceded by"), ("foo @ 1 @ 2", "1:9", "multiple times"), ("foo offset 1m offset 1m", "1:15", "multiple times"),
+    ("foo @ Inf", "1:5", "out of bounds"), ("foo @ start", "1:12", "expected '('"), ("'a\\q'", "1:1", "unknown escape"), ("'abc", "1:1", "unterminated string"),
+    ("'\\ud800'", "1:1", "out of range"), ("1x", "1:2", "bad number"), ("foo $", "1:5", "unexpected character"), ("on", "1:1", "expected an expression"),
+    ("nope(1)", "1:1", 'unknown function with name "nope"'), ("rate(foo)", "1:6", 'expected type range vector in call to function "rate", got instant vector'),
+    ("abs(foo[5m])", "1:5", "expected type instant vector"), ("abs()", "1:1", 'expected 1 argument(s) in call to "abs", got 0'),
+    ("time(1)", "1:1", "expected 0 argument(s)"), ("round()", "1:1", "expected at least 1"), ("round(foo, 1, 2)", "1:1", "expected at most 2"),
+    ("label_join(foo, 'a', 'b', 1)", "1:27", "expected type string"), ("abs(foo,)", "1:9", "expected an expression"), ("abs(foo bar)", "1:9", "expected ',' or ')'"),
+    ("sum()", "1:1", "no arguments"), ("sum(foo, bar)", "1:1", "expected 1, got 2"), ("topk(foo)", "1:1", "expected 2, got 1"), ("topk('a', foo)", "1:6", "expected type scalar"),
+    ("count_values(1, foo)", "1:14", "expected type string"), ("sum(1)", "1:5", "expected type instant vector"), ("sum by foo (bar)", "1:8", "expected '('"),
+    ("sum by (a b) (foo)", "1:11", "expected ',' or ')'"), ("1 == 2", "1:3", "must use BOOL"), ("1 + bool 2", "1:3", "bool modifier"), ("1 and foo", "1:3", "set operator"),
+    ("foo + on (a) 1", "1:5", "only allowed between instant vectors"), ("foo or on (a) group_left bar", "1:5", 'no grouping allowed for "or"'),
+    ("foo + on (a) group_left (a) bar", "1:29", "must not occur in ON and GROUP"), ("'a' + 1", "1:5", "only scalar and instant vector"), ("-'a'", "1:2", 'got "string"'),
+    ("(" * 2000, "1:1", "nested too deeply"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("query, place, reason", REFUSED, ids=lambda value: value[:30])
+def test_a_query_that_is_wrong_is_refused_with_the_place(query, place, reason):
+    with pytest.raises(QueryError) as refused:
+        parse_query(query)
+    assert f"{refused.value.line}:{refused.value.column}" == place
+    assert str(refused.value).startswith(f"{place}: parse error: ") and reason in str(refused.value)
+
+
+@pytest.mark.parametrize("query, reason", [
+    ("temperature * on () limit", 'found duplicate series for the match group {} on the right hand-side of the operation: '
+     '[{__name__="limit", host="b"}, {__name__="limit", host="a"}];many-to-many matching not allowed: matching labels must be unique on one side'),
+    ("limit * on (host) requests_total", 'for the match group {host="a"} on the right hand-side'),
+    ("requests_total * on (host) group_right limit", 'for the match group {host="a"} on the left hand-side'),
+    ("requests_total * on (host) limit", "multiple matches for labels: many-to-one matching must be explicit (group_left/group_right)"),
+    ("{__name__=~'first|second'} * on (l) group_left first", "multiple matches for labels: grouping labels must ensure unique matches"),
+    ("rate({__name__=~'first|second'}[5m])", "vector cannot contain metrics with the same labelset"),
+    ("label_replace(limit, 'host', 'x', '', '')", "vector cannot contain metrics with the same labelset"),
+    ("label_replace(limit, 'a', 'x', '', '(')", "invalid regular expression in label_replace(): ("),
+    ("label_replace(limit, '', 'x', '', '')", "invalid destination label name in label_replace(): "),
+    ("label_join(limit, 'a', 'x', '')", "invalid source label name in label_join(): "),
+    ("count_values('', limit)", 'invalid label name ""'), ("topk(NaN, limit)", "parameter value is NaN"),
+    ("holt_winters(limit[5m], 1, 0.5)", "invalid smoothing factor. Expected: 0 < sf < 1, got: 1.000000"),
+    ("holt_winters(limit[5m], 0.5, 0)", "invalid trend factor. Expected: 0 < tf < 1, got: 0.000000"),
+    ("limit" + " + limit" * 700, "nested too deeply"),
+], ids=lambda value: value[:40])  # fmt: skip
+def test_what_does_not_fit_the_series_is_an_error_of_execution(query, reason):
+    with pytest.raises(ExecutionError) as failed:
+        Engine(STORED.select).instant(query, 10 * MINUTE)
+    assert reason in str(failed.value)
+
+
+@pytest.mark.parametrize("query", ["'text'", "limit[5m]", "limit[5m:1m]"])
+def test_a_graph_is_of_scalars_and_instant_vectors(query):
+    with pytest.raises(QueryError, match="invalid expression type"):
+        Engine(STORED.select).range(query, 0, MINUTE, MINUTE)
+
+
+# ---- limits ----
+
+
+def test_a_query_stops_at_its_deadline():
+    clock = Clock()
+
+    def slow_select(*arguments: Any) -> Iterator[Series]:
+        for series in STORED.select(*arguments):
+            clock.now += 1.0
+            yield series
+
+    engine = Engine(slow_select, clock=clock)
+    assert engine.instant("count(limit)", 0, deadline=clock.now + 2.0)
+    with pytest.raises(QueryTimeoutError, match="query timed out in expression evaluation"):
+        engine.instant("count(requests_total)", 0, deadline=clock.now + 2.0)
+
+
+@pytest.mark.parametrize("query", ["limit", "sum_over_time(limit[1h])", "vector(1)", "time()", "sum_over_time(limit[1h:1s])",
+                                   "max_over_time(vector(1)[100000d:1ms])"])  # fmt: skip
+def test_a_query_holds_no_more_samples_than_it_may(query):
+    def ask(max_samples: int) -> MatrixResult:
+        return Engine(STORED.select, max_samples=max_samples).range(query, 0, 60 * MINUTE, MINUTE)
+
+    with pytest.raises(SampleLimitError, match="would load too many samples into memory"):
+        ask(60)
+    assert "100000d" in query or ask(100_000).series
+
+
+def test_what_is_selected_twice_is_read_once():
+    stored = Stored("x 0+1x60")
+    Engine(stored.select).range(
+        "rate(x[5m]) / rate(x[5m]) + sum(x) / count(x) + x offset 5m", 0, 60 * MINUTE, MINUTE
+    )
+    matchers = (Matcher("__name__", "=", "x"),)
+    start_ms, end_ms = -5 * MINUTE + 1, 60 * MINUTE
+    assert stored.selections == [
+        (matchers, start_ms, end_ms),
+        (matchers, start_ms - 5 * MINUTE, end_ms - 5 * MINUTE),
+    ]
+
+
+# ---- text ----
+
+
+LONG = (
+    'sum by (host_with_a_long_name, job) (rate(http_requests_total{code=~"5..",method!="GET"}[5m]))'
+)
+
+
+@pytest.mark.parametrize("query, formatted", [
+    ("sum(x)by(a,b)", "sum by (a, b) (x)"), ("sum without()(x)", "sum without () (x)"), ("TOPK(1,x)", "topk(1, x)"),
+    ("a+on(x)group_left(y)b", "a + on (x) group_left (y) b"), ("a==bool ignoring(x)b", "a == bool ignoring (x) b"),
+    ("a AND b", "a and b"), ("x{b='c',a=~\"d\"}[90m]offset 36h@1.5", 'x{a=~"d",b="c"}[1h30m] @ 1.500 offset 1d12h'),
+    ("rate(x[1w])[400d:]@ end()", "rate(x[1w])[400d:] @ end()"), ("x[1y:30s] offset -5m", "x[1y:30s] offset -5m"),
+    ("{'cpu.usage',\"a b\"='c'}", '{"cpu.usage","a b"="c"}'), ("{__name__='x'}", '{__name__="x"}'), ("x{}", "x"),
+    ("1000000", "1e+06"), ("123456.5", "123456.5"), ("0.00001", "1e-05"), ("- inf", "-Inf"), ("1.50", "1.5"),
+    ("'\\x07\\u200b\\xff\"\\U0001F600\\U000e0001'", '"\\a\\u200b\\xff\\"\U0001f600\\U000e0001"'), ("- (a)", "-(a)"),
+    (f"{LONG}/{LONG}", f"  {LONG}\n/\n  {LONG}"), (f"({LONG}+1000)", f"(\n    {LONG}\n  +\n    1000\n)"),
+    (f"topk(5,{LONG})", f"topk(\n  5,\n  {LONG}\n)"), (f"{LONG}  [1h:]offset 1m", f"{LONG}[1h:] offset 1m"),
+    (f"histogram_quantile(0.9,-{LONG}*1000)", f"histogram_quantile(\n  0.9,\n    -{LONG}\n  *\n    1000\n)"),
+], ids=lambda text: text[:30])  # fmt: skip
+def test_a_query_is_laid_out_as_prometheus_does(query, formatted):
+    assert format_query(query) == formatted
+    assert format_query(formatted) == formatted
+
+
+@pytest.mark.parametrize("pattern, fits, fits_not", [
+    ("a.c", "a\nc", "xabc"), ("[[:alpha:]_]+", "ab_", "a1"), (r"\Qa.b\E+", "a.b", "axb"), ("(?i)ABC", "abc", "abd"),
+    ("(?<n>x)y", "xy", "x"), (r"a\z", "a", "a\n"), (r"\d+", "12", "\u0661"), ("[]a[]", "[", "b"), ("[^[:digit:]]", "a", "1"),
+    ("(a+|b)c*", "aac", "abab"), ("(?:web|db)[0-9]{1,3}", "db12", "db"), ("(?s:.)", "\n", ""),
+])  # fmt: skip
+def test_regular_expressions_are_those_of_re2(pattern, fits, fits_not):
+    regex = metricstream.compile_regex(pattern)
+    assert regex.fullmatch(fits) and not regex.fullmatch(fits_not)
+
+
+def test_values_are_printed_as_go_prints_them():
+    for value, text in ((0.0, "0"), (-0.0, "-0"), (100.0, "100"), (1e-6, "0.000001"), (9.99e-7, "9.99e-07"), (1.5e17, "150000000000000000"),
+                        (123456789.25, "123456789.25"), (-1e300, "-1e+300"), (INF, "+Inf"), (-INF, "-Inf"), (NAN, "NaN")):  # fmt: skip
+        assert format_value(value) == text
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2852,7 +3399,9 @@ def test_a_page_of_another_origin_may_not_write(server, client, origin, status):
     ("metrics.lan", 200), ("Metrics.LAN:8080", 200), ("evil.example:{port}", 403), ("evil.example", 403),
     ("localhost.evil.example", 403), ("127.0.0.1.evil.example", 403), ("metrics.lan.evil.example", 403),
 ])  # fmt: skip
-def test_a_page_whose_name_was_made_to_resolve_to_this_machine_may_not_write(tmp_path, host, status):
+def test_a_page_whose_name_was_made_to_resolve_to_this_machine_may_not_write(
+    tmp_path, host, status
+):
     service = a_service(tmp_path, allowed_hosts=["metrics.LAN"])
     fields = [b"Host: " + host.format(port=8080).encode()]
     origin = b"Origin: http://" + host.format(port=8080).encode()
@@ -2893,7 +3442,9 @@ def test_a_listed_client_may_have_a_rate_of_its_own(tmp_path):
         answer = answer_to(service, post(b"Authorization: " + name.encode()))
         allowed[name] += answer.status == 200
     assert allowed == {"few": 2, "many": 50, "usual": 5, "free": 60}
-    assert b'"default";q=2;w=1' in answer_to(service, post(b"Authorization: few")).encode(b"", b"Date: now\r\n")
+    assert b'"default";q=2;w=1' in answer_to(service, post(b"Authorization: few")).encode(
+        b"", b"Date: now\r\n"
+    )
     service.log.close()
 
 
@@ -2944,7 +3495,9 @@ def test_statistics_account_for_every_request(tmp_path, threads):
 
 
 def test_prometheus_gets_its_text_and_others_get_json(client):
-    accept = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3,*/*;q=0.1"
+    accept = (
+        "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3,*/*;q=0.1"
+    )
     text = client.ask("GET", "/metrics", Accept=accept)
     assert text.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
     assert b"# TYPE metricstream_metrics_received_total counter\n" in text.body
@@ -3328,7 +3881,9 @@ def over_tls(port: int) -> ssl.SSLSocket:
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # soon full when nobody reads
     connection.settimeout(10)
     connection.connect(("127.0.0.1", port))
-    return trusting().wrap_socket(connection, server_hostname="localhost", suppress_ragged_eofs=False)
+    return trusting().wrap_socket(
+        connection, server_hostname="localhost", suppress_ragged_eofs=False
+    )
 
 
 def test_https_serves_what_http_does(tmp_path, threads, tls):
@@ -3371,7 +3926,9 @@ def test_an_encrypted_answer_that_is_not_read_waits_and_holds_up_nobody(tmp_path
 
 def test_a_client_that_never_shakes_hands_blocks_nobody_and_is_ended(tmp_path, threads, tls):
     with running(tmp_path, threads=threads, tls=tls, timeouts=SHORT) as started:
-        silent = [socket.create_connection(("127.0.0.1", started.port), timeout=10) for _ in range(50)]
+        silent = [
+            socket.create_connection(("127.0.0.1", started.port), timeout=10) for _ in range(50)
+        ]
         for connection in silent[25:]:
             connection.sendall(b"\x16\x03\x01\x02\x00")  # the first octets of a ClientHello
         with over_tls(started.port) as client:
@@ -3524,7 +4081,11 @@ def test_mistakes_are_one_clear_line_and_a_status(tmp_path):
             (["0", "--nonsense"], 2, "--nonsense"),
             (["0", "--clients", str(tmp_path / "none")], 1, "can't read"),
             (["0", "--tls-cert", str(readable)], 2, "--tls-cert and --tls-key go together"),
-            (["0", "--tls-cert", str(readable), "--tls-key", str(readable)], 1, "can't use certificate"),
+            (
+                ["0", "--tls-cert", str(readable), "--tls-key", str(readable)],
+                1,
+                "can't use certificate",
+            ),
             (["0", "--tls-cert", "none", "--tls-key", "none"], 1, "No such file"),
             (["--new-client", "10.0.0.7"], 2, "must be a letter and"),
         ]:
@@ -3535,7 +4096,9 @@ def test_mistakes_are_one_clear_line_and_a_status(tmp_path):
 
 
 def test_the_limit_on_open_files_lowers_the_connections(tmp_path):
-    command = f"ulimit -n 256; exec {sys.executable} {HERE / 'metricstream.py'} 0 --data-dir {tmp_path}"
+    command = (
+        f"ulimit -n 256; exec {sys.executable} {HERE / 'metricstream.py'} 0 --data-dir {tmp_path}"
+    )
     process = subprocess.Popen(["bash", "-c", command], stdout=subprocess.PIPE, text=True)
     assert process.stdout
     warning, startup = process.stdout.readline(), process.stdout.readline()
@@ -3564,7 +4127,11 @@ def test_a_new_client_may_write_and_its_key_appears_nowhere(tmp_path):
     with ServerProcess(tmp_path, "--clients", str(listed), "--log-level", "debug") as started:
         assert "clients listed: 1" in started.startup_line
         with contextlib.closing(Client(started.port)) as client:
-            for authorization, status in [(f"Bearer {key}", 200), (key, 200), (f"Bearer {key}x", 401)]:
+            for authorization, status in [
+                (f"Bearer {key}", 200),
+                (key, 200),
+                (f"Bearer {key}x", 401),
+            ]:
                 answer = client.ask("POST", "/metrics", BATCH, Authorization=authorization)
                 assert (answer.status, key in str(answer)) == (status, False)
             assert client.ask("POST", "/metrics", b"{", Authorization=key).status == 400
@@ -3610,7 +4177,9 @@ def test_sighup_reads_again_what_others_have_changed(tmp_path):
 
 
 @pytest.mark.parametrize("durability", LEVELS)
-def test_a_log_that_is_deleted_under_load_loses_nothing_acknowledged_afterwards(tmp_path, durability):
+def test_a_log_that_is_deleted_under_load_loses_nothing_acknowledged_afterwards(
+    tmp_path, durability
+):
     with ServerProcess(tmp_path, "--durability", durability, "--rate-limit", "0") as started:
         with contextlib.closing(Client(started.port)) as client:
             after = set()
@@ -3635,8 +4204,13 @@ def test_to_be_reached_from_elsewhere_without_a_list_of_clients_is_warned_of(tmp
         return line
 
     (tmp_path / "clients").write_text(KEY_LINE)
-    assert "WARNING whoever reaches 0.0.0.0 may write: see --clients" in first_line("--host", "0.0.0.0")
-    for options in [["--host", "127.0.0.2"], ["--host", "0.0.0.0", "--clients", str(tmp_path / "clients")]]:
+    assert "WARNING whoever reaches 0.0.0.0 may write: see --clients" in first_line(
+        "--host", "0.0.0.0"
+    )
+    for options in [
+        ["--host", "127.0.0.2"],
+        ["--host", "0.0.0.0", "--clients", str(tmp_path / "clients")],
+    ]:
         assert first_line(*options).startswith("MetricStream ")
 
 
@@ -3662,7 +4236,9 @@ class Writers:
     BATCH = 3
 
     def __init__(self, port: int, prefix: str, count: int = 4, pause_s: float = 0.0) -> None:
-        self.acknowledged: set[str] = set()  # set.update holds no lock of ours: each thread adds its own
+        self.acknowledged: set[str] = (
+            set()
+        )  # set.update holds no lock of ours: each thread adds its own
         self.statuses: Counter[int] = Counter()
         self.faults: list[Exception] = []  # answers that broke off
         self._stopped = threading.Event()
@@ -3745,7 +4321,9 @@ def test_nothing_acknowledged_is_lost_to_kill_9(tmp_path, durability):
 
 
 @pytest.mark.parametrize("durability", LEVELS)
-def test_a_stop_under_load_answers_what_is_in_flight_and_loses_nothing(tmp_path, threads, durability):
+def test_a_stop_under_load_answers_what_is_in_flight_and_loses_nothing(
+    tmp_path, threads, durability
+):
     options = ("--durability", durability, "--threads", str(threads), "--rate-limit", "0")
     with ServerProcess(tmp_path, *options) as started:
         writers = Writers(started.port, "w", count=8)
@@ -3877,7 +4455,9 @@ def test_a_write_may_stop_anywhere(tmp_path, durability, error):
 
 
 @pytest.mark.parametrize("step_s", [3600, -3600], ids=["forward", "back"])
-def test_a_step_of_the_clock_changes_neither_rates_nor_time_outs(tmp_path, threads, monkeypatch, step_s):
+def test_a_step_of_the_clock_changes_neither_rates_nor_time_outs(
+    tmp_path, threads, monkeypatch, step_s
+):
     now, step = time.time, [0]
     monkeypatch.setattr(time, "time", lambda: now() + step[0])
     limit = 100
@@ -3931,7 +4511,9 @@ def test_an_unexpected_error_of_the_housekeeper_is_logged_and_the_house_kept_on(
 def process_figures(pid: int) -> dict[str, int]:
     """Resident memory in KiB, threads and open files of a process."""
     status = Path(f"/proc/{pid}/status").read_text()
-    figures = {name: int(re.search(rf"^{name}:\s+(\d+)", status, re.M)[1]) for name in ("VmRSS", "Threads")}
+    figures = {
+        name: int(re.search(rf"^{name}:\s+(\d+)", status, re.M)[1]) for name in ("VmRSS", "Threads")
+    }
     return figures | {"files": len(os.listdir(f"/proc/{pid}/fd"))}
 
 
@@ -3982,7 +4564,9 @@ def test_soak(tmp_path, capsys):
                 events["hostile clients"] += 1
                 if rng.random() < 0.005:
                     events["full disks"] += 1
-                    limit_file_size(started.process, (tmp_path / "metrics.jsonl").stat().st_size + 100)
+                    limit_file_size(
+                        started.process, (tmp_path / "metrics.jsonl").stat().st_size + 100
+                    )
                     pause.wait(rng.uniform(0.1, 1))
                     limit_file_size(started.process, resource.RLIM_INFINITY)
                 pause.wait(0.02)
@@ -4084,12 +4668,14 @@ def besieged(folder: Path, threads: int, *options: str) -> Iterator[ServerProces
         with contextlib.ExitStack() as stack:  # first threads, buffers and memos are no leak
             for connection in crowd(started.port, 40, post(), stack):
                 assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
-        # who keeps house, and one that works or accepts
-        eventually(lambda: Footprint.of(started.process.pid)[1:] == (2, files))
+        # who keeps house, who keeps the store, and one that works or accepts
+        eventually(lambda: Footprint.of(started.process.pid)[1:] == (3, files))
         yield started
         assert_healthy(started.port)
         status, out, err = started.stop()
-        assert (status, err) == (0, "") and out.startswith("stopped {") and out.count("\n") == 1, out
+        assert (status, err) == (0, "") and out.startswith("stopped {") and out.count("\n") == 1, (
+            out
+        )
 
 
 def connections_of(started: ServerProcess) -> int:
@@ -4140,8 +4726,12 @@ def test_announced_bodies_that_never_come_take_no_memory(tmp_path, threads):
     with besieged(tmp_path, threads) as started, contextlib.ExitStack() as outer:
         before = outer.enter_context(leaving_nothing(started.process.pid))
         with contextlib.ExitStack() as stack:
-            (too_large,) = crowd(started.port, 1, framed(b"Content-Length: 104857600", body=b""), stack)
-            assert too_large.recv(1000).startswith(b"HTTP/1.1 413 ")  # without waiting for any of it
+            (too_large,) = crowd(
+                started.port, 1, framed(b"Content-Length: 104857600", body=b""), stack
+            )
+            assert too_large.recv(1000).startswith(
+                b"HTTP/1.1 413 "
+            )  # without waiting for any of it
             crowd(started.port, 200, framed(b"Content-Length: 1048576", body=b"{"), stack)
             eventually(lambda: connections_of(started) >= 201)
             assert len(post_latencies(started.port, 100)) == 100
@@ -4219,7 +4809,9 @@ def drip(port: int, ready: Any, stop: Any) -> None:
     """A process of slow clients: 200 drip their heads, 200 their bodies, 200 read no answer."""
     head = b"POST /metrics HTTP/1.1\r\nHost: x\r\n"
     heads = [Dripping(port, head + b"X-Slow: " + b"a" * 1000) for _ in range(200)]
-    bodies = [Dripping(port, head + b"Content-Length: 1000\r\n\r\n" + b" " * 999) for _ in range(200)]
+    bodies = [
+        Dripping(port, head + b"Content-Length: 1000\r\n\r\n" + b" " * 999) for _ in range(200)
+    ]
     deaf = []
     for _ in range(200):
         connection = socket.socket()
@@ -4620,6 +5212,37 @@ WORST_INPUTS: dict[str, list[tuple[str, str, str]]] = {
     f"[^{metricstream._TCHAR.decode()}]": [("", "a", ""), ("", "a", "@")],
     r"q=[01](\.[0-9]{0,3})?": [("q=0.", "0", ""), ("", "q=0", "")],
     r"[0-9]{1,10}": [("", "1", "")],
+    "_RE2_PIECE": [("", r"\Qa", ""), (r"\Q", "a", ""), ("", "[", ""), ("[", "[:a:", ""), ("", "\\", ""),
+                   ("", "[a", ""), ("[^", r"\]", ""), ("[", "[:alpha:", "]"), ("", "(?i", ""),
+                   ("(?", "ims", ""), ("(?i", "-ims", ""), ("){", "1", ""), ("{", "1", "")],
+    "_SET_PIECE": [("", "[:", ""), ("[:", "a", ""), ("", "[:a", "]"), ("", "\\", "")],
+    "_BLOCK_NAME": [("", "0", ""), ("00000000-", "0", ".block")],
+    "_SEGMENT_NAME": [("metrics.", "0", ".jsonl")],
+    "_LOG_LINE": [
+        ("", '{"timestamp":"', ""), ('{"timestamp":"' + "0" * 24 + '","name":"', "a", ""),
+        ('{"timestamp":"' + "0" * 24 + '","name":"', "\\a", ""),
+        ('{"timestamp":"' + "0" * 24 + '","name":"', '\\"', ""),
+        ('{"timestamp":"' + "0" * 24 + '","name":"a","value":', "1", ","),
+        ('{"timestamp":"' + "0" * 24 + '","name":"a","value":1,"type":', "}", ""),
+        ("", '{"timestamp":"' + "0" * 24 + '","name":"a","value":1,"type":\n', ""),
+    ],
+    "_TOKEN": [("", "1", "_"), ("", "1_", "_"), ("1.", "1", "_"), ("1e", "1", "x"), ("0x", "f", "_"),
+               ("", "1h", "x"), ("", "1m", "1"), ("", "a", "."), ('"', "a", ""), ('"', "\\", ""),
+               ("'", "\\'", ""), ("`", "a", ""), ("#", "a", "\n"), ("", " ", "x")],
+    "_DURATION": [("", "1", ""), ("1y", "1", "y"), ("", "1h", "")],
+    "_DURATION_PART": [("", "1", "h"), ("", "1m", ""), ("", "1ms", "1")],
+    "_WORD_CHARACTER": [("", "a", "")],
+    "_STRING_ESCAPE": [("", "\\", ""), ("", "\\x4", ""), ("", "\\U0000", ""), ("", "\\01", "")],
+    "[0-7]+": [("", "0", "8")],
+    "_LEGACY_METRIC": [("", "a", ".")],
+    "_LEGACY_LABEL": [("", "a", ".")],
+    "_TEMPLATE": [("", "$", ""), ("", "${", ""), ("", "${a", ""), ("$", "a", "")],
+    "_LABEL_VALUES": [("label/", "a", ""), ("label/", "/values", "/value")],
+    "[0-9]{1,18}": [("", "1", "")],
+    "_UNIX_TIME": [("", "1", "x"), (".", "1", "x"), ("1e", "1", "x")],
+    "_TEXT_SAMPLE": [("", "a", ""), ("a{", "}", " "), ("a{", "} ", "{"), ("a ", "1", "{")],
+    "_TEXT_LABEL": [('a="', "b", '"'), ("", 'a="b",', "")],
+    "([0-9]{1,15})(?:([KMGT])B|B)?": [("", "1", ""), ("1K", "B", "")],
 }  # fmt: skip
 
 
@@ -4632,7 +5255,7 @@ def uses_of_patterns() -> dict[str, tuple[re.Pattern, set[str]]]:
         if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
             continue
         owner, method = getattr(node.func.value, "id", None), node.func.attr
-        if owner == "re" and method != "compile":
+        if owner == "re" and method not in ("compile", "escape"):
             text = eval(ast.unparse(node.args[0]), dict(names))
             name = text.decode() if isinstance(text, bytes) else text
             used.setdefault(name, (re.compile(text), set()))[1].add(method)
@@ -4645,7 +5268,8 @@ def test_each_pattern_has_its_worst_inputs_and_a_known_use():
     used = uses_of_patterns()
     assert used.keys() == WORST_INPUTS.keys()
     for name, (_, methods) in used.items():
-        assert methods and methods <= {"match", "fullmatch", "search", "split", "sub"}, name
+        uses = {"match", "fullmatch", "search", "split", "sub", "findall", "finditer"}
+        assert methods and methods <= uses, name
 
 
 def of_about(size: int, beginning: str, unit: str, end: str) -> str:
@@ -4661,7 +5285,10 @@ def test_no_pattern_backtracks_beyond_its_input(name):
         if isinstance(pattern.pattern, bytes):
             small, large = small.encode("latin-1"), large.encode("latin-1")
         use = getattr(pattern, method)
-        work = (lambda text: use(text[:0], text)) if method == "sub" else use
+        work = {
+            "sub": lambda text: use(text[:0], text),
+            "finditer": lambda text: list(use(text)),
+        }.get(method, use)
         assert growth(work, small, large, 24) <= 24, (method, parts)
 
 
@@ -4852,7 +5479,8 @@ def test_batches_of_a_grammar_are_judged_as_the_readme_says(seed):
         )
         expected = as_the_readme_has_it(body)
         try:
-            lines, count = metricstream.batch_lines(body, NOW_MS)
+            batch = metricstream.read_body(body, NOW_MS)
+            lines, count = batch.lines, batch.count
         except (JSONError, BatchError):
             found = None
         else:
@@ -4979,7 +5607,7 @@ def test_the_work_for_json_is_linear(document):
 
     def work(body: bytes) -> None:
         with contextlib.suppress(JSONError, BatchError):
-            metricstream.batch_lines(body, 0)
+            metricstream.read_body(body, 0)
 
     assert growth(work, document(20_000), document(80_000), 8) <= 8
 
@@ -5177,7 +5805,9 @@ def test_a_client_id_can_forge_nothing(tmp_path, threads):
 
 def load(port: int, *arguments: str) -> tuple[int, dict]:
     command = [sys.executable, str(HERE / "load_test.py"), str(port), *arguments]
-    ended = subprocess.run([*command, "--json", "--quiet"], capture_output=True, text=True, timeout=50)
+    ended = subprocess.run(
+        [*command, "--json", "--quiet"], capture_output=True, text=True, timeout=50
+    )
     assert ended.stderr == "" and ended.stdout.count("\n") == 1, ended
     return ended.returncode, json.loads(ended.stdout)
 
@@ -5205,7 +5835,9 @@ def test_each_load_client_has_an_id_of_its_own(tmp_path):
     with running(tmp_path, limit=1000) as started:
         load(started.port, "6", "2")
         seen: dict[str, int] = {}
-        flush_metrics(started.service.limiter, lambda client, allowed, _: seen.update({client: allowed}))
+        flush_metrics(
+            started.service.limiter, lambda client, allowed, _: seen.update({client: allowed})
+        )
     assert sorted(seen.values()) == [2] * 6
     assert all(re.fullmatch(r"load_client_\d+", client) for client in seen)
 
@@ -5309,6 +5941,108 @@ def test_only_the_standard_library_is_imported_and_json_is_not():
             imported.add((node.module or "").partition(".")[0])
     assert imported <= sys.stdlib_module_names
     assert "json" not in imported and "socketserver" in imported
+
+
+# ---- the time-series store ----
+
+
+class StoreUnderTest:
+    """A store and its log, and a plain dictionary of what was pushed."""
+
+    SERIES = [(f"m{number}", {"host": f"h{number % 3}"}) for number in range(6)]
+
+    def __init__(self, folder: Path, durability: str, keep_log: bool):
+        self.folder, self.durability, self.keep_log = folder, durability, keep_log
+        self.pushed: dict[str, dict[int, float]] = {}
+        self.open()
+
+    def open(self) -> None:
+        self.log = MetricLog(str(self.folder), self.durability)
+        self.store = metricstream.Store(
+            str(self.folder), self.log, retention_s=0, keep_log=self.keep_log
+        )
+        self.log.stored = self.store.add
+
+    def push(self, samples: list[Sample]) -> None:
+        lines = "".join(map(metricstream.log_line, samples)).encode()
+        commit = self.log.append(lines, metricstream.Batch(lines, len(samples), samples))
+        assert commit is None or commit.wait() is None
+        for sample in samples:
+            series = self.pushed.setdefault(sample.name, {})
+            series[sample.timestamp_ms] = float(sample.value)
+
+    def check(self, start_ms: int = 0, end_ms: int = metricstream.END_OF_TIME_MS - 1) -> None:
+        matchers = [metricstream.Matcher("__name__", "=~", "m.*")]
+        found = {}
+        for labels, times, values in self.store.select(matchers, start_ms, end_ms):
+            assert list(times) == sorted(set(times))
+            found[labels["__name__"]] = dict(zip(times, values))
+        expected = {
+            name: {time_ms: v for time_ms, v in series.items() if start_ms <= time_ms <= end_ms}
+            for name, series in self.pushed.items()
+        }
+        assert found == {name: series for name, series in expected.items() if series}
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_store_answers_what_a_dictionary_answers(seed, tmp_path, monkeypatch):
+    """Rows and single samples, late and repeated ones, across blocks and restarts."""
+    rng = random.Random(seed)
+    monkeypatch.setattr(metricstream, "CHUNK_SAMPLES", rng.choice((8, 64, 1024)))
+    under = StoreUnderTest(tmp_path, ("os", "disk", "memory")[seed % 3], rng.random() < 0.3)
+    now_ms = NOW_MS
+
+    def sample(name: str, tags: dict[str, str], late_ms: int) -> Sample:
+        value = rng.choice((rng.randrange(100), rng.random(), round(rng.uniform(0, 9), 2), -0.0))
+        return Sample(name, value, "gauge", tags, now_ms - late_ms)
+
+    try:
+        for _ in range(rng.randrange(40, 150)):
+            now_ms += rng.choice((0, 1, 15, 1000))
+            step, late_ms = rng.random(), rng.choice((0, 0, 0, 5, 5000))
+            if step < 0.6:
+                row = under.SERIES[:4] if rng.random() < 0.7 else rng.sample(under.SERIES, 5)
+                under.push([sample(*series, late_ms) for series in row])
+            elif step < 0.7:
+                some = rng.choices(under.SERIES, k=rng.randrange(1, 30))
+                under.push([sample(*series, rng.randrange(4000)) for series in some])
+            elif step < 0.75:
+                under.store.cut()
+            elif step < 0.85:
+                under.store.maintain()
+            elif step < 0.9:
+                under.log.close()
+                under.open()
+            else:
+                start_ms = now_ms - rng.randrange(3000)
+                under.check(start_ms, start_ms + rng.randrange(3000))
+        under.check()
+    finally:
+        under.log.close()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [1.0], [-0.0, 0.0], [1.5] * 1000, [0.1 * n for n in range(1000)],
+        [round(0.01 * n, 2) for n in range(1000)], [2.0**52, -(2.0**52)], [2.0**60, 1.0],
+        [5e-324, 1.7976931348623157e308], [float(n * n) for n in range(2000)],
+        [random.Random(1).random() for _ in range(1000)],
+    ],
+)  # fmt: skip
+def test_values_come_back_to_the_bit(values):
+    values = array("d", values)
+    encoded = metricstream.encode_values(values)
+    assert metricstream.decode_values(encoded).tobytes() == values.tobytes()
+    assert len(encoded) <= 8 * len(values) + 13
+
+
+@pytest.mark.parametrize(
+    "times", [[5], [5, 6], [0, 0, 0], [NOW_MS + 15_000 * n + n % 7 for n in range(1000)], [9, 3, 7]]
+)
+def test_times_come_back(times):
+    times = array("q", times)
+    assert metricstream.decode_times(metricstream.encode_times(times)) == times
 
 
 def test_a_chapter_uses_only_what_stands_above_it():
