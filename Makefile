@@ -5,7 +5,7 @@ VENV := .venv
 PYTHON ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint soak load perf clean
+.PHONY: help run test lint soak queries load perf clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/' | expand -t 16
@@ -28,6 +28,9 @@ lint: $(VENV)/ready  ## check the style and the types
 
 soak: $(VENV)/ready  ## ten minutes of load with kills, faults and hostile clients
 	METRICSTREAM_SOAK_S=600 $(VENV)/bin/python -m pytest -q -k "soak or kill_9 or client_ids or damaged or grammar or slow_clients" test_metricstream.py
+
+queries: $(VENV)/ready  ## time queries beside a real Prometheus, if prometheus and promtool are installed
+	METRICSTREAM_BENCH=1 $(VENV)/bin/python -m pytest -q -s -k "beside_prometheus" test_metricstream.py
 
 load:  ## load a running server: 50 clients with 200 requests each
 	$(PYTHON) load_test.py $(PORT) 50 200

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""MetricStream: one file, no dependencies. Ingest, limit, keep, count.
+"""MetricStream: one file, no dependencies. Ingest, limit, store, query, count.
 
 A metrics server that runs wherever Python 3.11 or newer runs, and that is written to be read:
 
@@ -7,11 +7,12 @@ A metrics server that runs wherever Python 3.11 or newer runs, and that is writt
     curl localhost:8080/metrics -H 'Content-Type: application/json' \\
          -d '{"metrics":[{"name":"cpu_usage","value":75.5,"tags":{"host":"web1"}}]}'
     tail metrics.jsonl                           what was acknowledged, one JSON object a line
+    curl localhost:8080/api/v1/query -d 'query=cpu_usage'       ask for it, in PromQL
 
 Clients push batches of metrics as JSON over HTTP. Each request takes one way through this file,
 from top to bottom, and each step of it is a chapter:
 
-    bytes → Request → client id → allowed? → JSON → batch → log (durable)
+    bytes → Request → client id → allowed? → JSON → batch → log (durable) → store
           → statistics → Response → bytes
 
 A chapter uses only what stands above it, so the order of reading is the order of the flow is the

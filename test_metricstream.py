@@ -6442,6 +6442,87 @@ def test_grafana_saves_tests_and_draws(queried):
     assert answer["data"]["result"][1]["values"][-1] == [600, "240"]
 
 
+@pytest.mark.skipif(
+    "METRICSTREAM_BENCH" not in os.environ, reason="a measurement: make queries"
+)
+@pytest.mark.parametrize("series", [100, 1000])
+def test_queries_beside_prometheus(series, tmp_path):
+    """The same six hours at 15 s in both; what they answer is compared, how long it takes printed."""
+    end_s = int(time.time()) // 60 * 60
+    # not at whole minutes: there Prometheus 2 takes a sample more, the one at the beginning
+    times_s = range(end_s - 6 * 3600 + 7, end_s, 15)
+    rng = random.Random(1)
+    tags = [{"host": f"h{n % 20}", "instance": f"i{n}"} for n in range(series)]
+    # far from 0, near which Prometheus 2 extrapolates in another way
+    steps = [[10_000_000, *(rng.randrange(100) for _ in times_s)] for _ in tags]
+    values = [list(itertools.accumulate(step)) for step in steps]
+    text = tmp_path / "samples.txt"
+    with text.open("w") as file:
+        file.write("# TYPE m counter\n")
+        for tag, row in zip(tags, values):
+            for time_s, value in zip(times_s, row):
+                file.write(f'm_total{{host="{tag["host"]}",instance="{tag["instance"]}"}} {value} {time_s}\n')
+        file.write("# EOF\n")
+    tsdb = tmp_path / "tsdb"
+    command = ["promtool", "tsdb", "create-blocks-from", "openmetrics", str(text), str(tsdb)]
+    subprocess.run(command, check=True, capture_output=True)
+    (tmp_path / "prometheus.yml").write_text("")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    (tmp_path / "metricstream").mkdir()
+    prometheus = subprocess.Popen(
+        ["prometheus", f"--web.listen-address=127.0.0.1:{port}", f"--storage.tsdb.path={tsdb}",
+         f"--config.file={tmp_path / 'prometheus.yml'}"],
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        with ServerProcess(tmp_path / "metricstream", "--rate-limit", "0") as started:
+            with contextlib.closing(Client(started.port)) as client:
+                for place, time_s in enumerate(times_s):
+                    for first in range(0, series, 500):
+                        metrics = [
+                            {"name": "m_total", "value": values[n][place], "type": "counter",
+                             "tags": tags[n], "timestamp": time_s}
+                            for n in range(first, min(series, first + 500))
+                        ]  # fmt: skip
+                        assert client.ask("POST", "/metrics", {"metrics": metrics}).status == 200
+
+            def ask(port: int, query: str) -> tuple[float, Any]:
+                form = {"query": query, "start": end_s - 6 * 3600, "end": end_s, "step": 60}
+                with contextlib.closing(Client(port)) as client:
+                    began = time.perf_counter()
+                    answer = client.ask("GET", f"/api/v1/query_range?{urllib.parse.urlencode(form)}")
+                    took_s = time.perf_counter() - began
+                result = answer.json["data"]["result"]
+                return took_s, {json.dumps(row["metric"]): row["values"] for row in result}
+
+            def is_ready() -> bool:
+                with contextlib.suppress(OSError), contextlib.closing(Client(port)) as client:
+                    return client.ask("GET", "/-/ready").status == 200
+                return False
+
+            eventually(is_ready)
+            for query in ("sum by (host) (rate(m_total[5m]))", 'rate(m_total{instance="i7"}[5m])',
+                          'm_total{instance="i7"}'):  # fmt: skip
+                took: dict[int, list[float]] = {started.port: [], port: []}
+                for _ in range(5):
+                    (ours_s, ours), (theirs_s, theirs) = ask(started.port, query), ask(port, query)
+                    took[started.port].append(ours_s)
+                    took[port].append(theirs_s)
+                assert ours.keys() == theirs.keys()
+                for name, row in ours.items():
+                    assert len(row) == len(theirs[name])
+                    for (_, mine), (_, other) in zip(row, theirs[name]):
+                        assert float(mine) == pytest.approx(float(other), rel=1e-12)
+                mine, other = took.values()
+                print(f"\n{series} series, {query}: first {mine[0] * 1000:.1f} ms, median "
+                      f"{sorted(mine)[2] * 1000:.1f}; Prometheus {other[0] * 1000:.1f}, "
+                      f"{sorted(other)[2] * 1000:.1f}")  # fmt: skip
+    finally:
+        prometheus.terminate()
+        prometheus.wait(30)
+
+
 def test_other_bodies_and_paths_are_no_queries(queried):
     with contextlib.closing(Client(queried.port)) as client:
         assert client.ask("POST", "/api/v1/query", {"query": "up"}, Content_Type="application/json").status == 415
