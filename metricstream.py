@@ -1405,7 +1405,6 @@ class Batch:
         lines: bytes,
         count: int,
         samples: list[Sample] | None = None,
-        *,
         layout: bytes = b"",
         time_ms: int = 0,
         values: list[bytes] = [],  # noqa: B006  # nobody changes it
@@ -1454,7 +1453,7 @@ def usual_batch(body: bytes, now_ms: int) -> Batch | None:
     line[3::5] = values
     line[4::5] = tails
     layout = b"\0".join(names + fields)  # no name and no text of JSON holds a NUL
-    return Batch(b"".join(line), count, layout=layout, time_ms=now_ms, values=values)
+    return Batch(b"".join(line), count, None, layout, now_ms, values)
 
 
 def read_body(body: bytes, now_ms: int) -> Batch:
@@ -2531,24 +2530,28 @@ def encode_values(values: "array[float]") -> bytes:
             return bytes((_XOR | 0x80,)) + small
         return bytes((_XOR,)) + shuffled
     scale, integers = scaled
-    deltas = _pack(list(map(operator.sub, integers[1:], integers)))
-    plain = _pack(integers)
-    if len(plain) <= len(deltas) + 8:
-        return struct.pack("<BI", _PLAIN, scale) + plain
-    return struct.pack("<BIq", _DELTAS, scale, integers[0]) + deltas
+    deltas = list(map(operator.sub, integers[1:], integers))
+    # what is spread less packs better: 0.21 µs a value instead of 0.29 for packing both
+    if deltas and max(deltas) - min(deltas) < max(integers) - min(integers):
+        return struct.pack("<BIq", _DELTAS, scale, integers[0]) + _pack(deltas)
+    return struct.pack("<BI", _PLAIN, scale) + _pack(integers)
 
 
 def _scaled(values: "array[float]", raw: bytes) -> tuple[int, list[int]] | None:
     """(scale, integers) whose quotients are the values, to the bit; None: there are none."""
     probe = values[:_PROBED]
-    if not all(map(math.isfinite, values)) or max(map(abs, values)) > 2**52:
+    least, most = min(values), max(values)
+    if not -(2**52) <= least <= most <= 2**52 or any(map(math.isnan, values)):
         return None
     for scale in _SCALES:
         if all(round(value * scale) / scale == value for value in probe):
-            integers = [round(value * scale) for value in values]
-            quotients = array("d", [integer / scale for integer in integers])
+            # `map` all the way: 0.10 µs a value, 0.17 with comprehensions
+            scaled = values if scale == 1 else map(operator.mul, values, itertools.repeat(scale))
+            integers = list(map(round, scaled))
+            quotients = array("d", map(operator.truediv, integers, itertools.repeat(scale)))
             # of the bits: -0.0 equals 0.0
-            if _little_endian(quotients).tobytes() == raw and abs(max(integers, key=abs)) < 2**53:
+            exact = _little_endian(quotients).tobytes() == raw
+            if exact and min(integers) > -(2**53) and max(integers) < 2**53:
                 return scale, integers
     return None
 
@@ -2820,9 +2823,8 @@ values=array('d', [1.5, 2.0]), turns=array('q', [1, 2]))]
         self.index = SeriesIndex()
         self.lock = threading.Lock()  # guards all that is below
         self.types: dict[str, str] = {}
-        self.samples = 0  # pushed, and the bounds of their times
-        self.first_ms, self.last_ms = END_OF_TIME_MS, -1
-        self._turn = 0  # how many rows there ever were
+        self.first_ms, self.last_ms = END_OF_TIME_MS, -1  # the bounds of the samples' times
+        self.turn = 0  # how many rows there ever were
         self._heads: dict[tuple[int, ...], _Head] = {}
         self._heads_of: list[list[tuple[_Head, int]]] = []  # of each series: heads and columns
         self._columns = 0
@@ -2843,13 +2845,24 @@ values=array('d', [1.5, 2.0]), turns=array('q', [1, 2]))]
             if layout not in self._layouts:
                 return False
             head, pick = self._layouts[layout]
-            self._push(head, time_ms, values if pick is None else pick(values))
+            if pick is not None:
+                values = pick(values)
+            times = head.times
+            if not times or time_ms <= times[-1]:
+                self._push(head, time_ms, values)
+                return True
+            # The usual row is the latest: what `_push` does for it, without its questions.
+            self.turn += 1
+            times.append(time_ms)
+            head.turns.append(self.turn)
+            head.values.extend(map(float, values))
+            if time_ms > self.last_ms:
+                self.last_ms = time_ms
             return True
 
     def _push(self, head: _Head, time_ms: int, values: Iterable[Any]) -> None:
-        self._turn += 1
-        head.append(time_ms, self._turn, map(float, values))
-        self.samples += len(head.series)
+        self.turn += 1
+        head.append(time_ms, self.turn, map(float, values))
         if time_ms > self.last_ms:
             self.last_ms = time_ms
         if time_ms < self.first_ms:
@@ -3410,6 +3423,21 @@ class Store:
     # -- at the start --
 
     def _open(self) -> None:
+        """Read the folder; who only reads it does so again if a server has changed it meanwhile."""
+        while True:
+            before = self._files()
+            self._read_folder()
+            if self._log or self._files() == before:
+                return
+            self._active = Memtable()
+            self.damaged = self.replayed = self.unreadable = 0
+
+    def _files(self) -> list[str]:
+        """The names of all blocks and segments."""
+        blocks = os.listdir(self._blocks_folder) if self._has_blocks() else []
+        return sorted(blocks) + [path for _, path in self._segments()]
+
+    def _read_folder(self) -> None:
         segments = self._segments()  # before the blocks: what vanishes from the log is in a block
         blocks = []
         for name in sorted(os.listdir(self._blocks_folder) if self._has_blocks() else ()):
@@ -3421,6 +3449,9 @@ class Store:
                     blocks.append(Block(path))
                 except (BlockError, JSONError, KeyError) as error:
                     self._set_aside(path, error)
+                except FileNotFoundError:  # it was merged into another one
+                    if self._log:
+                        raise
         blocks = self._without_merged(blocks)
         self._blocks = tuple(blocks)
         covered = max((block.covers for block in blocks), default=0)
@@ -3661,7 +3692,7 @@ class Store:
         if self._thread:
             self._thread.join()
             self._pause = no_pause
-            if self._own.samples:
+            if self._own.turn:
                 with self._lock:
                     number, own = self._next_number, self._own
                     self._next_number += 1
@@ -3703,7 +3734,7 @@ class Store:
         self._active.seal(self._pause)
         self.flush()
         age_s = time.monotonic() - self._since
-        if self._active.samples and (
+        if self._active.turn and (
             (self._log and self._log.files != self._log_files)  # it was taken away
             or age_s >= SEGMENT_AGE_S
             or (self._log and self._log.size_bytes >= SEGMENT_BYTES)

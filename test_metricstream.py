@@ -6097,6 +6097,28 @@ def test_kill_9_at_each_step_of_a_block_loses_nothing_and_doubles_nothing(keep_l
             log.close()
 
 
+def test_a_folder_is_read_while_a_server_changes_it(tmp_path, monkeypatch):
+    """Between the listing and the reading, the log becomes a segment, a block, a merged block."""
+    under = a_store(tmp_path)
+    for number in range(3):
+        block_of(under, 1000 * number)
+    under.push([Sample("m", 9.0, "gauge", {}, 9000)])
+    changes = [under.store.cut, under.store.maintain, lambda: block_of(under, 20_000)]
+    replay = metricstream.Store._replay
+
+    def changing(store: metricstream.Store, path: str) -> None:
+        if changes:
+            changes.pop(0)()
+        replay(store, path)
+
+    monkeypatch.setattr(metricstream.Store, "_replay", changing)
+    reader = metricstream.Store(str(tmp_path))
+    assert not changes
+    (series,) = reader.select([], 0, NOW_MS)
+    assert dict(zip(series.times_ms, series.values)) == under.pushed["m"]
+    under.log.close()
+
+
 def a_store(folder: Path, **options: Any) -> StoreUnderTest:
     return StoreUnderTest(folder, "os", **options)
 
