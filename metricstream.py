@@ -3945,16 +3945,22 @@ class QueryTimeoutError(Exception):
 
 
 class Number(NamedTuple):
+    """A number: `1.5`, `0x1F`, `Inf`; a duration counts in seconds."""
+
     value: float
     position: int
 
 
 class Text(NamedTuple):
+    """A string: `"a"`."""
+
     value: str
     position: int
 
 
 class Selector(NamedTuple):
+    """An instant selector: `up{job="a"} offset 5m @ 1000`."""
+
     name: str  # of the metric, where it stands for itself and not as __name__="…"
     matchers: tuple[Matcher, ...]  # the name's is one of them
     position: int
@@ -3963,12 +3969,16 @@ class Selector(NamedTuple):
 
 
 class Range(NamedTuple):
+    """A range selector: `up[5m]`."""
+
     selector: Selector
     range_ms: int
     position: int
 
 
 class Subquery(NamedTuple):
+    """A subquery: `rate(up[5m])[1h:1m]`; its range and step in milliseconds."""
+
     expression: "Node"
     range_ms: int
     step_ms: int  # 0 where none is given
@@ -3978,11 +3988,15 @@ class Subquery(NamedTuple):
 
 
 class Paren(NamedTuple):
+    """An expression in parentheses."""
+
     expression: "Node"
     position: int
 
 
 class Unary(NamedTuple):
+    """A sign before an expression."""
+
     op: str
     operand: "Node"
     position: int
@@ -4010,6 +4024,8 @@ class Matching(NamedTuple):
 
 
 class Binary(NamedTuple):
+    """An operator between two expressions."""
+
     op: str
     left: "Node"
     right: "Node"
@@ -4019,6 +4035,8 @@ class Binary(NamedTuple):
 
 
 class Aggregate(NamedTuple):
+    """An aggregation: `topk by (host) (3, up)`."""
+
     op: str
     expression: "Node"
     parameter: "Node | None"
@@ -4028,6 +4046,8 @@ class Aggregate(NamedTuple):
 
 
 class Call(NamedTuple):
+    """A function and its arguments."""
+
     name: str
     arguments: tuple["Node", ...]
     position: int
@@ -4065,6 +4085,8 @@ def _bare(node: Node) -> Node:
 
 
 class Token(NamedTuple):
+    """A word of a query, and where it stands."""
+
     kind: str  # "number", "duration", "identifier", "string", "operator" or "end"
     text: str
     position: int
@@ -4137,6 +4159,8 @@ def parse_duration_ms(text: str) -> int:
     """
     if not text or not _DURATION.fullmatch(text):
         raise ValueError(f"not a duration such as 5m or 1h30m: {text!r}")
+    if len(text) > 100:
+        raise ValueError("duration out of range")
     return sum(int(n) * _DURATION_UNITS[unit] for n, unit in _DURATION_PART.findall(text))
 
 
@@ -4152,11 +4176,13 @@ def _duration_text(duration_ms: int) -> str:
 
 
 def _number_of(text: str) -> float:
-    """A number as Go reads it: hexadecimal by 0x, octal by a leading 0."""
+    """A number as Go reads it: hexadecimal by 0x, octal by a leading 0. Raises ValueError."""
     digits = text.replace("_", "")
     if digits[:2] in ("0x", "0X"):
+        if len(digits) > 18:
+            raise ValueError("number out of range")
         return float(int(digits, 16))
-    if len(digits) > 1 and digits[0] == "0" and re.fullmatch("[0-7]+", digits):
+    if 1 < len(digits) <= 22 and digits[0] == "0" and re.fullmatch("[0-7]+", digits):
         return float(int(digits, 8))
     return float(digits)
 
@@ -4385,7 +4411,10 @@ class _QueryParser:
             return self.duration() / 1000
         if token.kind == "number" or token.text.lower() in _NON_FINITE:
             self.index += 1
-            return _NON_FINITE.get(token.text.lower()) or _number_of(token.text)
+            try:
+                return _NON_FINITE.get(token.text.lower()) or _number_of(token.text)
+            except ValueError as error:
+                raise QueryError(str(error), self.text, token.position) from None
         raise self.expected(what)
 
     def duration(self, positive: bool = True) -> int:
@@ -5991,21 +6020,29 @@ _FUNCTIONS: dict[str, Function] = {
 
 
 class ScalarResult(NamedTuple):
+    """What a scalar is at one time."""
+
     time_ms: int
     value: float
 
 
 class StringResult(NamedTuple):
+    """What a string is."""
+
     time_ms: int
     value: str
 
 
 class VectorResult(NamedTuple):
+    """The value of each series at one time."""
+
     time_ms: int
     samples: list[tuple[dict[str, str], float]]  # (labels, value), in the order of the query
 
 
 class MatrixResult(NamedTuple):
+    """Series over a time."""
+
     series: list[Series]  # in the order of their labels
 
 
