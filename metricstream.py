@@ -7773,7 +7773,8 @@ def argument_parser() -> argparse.ArgumentParser:
     """The options; their names and defaults are part of the contract with users."""
     parser = _Parser(
         prog="metricstream.py",
-        description="A metrics server in one file: POST JSON to /metrics, read metrics.jsonl.",
+        description="A metrics server in one file: POST to /metrics, ask in PromQL at /api/v1. "
+        "Without a server: metricstream.py query EXPRESSION (query --help has the rest).",
     )
     parser.add_argument(
         "port",
@@ -7792,7 +7793,7 @@ def argument_parser() -> argparse.ArgumentParser:
         "--data-dir",
         metavar="DIR",
         default=".",
-        help=f"where {LOG_NAME} lives (default: the current folder)",
+        help=f"where {LOG_NAME} and {BLOCKS_NAME}/ live (default: the current folder)",
     )
     parser.add_argument(
         "--rate-limit",
