@@ -20,6 +20,7 @@ order of dependency. `grep -n '^# [0-9]*\\. ' metricstream.py` prints the table 
 """
 
 import argparse
+import calendar
 import contextlib
 import datetime
 import decimal
@@ -2252,6 +2253,10 @@ NAME = "__name__"  # the label that holds the name of the metric
 _Labels = tuple[str, ...]  # name, value, name, value …; in the order of the names
 
 
+def no_pause() -> None:
+    """What long work calls where nobody waits."""
+
+
 class Matcher(NamedTuple):
     """A condition on one label of a series; a label that is missing has the value ""."""
 
@@ -2719,7 +2724,7 @@ class SeriesIndex:
             return number
 
     def select(
-        self, matchers: Sequence[Matcher], pause: Callable[[], None] = lambda: None
+        self, matchers: Sequence[Matcher], pause: Callable[[], None] = no_pause
     ) -> list[int]:
         """The numbers of the series that fulfil all matchers, ascending."""
         chosen: set[int] | None = None
@@ -2845,19 +2850,7 @@ values=array('d', [1.5, 2.0]), turns=array('q', [1, 2]))]
             if layout not in self._layouts:
                 return False
             head, pick = self._layouts[layout]
-            if pick is not None:
-                values = pick(values)
-            times = head.times
-            if not times or time_ms <= times[-1]:
-                self._push(head, time_ms, values)
-                return True
-            # The usual row is the latest: what `_push` does for it, without its questions.
-            self.turn += 1
-            times.append(time_ms)
-            head.turns.append(self.turn)
-            head.values.extend(map(float, values))
-            if time_ms > self.last_ms:
-                self.last_ms = time_ms
+            self._push(head, time_ms, values if pick is None else pick(values))
             return True
 
     def _push(self, head: _Head, time_ms: int, values: Iterable[Any]) -> None:
@@ -3284,10 +3277,6 @@ REST = 2  # times as long as the slice: two thirds of the time are left to reque
 LONGEST_REST_S = 0.5
 
 
-def no_pause() -> None:
-    """What long work calls where nobody waits."""
-
-
 class Pacer:
     """Lets long work, as queries and compaction, go on in slices, of which one after another is
     done, in turn; while requests come, each slice is followed by a rest.
@@ -3418,6 +3407,8 @@ class Store:
         self._log_files = log.files if log else 0  # when the active one was begun
         self._to_retire = False
         self._thread: threading.Thread | None = None
+        if log:
+            os.makedirs(self._blocks_folder, exist_ok=True)
         self._open()
 
     # -- at the start --
@@ -3434,13 +3425,16 @@ class Store:
 
     def _files(self) -> list[str]:
         """The names of all blocks and segments."""
-        blocks = os.listdir(self._blocks_folder) if self._has_blocks() else []
-        return sorted(blocks) + [path for _, path in self._segments()]
+        return self._block_files() + [path for _, path in self._segments()]
+
+    def _block_files(self) -> list[str]:
+        there = self._log or os.path.isdir(self._blocks_folder)
+        return sorted(os.listdir(self._blocks_folder)) if there else []
 
     def _read_folder(self) -> None:
         segments = self._segments()  # before the blocks: what vanishes from the log is in a block
         blocks = []
-        for name in sorted(os.listdir(self._blocks_folder) if self._has_blocks() else ()):
+        for name in self._block_files():
             path = os.path.join(self._blocks_folder, name)
             if name.endswith(".tmp") and self._log:
                 os.unlink(path)
@@ -3465,11 +3459,6 @@ class Store:
         )
         self._replay(os.path.join(self.folder, LOG_NAME))
         self._active.end_replay()
-
-    def _has_blocks(self) -> bool:
-        if self._log:
-            os.makedirs(self._blocks_folder, exist_ok=True)
-        return os.path.isdir(self._blocks_folder)
 
     def _without_merged(self, blocks: list[Block]) -> list[Block]:
         """The blocks without those that a crash kept from being removed after their compaction."""
@@ -5049,6 +5038,10 @@ class _Ranges(NamedTuple):
             yield series, windows
 
 
+# What a function of a range vector makes of one series and its windows: a value for each.
+_OfWindows = Callable[[Series, list[tuple[int, int]]], list[float | None]]
+
+
 def _nameless(labels: dict[str, str]) -> dict[str, str]:
     return {label: value for label, value in labels.items() if label != NAME}
 
@@ -5219,6 +5212,19 @@ class _Evaluation:
         if each_step and len(ends) != len(self.steps):
             ends = [ends[0]] * len(self.steps)
         return _Ranges(series, ends, node.range_ms)
+
+    def of_windows(
+        self, ranges: _Ranges, function: _OfWindows, keeps_name: bool = False
+    ) -> list[Column]:
+        """A column for each series of a range vector: what a function makes of its windows."""
+        columns = []
+        for series, windows in ranges.slide():
+            self.execution.hold(len(self.steps))
+            values = self.for_all_steps(function(series, windows), ranges.ends_ms)
+            columns.append(
+                Column(series.labels if keeps_name else _nameless(series.labels), values)
+            )
+        return columns if keeps_name else _unique(columns)
 
     def resampled(self, node: Node, steps: range) -> list[Series]:
         """An instant vector at other steps, as series."""
@@ -5554,17 +5560,16 @@ def _over_time(
         ]
         ranges = run.ranges(nodes[scalars_before], each_step=bool(parameters))
         rows = list(zip(*parameters)) if parameters else [()] * len(ranges.ends_ms)
-        columns = []
-        for series, windows in ranges.slide():
+
+        def of_series(series: Series, windows: list[tuple[int, int]]) -> list[float | None]:
             samples, results = series.values, list[float | None]()
-            run.execution.hold(len(run.steps))
             for (low, high), row in zip(windows, rows):
                 if high - low > LONG_WINDOW:
                     run.execution.hold(0)
                 results.append(function(samples[low:high], *row) if high - low >= least else None)
-            labels = series.labels if keeps_name else _nameless(series.labels)
-            columns.append(Column(labels, run.for_all_steps(results, ranges.ends_ms)))
-        return columns if keeps_name else _unique(columns)
+            return results
+
+        return run.of_windows(ranges, of_series, keeps_name)
 
     types = (*[SCALAR] * scalars_before, RANGE, *[SCALAR] * scalars_after)
     return Function(types, len(types), evaluate)
@@ -5607,9 +5612,9 @@ def _extrapolated(counter: bool, per_second: bool) -> Function:
         seconds = ranges.range_ms / 1000 if per_second else 1.0
         known: list[tuple[int, int]] | None = None
         spans: list[_Span | None] = []
-        columns = []
-        for series, windows in ranges.slide():
-            run.execution.hold(len(run.steps))
+
+        def of_series(series: Series, windows: list[tuple[int, int]]) -> list[float | None]:
+            nonlocal known, spans
             if windows is not known:  # spans are shared as the windows are: 0.3 s of 0.5
                 known, times = windows, series.times_ms
                 spans = [
@@ -5636,9 +5641,9 @@ def _extrapolated(counter: bool, per_second: bool) -> Function:
                         before_s = min(before_s, sampled_s * (first_value / difference))
                 factor = (sampled_s + before_s + after_s) / sampled_s / seconds
                 results.append(difference * factor)
-            results = run.for_all_steps(results, ranges.ends_ms)
-            columns.append(Column(_nameless(series.labels), results))
-        return _unique(columns)
+            return results
+
+        return run.of_windows(ranges, of_series)
 
     return Function((RANGE,), 1, evaluate)
 
@@ -5646,49 +5651,42 @@ def _extrapolated(counter: bool, per_second: bool) -> Function:
 def _between_last_two(per_second: bool) -> Function:
     """`irate` and `idelta`."""
 
-    def evaluate(run: _Evaluation, nodes: tuple[Node, ...]) -> list[Column]:
-        ranges = run.ranges(nodes[0])
-        columns = []
-        for series, windows in ranges.slide():
-            times, values, results = series.times_ms, series.values, list[float | None]()
-            run.execution.hold(len(run.steps))
-            for low, high in windows:
-                if high - low < 2:
-                    results.append(None)
-                    continue
-                before, now = values[high - 2 : high]
-                if per_second:
-                    rise = now if now < before else now - before
-                    results.append(rise / ((times[high - 1] - times[high - 2]) / 1000))
-                else:
-                    results.append(now - before)
-            results = run.for_all_steps(results, ranges.ends_ms)
-            columns.append(Column(_nameless(series.labels), results))
-        return _unique(columns)
+    def of_series(series: Series, windows: list[tuple[int, int]]) -> list[float | None]:
+        times, values, results = series.times_ms, series.values, list[float | None]()
+        for low, high in windows:
+            if high - low < 2:
+                results.append(None)
+                continue
+            before, now = values[high - 2 : high]
+            if per_second:
+                rise = now if now < before else now - before
+                results.append(rise / ((times[high - 1] - times[high - 2]) / 1000))
+            else:
+                results.append(now - before)
+        return results
 
-    return Function((RANGE,), 1, evaluate)
+    return Function((RANGE,), 1, lambda run, nodes: run.of_windows(run.ranges(nodes[0]), of_series))
 
 
 def _regression(predicts: bool) -> Function:
     """`deriv`, or `predict_linear`, which looks ahead from each step."""
 
     def evaluate(run: _Evaluation, nodes: tuple[Node, ...]) -> list[Column]:
-        ranges = run.ranges(nodes[0], each_step=predicts)
         ahead_s = run.scalar(nodes[1]) if predicts else []
-        columns = []
-        for series, windows in ranges.slide():
+
+        def of_series(series: Series, windows: list[tuple[int, int]]) -> list[float | None]:
             results: list[float | None] = []
             for index, (low, high) in enumerate(windows):
-                run.execution.hold(1)
+                run.execution.hold(0)
                 if high - low < 2:
                     results.append(None)
                     continue
                 times, values = series.times_ms[low:high], series.values[low:high]
                 slope, origin = _line(times, values, run.steps[index] if predicts else times[0])
                 results.append(origin + slope * ahead_s[index] if predicts else slope)
-            results = run.for_all_steps(results, ranges.ends_ms)
-            columns.append(Column(_nameless(series.labels), results))
-        return _unique(columns)
+            return results
+
+        return run.of_windows(run.ranges(nodes[0], each_step=predicts), of_series)
 
     types = (RANGE, SCALAR) if predicts else (RANGE,)
     return Function(types, len(types), evaluate)
@@ -5722,48 +5720,19 @@ def _clamped(value: float, least: float, most: float) -> float | None:
     return None if most < least else _at_least(_at_most(value, most), least)
 
 
-# -- times: https://howardhinnant.github.io/date_algorithms.html, for years beyond `datetime` --
+# -- times --
 
 
-class _Civil(NamedTuple):
-    year: int
-    month: int
-    day: int
-
-
-def _civil(days: int) -> _Civil:
-    """The date so many days after 1970-01-01, in the Gregorian calendar."""
-    era, day_of_era = divmod(days + 719_468, 146_097)
-    year_of_era = (
-        day_of_era - day_of_era // 1_460 + day_of_era // 36_524 - day_of_era // 146_096
-    ) // 365
-    day_of_year = day_of_era - (365 * year_of_era + year_of_era // 4 - year_of_era // 100)
-    month_from_march, day = (5 * day_of_year + 2) // 153, 0
-    day = day_of_year - (153 * month_from_march + 2) // 5 + 1
-    month = month_from_march + (3 if month_from_march < 10 else -9)
-    return _Civil(year_of_era + era * 400 + (month <= 2), month, day)
-
-
-def _leap(year: int) -> bool:
-    return year % 4 == 0 and (year % 100 != 0 or year % 400 == 0)
-
-
-_MONTH_DAYS = (31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
-
-
-def _month_length(date: _Civil) -> int:
-    return _MONTH_DAYS[date.month - 1] + (date.month == 2 and _leap(date.year))
-
-
-def _day_of_year(date: _Civil) -> int:
-    return sum(_MONTH_DAYS[: date.month - 1]) + (date.month > 2 and _leap(date.year)) + date.day
-
-
-def _of_time(part: Callable[[int], int]) -> Function:
-    """A part of the time that each value is, in Unix seconds (UTC); without a vector, of now."""
+def _of_time(part: Callable[[time.struct_time], int]) -> Function:
+    """A part of the time that each value is, in Unix seconds (UTC); without a vector, of now. NaN
+    for times beyond the calendar.
+    """
 
     def of_value(value: float) -> float:
-        return float(part(int(value))) if math.isfinite(value) else math.nan
+        try:
+            return float(part(time.gmtime(int(value))))
+        except (ValueError, OverflowError, OSError):
+            return math.nan
 
     def evaluate(run: _Evaluation, nodes: tuple[Node, ...]) -> list[Column]:
         if nodes:
@@ -5960,10 +5929,10 @@ _FUNCTIONS: dict[str, Function] = {
     "cos": _per_value(_total(math.cos)),
     "cosh": _per_value(_total(math.cosh)),
     "count_over_time": _over_time(lambda values: float(len(values))),
-    "day_of_month": _of_time(lambda second: _civil(second // 86_400).day),
-    "day_of_week": _of_time(lambda second: (second // 86_400 + 4) % 7),
-    "day_of_year": _of_time(lambda second: _day_of_year(_civil(second // 86_400))),
-    "days_in_month": _of_time(lambda second: _month_length(_civil(second // 86_400))),
+    "day_of_month": _of_time(lambda date: date.tm_mday),
+    "day_of_week": _of_time(lambda date: (date.tm_wday + 1) % 7),
+    "day_of_year": _of_time(lambda date: date.tm_yday),
+    "days_in_month": _of_time(lambda date: calendar.monthrange(date.tm_year, date.tm_mon)[1]),
     "deg": _per_value(lambda value: value * 180 / math.pi),
     "delta": _extrapolated(counter=False, per_second=False),
     "deriv": _regression(predicts=False),
@@ -5973,7 +5942,7 @@ _FUNCTIONS: dict[str, Function] = {
     "histogram_fraction": _of_buckets(_histogram_fraction, 2),
     "histogram_quantile": _of_buckets(_histogram_quantile, 1),
     "holt_winters": _over_time(_holt_winters, scalars_after=2, least=2),
-    "hour": _of_time(lambda second: second // 3_600 % 24),
+    "hour": _of_time(lambda date: date.tm_hour),
     "idelta": _between_last_two(per_second=False),
     "increase": _extrapolated(counter=True, per_second=False),
     "irate": _between_last_two(per_second=True),
@@ -5985,8 +5954,8 @@ _FUNCTIONS: dict[str, Function] = {
     "log2": _per_value(_logarithm(math.log2)),
     "max_over_time": _over_time(_greatest),
     "min_over_time": _over_time(_least),
-    "minute": _of_time(lambda second: second // 60 % 60),
-    "month": _of_time(lambda second: _civil(second // 86_400).month),
+    "minute": _of_time(lambda date: date.tm_min),
+    "month": _of_time(lambda date: date.tm_mon),
     "pi": Function((), 0, _pi, SCALAR),
     "predict_linear": _regression(predicts=True),
     "present_over_time": _over_time(lambda values: 1.0),
@@ -6012,7 +5981,7 @@ _FUNCTIONS: dict[str, Function] = {
     "time": Function((), 0, _time, SCALAR),
     "timestamp": Function((VECTOR,), 1, _timestamp),
     "vector": Function((SCALAR,), 1, _vector),
-    "year": _of_time(lambda second: _civil(second // 86_400).year),
+    "year": _of_time(lambda date: date.tm_year),
 }
 
 
