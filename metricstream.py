@@ -2385,6 +2385,65 @@ def _refused(reason: str, excerpt: str) -> ValueError:
     return ValueError(f"error parsing regexp: {reason}: `{excerpt}`")
 
 
+def _read_escape(pattern: str, place: int) -> tuple[int, int]:
+    """The character that an escape stands for, and where it ends."""
+    match = _ESCAPED.match(pattern, place)
+    code = 0
+    if match:
+        kind = match.lastgroup or ""
+        base = {"octal": 8, "hex": 16, "byte": 16}.get(kind)
+        text = match[kind]
+        code = int(text, base) if base else _CONTROLS.get(text, ord(text))
+    if match is None or code > sys.maxunicode:
+        bad = _BAD_ESCAPE.match(pattern, place)
+        if bad is None:
+            raise _refused("trailing backslash at end of expression", "")
+        raise _refused("invalid escape sequence", bad[0])
+    return code, match.end()
+
+
+def _read_named_class(pattern: str, place: int) -> tuple[_Class, bool, int] | None:
+    r"""A class as \d, \pL or \P{Lu}, whether it is negated, and where it ends; None: no such."""
+    kind = pattern[place + 1 : place + 2]
+    if pattern[place] != "\\" or kind.lower() not in ("p", *_PERL_CLASSES):
+        return None
+    if kind not in "pP":
+        return _PERL_CLASSES[kind.lower()], kind.isupper(), place + 2
+    end = place + 3
+    if pattern[place + 2 : end] == "{":
+        end = pattern.find("}", place) + 1 or len(pattern)
+    name = pattern[place + 2 : end].removeprefix("{").removesuffix("}")
+    borders = _categories().get(name.removeprefix("^"))
+    if borders is None:
+        raise _refused("invalid character class range", pattern[place:end])
+    return borders, (kind == "P") != name.startswith("^"), end
+
+
+def _read_posix_class(pattern: str, place: int) -> tuple[_Class, bool, int] | None:
+    """The same for a class as [:alpha:] or [:^alpha:]."""
+    end = pattern.find(":]", place + 2) if pattern.startswith("[:", place) else -1
+    if end < 0:
+        return None
+    name = pattern[place + 2 : end]
+    borders = _POSIX_CLASSES.get(name.removeprefix("^"))
+    if borders is None:
+        raise _refused("invalid character class range", pattern[place : end + 2])
+    return borders, name.startswith("^"), end + 2
+
+
+def _repeat_counts(match: re.Match[str]) -> tuple[int, int | None]:
+    """How often it repeats: at least, and at most; None: without end."""
+    if not match["least"]:
+        return {"*": (0, None), "+": (1, None), "?": (0, 1)}[match[0]]
+    if max(len(match["least"]), len(match["most"] or "")) > 4:
+        raise _refused("invalid repeat count", match[0])
+    least = int(match["least"])
+    most = int(match["most"]) if match["most"] else None if match["range"] else least
+    if max(least, most or 0) > MAX_REGEX_REPEAT or (most is not None and most < least):
+        raise _refused("invalid repeat count", match[0])
+    return least, most
+
+
 @dataclasses.dataclass(slots=True)
 class _OpenGroup:
     """A group whose end has not been read yet; the outermost is the whole pattern."""
@@ -2488,67 +2547,18 @@ class _Compiler:
             self.place += 4 + len(literal)
             for character in literal:
                 self.add_letter(ord(character))
-        elif borders := self.class_escape():
-            self.add(_CHARACTER, borders[0])
+        elif named := _read_named_class(self.pattern, self.place):
+            self.add(_CHARACTER, self.named_class(*named))
         else:
-            self.add_letter(self.escape())
-
-    def escape(self) -> int:
-        """The character that an escape stands for."""
-        match = _ESCAPED.match(self.pattern, self.place)
-        code = 0
-        if match:
-            kind = match.lastgroup or ""
-            base = {"octal": 8, "hex": 16, "byte": 16}.get(kind)
-            text = match[kind]
-            code = int(text, base) if base else _CONTROLS.get(text, ord(text))
-        if match is None or code > sys.maxunicode:
-            bad = _BAD_ESCAPE.match(self.pattern, self.place)
-            if bad is None:
-                raise _refused("trailing backslash at end of expression", "")
-            raise _refused("invalid escape sequence", bad[0])
-        self.place = match.end()
-        return code
+            code, self.place = _read_escape(self.pattern, self.place)
+            self.add_letter(code)
 
     # -- classes --
 
-    def class_escape(self) -> tuple[_Class] | None:
-        r"""The class that starts here as \d or \pL does, in a tuple; None if none does."""
-        kind = self.pattern[self.place + 1 : self.place + 2]
-        if self.pattern[self.place] != "\\" or kind.lower() not in ("p", *_PERL_CLASSES):
-            return None
-        if kind in "pP":
-            return (self.unicode_class(negated=kind == "P"),)
-        self.place += 2
-        borders = self.folded(_PERL_CLASSES[kind.lower()])
-        return (_complement(borders) if kind.isupper() else borders,)
-
-    def unicode_class(self, negated: bool) -> _Class:
-        start, end = self.place, self.place + 3
-        if self.pattern[start + 2 : end] == "{":
-            end = self.pattern.find("}", start) + 1 or len(self.pattern)
-        text = self.pattern[start:end]
-        name = text[2:].removeprefix("{").removesuffix("}")
-        if name.startswith("^"):
-            name, negated = name[1:], not negated
-        borders = _categories().get(name)
-        if borders is None:
-            raise _refused("invalid character class range", text)
+    def named_class(self, borders: _Class, negated: bool, end: int) -> _Class:
         self.place = end
         borders = self.folded(borders)
         return _complement(borders) if negated else borders
-
-    def posix_class(self) -> tuple[_Class] | None:
-        if not self.pattern.startswith("[:", self.place) or self.place + 2 > self.last_posix_end:
-            return None
-        end = self.pattern.find(":]", self.place + 2)
-        name = self.pattern[self.place + 2 : end]
-        borders = _POSIX_CLASSES.get(name.removeprefix("^"))
-        if borders is None:
-            raise _refused("invalid character class range", self.pattern[self.place : end + 2])
-        self.place = end + 2
-        borders = self.folded(borders)
-        return (_complement(borders) if name.startswith("^") else borders,)
 
     def read_class(self) -> None:
         start = self.place
@@ -2558,8 +2568,11 @@ class _Compiler:
         while self.place == first or not self.pattern.startswith("]", self.place):
             if self.place >= len(self.pattern):
                 raise _refused("missing closing ]", self.pattern[start:])
-            if borders := self.posix_class() or self.class_escape():
-                ranges += _ranges(borders[0])
+            named = _read_named_class(self.pattern, self.place)
+            if named is None and self.place < self.last_posix_end:
+                named = _read_posix_class(self.pattern, self.place)
+            if named:
+                ranges += _ranges(self.named_class(*named))
                 continue
             least_at = self.place
             most = least = self.class_character(start)
@@ -2579,7 +2592,8 @@ class _Compiler:
         if self.place >= len(self.pattern):
             raise _refused("missing closing ]", self.pattern[class_start:])
         if self.pattern[self.place] == "\\":
-            return self.escape()
+            code, self.place = _read_escape(self.pattern, self.place)
+            return code
         self.place += 1
         return ord(self.pattern[self.place - 1])
 
@@ -2592,7 +2606,7 @@ class _Compiler:
             self.place += 1
             self.add_letter(ord("{"))
             return
-        least, most = self.counts(match)
+        least, most = _repeat_counts(match)
         lazy = self.pattern.startswith("?", match.end())
         self.place = match.end() + lazy
         text = self.pattern[start : self.place]
@@ -2609,18 +2623,6 @@ class _Compiler:
                 raise _refused("invalid repeat count", text)
         self.repeated = start, self.place
         self.repeat(self.atom, least, most, lazy != ("U" in self.flags))
-
-    def counts(self, match: re.Match[str]) -> tuple[int, int | None]:
-        """How often it repeats: at least, and at most; None: without end."""
-        if not match["least"]:
-            return {"*": (0, None), "+": (1, None), "?": (0, 1)}[match[0]]
-        if max(len(match["least"]), len(match["most"] or "")) > 4:
-            raise _refused("invalid repeat count", match[0])
-        least = int(match["least"])
-        most = int(match["most"]) if match["most"] else None if match["range"] else least
-        if max(least, most or 0) > MAX_REGEX_REPEAT or (most is not None and most < least):
-            raise _refused("invalid repeat count", match[0])
-        return least, most
 
     def repeat(self, start: int, least: int, most: int | None, lazy: bool) -> None:
         body = self.code[start:]
