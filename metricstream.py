@@ -2454,6 +2454,8 @@ class _OpenGroup:
     slot: int | None  # None: it captures nothing
     others: list[int] = dataclasses.field(default_factory=list)  # where other alternatives begin
     repeats: int = 1  # the largest product of nested counts
+    nullable: bool = True  # whether the alternative, as far as it was read, may match nothing
+    other_nullable: bool = False  # whether one before it may
 
 
 class _Compiler:
@@ -2475,6 +2477,7 @@ class _Compiler:
         self.last_posix_end = pattern.rfind(":]")
         self.atom: int | None = None  # where the program of the last atom begins
         self.repeats = 1  # the largest product of nested counts in it
+        self.nullable = True  # whether it may match nothing
         self.repeated = (0, 0)  # where the last repetition operator stands
         self.borders = 0
 
@@ -2502,12 +2505,14 @@ class _Compiler:
     # -- atoms --
 
     def add(self, *instruction: Any) -> None:
-        self.begin_atom(len(self.code))
+        self.begin_atom(len(self.code), nullable=instruction[0] == _ASSERT)
         self.code.append((instruction[0], instruction[1]))
 
-    def begin_atom(self, start: int) -> None:
-        self.groups[-1].repeats = max(self.groups[-1].repeats, self.repeats)
-        self.atom, self.repeats = start, 1
+    def begin_atom(self, start: int | None, nullable: bool = True) -> None:
+        group = self.groups[-1]
+        group.repeats = max(group.repeats, self.repeats)
+        group.nullable = group.nullable and self.nullable
+        self.atom, self.repeats, self.nullable = start, 1, nullable
 
     def add_letter(self, code: int) -> None:
         self.add(_CHARACTER, self.folded((code, code + 1)))
@@ -2623,6 +2628,7 @@ class _Compiler:
                 raise _refused("invalid repeat count", text)
         self.repeated = start, self.place
         self.repeat(self.atom, least, most, lazy != ("U" in self.flags))
+        self.nullable = self.nullable or least == 0
 
     def repeat(self, start: int, least: int, most: int | None, lazy: bool) -> None:
         body = self.code[start:]
@@ -2634,9 +2640,12 @@ class _Compiler:
             return _BRANCH, offsets[::-1] if lazy else offsets
 
         self.code += body * least
+        if most is None and least == 0 and not self.nullable:
+            self.code += [branch(1, len(body) + 2), *body, (_JUMP, -len(body) - 1)]
+            return
         if most is None:
             if least == 0:
-                # x* as (x+)?: a group in x that matches nothing is chosen as Go does it
+                # (x+)?, as Go does it: or the preferred way would be to match nothing first
                 self.code += [branch(1, len(body) + 2), *body]
             self.code.append(branch(-len(body), 1))
             return
@@ -2703,9 +2712,10 @@ class _Compiler:
         self.place += 1
         # where it jumps to is known when the group ends
         self.code.append((_JUMP, 0))
-        self.groups[-1].others.append(len(self.code))
-        self.begin_atom(0)
-        self.atom = None
+        self.begin_atom(None)
+        group = self.groups[-1]
+        group.others.append(len(self.code))
+        group.nullable, group.other_nullable = True, group.other_nullable or group.nullable
 
     def close_group(self) -> None:
         if len(self.groups) == 1:
@@ -2715,9 +2725,10 @@ class _Compiler:
         if group.slot is not None:
             self.code.append((_SAVE, group.slot + 1))
         self.atom, self.repeats, self.flags = group.atom, group.repeats, group.flags
+        self.nullable = group.nullable or group.other_nullable
 
     def end_group(self) -> _OpenGroup:
-        self.begin_atom(0)
+        self.begin_atom(None)
         group = self.groups.pop()
         starts = [group.start, *group.others]
         ends = [*(start - 1 for start in group.others), len(self.code)]
@@ -2903,6 +2914,9 @@ class _Automaton:
                 reach[place] = targets
             elif op == _JUMP:
                 reach[place] = reached(place + argument)
+                if argument < 0:
+                    # the branch that it goes back to may leave the loop, to here
+                    reach[place] |= reached(place + 1)
             elif op == _SAVE or _holds(argument, before, after):
                 reach[place] = reached(place + 1)
         by_next: list[int] = []
