@@ -2223,7 +2223,7 @@ def log_unexpected(error: Exception) -> None:
 
 
 # ==================================================================================================
-# 10. Regular expressions
+# 7. Regular expressions
 # ==================================================================================================
 #
 # The problem: anybody may send a regular expression. `re` tries one way through it after the other,
@@ -3135,7 +3135,7 @@ def expand(template: str, groups: Sequence[str | None], names: dict[str, int]) -
 
 
 # ==================================================================================================
-# 7. Time-series store
+# 8. Time-series store
 # ==================================================================================================
 #
 # The problem: a million samples are to stay small in memory and on disk, to be found by any of
@@ -4649,7 +4649,7 @@ class Store:
 
 
 # ==================================================================================================
-# 8. Query
+# 9. Query
 # ==================================================================================================
 #
 # The problem: to answer questions about series in PromQL, the language that Grafana and every
