@@ -3171,6 +3171,29 @@ def no_pause() -> None:
     """What long work calls where nobody waits."""
 
 
+# A staleness marker: the series has no value from here on. The bits are Prometheus's.
+STALE: float = struct.unpack("<d", struct.pack("<Q", 0x7FF0_0000_0000_0002))[0]
+
+
+class OverBudgetError(Exception):
+    """A query that takes more work than it was given."""
+
+
+class Budget:
+    """How much work a query may do, in units of about 0.1 µs: what a value costs in a C loop."""
+
+    __slots__ = ("left",)
+
+    def __init__(self, work: float = math.inf):
+        self.left = work
+
+    def spend(self, work: float) -> None:
+        """Count work that was done, or is to be done. Raises OverBudgetError."""
+        self.left -= work
+        if self.left < 0:
+            raise OverBudgetError
+
+
 class Matcher(NamedTuple):
     """A condition on one label of a series; a label that is missing has the value ""."""
 
@@ -4649,19 +4672,16 @@ class Store:
 
 
 # ==================================================================================================
-# 9. Query
+# 9. Query language
 # ==================================================================================================
 #
-# The problem: to answer questions about series in PromQL, the language that Grafana and every
-# Prometheus client speak, for hundreds of steps of a graph at once, without numpy. The idea: text
-# becomes tokens, tokens become a small tree by recursive descent with precedence climbing, and the
-# tree is evaluated by columns: each node once for all steps, a column being the values of one
-# series, one for each step. Windows (`[5m]`) slide along a series with two indices. What it costs:
-# a query holds the columns of all its nodes in memory, 32 bytes a value, where a loop over the
-# steps would hold one step; the sample limit bounds it.
+# The problem: PromQL is the language that Grafana and every Prometheus client speak. The idea: text
+# becomes tokens, and tokens become a small tree by recursive descent with precedence climbing,
+# whose types are checked while it grows. What a function takes and returns stands here; what it
+# does stands with the query functions. What it costs: a tree can't be deeper than Python's stack.
 #
 # The semantics are those of Prometheus 3: a range and the lookback hold start < t <= end. Not
-# here: native histograms, experimental functions, staleness markers (a pushed value is finite).
+# here: native histograms, experimental functions.
 #
 # The source: https://prometheus.io/docs/prometheus/latest/querying/
 
@@ -4726,21 +4746,14 @@ class Text(NamedTuple):
 
 
 class Selector(NamedTuple):
-    """An instant selector: `up{job="a"} offset 5m @ 1000`."""
+    """A selector of an instant, `up{job="a"} offset 5m @ 1000`, or of a range, `up[5m]`."""
 
     name: str  # of the metric, where it stands for itself and not as __name__="…"
     matchers: tuple[Matcher, ...]  # the name's is one of them
     position: int
+    range_ms: int = 0  # 0: of an instant
     offset_ms: int = 0
     at: int | str | None = None  # ms, or "start" or "end" of the query
-
-
-class Range(NamedTuple):
-    """A range selector: `up[5m]`."""
-
-    selector: Selector
-    range_ms: int
-    position: int
 
 
 class Subquery(NamedTuple):
@@ -4820,7 +4833,7 @@ class Call(NamedTuple):
     position: int
 
 
-Node = Number | Text | Selector | Range | Subquery | Paren | Unary | Binary | Aggregate | Call
+Node = Number | Text | Selector | Subquery | Paren | Unary | Binary | Aggregate | Call
 
 
 def _type_of(node: Node) -> str:
@@ -4828,16 +4841,18 @@ def _type_of(node: Node) -> str:
         return SCALAR
     if isinstance(node, Text):
         return STRING
-    if isinstance(node, Selector | Aggregate):
+    if isinstance(node, Selector):
+        return RANGE if node.range_ms else VECTOR
+    if isinstance(node, Aggregate):
         return VECTOR
-    if isinstance(node, Range | Subquery):
+    if isinstance(node, Subquery):
         return RANGE
     if isinstance(node, Paren):
         return _type_of(node.expression)
     if isinstance(node, Unary):
         return _type_of(node.operand)
     if isinstance(node, Call):
-        return _FUNCTIONS[node.name].returns
+        return SIGNATURES[node.name].returns
     both_scalar = _type_of(node.left) == _type_of(node.right) == SCALAR
     return SCALAR if both_scalar else VECTOR
 
@@ -4846,6 +4861,55 @@ def _bare(node: Node) -> Node:
     while isinstance(node, Paren):
         node = node.expression
     return node
+
+
+# ---- the functions: what they take and return ----
+
+
+class Signature(NamedTuple):
+    """The types of a function: what it takes, and what it returns."""
+
+    arguments: tuple[str, ...] = (VECTOR,)
+    required: int = 1  # how many of the arguments must be given
+    returns: str = VECTOR
+    variadic: bool = False  # the last argument may be repeated
+
+
+_OF_VECTOR = """
+    abs absent acos acosh asin asinh atan atanh ceil cos cosh deg exp floor ln log10 log2 rad sgn
+    sin sinh sort sort_desc sqrt tan tanh timestamp
+"""
+_OF_RANGE = """
+    absent_over_time avg_over_time changes count_over_time delta deriv idelta increase irate
+    last_over_time max_over_time min_over_time present_over_time rate resets stddev_over_time
+    stdvar_over_time sum_over_time
+"""
+# Without a vector they are of the time of the step.
+_OF_CALENDAR = "day_of_month day_of_week day_of_year days_in_month hour minute month year"
+_SMOOTHING = Signature((RANGE, SCALAR, SCALAR), 3)
+_NO_ARGUMENTS = Signature((), 0, SCALAR)
+
+SIGNATURES: dict[str, Signature] = {
+    **dict.fromkeys(_OF_VECTOR.split(), Signature()),
+    **dict.fromkeys(_OF_RANGE.split(), Signature((RANGE,))),
+    **dict.fromkeys(_OF_CALENDAR.split(), Signature((VECTOR,), 0)),
+    "clamp": Signature((VECTOR, SCALAR, SCALAR), 3),
+    "clamp_max": Signature((VECTOR, SCALAR), 2),
+    "clamp_min": Signature((VECTOR, SCALAR), 2),
+    "double_exponential_smoothing": _SMOOTHING,
+    "histogram_fraction": Signature((SCALAR, SCALAR, VECTOR), 3),
+    "histogram_quantile": Signature((SCALAR, VECTOR), 2),
+    "holt_winters": _SMOOTHING,
+    "label_join": Signature((VECTOR, STRING, STRING, STRING), 3, variadic=True),
+    "label_replace": Signature((VECTOR, STRING, STRING, STRING, STRING), 5),
+    "pi": _NO_ARGUMENTS,
+    "predict_linear": Signature((RANGE, SCALAR), 2),
+    "quantile_over_time": Signature((SCALAR, RANGE), 2),
+    "round": Signature((VECTOR, SCALAR)),
+    "scalar": Signature(returns=SCALAR),
+    "time": _NO_ARGUMENTS,
+    "vector": Signature((SCALAR,)),
+}
 
 
 # ---- tokens ----
@@ -5103,7 +5167,7 @@ class _QueryParser:
             if self.accept("["):
                 node = self.range_of(node, modifier.position)
             elif self.accept("offset"):
-                if not isinstance(node, Selector | Range | Subquery):
+                if not isinstance(node, Selector | Subquery):
                     raise self.error(
                         "offset modifier must be preceded by an instant vector selector or range "
                         "vector selector or a subquery",
@@ -5111,7 +5175,7 @@ class _QueryParser:
                     )
                 node = self.with_offset(node, modifier.position)
             elif self.accept("@"):
-                if not isinstance(node, Selector | Range | Subquery):
+                if not isinstance(node, Selector | Subquery):
                     raise self.error(
                         "@ modifier must be preceded by an instant vector selector or range vector "
                         "selector or a subquery",
@@ -5133,27 +5197,22 @@ class _QueryParser:
                 )
             return Subquery(node, range_ms, step_ms, node.position)
         self.require("]", "or ':' behind the range")
-        if not isinstance(node, Selector):
+        if not isinstance(node, Selector) or node.range_ms:
             raise self.error("ranges only allowed for vector selectors", position)
         if node.offset_ms:
             raise self.error("no offset modifiers allowed before range", position)
         if node.at is not None:
             raise self.error("no @ modifiers allowed before range", position)
-        return Range(node, range_ms, node.position)
+        return node._replace(range_ms=range_ms)
 
-    def with_offset(self, node: Selector | Range | Subquery, position: int) -> Node:
+    def with_offset(self, node: Selector | Subquery, position: int) -> Node:
         negative = self.accept("-", "+") == "-"
         offset_ms = self.duration(positive=False)
-        target = node.selector if isinstance(node, Range) else node
-        if target.offset_ms:
+        if node.offset_ms:
             raise self.error("offset may not be set multiple times", position)
-        moved = target._replace(offset_ms=-offset_ms if negative else offset_ms)
-        if isinstance(node, Range):
-            assert isinstance(moved, Selector)
-            return node._replace(selector=moved)
-        return moved
+        return node._replace(offset_ms=-offset_ms if negative else offset_ms)
 
-    def with_time(self, node: Selector | Range | Subquery, position: int) -> Node:
+    def with_time(self, node: Selector | Subquery, position: int) -> Node:
         at: int | str
         if bound := self.accept("start", "end"):
             self.require("(", f"behind {bound}")
@@ -5165,11 +5224,8 @@ class _QueryParser:
             if not abs(seconds) < 2**53:
                 raise self.error("timestamp out of bounds for @ modifier", position)
             at = round(seconds * 1000)
-        target = node.selector if isinstance(node, Range) else node
-        if target.at is not None:
+        if node.at is not None:
             raise self.error("@ <timestamp> may not be set multiple times", position)
-        if isinstance(node, Range):
-            return node._replace(selector=node.selector._replace(at=at))
         return node._replace(at=at)
 
     def seconds(self, what: str) -> float:
@@ -5353,7 +5409,7 @@ class _QueryParser:
         return Aggregate(op, arguments[-1], parameter, labels, without, operator.position)
 
     def call(self, name: Token) -> Node:
-        function = _FUNCTIONS.get(name.text)
+        function = SIGNATURES.get(name.text)
         if function is None:
             raise self.error(f'unknown function with name "{name.text}"', name.position)
         arguments = self.arguments()
@@ -5485,7 +5541,7 @@ def _modifiers(node: Selector | Subquery) -> str:
     return at + (f" offset {_duration_text(node.offset_ms)}" if node.offset_ms else "")
 
 
-def _selector_text(node: Selector, range_: str = "") -> str:
+def _selector_text(node: Selector) -> str:
     name = node.name
     pairs = sorted(
         f"{_label_text(matcher.name)}{matcher.op}{_quoted(matcher.value)}"
@@ -5495,7 +5551,8 @@ def _selector_text(node: Selector, range_: str = "") -> str:
     if name and not _LEGACY_METRIC.fullmatch(name):
         name, pairs = "", [_quoted(name), *pairs]
     braces = "{" + ",".join(pairs) + "}" if pairs else ""
-    return name + braces + range_ + _modifiers(node)
+    window = f"[{_duration_text(node.range_ms)}]" if node.range_ms else ""
+    return name + braces + window + _modifiers(node)
 
 
 def _subquery_range(node: Subquery) -> str:
@@ -5521,8 +5578,6 @@ def _text(node: Node) -> str:
         return _quoted(node.value)
     if isinstance(node, Selector):
         return _selector_text(node)
-    if isinstance(node, Range):
-        return _selector_text(node.selector, f"[{_duration_text(node.range_ms)}]")
     if isinstance(node, Subquery):
         return _text(node.expression) + _subquery_range(node)
     if isinstance(node, Paren):
@@ -5540,7 +5595,7 @@ def _text(node: Node) -> str:
 def _pretty(node: Node, level: int) -> str:
     """A tree at an indentation, its parts on lines of their own where one line would be long."""
     indent, line = "  " * level, _text(node)
-    if len(line) <= MAX_LINE or isinstance(node, Number | Text | Selector | Range):
+    if len(line) <= MAX_LINE or isinstance(node, Number | Text | Selector):
         return indent + line
     if isinstance(node, Subquery):
         return _pretty(node.expression, level) + _subquery_range(node)
@@ -5558,6 +5613,17 @@ def _pretty(node: Node, level: int) -> str:
         parts.append(node.expression)
     inner = ",\n".join(_pretty(part, level + 1) for part in parts)
     return f"{indent}{head}(\n{inner}\n{indent})"
+
+
+# ==================================================================================================
+# 10. Evaluation
+# ==================================================================================================
+#
+# The problem: to evaluate a tree for hundreds of steps of a graph at once, without numpy. The idea:
+# it is evaluated by columns: each node once for all steps, a column being the values of one series,
+# one for each step. Windows (`[5m]`) slide along a series with two indices. What it costs: a query
+# holds the columns of all its nodes in memory, 32 bytes a value, where a loop over the steps would
+# hold one step; the sample limit bounds it.
 
 
 # ---- arithmetic of floats as IEEE 754 and Go have it: nothing raises ----
@@ -5978,11 +6044,11 @@ class _Evaluation:
         all are the same.
         """
         node = _bare(node)
-        assert isinstance(node, Range | Subquery)
-        ends = self.ends(node.selector if isinstance(node, Range) else node)
+        assert isinstance(node, Selector | Subquery)
+        ends = self.ends(node)
         first_ms, last_ms = ends[0] - node.range_ms, ends[-1]
-        if isinstance(node, Range):
-            series = self.execution.series(node.selector.matchers, first_ms + 1, last_ms)
+        if isinstance(node, Selector):
+            series = self.execution.series(node.matchers, first_ms + 1, last_ms)
         else:
             step_ms = node.step_ms or SUBQUERY_STEP_MS
             aligned_ms = (first_ms // step_ms + 1) * step_ms
@@ -6548,7 +6614,7 @@ def _absent_over_time(run: _Evaluation, nodes: tuple[Node, ...]) -> list[Column]
         run.for_all_steps([1.0 if high > low else None for low, high in windows], ranges.ends_ms)
         for _, windows in ranges.slide()
     ]
-    return [_absence(run, inner.selector if isinstance(inner, Range) else inner, found)]
+    return [_absence(run, inner, found)]
 
 
 def _absence(run: _Evaluation, node: Node, found: list[list[float | None]]) -> Column:
@@ -6883,7 +6949,11 @@ def _matrix(series: Iterable[Series]) -> MatrixResult:
     return MatrixResult(sorted(there, key=lambda one: sorted(one.labels.items())))
 
 
-# ---- the HTTP API of Prometheus ----
+# ==================================================================================================
+# 11. Query API
+# ==================================================================================================
+#
+# What the engine can do, as Prometheus's HTTP API offers it: Grafana and other clients speak it.
 
 API_PREFIX = "/api/v1/"
 QUERY_TIMEOUT_S = 120.0
@@ -7039,7 +7109,7 @@ class QueryAPI:
         selectors: list[Sequence[Matcher]] = []
         for text in form.get("match[]", ()):
             node = parse_query(text)
-            if not isinstance(node, Selector) or node.offset_ms or node.at is not None:
+            if not isinstance(node, Selector) or node[3:] != (0, 0, None):
                 raise APIError("bad_data", f'invalid parameter "match[]": no selector: {text}')
             selectors.append(node.matchers)
         start_ms = self._time_ms(form, "start", 0)
