@@ -34,12 +34,10 @@ import hashlib
 import heapq
 import hmac
 import http
-import io
 import ipaddress
 import itertools
 import logging
 import math
-import mmap
 import operator
 import os
 import queue
@@ -53,6 +51,7 @@ import socketserver
 import ssl
 import stat
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -64,13 +63,19 @@ from array import array
 from bisect import bisect_left, bisect_right
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for_futures
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
 __version__ = "1.0.0"
 
 logger = logging.getLogger("metricstream")
+
+
+# ==================================================================================================
+# PART I. INGESTION
+# ==================================================================================================
 
 
 # ==================================================================================================
@@ -630,17 +635,15 @@ def decode_content(request: Request) -> bytes:
     return bytes(content)
 
 
-_NOT_ENCODED = (b"unset", b"", b"")  # persistence, date and the bytes made of them last
-
-
 class Response:
-    """An answer, rendered but for what changes from one sending to the next: Date and Connection.
+    """An answer, rendered but for what changes from one sending to the next: Date, Connection, and
+    the field lines that only one client gets. `metrics` is how many were stored, for statistics.
 
     >>> Response(200, b"{}").encode(CLOSE, b"Date: now\\r\\n", head_only=True).split(b"\\r\\n")[:3]
     [b'HTTP/1.1 200 OK', b'Date: now', b'Content-Type: application/json']
     """
 
-    __slots__ = ("status", "metrics", "_status_line", "_fields", "_end", "_encoded")
+    __slots__ = ("status", "metrics", "_status_line", "_fields", "_end")
 
     def __init__(
         self,
@@ -651,37 +654,26 @@ class Response:
         metrics: int = 0,
     ):
         self.status = status
-        self.metrics = metrics  # how many were stored: the statistics count them
-        self._status_line = b"HTTP/1.1 %d %b\r\n" % (
-            status,
-            http.HTTPStatus(status).phrase.encode(),
-        )
+        self.metrics = metrics
+        self._status_line = status_line(status)
         head = f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
         self._fields = (head + "".join(f"{name}: {value}\r\n" for name, value in fields)).encode()
         self._end = b"\r\n" + body
-        self._encoded = _NOT_ENCODED
 
-    def with_field_lines(self, lines: bytes) -> "Response":
-        """The same with further field lines, each with its CRLF."""
-        if not lines:
-            return self
-        other = Response.__new__(Response)
-        other.status, other.metrics = self.status, self.metrics
-        other._status_line, other._fields = self._status_line, self._fields + lines
-        other._end, other._encoded = self._end, _NOT_ENCODED
-        return other
-
-    def encode(self, persistence: bytes, date: bytes, head_only: bool = False) -> bytes:
-        """The bytes to send, head and body in one. `persistence` and `date` are field lines with
-        their CRLF.
+    def encode(
+        self, persistence: bytes, date: bytes, head_only: bool = False, more_fields: bytes = b""
+    ) -> bytes:
+        """The bytes to send, head and body in one. `persistence`, `date` and `more_fields` are
+        field lines with their CRLF.
         """
-        if head_only:
-            return b"".join((self._status_line, date, self._fields, persistence, b"\r\n"))
-        last = self._encoded  # 0.1 µs instead of 0.3: many answers of one second are the same
-        if last[0] is not persistence or last[1] is not date:
-            answer = b"".join((self._status_line, date, self._fields, persistence, self._end))
-            self._encoded = last = (persistence, date, answer)  # replaced as a whole
-        return last[2]
+        end = b"\r\n" if head_only else self._end
+        return b"".join((self._status_line, date, self._fields, more_fields, persistence, end))
+
+
+@functools.cache
+def status_line(status: int) -> bytes:
+    """The status line of an answer."""
+    return b"HTTP/1.1 %d %b\r\n" % (status, http.HTTPStatus(status).phrase.encode())
 
 
 @functools.lru_cache(maxsize=2)  # made once a second, 4 µs, rather than for each answer
@@ -1127,7 +1119,7 @@ class Sample(NamedTuple):
     """One measured value."""
 
     name: str
-    value: int | float  # finite
+    value: int | float | None  # finite; None: the series has no value from here on
     type: str  # one of METRIC_TYPES
     tags: dict[str, str]
     timestamp_ms: int  # Unix time in milliseconds
@@ -1163,7 +1155,7 @@ def read_batch(document: Any, now_ms: int) -> list[Sample]:
     [Sample(name='cpu', value=75.5, type='gauge', tags={}, timestamp_ms=1758116723123)]
     >>> read_batch({"metrics": [{"name": "cpu", "value": "75.5"}]}, now_ms=0)
     Traceback (most recent call last):
-    metricstream.BatchError: metrics[0].value: must be a finite number, not a string
+    metricstream.BatchError: metrics[0].value: must be a finite number or null, not a string
     """
     if not isinstance(document, dict) or "metrics" not in document:
         raise BatchError([Reason(None, "", 'body must be an object with the list "metrics"')])
@@ -1182,9 +1174,9 @@ def read_batch(document: Any, now_ms: int) -> list[Sample]:
     samples = []
     for index, metric in enumerate(metrics):
         try:
-            samples.append(_read_metric(metric, now_ms))
-        except _Faults as faults:
-            reasons += [Reason(index, field, message) for field, message in faults.found]
+            samples.append(_read_metric(metric, now_ms, index))
+        except BatchError as error:
+            reasons += error.reasons
             if len(reasons) >= MAX_REASONS:
                 break
     if reasons:
@@ -1192,17 +1184,9 @@ def read_batch(document: Any, now_ms: int) -> list[Sample]:
     return samples
 
 
-class _Faults(Exception):
-    """What is wrong with one metric, as (field, message)."""
-
-    def __init__(self, found: list[tuple[str, str]]):
-        super().__init__()
-        self.found = found
-
-
-def _read_metric(metric: Any, now_ms: int) -> Sample:
+def _read_metric(metric: Any, now_ms: int, index: int = 0) -> Sample:
     if not isinstance(metric, dict):
-        raise _Faults([("", f"must be an object, not {_kind(metric)}")])
+        raise BatchError([Reason(index, "", f"must be an object, not {_kind(metric)}")])
     faults = [
         (_clipped(field), f"unknown field; known are {', '.join(METRIC_FIELDS)}")
         for field in metric
@@ -1218,14 +1202,13 @@ def _read_metric(metric: Any, now_ms: int) -> Sample:
                 else "is missing",
             )
         )
-    value = metric.get("value")
-    if (
-        type(value) is not float and type(value) is not int
-    ):  # not isinstance: bool is an int to Python
+    value = metric.get("value", "")
+    # not isinstance: bool is an int to Python
+    if type(value) is not float and type(value) is not int and value is not None:
         faults.append(
             (
                 "value",
-                f"must be a finite number, not {_kind(value)}"
+                f"must be a finite number or null, not {_kind(value)}"
                 if "value" in metric
                 else "is missing",
             )
@@ -1242,7 +1225,7 @@ def _read_metric(metric: Any, now_ms: int) -> Sample:
         except ValueError as error:
             faults.append(("timestamp", str(error)))
     if faults:
-        raise _Faults(faults)
+        raise BatchError([Reason(index, field, message) for field, message in faults])
     return Sample(name, value, type_, tags, timestamp_ms)  # type: ignore[arg-type]  # checked above
 
 
@@ -1333,6 +1316,15 @@ MAX_QUEUED_BYTES = 64 * 1024 * 1024  # at level memory
 WRITER_PAUSE_S = 0.05  # how long the writer of level memory gathers batches for one write
 PROBE = b" " * 4096  # one block, written to see whether writing works again
 WRITE_RETRY_S = 0.5  # and how long it waits when the write failed
+APPEND_WAIT_S = 0.5  # so long a batch waits for others that are written
+STALL_S = 2.0  # a disk that takes longer for one call does not answer
+NO_ANSWER = "the disk does not answer"
+
+
+def log_unexpected(error: BaseException) -> None:
+    """Log an error that is a fault of ours: with its traceback, in one line."""
+    text = "".join(traceback.format_exception(error))
+    logger.error("unexpected error: %s", write_json_string(text))
 
 
 @functools.lru_cache(maxsize=1024)  # 0.1 µs instead of 1.2: samples of one second come together
@@ -1357,9 +1349,10 @@ def log_line(sample: Sample) -> str:
     '{"timestamp":"2025-09-17T13:45:23.123Z","name":"cpu","value":75.5,"type":"gauge","tags":{"host":"web1"}}\\n'
     """
     tags = f',"tags":{write_json(sample.tags)}' if sample.tags else ""
+    value = "null" if sample.value is None else repr(sample.value)
     return (
         f'{{"timestamp":"{utc_timestamp(sample.timestamp_ms)}","name":{write_json_string(sample.name)},'
-        f'"value":{sample.value!r},"type":"{sample.type}"{tags}}}\n'
+        f'"value":{value},"type":"{sample.type}"{tags}}}\n'
     )
 
 
@@ -1367,7 +1360,7 @@ def log_line(sample: Sample) -> str:
 # them or none.
 _USUAL_METRIC = re.compile(
     rb'\{"name": ?"([^"\\\x00-\x1f\x7f-\xff]{1,255})", ?"value": ?'
-    rb"(?:(0|-?[1-9][0-9]{0,9}(?:\.[0-9]{0,4}[1-9])?|-?0\.[0-9]{0,3}[1-9])"  # as Python writes it
+    rb"(?:(0|-?[1-9][0-9]{0,9}(?:\.[0-9]{0,4}[1-9])?|-?0\.[0-9]{0,3}[1-9]|null)"  # as in the log
     rb"|(-?(?:0|[1-9][0-9]{0,17})(?:\.[0-9]{1,18})?))"  # any other usual number
     rb"(?=[,}])([^{}]{0,64}(?:\{[^{}]{0,512}\})?)\}"  # type and tags: see _usual_tail
 )
@@ -1389,40 +1382,16 @@ def _usual_tail(fields: bytes) -> bytes | None:
         if not rest.keys() <= {"type", "tags"}:  # a second name or value would win over the first
             return None
         sample = _read_metric({"name": "x", "value": 0} | rest, 0)
-    except (JSONError, _Faults):  # the plain way will say what is wrong
+    except (JSONError, BatchError):  # the plain way will say what is wrong
         return None
     return log_line(sample).partition('"value":0')[2].encode()
 
 
-class Batch:
-    """What came in one request: `lines` of the log, and what the store wants to know of them.
+class Batch(NamedTuple):
+    """What came in one request."""
 
-    In its usual shape a batch is a row: its `layout`, which names the series, and `values` as
-    texts, all at one time. Else `layout` is empty, and there are only the samples.
-    """
-
-    __slots__ = ("lines", "count", "layout", "time_ms", "values", "_samples")
-
-    def __init__(
-        self,
-        lines: bytes,
-        count: int,
-        samples: list[Sample] | None = None,
-        layout: bytes = b"",
-        time_ms: int = 0,
-        values: list[bytes] = [],  # noqa: B006  # nobody changes it
-    ):
-        self.lines, self.count = lines, count
-        self.layout, self.time_ms, self.values = layout, time_ms, values
-        self._samples = samples
-
-    @property
-    def samples(self) -> list[Sample]:
-        """Its samples; those of a row are read from the lines when they are first asked for."""
-        if self._samples is None:
-            metrics = map(parse_json, self.lines.splitlines())
-            self._samples = [_read_metric(metric, 0) for metric in metrics]
-        return self._samples
+    lines: bytes  # of the log
+    count: int  # type: ignore[assignment]  # of metrics; no tuple is searched here
 
 
 def usual_batch(body: bytes, now_ms: int) -> Batch | None:
@@ -1455,8 +1424,7 @@ def usual_batch(body: bytes, now_ms: int) -> Batch | None:
     line[2::5] = [b'","value":'] * count
     line[3::5] = values
     line[4::5] = tails
-    layout = b"\0".join(names + fields)  # no name and no text of JSON holds a NUL
-    return Batch(b"".join(line), count, None, layout, now_ms, values)
+    return Batch(b"".join(line), count)
 
 
 def read_body(body: bytes, now_ms: int) -> Batch:
@@ -1465,54 +1433,25 @@ def read_body(body: bytes, now_ms: int) -> Batch:
     if usual is not None:
         return usual
     samples = read_batch(parse_json(body), now_ms)
-    return Batch("".join(map(log_line, samples)).encode(), len(samples), samples)
+    return Batch("".join(map(log_line, samples)).encode(), len(samples))
 
 
 class LogError(Exception):
     """The log can't take or keep a batch now; nothing of it was stored."""
 
 
-class Commit:
-    """One fsync that is to come, and all who wait for it."""
+class Position(NamedTuple):
+    """Where the acknowledged log ends: nothing before it is ever taken back."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards _waiting and the change of _done
-        self._waiting: list[Callable[[LogError | None], None]] = []
-        self.entries: list[Any] = []  # what stands for the lines; guarded by the log's lock
-        self._done = threading.Event()
-        self._error: LogError | None = None
-
-    def then(self, callback: Callable[[LogError | None], None]) -> None:
-        """Call back once with None, or with what went wrong: from the syncing thread, or at once if
-        it is over.
-        """
-        with self._lock:
-            if not self._done.is_set():
-                self._waiting.append(callback)
-                return
-        callback(self._error)
-
-    def wait(self) -> LogError | None:
-        """Block until it is over."""
-        self._done.wait()
-        return self._error
-
-    def finish(self, error: LogError | None) -> None:
-        """Tell all who wait."""
-        with self._lock:
-            self._error = error
-            self._done.set()
-        for callback in self._waiting:
-            callback(error)
+    file: int  # how many files there were before it, since the start
+    size_bytes: int
 
 
-class _Rotation(NamedTuple):
-    """A change of files that waits for the thread of level disk."""
+class _Group(NamedTuple):
+    """Batches that are written together, and whoever waits for each."""
 
-    path: str  # where the old file goes
-    change_hands: Callable[[], None]
-    done: threading.Event
-    errors: list[LogError]
+    lines: list[bytes]
+    waiting: "list[Future[None]]"
 
 
 class MetricLog:
@@ -1520,10 +1459,13 @@ class MetricLog:
 
     `durability` is one of DURABILITY_LEVELS. Raises LogError where the folder can't be used, or is
     in use. `cut_bytes` says how much of a torn line was cut off at the start, `error` why the log
-    can't be written now (or ""), `files` how often another file took its place.
+    can't be written now (or ""). `position` is where readers may read to; it is replaced as a
+    whole. `on_switch(number, descriptor, size)` is called when another file takes the place of the
+    old one: after the last acknowledged byte of that, which has `size`, and before the first of the
+    new one. `clock` is what a hanging disk is measured by.
 
-    `stored` is called with the entry of each `append` when its lines are as safe as promised, in
-    the order of the lines, and from one thread at a time.
+    At level `os` whoever appends writes. A thread does the rest: it writes (and syncs) what has
+    gathered at the other levels, and changes files.
     """
 
     def __init__(
@@ -1534,6 +1476,7 @@ class MetricLog:
         max_queued_bytes: int = MAX_QUEUED_BYTES,
         write: Callable[[int, Any], int] = os.write,
         fsync: Callable[[int], None] = os.fsync,
+        clock: Callable[[], float] = time.monotonic,
     ):
         if durability not in DURABILITY_LEVELS:
             raise ValueError(
@@ -1542,41 +1485,34 @@ class MetricLog:
         self.durability = durability
         self.path = os.path.join(folder, LOG_NAME)
         self.error = ""
-        self.files = 0
-        self.stored: Callable[[Any], None] = lambda entry: None
-        self._write, self._fsync = write, fsync
-        # Guards the file and its end: error, size_bytes, files and the nine below. It is held
-        # across a write: only so is a failed one surely the last thing in the file, and can be cut
-        # off.
-        # `_work` shares it.
+        self.on_switch: Callable[[int, int, int], None] = lambda number, descriptor, size: None
+        self._write, self._fsync, self._clock = write, fsync, clock
+        # Since when the disk is at work, 0.0 if it is not. Written by whoever holds _lock; to read
+        # an attribute is atomic.
+        self._busy_since = 0.0
+        # Guards the file and its end: error, position and the four below. It is held across a
+        # write: only so is a failed one surely the last thing in the file, and can be cut off.
         self._lock = threading.Lock()
         self._torn_at: int | None = None  # where the file is to be cut before the next write
-        self._synced_bytes = 0  # the length that the last fsync made safe
-        self._commit = Commit()  # the one that the next batch joins, at level disk
-        self._joined = False  # whether any batch did
-        self._closing = False
-        self._reopening = False  # the thread of level disk is to change the file
-        self._rotation: _Rotation | None = None  # or to move it first
         self._seen_bytes = 0  # the size at the last look, when the file still had a name
         self._gone: OSError | None = None  # why a deleted file can't be made anew
-        self._work = threading.Condition(self._lock)  # the thread of level disk has something to do
-        # Guards the queue of level memory: the three below. Never held together with _lock.
-        self._queued = threading.Condition()
-        self._queue: list[bytes] = []
-        self._queued_bytes = 0  # in the queue, or taken from it and not yet written
-        self._max_queued_bytes = max_queued_bytes
         self._folder_fd = self._own_folder(folder)
         try:
             self._fd, self.cut_bytes = self._open()
         except OSError as error:
             os.close(self._folder_fd)
             raise LogError(f"can't use {self.path}: {error.strerror}") from None
-        self.size_bytes = self._synced_bytes = self._seen_bytes = os.fstat(self._fd).st_size
-        self._thread: threading.Thread | None = None
-        if durability != "os":
-            work = self._write_queue if durability == "memory" else self._sync_groups
-            self._thread = threading.Thread(target=work, name=f"log-{durability}")
-            self._thread.start()
+        self._seen_bytes = os.fstat(self._fd).st_size
+        self.position = Position(0, self._seen_bytes)
+        # Guards what the thread has to do: the five below. _lock may not be taken under it.
+        self._queued = threading.Condition()
+        self._group = _Group([], [])
+        self._queued_bytes = 0  # in the group, or taken from it and not yet written
+        self._max_queued_bytes = max_queued_bytes
+        self._tasks: list[Callable[[], None]] = []
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+        self._thread.start()
 
     @staticmethod
     def _own_folder(folder: str) -> int:
@@ -1630,44 +1566,75 @@ class MetricLog:
             os.ftruncate(fd, end)
         return size - end
 
-    def append(self, lines: bytes, entry: Any = None) -> Commit | None:
+    @property
+    def size_bytes(self) -> int:
+        """How long the acknowledged part of the file is."""
+        return self.position.size_bytes
+
+    @property
+    def descriptor(self) -> int:
+        """Of the file that is appended to now."""
+        return self._fd
+
+    # ---- lines come in
+
+    def append(self, lines: bytes) -> "Future[None] | None":
         """Keep whole lines as the level of durability says. Raises LogError; then nothing of them
         is stored.
 
-        Returns None if the lines are as safe as promised; at `disk`, the Commit after which they
-        are.
+        Returns None if the lines are as safe as promised; at `disk`, a future that is done when
+        they are, or has the LogError.
         """
-        if self.durability == "memory":
-            self._enqueue(lines, entry)
-            return None
-        with self._lock:
-            if self._closing:
-                raise LogError("the log is closed")
-            self._append_now(lines)
-            if self.durability == "os":
-                self.stored(entry)
-                return None
-            if not self._joined:
-                self._joined = True
-                self._work.notify()
-            self._commit.entries.append(entry)
-            return self._commit
+        if self.stall:
+            raise LogError(self.stall)
+        if self.durability != "os":
+            return self._enqueue(lines)
+        with self._file_lock():
+            self._write_lines(lines)
+            file, size_bytes = self.position
+            self.position = Position(file, size_bytes + len(lines))
+            self.error = ""
+        return None
 
-    def _enqueue(self, lines: bytes, entry: Any) -> None:
+    @contextlib.contextmanager
+    def _file_lock(self) -> Iterator[None]:
+        """Hold the lock of the file. Nobody waits longer for it than a disk may take."""
+        if not self._lock.acquire(timeout=APPEND_WAIT_S):
+            raise LogError(NO_ANSWER)
+        try:
+            if self._fd < 0:
+                raise LogError("the log is closed")
+            yield
+        finally:
+            self._busy_since = 0.0
+            self._lock.release()
+
+    @property
+    def stall(self) -> str:
+        """Says that the disk does not answer, or ""."""
+        since = self._busy_since
+        return NO_ANSWER if since and self._clock() - since >= STALL_S else ""
+
+    def _enqueue(self, lines: bytes) -> "Future[None] | None":
         with self._queued:
             if self._closing:
                 raise LogError("the log is closed")
             if self._queued_bytes + len(lines) > self._max_queued_bytes:
                 raise LogError(self.error or "the queue of the log is full")
-            if not self._queue:
+            if not self._group.lines:
                 self._queued.notify()
-            self._queue.append(lines)
+            self._group.lines.append(lines)
             self._queued_bytes += len(lines)
-            self.stored(entry)
+            if self.durability == "memory":
+                return None
+            written: Future[None] = Future()
+            self._group.waiting.append(written)
+            return written
 
-    def _append_now(self, lines: bytes) -> None:
+    def _write_lines(self, lines: bytes) -> None:
         """Write all of the lines or, as far as the file shows, none. The lock is held."""
         written = 0
+        self._busy_since = self._clock()
         try:
             if self._gone is not None:
                 raise self._gone
@@ -1685,9 +1652,9 @@ class MetricLog:
                 self._torn_at = os.fstat(self._fd).st_size - written
                 self._try_to_cut()
             raise LogError(self.error) from None
-        self.size_bytes += written
-        if self.durability != "disk":  # there, only a successful fsync shows that all is well
-            self.error = ""
+        except BaseException:
+            self._torn_at = self.position.size_bytes
+            raise
 
     def _cut(self, size: int) -> None:
         os.ftruncate(self._fd, min(size, os.fstat(self._fd).st_size))
@@ -1704,269 +1671,257 @@ class MetricLog:
         """Why the log can't be written, or "". While it can't, each call tries again: a write that
         is taken back, and an fsync.
         """
-        if not self.error:  # the usual case waits for nobody who is writing
-            return ""
-        with self._lock:
-            if not self.error or self._closing or self.durability == "memory":
-                return self.error  # at level memory the writer tries again by itself
+        if self.stall or not self.error or self.durability == "memory":  # that tries by itself
+            return self.stall or self.error
+        done: Future[None] = Future()
+
+        def probe() -> None:
             try:
-                self._append_now(PROBE)
-                self.size_bytes -= len(PROBE)
-                self._torn_at = os.fstat(self._fd).st_size - len(PROBE)
-                self._cut(self._torn_at)
-                if self.durability == "os":
-                    self._fsync(self._fd)
-                    return self.error
-            except LogError:
-                return self.error
-            except OSError as error:
-                self.error = f"can't write {self.path}: {error.strerror}"
-                return self.error
-            # At level disk only one thread may fsync: the kernel tells of a failure only once.
-            self._joined = True
-            self._work.notify()
-            commit = self._commit
-        commit.wait()
+                with self._file_lock():
+                    self._probe()
+            except LogError as error:
+                logger.debug("the log still can't be written: %s", error)
+            done.set_result(None)
+
+        self._do(probe)
+        try:
+            done.result(STALL_S)
+        except TimeoutError:
+            return NO_ANSWER
         return self.error
 
-    def reopen(self) -> None:
-        """Go on in a new file where the old one was moved away, in the same one where it was not.
-
-        Raises LogError; then the old file stays in use. At level disk it happens a moment later, in
-        the thread that syncs: only there may the old file be synced for those who wait for it.
-        """
-        with self._lock:
-            if self._closing:
-                return
-            if self.durability == "disk":
-                self._reopening = True
-                self._work.notify()
-                return
-            old = self._change_file()
-        self._leave_file(*old)
-
-    def rotate(self, path: str, change_hands: Callable[[], None]) -> None:
-        """Move the file to a path and go on in a new one. Raises LogError; then all is as before.
-
-        `change_hands` is called between the last entry that is `stored` for the old file and the
-        first for the new one.
-        """
-        if self.durability != "disk":
-            with self._lock:
-                old = self._move_file(path)
-                change_hands()
-            self._leave_file(*old)
-            return
-        rotation = _Rotation(path, change_hands, threading.Event(), [])
-        with self._lock:
-            if self._closing:
-                raise LogError("the log is closed")
-            self._rotation = rotation
-            self._work.notify()
-        rotation.done.wait()
-        for error in rotation.errors:
-            raise error
-
-    def _move_file(self, path: str) -> tuple[int, int]:
-        """As `_change_file`, after the file was moved. The lock is held."""
-        if self._closing:
-            raise LogError("the log is closed")
+    def _probe(self) -> None:
+        size = self._true_end()
+        self._write_lines(PROBE)
+        self._torn_at = size
         try:
-            with contextlib.suppress(FileNotFoundError):  # somebody else took it away
-                os.rename(self.path, path)
+            self._cut(size)
+            self._fsync(self._fd)
+            self.error = ""
         except OSError as error:
-            raise LogError(f"can't move {self.path}: {error.strerror}") from None
-        try:
-            return self._change_file()
-        except LogError:
-            with contextlib.suppress(FileNotFoundError):
-                os.rename(path, self.path)
-            raise
+            self.error = f"can't sync {self.path}: {error.strerror}"
 
-    def look_after(self) -> None:
+    def _true_end(self) -> int:
+        """Where the file ends, or is to be cut."""
+        return os.fstat(self._fd).st_size if self._torn_at is None else self._torn_at
+
+    # ---- the thread
+
+    def _do(self, task: Callable[[], None]) -> None:
+        with self._queued:
+            self._tasks.append(task)
+            self._queued.notify()
+
+    def _run(self) -> None:
+        """Write what gathers, and change files; only `close` ends it."""
+        kept = _Group([], [])  # level memory: what could not be written yet
+        while True:
+            with self._queued:
+                self._queued.wait_for(
+                    lambda: self._tasks or self._group.lines or self._closing,
+                    WRITE_RETRY_S if kept.lines else None,
+                )
+                if self.durability == "memory":  # gather a little; only close() ends it early
+                    self._queued.wait_for(lambda: self._closing or self._tasks, WRITER_PAUSE_S)
+                tasks, self._tasks = self._tasks, []
+                group, self._group = self._group, _Group([], [])
+                closing = self._closing
+            for task in tasks:
+                try:
+                    task()
+                except Exception as error:
+                    log_unexpected(error)
+            group = _Group(kept.lines + group.lines, group.waiting)
+            kept = _Group([], [])
+            if group.lines and not self._write_group(group) and self.durability == "memory":
+                kept = group
+            if closing and not self._group.lines:
+                if kept.lines:
+                    lost = sum(map(len, kept.lines))
+                    logger.error("%d bytes of acknowledged metrics are lost: %s", lost, self.error)
+                self._leave()
+                return
+
+    def _write_group(self, group: _Group) -> bool:
+        """Write the batches of a group, at level disk with one fsync for all; whether they are
+        kept. Whatever goes wrong, the file is cut back to what was acknowledged, and all who wait
+        are told.
+        """
+        lines = b"".join(group.lines)
+        failure: LogError | None = None
+        with self._lock:
+            file, size_bytes = self.position
+            try:
+                self._write_lines(lines)
+                if self.durability == "disk":
+                    self._torn_at = size_bytes  # after a failed fsync nobody knows what is there
+                    self._busy_since = self._clock()
+                    self._fsync(self._fd)
+                    self._torn_at = None
+                self.position = Position(file, size_bytes + len(lines))
+                self.error = ""
+            except LogError as error:
+                failure = error
+            except OSError as error:
+                self.error = f"can't sync {self.path}: {error.strerror}"
+                failure = LogError(self.error)
+                self._try_to_cut()
+            except Exception as error:  # a fault of ours costs this group alone
+                log_unexpected(error)
+                self.error = "internal error in the log; the server's log has the details"
+                failure = LogError(self.error)
+                self._torn_at = size_bytes
+                self._try_to_cut()
+            self._busy_since = 0.0
+        if failure is None or self.durability == "disk":
+            with self._queued:
+                self._queued_bytes -= len(lines)
+        for written in group.waiting:
+            if failure is None:
+                written.set_result(None)
+            else:
+                written.set_exception(failure)
+        return failure is None
+
+    # ---- files change
+
+    def rotate(self, path: str) -> None:
+        """Have the file moved to a path, and go on in a new one; `on_switch` tells when it is done.
+        What goes wrong is logged, and all stays as it was.
+        """
+        self._do(partial(self._change_file, path))
+
+    def reopen(self) -> None:
+        """Have the file opened by its name again: go on in a new one where it was moved away."""
+        self._do(self._change_file)
+
+    def _change_file(self, path: str = "") -> None:
+        moved = False
+        try:
+            if path:
+                with contextlib.suppress(FileNotFoundError):  # somebody else took it away
+                    os.rename(self.path, path)
+                    moved = True
+            fd, _ = self._open()
+        except OSError as error:
+            if moved:
+                os.rename(path, self.path)
+            self._report(f"can't go on in a new {self.path}: {error.strerror}")
+            return
+        with self._lock:
+            if os.path.sameopenfile(fd, self._fd):
+                os.close(fd)
+                return
+            if os.fstat(self._fd).st_nlink == 0:  # it was deleted: nobody would find what is in it
+                os.close(fd)
+                self._replace_deleted()
+                return
+            self._try_to_cut()
+            old = self._switch_to(fd)
+        self._sync_old(old)
+
+    def _switch_to(self, fd: int) -> int:
+        """Append to another file from now on; returns the old one. The lock is held."""
+        old, number, size = self._fd, self.position.file + 1, os.fstat(fd).st_size
+        self.on_switch(number, fd, self.position.size_bytes)
+        self._fd, self._torn_at, self._gone, self._seen_bytes = fd, None, None, size
+        self.position = Position(number, size)
+        return old
+
+    def _sync_old(self, fd: int) -> None:
+        """Sync a file to which nothing is appended any more, and close it."""
+        try:
+            self._fsync(fd)
+        except OSError as error:
+            logger.error("can't sync the file that was %s: %s", self.path, error.strerror)
+        os.close(fd)
+
+    def recreate_if_deleted(self) -> None:
         """Where the file was deleted, go on in a new one, with what was appended since the last
-        look: nobody would find it in the old one.
+        look: nobody would find it in the old one. Where batches wait for a disk that does not
+        answer, refuse them: they are not written yet.
 
         A file that was moved needs nothing: what is appended to it is still to be found. Call this
         often: what is acknowledged between a deletion and the next look is safe from everything but
         a crash.
         """
-        if self._lock.acquire(blocking=False):  # who keeps house must not wait for a slow disk
+        if self.stall:
+            self._refuse_queued()
+        elif self._lock.acquire(blocking=False):  # who keeps house must not wait for a slow disk
             try:
-                self._replace_deleted()
+                status = os.fstat(self._fd)
+                if not status.st_nlink:
+                    self._replace_deleted()
+                elif self._torn_at is None:
+                    self._gone = None
+                    self._seen_bytes = status.st_size
+                    file, size_bytes = self.position
+                    if status.st_size < size_bytes:  # others have emptied it
+                        self.position = Position(file, status.st_size)
             finally:
                 self._lock.release()
 
-    def _replace_deleted(self) -> None:
-        status = os.fstat(self._fd)
-        if status.st_nlink:
-            self._gone = None
-            if self._torn_at is None:
-                self._seen_bytes = status.st_size  # not size_bytes: others may have emptied it
-        elif self.durability == "disk" and self._thread and self._thread.is_alive():
-            self._reopening = True
-            self._work.notify()
-        else:
-            try:
-                old, _ = self._change_file()
-            except LogError as error:
-                self._report(error)
-            else:
-                os.close(old)
-                logger.warning("%s was deleted; the server made it anew", self.path)
+    def _refuse_queued(self) -> None:
+        if self.durability != "disk":  # at level memory they are acknowledged
+            return
+        with self._queued:
+            group, self._group = self._group, _Group([], [])
+            self._queued_bytes -= sum(map(len, group.lines))
+        for written in group.waiting:
+            written.set_exception(LogError(NO_ANSWER))
 
-    def _change_file(self) -> tuple[int, int]:
-        """Open the file by its name again; return the old one and its synced size. The lock is
-        held.
-        """
+    def _replace_deleted(self) -> None:
+        """Make a deleted file anew. The lock is held."""
         self._try_to_cut()
         try:
             fd, _ = self._open()
         except OSError as error:
-            self._gone = None if os.fstat(self._fd).st_nlink else error
-            raise LogError(f"can't write {self.path}: {error.strerror}") from None
+            self._gone = error
+            self._report(f"can't write {self.path}: {error.strerror}")
+            return
+        unseen = os.pread(self._fd, os.fstat(self._fd).st_size, self._seen_bytes)
         size = os.fstat(fd).st_size
-        old = self._fd, self._synced_bytes
-        status = os.fstat(self._fd)
-        if not status.st_nlink:
-            unseen = os.pread(self._fd, status.st_size, self._seen_bytes)
-            try:
-                while unseen:
-                    unseen = unseen[self._write(fd, unseen) :]
-            except OSError as error:
-                os.ftruncate(fd, size)
-                os.close(fd)
-                self._gone = error  # nothing more is acknowledged until it works
-                raise LogError(f"can't write {self.path}: {error.strerror}") from None
-        self._fd, self._torn_at, self._gone = fd, None, None
-        self.files += 1
-        self.size_bytes = os.fstat(fd).st_size
-        self._synced_bytes = self._seen_bytes = size
-        return old
+        try:
+            while unseen:
+                unseen = unseen[self._write(fd, unseen) :]
+        except OSError as error:
+            os.ftruncate(fd, size)
+            os.close(fd)
+            self._gone = error  # nothing more is acknowledged until it works
+            self._report(f"can't write {self.path}: {error.strerror}")
+            return
+        os.close(self._switch_to(fd))
+        logger.warning("%s was deleted; the server made it anew", self.path)
 
-    def _report(self, error: LogError) -> None:
+    def _report(self, error: str) -> None:
         """Log what goes wrong with nobody there to be told: once, not at each attempt."""
-        if self.error != str(error):
-            self.error = str(error)
+        if self.error != error:
+            self.error = error
             logger.error("%s", error)
 
-    def _leave_file(self, fd: int, synced_bytes: int) -> OSError | None:
-        """Sync a file to which nothing is appended any more, and close it."""
-        failure = None
+    # ---- the end
+
+    def close(self, timeout_s: float = 60.0) -> bool:
+        """Write and sync everything, then give the folder back; False if the disk does not answer
+        in time.
+        """
+        with self._queued:
+            self._closing = True
+            self._queued.notify()
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._try_to_cut()
+            if os.fstat(self._fd).st_nlink == 0:
+                self._replace_deleted()
+            fd, self._fd = self._fd, -1
         try:
             self._fsync(fd)
         except OSError as error:
-            failure = error
-            logger.error("can't sync the file that was %s: %s", self.path, error.strerror)
-            if self.durability == "disk":  # who waits for the rest is refused
-                os.ftruncate(fd, synced_bytes)
-        os.close(fd)
-        return failure
-
-    def _write_queue(self) -> None:
-        """The thread of level `memory`: writes whatever has gathered, and keeps it while it can't
-        be written.
-        """
-        lines = b""
-        while True:
-            with self._queued:
-                while not (lines or self._queue or self._closing):
-                    self._queued.wait()
-                # Gather a little, or wait for the disk; only close() ends it early.
-                pause_s = WRITE_RETRY_S if lines else WRITER_PAUSE_S
-                self._queued.wait_for(lambda: self._closing, pause_s)
-                closing = self._closing
-                lines += b"".join(self._queue)
-                self._queue.clear()
-            if not lines:
-                return
-            try:
-                with self._lock:
-                    self._append_now(lines)
-            except LogError as error:
-                if closing:
-                    logger.error("%d bytes of acknowledged metrics are lost: %s", len(lines), error)
-                    return
-            else:
-                with self._queued:
-                    self._queued_bytes -= len(lines)
-                lines = b""
-
-    def _sync_groups(self) -> None:
-        """The thread of level `disk`: one fsync for all who joined while the last one ran."""
-        while True:
-            old = rotation = None
-            with self._lock:
-                while not (self._joined or self._closing or self._reopening or self._rotation):
-                    self._work.wait()
-                if self._reopening or self._rotation:
-                    self._reopening, self._rotation, rotation = False, None, self._rotation
-                    try:
-                        old = self._move_file(rotation.path) if rotation else self._change_file()
-                    except LogError as error:
-                        if rotation:
-                            rotation.errors.append(error)
-                            rotation.done.set()
-                            rotation = None
-                        else:
-                            self._report(error)
-                        if not self._joined:
-                            continue
-                elif not self._joined:
-                    return
-                commit, self._commit, self._joined = self._commit, Commit(), False
-                size_bytes = self.size_bytes
-            failure = self._leave_file(*old) if old else None
-            try:
-                if failure is not None:
-                    raise failure
-                self._fsync(self._fd)
-            except OSError as error:
-                self._give_up([commit], error)
-            else:
-                with self._lock:
-                    self._synced_bytes = size_bytes
-                    self.error = ""
-                for entry in commit.entries:
-                    self.stored(entry)
-                commit.finish(None)
-            if rotation:
-                rotation.change_hands()
-                rotation.done.set()
-
-    def _give_up(self, commits: list[Commit], error: OSError) -> None:
-        """After a failed fsync nobody knows what the disk holds: cut back to what is surely there,
-        refuse the rest.
-        """
-        with self._lock:
-            commits.append(self._commit)  # those who wrote during the fsync are cut off with it
-            self._commit, self._joined = Commit(), False
-            self._torn_at = self.size_bytes = self._synced_bytes
-            self.error = f"can't sync {self.path}: {error.strerror}"
-            self._try_to_cut()
-            failure = LogError(self.error)
-        for commit in commits:
-            commit.finish(failure)
-
-    def close(self) -> None:
-        """Write and sync everything, then give the folder back."""
-        with self._lock:
-            if self._closing:
-                return
-            self._closing = True
-            self._work.notify()
-        with self._queued:
-            self._queued.notify()
-        if self._thread:
-            self._thread.join()
-        with self._lock:
-            self._try_to_cut()
-            self._replace_deleted()
-        try:
-            self._fsync(self._fd)
-        except OSError as error:
             logger.error("can't sync %s: %s", self.path, error.strerror)
-        os.close(self._fd)
+        os.close(fd)
         os.close(self._folder_fd)  # and with it the lock
 
 
@@ -2056,12 +2011,32 @@ class EventRing:
         return events, end, end - since - len(events)
 
 
+class _Exposed(NamedTuple):
+    """A number that is shown: its key in JSON, and what Prometheus's text says of it."""
+
+    key: str
+    name: str  # behind "metricstream_"
+    type: str
+    help: str
+
+
+class OwnMetric(NamedTuple):
+    """One number of the server's own."""
+
+    family: str  # whose TYPE and HELP it has
+    type: str
+    help: str
+    name: str  # behind "metricstream_", as the family's
+    labels: dict[str, str]
+    value: float
+
+
 class Statistics:
-    """Counters since the start, the ring of events, and gauges lent by others (name → function)."""
+    """Counters since the start, the ring of events, and what others add."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
         self.ring = EventRing()
-        self.gauges: dict[str, Callable[[], float]] = {}
+        self._added: dict[str, tuple[_Exposed, Callable[[], float]]] = {}  # by key
         self._clock = clock
         self._started = clock()
         self._lock = threading.Lock()  # guards the counters below
@@ -2086,6 +2061,14 @@ class Statistics:
             if invalid:
                 self._invalid += 1
 
+    def add(
+        self, key: str, type_: str, help_: str, number: Callable[[], float], name: str = ""
+    ) -> None:
+        """Show one more number: under `key` in JSON, as metricstream_`name` in Prometheus's text
+        (where no name is given, the key is it).
+        """
+        self._added[key] = _Exposed(key, name or key, type_, help_), number
+
     def snapshot(self) -> dict[str, Any]:
         """All numbers, as `GET /metrics` answers them."""
         with self._lock:
@@ -2105,7 +2088,7 @@ class Statistics:
             "latency_seconds_sum": round(latency_sum_s, 6),
             "requests_per_second": per_second,
             "uptime_seconds": round(self._clock() - self._started, 3),
-            **{name: gauge() for name, gauge in self.gauges.items()},
+            **{key: number() for key, (_, number) in self._added.items()},
         }
 
     def _lately(self) -> tuple[dict[str, float], float]:
@@ -2133,67 +2116,67 @@ class Statistics:
         self._last_look = now, ended, found
         return found
 
-    def prometheus(self) -> str:
-        """The same in Prometheus's text exposition format, version 0.0.4."""
+    def own_metrics(self) -> Iterator[OwnMetric]:
+        """All numbers, as Prometheus names them."""
         numbers = self.snapshot()
-        lines = []
-        for key, name, type_, help_ in _EXPOSED:
-            if key not in numbers:
-                continue
-            lines += [f"# HELP metricstream_{name} {help_}", f"# TYPE metricstream_{name} {type_}"]
+        for key, name, type_, help_ in (
+            *_EXPOSED,
+            *(exposed for exposed, _ in self._added.values()),
+        ):
             value = numbers[key]
+            row = partial(OwnMetric, name, type_, help_)
             if key == "requests_total":
-                lines += [
-                    f'metricstream_{name}{{status="{status}"}} {count}'
-                    for status, count in value.items()
-                ]
+                for status, count in value.items():
+                    yield row(name, {"status": status}, count)
             elif key == "latency_ms":
                 for quantile in QUANTILES:
-                    seconds = value[f"p{quantile * 100:g}"] / 1000
-                    lines.append(f'metricstream_{name}{{quantile="{quantile}"}} {seconds:.6g}')
-                lines += [
-                    f"metricstream_{name}_sum {numbers['latency_seconds_sum']}",
-                    f"metricstream_{name}_count {sum(numbers['requests_total'].values())}",
-                ]
+                    seconds = round(value[f"p{quantile * 100:g}"] / 1000, 9)
+                    yield row(name, {"quantile": str(quantile)}, seconds)
+                yield row(f"{name}_sum", {}, numbers["latency_seconds_sum"])
+                yield row(f"{name}_count", {}, sum(numbers["requests_total"].values()))
             else:
-                lines.append(f"metricstream_{name} {value}")
+                yield row(name, {}, value)
+
+    def prometheus(self) -> str:
+        """The same in Prometheus's text exposition format, version 0.0.4."""
+        lines, family = [], ""
+        for metric in self.own_metrics():
+            if metric.family != family:
+                family = metric.family
+                lines.append(f"# HELP metricstream_{family} {metric.help}")
+                lines.append(f"# TYPE metricstream_{family} {metric.type}")
+            labels = ",".join(f'{label}="{value}"' for label, value in metric.labels.items())
+            braces = f"{{{labels}}}" if labels else ""
+            lines.append(f"metricstream_{metric.name}{braces} {metric.value}")
         return "\n".join(lines) + "\n"
 
 
-_EXPOSED = (  # key of the snapshot, name behind "metricstream_", type, help
-    ("metrics_received", "metrics_received_total", "counter", "Metrics stored."),
-    ("batches_processed", "batches_processed_total", "counter", "Batches stored."),
-    (
+_EXPOSED = (
+    _Exposed("metrics_received", "metrics_received_total", "counter", "Metrics stored."),
+    _Exposed("batches_processed", "batches_processed_total", "counter", "Batches stored."),
+    _Exposed(
         "validation_errors",
         "validation_errors_total",
         "counter",
         "Requests refused for what their body held.",
     ),
-    (
+    _Exposed(
         "rate_limited_requests",
         "rate_limited_requests_total",
         "counter",
         "Requests refused for their client's rate.",
     ),
-    ("requests_total", "requests_total", "counter", "Requests answered, by status code."),
-    (
+    _Exposed("requests_total", "requests_total", "counter", "Requests answered, by status code."),
+    _Exposed(
         "latency_ms",
         "request_duration_seconds",
         "summary",
         "Time from a request's arrival to its answer.",
     ),
-    ("requests_per_second", "requests_per_second", "gauge", "Requests answered a second, lately."),
-    ("connections_open", "connections_open", "gauge", "Connections open now."),
-    ("threads", "threads", "gauge", "Threads of the server now."),
-    ("clients_tracked", "clients_tracked", "gauge", "Clients that the rate limiter remembers."),
-    (
-        "clients_evicted",
-        "clients_evicted_total",
-        "counter",
-        "Clients that the rate limiter forgot for want of room.",
+    _Exposed(
+        "requests_per_second", "requests_per_second", "gauge", "Requests answered a second, lately."
     ),
-    ("log_bytes", "log_size_bytes", "gauge", "Size of the log file."),
-    ("uptime_seconds", "uptime_seconds", "gauge", "Time since the server started."),
+    _Exposed("uptime_seconds", "uptime_seconds", "gauge", "Time since the server started."),
 )
 
 
@@ -2206,24 +2189,1522 @@ def quantile_of(ordered: list[float], quantile: float) -> float:
     return ordered[max(0, math.ceil(quantile * len(ordered)) - 1)] if ordered else 0.0
 
 
-def flush_metrics(limiter: SlidingWindowLimiter, report: Callable[[str, int, int], None]) -> None:
-    """Report (client label, allowed, refused) since the last flush, for each client that was seen.
+BUSIEST_CLIENTS = 10
 
-    Each decision is reported once. One stripe is locked at a time, and none while `report` runs.
+
+def limiter_summary(limiter: SlidingWindowLimiter) -> str:
+    """What the limiter decided since the last call, in one line, as strangers choose the ids:
+    totals, and the clients with the most requests. Each decision is counted once.
+
+    >>> limiter = SlidingWindowLimiter(1)
+    >>> for client in "aab": _ = limiter.decide(client, 1)
+    >>> limiter_summary(limiter)
+    'clients: 2 with 2 requests allowed, 1 refused; busiest a 1+1, b 1+0'
     """
+    allowed = refused = clients = 0
+    busiest: list[tuple[int, str, int, int]] = []
     for tallies in limiter.drain():
-        for client, (allowed, refused) in tallies.items():
-            report(client_label(client), allowed, refused)
-
-
-def log_unexpected(error: Exception) -> None:
-    """Log an error that is a fault of ours: with its traceback, in one line."""
-    text = "".join(traceback.format_exception(error))
-    logger.error("unexpected error: %s", write_json_string(text))
+        clients += len(tallies)
+        allowed += sum(yes for yes, _ in tallies.values())
+        refused += sum(no for _, no in tallies.values())
+        rows = ((yes + no, client, yes, no) for client, (yes, no) in tallies.items())
+        busiest = heapq.nlargest(BUSIEST_CLIENTS, (*busiest, *rows))
+    if not clients:
+        return ""
+    shown = ", ".join(f"{client_label(client)} {yes}+{no}" for _, client, yes, no in busiest)
+    return f"clients: {clients} with {allowed} requests allowed, {refused} refused; busiest {shown}"
 
 
 # ==================================================================================================
-# 7. Regular expressions
+# 7. Service
+# ==================================================================================================
+#
+# A request comes in, an answer goes out; all that the chapters above can do meets here, and nothing
+# else is here. What went wrong on the way is an exception of the chapter in which it did, and is
+# turned into its status in one place. Routes stand in a table, to which other parts may add. The
+# service reads and writes no socket.
+
+RETRY_AFTER_S = 1  # what a client is told when the log can't be written
+MAX_CLIENT_ID_LENGTH = 128
+INTERNAL_ERROR = "internal error; the server's log has the details"
+FORM_TYPE = "application/x-www-form-urlencoded"
+# What another process writes before its answer: status, length of its field lines (each with its
+# CRLF) and of its body in bytes; both follow.
+RELAY_HEAD = struct.Struct(">HIQ")
+
+
+class Relay(NamedTuple):
+    """An answer that another process writes to a socket. Whoever closes the other end sooner tells
+    it that nobody waits.
+    """
+
+    socket: socket.socket
+
+
+class Answer(NamedTuple):
+    """What a handler gives: a response, field lines for this client alone, and what is to be waited
+    for. A relay has the response itself.
+    """
+
+    response: "Response | None"
+    more_fields: bytes = b""
+    source: "Future[None] | Relay | None" = None
+
+
+Handler = Callable[[Request, str], Answer]
+
+
+class Pending(NamedTuple):
+    """An answer that waits for its source."""
+
+    answer: Answer
+    source: "Future[None] | Relay"
+    client: str
+    started: float
+
+
+def json_response(status: int, value: Any, fields: Iterable[tuple[str, str]] = ()) -> Response:
+    """A response whose body is a value as JSON."""
+    return Response(status, write_json(value).encode(), fields=fields)
+
+
+@functools.lru_cache(maxsize=MAX_BATCH)  # 0.1 µs instead of 3
+def accepted(metrics: int) -> Response:
+    """The answer to a batch that was stored."""
+    body = write_json({"success": True, "metrics_processed": metrics}).encode()
+    return Response(200, body, metrics=metrics)
+
+
+def error_response(error: Exception) -> Response:
+    """The answer to a request that failed in a way which has a status; any other exception is
+    raised again.
+    """
+    if isinstance(error, HTTPError):
+        return json_response(error.status, {"error": str(error), **error.details}, error.fields)
+    if isinstance(error, JSONError):
+        return json_response(400, {"error": f"body is not JSON: {error}"})
+    if isinstance(error, BatchError):
+        errors = [reason._asdict() for reason in error.reasons]
+        return json_response(400, {"error": str(error), "errors": errors})
+    if isinstance(error, LogError):
+        return json_response(503, {"error": str(error)}, [("Retry-After", str(RETRY_AFTER_S))])
+    raise error
+
+
+def client_id(head: Head, peer: str) -> str:
+    """Who asks: the value of Authorization, else the peer's address. A very long value is known by
+    its hash.
+    """
+    client = peer
+    if "authorization" in head.headers:
+        client = head.headers["authorization"] or peer
+    return (
+        client
+        if len(client) <= MAX_CLIENT_ID_LENGTH
+        else hashlib.sha256(client.encode()).hexdigest()
+    )
+
+
+# A letter first and no colon: no address of a peer can pass for a name.
+_CLIENT_NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,63}")
+_CLIENT_LINE = re.compile(
+    rf"({_CLIENT_NAME.pattern})[ \t]+([0-9A-Fa-f]{{64}})(?:[ \t]+([0-9]{{1,9}}))?"
+)
+
+
+class ClientListError(ValueError):
+    """A list of clients that can't be read: file, line and reason."""
+
+
+class ClientList:
+    """Who may write: names by their keys, of which only the SHA-256 is kept.
+
+    `text` has a client a line: name, SHA-256 of the key in hex, and optionally its own rate in
+    requests a second (0: none). Empty lines and those that begin with # are skipped. A name may
+    stand twice, while one key follows another; the last rate counts. Raises ClientListError.
+
+    >>> clients = ClientList(f"web1 {hashlib.sha256(b'k3y').hexdigest()} 5", "clients.txt")
+    >>> clients.identify("Bearer k3y"), clients.identify("k3y"), clients.identify("guess")
+    ('web1', 'web1', None)
+    >>> clients.rates
+    {'web1': 5}
+    """
+
+    def __init__(self, text: str, source: str):
+        self.rates: dict[str, int | None] = {}
+        self._by_prefix: dict[bytes, tuple[bytes, str]] = {}
+        for number, line in enumerate(text.splitlines(), 1):
+            line = line.strip()
+            if not line or line.startswith("#"):
+                continue
+            match = _CLIENT_LINE.fullmatch(line)
+            if match is None:  # the line is not shown: it may hold a key
+                raise ClientListError(
+                    f"{source}, line {number}: expected 'name sha256-of-key [rate]'"
+                )
+            name, digest, rate = match[1], bytes.fromhex(match[2]), match[3]
+            if digest[:8] in self._by_prefix:
+                raise ClientListError(f"{source}, line {number}: this key stands there twice")
+            self._by_prefix[digest[:8]] = (digest, name)
+            self.rates[name] = int(rate) if rate else None
+
+    @classmethod
+    def read(cls, path: str) -> "ClientList":
+        """The list in a file."""
+        try:
+            with open(path, encoding="utf-8") as file:
+                return cls(file.read(), path)
+        except UnicodeDecodeError:
+            raise ClientListError(f"{path} is not UTF-8") from None
+        except OSError as error:
+            raise ClientListError(f"can't read {path}: {error.strerror}") from None
+
+    def identify(self, authorization: str) -> str | None:
+        """The client whose key an Authorization value holds, bare or as `Bearer KEY`.
+
+        The table is searched by the hash of what was sent, so what its timing could tell is of a
+        hash that nobody can aim; the hash itself is compared in constant time.
+        """
+        scheme, _, key = authorization.partition(" ")
+        if scheme.lower() != "bearer":  # RFC 6750, 2.1
+            key = authorization
+        digest = hashlib.sha256(key.strip(" ").encode("latin-1")).digest()
+        known, name = self._by_prefix.get(digest[:8], (bytes(32), None))
+        return name if hmac.compare_digest(known, digest) else None
+
+
+def new_client(name: str) -> tuple[str, str]:
+    """(a new key, the line for the list of clients)."""
+    key = secrets.token_urlsafe(32)
+    return key, f"{name} {hashlib.sha256(key.encode()).hexdigest()}"
+
+
+class Service:
+    """The routes, and what they do.
+
+    `limiter` is None where no rate is limited, `clients` where anybody may write. Pages that a
+    browser loads may write under addresses, `localhost` and the names in `allowed_hosts`. `admit`
+    is called with each batch before it goes to the log, and may raise HTTPError; `health_facts`
+    give further members of the answer to `GET /health`.
+    """
+
+    def __init__(
+        self,
+        log: MetricLog,
+        limiter: SlidingWindowLimiter | None,
+        statistics: Statistics,
+        clock: Callable[[], float] = time.time,
+        *,
+        clients: ClientList | None = None,
+        allowed_hosts: Iterable[str] = (),
+    ):
+        self.log, self.limiter, self.statistics = log, limiter, statistics
+        self.clients = clients  # replaced as a whole when the list is read again
+        self.admit: Callable[[Batch], None] | None = None
+        self.health_facts: list[Callable[[], dict[str, Any]]] = []
+        self._allowed_hosts = frozenset({"localhost", *map(str.lower, allowed_hosts)})
+        self.stopping = False  # set once, when the server shuts down
+        # Answered, and not counted yet. A deque is atomic.
+        self._answered: deque[tuple[str, int, float, int, bool]] = deque()
+        self._clock = clock
+        self._routes: dict[str, dict[str, Handler]] = {}
+        self._prefixes: dict[str, dict[str, Handler]] = {}
+        self.add_routes(
+            {
+                "/metrics": {"POST": self.ingest, "GET": self.show_statistics},
+                "/health": {"GET": self.show_health},
+            }
+        )
+        add = statistics.add
+        add("log_bytes", "gauge", "Size of the log file.", lambda: log.size_bytes, "log_size_bytes")
+        if limiter:
+            add(
+                "clients_tracked",
+                "gauge",
+                "Clients that the rate limiter remembers.",
+                lambda: limiter.tracked,
+            )
+            add(
+                "clients_evicted",
+                "counter",
+                "Clients that the rate limiter forgot for want of room.",
+                lambda: limiter.evicted,
+                "clients_evicted_total",
+            )
+
+    def add_routes(self, routes: dict[str, dict[str, Handler]]) -> None:
+        """Add paths and the handlers of their methods; a path that ends in `/*` stands for all that
+        begin so. Call it before the server runs.
+        """
+        for path, handlers in routes.items():
+            table = handlers | {"HEAD": handlers["GET"], "OPTIONS": self.show_methods}
+            if path.endswith("*"):
+                self._prefixes[path[:-1]] = table
+            else:
+                self._routes[path] = table
+
+    def ingest(self, request: Request, client: str) -> Answer:
+        """The pipeline of `POST /metrics`: allowed? → JSON → batch → log (durable) → Response."""
+        refuse_other_origins(request.head, self._allowed_hosts)
+        quota = self._take_quota(client)
+        require_json(request.head)
+        batch = read_body(decode_content(request), int(self._clock() * 1000))
+        if self.admit is not None:
+            self.admit(batch)
+        durable = self.log.append(batch.lines)
+        return Answer(accepted(batch.count), quota, durable)
+
+    def _take_quota(self, client: str) -> bytes:
+        """Count a request against its client's rate: the RateLimit field line of the answer, or
+        HTTPError 401 or 429.
+        """
+        limiter, clients = self.limiter, self.clients
+        own_limit = None
+        if clients is not None:
+            if client not in clients.rates:
+                raise HTTPError(
+                    401,
+                    "only listed clients may write; send 'Authorization: Bearer KEY'",
+                    fields=[("WWW-Authenticate", "Bearer")],
+                )
+            own_limit = clients.rates[client]
+        if limiter is None:
+            return b""
+        limit = limiter.limit if own_limit is None else own_limit
+        if not limit:
+            return b""
+        decision = limiter.decide(client, limit)
+        if decision.allowed:
+            return b'RateLimit: "default";r=%d;t=%d\r\n' % (
+                decision.remaining,
+                math.ceil(limiter.window_s),
+            )
+        wait_s = math.ceil(decision.retry_after_s)
+        raise HTTPError(
+            429,
+            f"more than {limit} requests in {limiter.window_s:g} s; "
+            f"the next one is allowed in {decision.retry_after_s:.3f} s",
+            fields=[
+                ("Retry-After", str(wait_s)),
+                ("RateLimit-Policy", f'"default";q={limit};w={limiter.window_s:g}'),
+                ("RateLimit", f'"default";r=0;t={wait_s}'),
+            ],
+        )
+
+    def show_statistics(self, request: Request, client: str) -> Answer:
+        """`GET /metrics`: the server's own numbers."""
+        self.count_answered()
+        if prefers_text(request.head.headers.get("accept", "")):
+            text = self.statistics.prometheus().encode()
+            return Answer(Response(200, text, "text/plain; version=0.0.4; charset=utf-8"))
+        return Answer(json_response(200, self.statistics.snapshot()))
+
+    def show_health(self, request: Request, client: str) -> Answer:
+        """`GET /health`: whether batches are accepted now, and if not, why."""
+        reason = "shutting down" if self.stopping else self.log.probe()
+        health: dict[str, Any] = {"status": "healthy", "service": "ingestion"}
+        if reason:
+            health |= {"status": "unhealthy", "error": reason}
+        for facts in self.health_facts:
+            health |= facts()
+        retry = [("Retry-After", str(RETRY_AFTER_S))] if reason else []
+        return Answer(json_response(503 if reason else 200, health, retry))
+
+    def show_methods(self, request: Request, client: str) -> Answer:
+        """`OPTIONS`: which methods a route has."""
+        allowed = self._allowed_methods(request.head.path)
+        return Answer(Response(200, b"", fields=[("Allow", allowed)]))
+
+    def _allowed_methods(self, path: str) -> str:
+        routes = self._routes.values() if path == "*" else [self._handlers(path)]
+        return ", ".join(dict.fromkeys(method for handlers in routes for method in handlers))
+
+    def _handlers(self, path: str) -> dict[str, Handler]:
+        # Here and for header fields `in` and a subscript: `dict.get` waits for a lock on CPython
+        # 3.13 without the interpreter lock, 20,900 requests/s instead of 32,000.
+        if path in self._routes:
+            return self._routes[path]
+        for prefix, handlers in self._prefixes.items():
+            if path.startswith(prefix):
+                return handlers
+        there = [*self._routes, *(f"{prefix}…" for prefix in self._prefixes)]
+        raise HTTPError(404, f"no route {path[:80]!r}; there are {', '.join(there)}")
+
+    def _handler(self, head: Head) -> Handler:
+        if head.path == "*":
+            return self.show_methods
+        handlers = self._handlers(head.path)
+        if head.method not in handlers:
+            raise HTTPError(
+                405,
+                f"{head.path} does not take {head.method}",
+                fields=[("Allow", self._allowed_methods(head.path))],
+            )
+        return handlers[head.method]
+
+    def answer(self, request: Request, peer: str, started: float) -> Answer | Pending:
+        """Answer a whole request of the address `peer`, whose last byte came at `started`
+        (time.perf_counter).
+        """
+        if self.clients is None:
+            client = client_id(request.head, peer)
+        else:  # a name on the list, or the peer's address
+            client = self.clients.identify(request.head.headers.get("authorization", "")) or peer
+        metrics, invalid = 0, False
+        try:
+            answer = self._handler(request.head)(request, client)
+            response, _, source = answer
+            if source is not None:
+                return Pending(answer, source, client, started)
+            assert response is not None  # only a relay has none yet
+            metrics = response.metrics
+        except (HTTPError, JSONError, BatchError, LogError) as error:
+            response = error_response(error)
+            answer = Answer(response)
+            invalid = isinstance(error, (JSONError, BatchError))
+        self._record(client, response.status, started, metrics, invalid)
+        return answer
+
+    def settle(self, pending: Pending, error: BaseException | None) -> Answer:
+        """The answer to a request whose batch is durable, or could not be kept."""
+        answer = pending.answer
+        if isinstance(error, LogError):
+            answer = Answer(error_response(error))
+        elif error is not None:
+            answer = Answer(self._failed(error))
+        assert answer.response is not None  # a batch has one
+        status, metrics = answer.response.status, answer.response.metrics
+        self._record(pending.client, status, pending.started, metrics)
+        return answer
+
+    def relayed(self, pending: Pending, status: int) -> None:
+        """Count an answer that came from another process."""
+        self._record(pending.client, status, pending.started, 0)
+
+    @staticmethod
+    def _failed(error: BaseException) -> Response:
+        """The answer to what should not have happened."""
+        log_unexpected(error)
+        return error_response(HTTPError(500, INTERNAL_ERROR))
+
+    def refuse(self, error: Exception, peer: str) -> Response:
+        """The answer to what never became a request, or to what should not have happened (500)."""
+        response = error_response(error) if isinstance(error, HTTPError) else self._failed(error)
+        self._record(peer, response.status, time.perf_counter(), 0)
+        return response
+
+    def _record(
+        self, client: str, status: int, started: float, metrics: int, invalid: bool = False
+    ) -> None:
+        self._answered.append((client, status, started, metrics, invalid))
+
+    def count_answered(self) -> None:
+        """Count the requests whose answers were handed over just now; one look at the clock serves
+        for all.
+        """
+        ended = time.perf_counter()
+        while self._answered:
+            try:
+                client, status, started, metrics, invalid = self._answered.popleft()
+            except IndexError:  # another thread was faster
+                return
+            self.statistics.record(Event(ended, client, status, ended - started, metrics), invalid)
+
+
+def refuse_other_origins(head: Head, allowed_hosts: Container[str]) -> None:
+    """A page that a browser loaded from elsewhere must not write here: its Origin (RFC 6454) gives
+    it away.
+
+    A page may also have made its own name resolve to this machine (DNS rebinding): then Origin and
+    Host agree, but Host is a name that nobody here has allowed.
+    """
+    if "origin" not in head.headers:
+        return
+    origin, host = head.headers["origin"], head.host.lower()
+    if origin.lower() not in (f"http://{host}", f"https://{host}"):
+        raise HTTPError(403, f"a page of {origin[:80]!r} may not write to {head.host[:80]!r}")
+    name = host if host.endswith("]") else host.rpartition(":")[0] or host
+    if name not in allowed_hosts and not _is_address(name):
+        raise HTTPError(
+            403, f"a page may not write here as {name[:80]!r}; --allowed-host would let it"
+        )
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        return False
+    return True
+
+
+def require_json(head: Head) -> None:
+    """Content-Type may be missing, but it may not say anything else."""
+    if "content-type" not in head.headers:
+        return
+    content_type = head.headers["content-type"]
+    if content_type.partition(";")[0].strip().lower() != "application/json":
+        raise HTTPError(
+            415,
+            f"Content-Type is {content_type[:80]!r}; send 'Content-Type: application/json'",
+            fields=[("Accept", "application/json")],
+        )
+
+
+def prefers_text(accept: str) -> bool:
+    """Whether an Accept header (RFC 9110, 12.5.1) asks for Prometheus's text rather than for JSON.
+
+    >>> prefers_text("application/openmetrics-text;version=1.0.0;q=0.5,text/plain;q=0.3,*/*;q=0.1")
+    True
+    >>> prefers_text("application/json, text/plain, */*"), prefers_text("*/*")
+    (False, False)
+    """
+    text = json = 0.0
+    for part in accept.split(","):
+        media_type, *parameters = (piece.strip().lower() for piece in part.split(";"))
+        weight = 1.0
+        for parameter in parameters:
+            if re.fullmatch(r"q=[01](\.[0-9]{0,3})?", parameter):
+                weight = float(parameter[2:])
+        if media_type in ("text/plain", "application/openmetrics-text"):
+            text = max(text, weight)
+        elif media_type == "application/json":
+            json = max(json, weight)
+    return text > json
+
+
+# ==================================================================================================
+# 8. Server
+# ==================================================================================================
+#
+# The problem: ten thousand connections, most of them idle, some slow, some hostile, and a request
+# on any of them wants its answer now. The plain way is socketserver's: a thread for each
+# connection, which blocks in it (`--threads 0`, and wherever there is no epoll). It is easy to
+# follow, but under the interpreter lock every runnable thread slows the others down.
+#
+# The idea: a connection with nothing to do is parked, and costs a file descriptor and a small
+# object. `epoll` tells which ones have become ready; a worker takes one, gives it one turn (read
+# once, answer the whole requests that have come, write) and parks it again. Nothing in a turn waits
+# for a client. What can still hold a worker up is its own work, so a housekeeper looks every 20 ms
+# whether each worker has moved: one that has not is replaced by a new one, and ends when its turn
+# does.
+#
+# A connection belongs to one thread at a time: to whoever claimed it when it was parked. What it
+# costs: a turn must be written as steps between two waits, and not as one loop. Both models take
+# the same turns.
+
+
+class Timeouts(NamedTuple):
+    """How long a client may take, in seconds."""
+
+    head_s: float = 10.0  # from the first byte of a request to the end of its head
+    body_s: float = 20.0  # from the end of the head to the end of the body
+    answer_s: float = 10.0  # to take some of an answer that waits for it
+    idle_s: float = 60.0  # between two requests
+    linger_s: float = 2.0  # to read an error before the connection is closed
+    stop_s: float = 2.5  # to finish its request when the server shuts down
+
+
+DEFAULT_TIMEOUTS = Timeouts()
+MAX_CONNECTIONS = 10_000
+SPARE_DESCRIPTORS = 64  # for the log, epoll and the like, beside the connections
+MAX_WORKERS = 64
+TICK_S = 0.02  # a worker that takes longer than this for one turn is replaced
+QUIET_TICKS = 50  # so many without work, and the housekeeper sleeps a second at a time
+FLUSH_INTERVAL_S = 60.0
+RECEIVE_BYTES = 64 * 1024
+LINGER_BYTES = 1024 * 1024  # how much is read and dropped after an error
+REQUESTS_A_TURN = 4  # pipelined; then the others have their turn
+ACCEPTS_A_TURN = 16
+_ONESHOT = getattr(select, "EPOLLONESHOT", 0)
+READ, WRITE = select.POLLIN, select.POLLOUT  # epoll gives them the same values
+HUNG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
+RELAY_S = 125.0  # so long an answer of another process is waited for, at each step
+
+
+class WaitQueue:
+    """Where connections wait for the same thing, for the same time at most.
+
+    As the time-out is the same for all, their order of arrival is the order of their deadlines: to
+    come and to go is constant work, and only the front has to be looked at.
+    """
+
+    __slots__ = ("events", "limit_s", "queue")
+
+    def __init__(self, events: int, limit_s: float):
+        self.events, self.limit_s = events, limit_s
+        self.queue: OrderedDict[Connection, None] = OrderedDict()  # guarded by Server._lock
+
+
+class Connection:
+    """One client's connection. Its fields belong to the thread that claimed it, but for those
+    marked.
+    """
+
+    __slots__ = (
+        "socket",
+        "fd",
+        "peer",
+        "reader",
+        "ready_at",
+        "unsent",
+        "pending",
+        "relayed",
+        "relay_left",
+        "hung_up",
+        "more",
+        "ending",
+        "progressed",
+        "drained_bytes",
+        "parking",
+        "deadline",
+        "parked",
+        "registered",
+    )
+
+    def __init__(self, sock: socket.socket, peer: str):
+        self.socket, self.fd, self.peer = sock, sock.fileno(), peer
+        self.reader = RequestReader()
+        self.unsent: bytes | memoryview = b""
+        self.ready_at = 0.0  # when the request of this turn had arrived, by time.perf_counter
+        self.pending: tuple[Pending, Head] | None = None  # the answer that waits for its source
+        self.relayed = b""  # of a relay's head
+        self.relay_left = -1  # bytes of its body that are to come; -1: its head is not here yet
+        self.hung_up = False  # the client has closed its end
+        self.more = False  # whole requests may stand in the reader: serve them before reading
+        self.ending = False  # nothing more is read: once all is sent, linger
+        self.progressed = True  # since it was parked: its time-out starts again
+        self.drained_bytes = 0
+        self.parking: WaitQueue | None = None  # guarded by Server._lock, as the three below
+        self.deadline = 0.0
+        self.parked = False  # whether it may be claimed
+        self.registered = False  # with epoll
+
+    # What only TLS changes: whether the handshake is still to be made, whether something was
+    # decrypted that no recv() has asked for, and whether TLS must write before it can read.
+    shaking_hands = buffered = must_write = False
+
+    def receive(self) -> bytes | None:
+        """What has arrived: b"" at the end, None if there is nothing now."""
+        try:
+            return self.socket.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return None
+
+    def put(self, answer: bytes) -> None:
+        """Add to what is unsent."""
+        self.unsent = b"".join((self.unsent, answer)) if self.unsent else answer
+
+    def flush(self) -> bool:
+        """Send what the socket takes; whether that was all."""
+        try:
+            sent = self.socket.send(self.unsent, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        self.progressed = True
+        self.unsent = b"" if sent == len(self.unsent) else memoryview(self.unsent)[sent:]
+        return not self.unsent
+
+    def end_output(self) -> None:
+        """Tell the client that nothing more will come."""
+        self.socket.shutdown(socket.SHUT_WR)
+
+
+class _TLSConnection(Connection):
+    """A connection whose bytes are encrypted (RFC 8446); its handshake is made by turns, too."""
+
+    __slots__ = ("shaking_hands", "buffered", "must_write", "_tls")
+
+    def __init__(self, sock: socket.socket, peer: str, context: ssl.SSLContext):
+        sock.setblocking(False)
+        wrapped = context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+        super().__init__(wrapped, peer)
+        self._tls = wrapped
+        self.shaking_hands = True
+        self.buffered = self.must_write = False
+
+    def receive(self) -> bytes | None:
+        self.must_write = False
+        try:
+            if self.shaking_hands:
+                self._tls.do_handshake()
+                self.shaking_hands = False
+            received = self._tls.recv(RECEIVE_BYTES)
+        except ssl.SSLWantReadError:
+            self.buffered = False
+            return None
+        except ssl.SSLWantWriteError:
+            self.must_write = True
+            return None
+        self.buffered = self._tls.pending() > 0  # epoll knows nothing of these
+        return received
+
+    def flush(self) -> bool:
+        try:
+            sent = self._tls.send(self.unsent)
+        except ssl.SSLWantWriteError:
+            return False
+        self.progressed = True
+        self.unsent = memoryview(self.unsent)[sent:] if sent < len(self.unsent) else b""
+        return not self.unsent
+
+    def end_output(self) -> None:
+        try:
+            self._tls.unwrap()  # sends close_notify: the answer was not cut off by somebody else
+        except ssl.SSLError as error:  # usual: the client's own is not there yet
+            logger.debug("%s: TLS ended without the client's consent: %s", self.peer, error.reason)
+        socket.socket.shutdown(self._tls, socket.SHUT_WR)
+
+
+def tls_context(certificate: str, key: str) -> ssl.SSLContext:
+    """How HTTPS is spoken: TLS 1.2 and newer. Raises OSError, of which ssl.SSLError is one."""
+
+    def no_password() -> str:
+        raise OSError(errno.EACCES, "the key has a password; remove it first")
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION
+    context.load_cert_chain(certificate, key, no_password)
+    return context
+
+
+class _Worker(threading.Thread):
+    """A thread that gives turns to connections, and what the housekeeper has to know of it."""
+
+    def __init__(self, work: Callable[["_Worker"], None]):
+        super().__init__(name="worker", daemon=True)
+        self._work = work
+        # Each field below is written by one thread only; reading an attribute is atomic.
+        self.turns = 0  # by the worker: how many it began
+        self.busy = True  # by the worker: not waiting for epoll
+        self.turns_seen = -1  # by the housekeeper, at its last look
+        self.replaced = False  # by the housekeeper: end after this turn
+
+    def run(self) -> None:
+        self._work(self)
+
+
+class Server(socketserver.ThreadingTCPServer):
+    """Serves a `Service` on a TCP address (host, port); port 0 takes a free one, `server_address`
+    says which.
+
+    `threads` is the number of steady workers, 0 for a thread a connection; with `tls` it speaks
+    HTTPS. `serve_forever` runs until `shutdown` or `stop_soon` and then finishes what is in flight;
+    `server_close` gives the address back. `reload_soon` has `reload` called; `jobs` are called by
+    the housekeeper, each at its interval in seconds, or once a second while nothing happens. Raises
+    OSError.
+    """
+
+    allow_reuse_address = True
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 1024  # the backlog: connections that are not yet accepted
+
+    def __init__(
+        self,
+        address: tuple[str, int],
+        service: Service,
+        *,
+        threads: int | None = None,
+        max_connections: int = MAX_CONNECTIONS,
+        timeouts: Timeouts = DEFAULT_TIMEOUTS,
+        clock: Callable[[], float] = time.monotonic,
+        tls: ssl.SSLContext | None = None,
+        reload: Callable[["Server"], None] | None = None,
+        jobs: Iterable[tuple[float, Callable[[], None]]] = (),
+    ):
+        if ":" in address[0]:
+            self.address_family = socket.AF_INET6
+        self.service, self.max_connections, self.timeouts = service, max_connections, timeouts
+        self.threads = steady_threads() if threads is None else threads
+        self._clock = clock
+        self.tls = tls  # replaced as a whole when the certificate is read again
+        self._reload = reload
+        self._jobs = [
+            (FLUSH_INTERVAL_S, self.log_decisions),
+            (min(1.0, *(limit for limit in timeouts if limit > 0)), self._expire),
+            (0.0, self._resume_accepting),
+            (0.0, service.log.recreate_if_deleted),
+            *jobs,
+        ]
+        # Guards _open, _workers, the parkings and what Connection says. Nothing is locked under it.
+        self._lock = threading.Lock()
+        self._open: dict[int, Connection] = {}  # by file descriptor
+        self._workers: set[_Worker] = set()
+        self._idle = WaitQueue(READ, timeouts.idle_s)
+        self._shaking_hands = WaitQueue(READ, timeouts.head_s)
+        self._in_head = WaitQueue(READ, timeouts.head_s)
+        self._in_body = WaitQueue(READ, timeouts.body_s)
+        self._answering = WaitQueue(WRITE, timeouts.answer_s)
+        self._lingering = WaitQueue(READ, timeouts.linger_s)
+        # It has requests that were read: ready as soon as an answer can be written.
+        self._ready = WaitQueue(READ | WRITE, timeouts.answer_s)
+        self._committing = WaitQueue(0, math.inf)  # until the log calls back
+        self._relaying = WaitQueue(HUNG_UP, RELAY_S)  # for another process
+        self._relays: dict[int, Connection] = {}  # those, by the descriptors of their relays
+        self._answered = WaitQueue(0, math.inf)  # until the round is over: then they are in _unsent
+        self._unsent: deque[Connection] = deque()  # any worker may take from it; it is atomic
+        # Claimed, for whichever worker comes first to give them their turns. A deque is atomic.
+        self._claimed: deque[Connection | None] = deque()
+        # Claimed too, but with requests left from an earlier turn; filled under _lock.
+        self._backlog: deque[Connection] = deque()
+        self._control: queue.SimpleQueue[str] = (
+            queue.SimpleQueue()
+        )  # to the housekeeper; put() is safe in a signal handler
+        self._asleep = False  # written by the housekeeper only: wake it when there is work
+        self._stopping = self._finished = False  # each set once
+        self._stopped = threading.Event()
+        self._paused = False  # accepting, for want of file descriptors
+        self._warned_at = -math.inf
+        self._epoll = select.epoll() if self.threads and hasattr(select, "epoll") else None
+        self._waker, self._woken = socket.socketpair()
+        try:
+            super().__init__(address, socketserver.BaseRequestHandler)
+        except BaseException:
+            self._close_own_descriptors()
+            raise
+        self._listener_fd = self.socket.fileno()
+        add = service.statistics.add
+        add("connections_open", "gauge", "Connections open now.", lambda: len(self._open))
+        add("threads", "gauge", "Threads of the server now.", threading.active_count)
+
+    def server_bind(self) -> None:
+        """Bind, with what accepted sockets inherit from this one."""
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.socket.setblocking(False)
+        super().server_bind()
+
+    # ---- one turn of a connection
+    # --------------------------------------------------------------------
+
+    def _turn(self, connection: Connection) -> None:
+        """Do for a connection what can be done without waiting; then park it, or close it."""
+        try:
+            parking = self._advance(connection)
+            if parking is self._answered:
+                self._unsent.append(connection)
+            else:
+                self._park(connection, parking)
+        except OSError:  # the client is gone: nobody is left to be told
+            self._close(connection)
+        except Exception as error:
+            self._fail(connection, error)
+
+    def _send_answers(self) -> None:
+        """Send what the last turns put aside.
+
+        Answers of one round leave together, so that a client with many connections is woken once
+        and not for each: 44,900 requests/s instead of 41,000 with 50 connections.
+        """
+        while True:
+            try:
+                connection = self._unsent.popleft()
+            except IndexError:
+                break
+            try:
+                self._park(connection, self._send(connection))
+            except OSError:
+                self._close(connection)
+            except Exception as error:
+                self._fail(connection, error)
+        self.service.count_answered()
+
+    def _advance(self, connection: Connection) -> WaitQueue | None:
+        """One turn. Returns where the connection waits next; None if it is over."""
+        if connection.parking is self._lingering:
+            return self._drain(connection)
+        if connection.unsent or connection.ending:
+            return self._send(connection)
+        if connection.pending is not None:
+            return self._relay(connection)
+        if connection.more:
+            connection.more = False
+        else:
+            received = connection.receive()
+            if received is None:
+                if connection.must_write:
+                    return self._answering
+                return self._shaking_hands if connection.shaking_hands else self._wait(connection)
+            if not received:
+                return self._end_of_input(connection)
+            connection.reader.feed(received)
+        return self._serve(connection)
+
+    def _serve(self, connection: Connection) -> WaitQueue | None:
+        """Answer the whole requests that have arrived, in their order."""
+        reader, started = connection.reader, connection.ready_at
+        for _ in range(REQUESTS_A_TURN):
+            try:
+                request = reader.next_request()
+            except HTTPError as error:
+                self._refuse(connection, error)
+                break
+            if request is None:
+                if reader.take_continue():
+                    connection.put(CONTINUE)
+                break
+            answer = self.service.answer(request, connection.peer, started)
+            if isinstance(answer, Pending):
+                connection.pending = (answer, request.head)
+                if not isinstance(answer.source, Relay):
+                    return self._committing
+                return self._send(connection) if connection.unsent else self._relaying
+            self._put_response(connection, answer, request.head)
+            if connection.ending:
+                break
+        else:
+            connection.more = reader.in_request
+        if connection.unsent and self._epoll is not None:
+            return self._answered
+        return self._send(connection)
+
+    def _put_response(self, connection: Connection, answer: Answer, head: Head) -> None:
+        persistence = CLOSE if self._stopping else head.persistence
+        date = date_field(int(time.time()))
+        assert answer.response is not None  # only a relay has none
+        connection.put(
+            answer.response.encode(persistence, date, head.method == "HEAD", answer.more_fields)
+        )
+        connection.progressed = True
+        if persistence is CLOSE:
+            connection.ending = True
+
+    def _relay(self, connection: Connection) -> WaitQueue | None:
+        """Pass on a piece of an answer that another process writes; the next one is read when the
+        client has taken it.
+        """
+        assert connection.pending is not None  # that is when it is called
+        pending, head = connection.pending
+        assert isinstance(pending.source, Relay)
+        if connection.hung_up:
+            return None
+        try:
+            piece = pending.source.socket.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return self._relaying
+        except ConnectionError:
+            piece = b""
+        if not piece:
+            if connection.relay_left >= 0:
+                return None  # the client must see that it was cut off
+            self._end_relay(connection)
+            error = HTTPError(
+                503,
+                "the process that answers ended before it did",
+                fields=[("Retry-After", str(RETRY_AFTER_S))],
+            )
+            self._put_response(
+                connection, Answer(self.service.refuse(error, connection.peer)), head
+            )
+            return self._after_relay(connection)
+        if connection.relay_left < 0:
+            piece = self._relay_head(connection, pending, head, connection.relayed + piece)
+        connection.put(piece[: connection.relay_left])
+        connection.relay_left -= len(piece)
+        connection.progressed = True
+        if connection.relay_left == 0:
+            self._end_relay(connection)
+            if self._stopping or head.persistence is CLOSE:
+                connection.ending = True
+            return self._after_relay(connection)
+        return self._send(connection) if connection.unsent else self._relaying
+
+    def _relay_head(
+        self, connection: Connection, pending: Pending, head: Head, received: bytes
+    ) -> bytes:
+        """Put the head of a relayed answer, if it is here; returns what came of its body."""
+        connection.relayed = received
+        if len(received) < RELAY_HEAD.size:
+            return b""
+        status, fields_length, body_length = RELAY_HEAD.unpack_from(received)
+        body_at = RELAY_HEAD.size + fields_length
+        if len(received) < body_at:
+            return b""
+        connection.relayed = b""
+        connection.put(
+            b"".join(
+                (
+                    status_line(status),
+                    date_field(int(time.time())),
+                    received[RELAY_HEAD.size : body_at],
+                    b"Content-Length: %d\r\n" % body_length,
+                    CLOSE if self._stopping else head.persistence,
+                    b"\r\n",
+                )
+            )
+        )
+        self.service.relayed(pending, status)
+        connection.relay_left = 0 if head.method == "HEAD" else body_length
+        return received[body_at : body_at + connection.relay_left]
+
+    def _end_relay(self, connection: Connection) -> None:
+        """Close a relay: whoever writes it sees that nobody waits."""
+        if connection.pending is None or not isinstance(connection.pending[0].source, Relay):
+            return
+        relay = connection.pending[0].source.socket
+        with self._lock:
+            self._relays.pop(relay.fileno(), None)
+        relay.close()
+        connection.pending, connection.relayed, connection.relay_left = None, b"", -1
+
+    def _after_relay(self, connection: Connection) -> WaitQueue | None:
+        connection.more = connection.reader.in_request and not connection.ending
+        return self._send(connection)
+
+    def _refuse(self, connection: Connection, error: Exception) -> None:
+        """Answer what can't be answered otherwise; the connection ends, but not before the client
+        could read it.
+        """
+        response = self.service.refuse(error, connection.peer)
+        connection.put(response.encode(CLOSE, date_field(int(time.time()))))
+        connection.progressed = connection.ending = True
+
+    def _send(self, connection: Connection) -> WaitQueue | None:
+        """Send what is to be sent. Returns where the connection waits next."""
+        if connection.unsent and not connection.flush():
+            return self._answering
+        if connection.pending is not None:
+            return self._relaying
+        if connection.ending:
+            connection.end_output()
+            return self._lingering
+        return self._wait(connection)
+
+    def _wait(self, connection: Connection) -> WaitQueue:
+        """Where a connection waits for more of a request, or for a new one."""
+        if connection.more or connection.buffered:
+            return self._ready
+        if connection.reader.in_request:
+            return self._in_body if connection.reader.in_body else self._in_head
+        return self._idle
+
+    def _drain(self, connection: Connection) -> WaitQueue | None:
+        """Lingering close: a reset, which unread bytes would cause, could destroy the answer (RFC
+        9112, 9.6).
+        """
+        received = connection.receive()
+        if received is not None:
+            connection.drained_bytes += len(received)
+            if not received or connection.drained_bytes > LINGER_BYTES:
+                return None
+        return self._lingering
+
+    def _end_of_input(self, connection: Connection) -> WaitQueue | None:
+        if not connection.reader.in_request:
+            return None
+        self._refuse(connection, HTTPError(400, "the connection ended in the middle of a request"))
+        return self._send(connection)
+
+    def _settle(self, connection: Connection, durable: "Future[None]") -> None:
+        """The log is done with the batch of a connection: give its answer."""
+        assert connection.pending is not None  # only then was this asked for
+        (pending, head), connection.pending = connection.pending, None
+        try:
+            answer = self.service.settle(pending, durable.exception())
+            self._put_response(connection, answer, head)
+            connection.more = connection.reader.in_request and not connection.ending
+            self._park(connection, self._send(connection))
+            self.service.count_answered()
+        except OSError:
+            self._close(connection)
+        except Exception as unexpected:
+            self._fail(connection, unexpected)
+
+    def _fail(self, connection: Connection, error: Exception) -> None:
+        """An error of ours costs the one connection on which it showed."""
+        try:
+            self._refuse(connection, error)
+            self._park(connection, self._send(connection))
+        except OSError:
+            self._close(connection)
+
+    def _time_out(self, connection: Connection) -> None:
+        """End a claimed connection that was parked for too long."""
+        try:
+            if connection.parking in (self._in_head, self._in_body):
+                self._refuse(connection, HTTPError(408, "the request did not arrive in time"))
+                self._park(connection, self._send(connection))
+            elif connection.parking is self._relaying and connection.relay_left < 0:
+                self._end_relay(connection)
+                self._refuse(connection, HTTPError(503, "no answer came in time"))
+                self._park(connection, self._send(connection))
+            else:
+                self._close(connection)
+        except OSError:
+            self._close(connection)
+
+    # ---- parking
+    # -------------------------------------------------------------------------------------
+
+    def _park(self, connection: Connection, parking: WaitQueue | None) -> None:
+        """Let a connection wait, and let others claim it; close it if it is over."""
+        if parking is None:
+            self._close(connection)
+            return
+        with self._lock:
+            if connection.parking is not parking or connection.progressed:
+                if connection.parking is parking:
+                    parking.queue.move_to_end(connection)
+                else:
+                    if connection.parking is not None:
+                        del connection.parking.queue[connection]
+                    parking.queue[connection] = None
+                    connection.parking = parking
+                connection.deadline = self._clock() + parking.limit_s
+                connection.progressed = False
+            connection.parked = parking is not self._committing
+            if self._epoll is not None and connection.parked:
+                # Under the lock: once claimed it can be closed, and its descriptor be another's.
+                arm = self._epoll.modify if connection.registered else self._epoll.register
+                arm(connection.fd, parking.events | _ONESHOT)
+                connection.registered = True
+                if parking is self._relaying:
+                    self._await_relay(connection)
+        if parking is self._committing and self._epoll is not None:
+            assert connection.pending is not None  # that is what it was parked for
+            durable = connection.pending[0].source
+            assert isinstance(durable, Future)
+            durable.add_done_callback(partial(self._settle, connection))
+
+    def _await_relay(self, connection: Connection) -> None:
+        """Have epoll report the relay of a connection, too. The lock is held."""
+        assert connection.pending is not None and self._epoll is not None
+        source = connection.pending[0].source
+        assert isinstance(source, Relay)
+        relay = source.socket.fileno()
+        arm = self._epoll.modify if relay in self._relays else self._epoll.register
+        arm(relay, READ | _ONESHOT)
+        self._relays[relay] = connection
+
+    def _claim(self, connection: Connection) -> bool:
+        """Make a parked connection this thread's own; False if another was faster."""
+        with self._lock:
+            claimed = connection.parked
+            connection.parked = False
+            return claimed
+
+    def _close(self, connection: Connection) -> None:
+        with self._lock:
+            if connection.parking is not None:
+                del connection.parking.queue[connection]
+                connection.parking = None
+            self._open.pop(connection.fd, None)  # before the descriptor can be another's
+        self._end_relay(connection)
+        connection.socket.close()
+
+    def _evict_idle(self, count: int) -> int:
+        """Shut down up to `count` of the connections idle longest, so that whoever owns them closes
+        them.
+        """
+        with self._lock:
+            parked = (connection for connection in self._idle.queue if connection.parked)
+            idle = list(itertools.islice(parked, count))
+            for connection in idle:
+                del self._idle.queue[connection]
+                self._lingering.queue[connection] = None
+                connection.parking = self._lingering
+                connection.deadline = self._clock() + self.timeouts.linger_s
+                try:
+                    # not TLS's own: its owner is to find the end of the input
+                    socket.socket.shutdown(connection.socket, socket.SHUT_RDWR)
+                except OSError:  # reset in the meantime: its owner will see that too
+                    continue
+        return len(idle)
+
+    def _close_idle(self) -> None:
+        """Close all that are idle, but serve what has just arrived first."""
+        with self._lock:
+            idle = [connection for connection in self._idle.queue if connection.parked]
+            for connection in idle:
+                connection.parked = False
+        for connection in idle:
+            self._turn(connection)
+            with self._lock:
+                still_idle = connection.parked and connection.parking is self._idle
+                connection.parked = connection.parked and not still_idle
+            if still_idle:
+                try:  # where a thread waits for it, this wakes it
+                    socket.socket.shutdown(connection.socket, socket.SHUT_RDWR)
+                except OSError as error:
+                    logger.debug("%s was gone before the stop: %s", connection.peer, error)
+                self._close(connection)
+        self._send_answers()
+
+    def _expire(self) -> None:
+        """Time out what was parked for too long; a thread of its own looks at the clock itself."""
+        if self._epoll is None:
+            return
+        now, late = self._clock(), []
+        with self._lock:
+            for parking in (
+                self._idle,
+                self._shaking_hands,
+                self._in_head,
+                self._in_body,
+                self._answering,
+                self._lingering,
+                self._relaying,
+                self._ready,
+            ):
+                for connection in parking.queue:
+                    if connection.deadline > now:
+                        break
+                    if connection.parked:
+                        connection.parked = False
+                        late.append(connection)
+        for connection in late:
+            self._time_out(connection)
+
+    # ---- accepting
+    # -----------------------------------------------------------------------------------
+
+    def _accept(self, worker: _Worker) -> None:
+        """Take new connections, and try each at once: most have sent their request already."""
+        for _ in range(ACCEPTS_A_TURN):
+            try:
+                sock, address = self.socket.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                self._accept_failed(error)
+                return
+            worker.turns += 1
+            connection = self._admit(sock, address)
+            if connection is not None:
+                connection.ready_at = time.perf_counter()
+                self._turn(connection)
+
+    def _admit(self, sock: socket.socket, address: Any) -> Connection | None:
+        tls = self.tls
+        try:
+            connection = (
+                Connection(sock, address[0])
+                if tls is None
+                else _TLSConnection(sock, address[0], tls)
+            )
+        except OSError:  # it is gone already
+            sock.close()
+            return None
+        with self._lock:
+            full = len(self._open) >= self.max_connections
+        if full and not self._evict_idle(1):
+            self._turn_away(connection)
+            return None
+        with self._lock:
+            self._open[connection.fd] = connection
+        return connection
+
+    def _turn_away(self, connection: Connection) -> None:
+        if connection.shaking_hands:  # nobody to be told anything yet
+            connection.socket.close()
+            return
+        error = HTTPError(503, "too many connections", fields=[("Retry-After", str(RETRY_AFTER_S))])
+        try:
+            connection.put(
+                self.service.refuse(error, connection.peer).encode(
+                    CLOSE, date_field(int(time.time()))
+                )
+            )
+            connection.receive()  # so that closing does not reset
+            connection.flush()
+        except OSError as failure:
+            logger.debug("%s was turned away and is gone: %s", connection.peer, failure)
+        connection.socket.close()
+
+    def _accept_failed(self, error: OSError) -> None:
+        """Out of file descriptors, most likely: make room, and let the housekeeper try again in a
+        moment.
+        """
+        if self._stopping or error.errno in (errno.ECONNABORTED, errno.EINTR, errno.EPROTO):
+            return
+        self._evict_idle(ACCEPTS_A_TURN)
+        if self._epoll is not None:
+            self._epoll.modify(self._listener_fd, 0)  # level-triggered, it would report without end
+        self._paused = True  # after that: the housekeeper undoes both
+        now = self._clock()
+        if now - self._warned_at >= 1.0:
+            self._warned_at = now
+            logger.warning("can't accept connections: %s", error.strerror)
+
+    # ---- a few workers over parked connections
+    # -------------------------------------------------------
+
+    def _start_worker(self) -> None:
+        worker = _Worker(self._work)
+        with self._lock:
+            self._workers.add(worker)
+        try:
+            worker.start()
+        except RuntimeError as error:  # no thread to be had: those that there are go on
+            with self._lock:
+                self._workers.discard(worker)
+            raise OSError(errno.EAGAIN, str(error)) from None
+
+    def _work(self, worker: _Worker) -> None:
+        """Give each that is ready its turn; then see what has become ready meanwhile."""
+        batch = 64 if self.threads == 1 else 4  # several workers share what is ready
+        while not (self._finished or worker.replaced):
+            try:
+                connection = self._claimed.popleft()
+            except IndexError:
+                self._send_answers()
+                worker.busy = False
+                self._claim_ready(batch)
+                worker.turns += 1
+                worker.busy = True
+                if self._asleep:
+                    self._control.put("work")
+                continue
+            worker.turns += 1
+            if connection is None:
+                self._accept(worker)
+            else:
+                self._turn(connection)
+        self._send_answers()
+        # It may have been replaced while it claimed: its successor, who waits for epoll by then,
+        # would look there only when the wait times out.
+        while self._claimed:
+            try:
+                connection = self._claimed.popleft()
+            except IndexError:
+                break
+            if connection is not None:  # the listener reports again by itself
+                self._park(connection, connection.parking)
+        with self._lock:
+            self._workers.discard(worker)
+
+    def _claim_ready(self, most: int) -> None:
+        """Wait until something is ready, and claim it: a connection; None is the listener.
+
+        Who sent many requests at once has had one turn of them: the rest is a backlog, of which
+        each round takes one turn. Others wait for that one turn at most, and not for 200.
+        """
+        assert self._epoll is not None
+        ready = self._epoll.poll(0 if self._backlog else 1.0, most)
+        now = time.perf_counter()
+        with self._lock:
+            for fd, events in ready:
+                if fd in self._open or fd in self._relays:
+                    connection = self._open[fd] if fd in self._open else self._relays[fd]
+                    if connection.parked:
+                        connection.parked = False
+                        connection.ready_at = now
+                        connection.hung_up = fd == connection.fd and bool(events & HUNG_UP)
+                        rest = connection.parking is self._ready
+                        (self._backlog if rest else self._claimed).append(connection)
+                elif fd == self._listener_fd:
+                    self._claimed.append(None)
+            if self._backlog:
+                connection = self._backlog.popleft()
+                connection.ready_at = now
+                self._claimed.append(connection)
+
+    def _replace_stuck_workers(self) -> bool:
+        """Start a new worker for each that is still at the turn of the last look; whether any is at
+        work.
+        """
+        with self._lock:
+            workers = list(self._workers)
+        for worker in workers:
+            if (
+                worker.busy
+                and worker.turns == worker.turns_seen
+                and not worker.replaced
+                and len(workers) < MAX_WORKERS
+            ):
+                try:
+                    self._start_worker()
+                except OSError as error:
+                    logger.warning("can't replace a worker that is held up: %s", error.strerror)
+                    break
+                worker.replaced = True
+            worker.turns_seen = worker.turns
+        return any(worker.busy for worker in workers)
+
+    # ---- a thread a connection
+    # -----------------------------------------------------------------------
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Accept, for socketserver; without descriptors, wait a moment rather than spin."""
+        try:
+            return super().get_request()
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            self._accept_failed(error)
+            self._stopped.wait(TICK_S)
+            raise
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """Serve one connection to its end, in the thread that socketserver started for it."""
+        connection = self._admit(request, client_address)
+        if connection is None:
+            return
+        connection.ready_at = time.perf_counter()
+        self._turn(connection)
+        self.service.count_answered()
+        while (parking := connection.parking) is not None:
+            source = connection.pending[0].source if connection.pending else None
+            if isinstance(source, Future):
+                wait_for_futures([source], TICK_S)
+                if source.done():
+                    self._settle(connection, source)
+                continue
+            poll = select.poll()
+            poll.register(connection.fd, parking.events)
+            if parking is self._relaying and source is not None:
+                poll.register(source.socket.fileno(), READ)
+            wait_s = max(0.0, connection.deadline - self._clock())
+            ready = dict(poll.poll(wait_s * 1000 + 1))
+            if self._claim(connection):
+                connection.ready_at = time.perf_counter()
+                connection.hung_up = bool(ready.get(connection.fd, 0) & HUNG_UP)
+                if ready:
+                    self._turn(connection)
+                else:
+                    self._time_out(connection)
+                self.service.count_answered()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Called by socketserver with what got past everything else."""
+        error = sys.exception()
+        assert isinstance(error, Exception)  # that is when it is called
+        self.service.refuse(error, client_address[0])
+
+    # ---- from start to stop
+    # --------------------------------------------------------------------------
+
+    def serve_forever(self, poll_interval: float = 0.1) -> None:
+        """Serve until told to stop, then finish what is in flight. This thread keeps house."""
+        try:
+            if self._epoll is not None:
+                # level-triggered, so that it needs no arming, and a held-up worker does not keep it
+                # from others
+                self._epoll.register(self._listener_fd, READ)
+                self._epoll.register(self._woken.fileno(), READ)
+                for _ in range(self.threads):
+                    self._start_worker()
+            else:
+                acceptor = threading.Thread(
+                    target=super().serve_forever, args=(poll_interval,), daemon=True
+                )
+                acceptor.start()
+            self._keep_house()
+            self._finish()
+        finally:
+            self._stopped.set()
+
+    def _keep_house(self) -> None:
+        due = [self._clock() for _ in self._jobs]
+        due[0] += FLUSH_INTERVAL_S
+        quiet, order = 0, ""
+        while order != "stop":
+            self._asleep = quiet >= QUIET_TICKS
+            try:
+                order = self._control.get(timeout=1.0 if self._asleep else TICK_S)
+                quiet = 0
+            except queue.Empty:  # the usual case: nobody has anything to say
+                order = ""
+                quiet += 1
+            self._asleep = False
+            try:
+                if self._replace_stuck_workers():
+                    quiet = 0
+                now = self._clock()
+                for number, (interval_s, job) in enumerate(self._jobs):
+                    if now >= due[number]:
+                        due[number] = now + interval_s
+                        job()
+                if order == "reload" and self._reload is not None:
+                    # elsewhere, for it may have to wait for a slow disk
+                    threading.Thread(
+                        target=self._reload, args=(self,), name="reload", daemon=True
+                    ).start()
+            except Exception as error:  # the next round is another one
+                log_unexpected(error)
+
+    def _resume_accepting(self) -> None:
+        if self._paused:
+            self._paused = False
+            if self._epoll is not None:
+                self._epoll.modify(self._listener_fd, READ)
+
+    def log_decisions(self) -> None:
+        """Log how many requests were allowed and refused since the last time."""
+        if self.service.limiter and (summary := limiter_summary(self.service.limiter)):
+            logger.info("%s", summary)
+
+    def _finish(self) -> None:
+        """Stop accepting, answer what is in flight, close what is idle."""
+        self._stopping = self.service.stopping = True
+        if self._epoll is not None:
+            self._epoll.unregister(self._listener_fd)
+        else:
+            super().shutdown()
+        self.socket.close()
+        deadline = time.monotonic() + self.timeouts.stop_s
+        # who lingers has its answer
+        while len(self._open) > len(self._lingering.queue) and time.monotonic() < deadline:
+            self._close_idle()
+            self._stopped.wait(TICK_S / 4)
+        self._finished = True
+        self._waker.send(b"!")  # stays unread: every worker sees it
+        for worker in list(self._workers):
+            worker.join(max(0.0, deadline + 0.5 - time.monotonic()))
+        for connection in list(self._open.values()):
+            self._close(connection)
+
+    def stop_soon(self) -> None:
+        """Ask `serve_forever` to end; returns at once, and may be called in a signal handler."""
+        self._control.put("stop")
+
+    def reload_soon(self) -> None:
+        """Ask for a call of `reload`; returns at once, and may be called in a signal handler."""
+        self._control.put("reload")
+
+    def shutdown(self) -> None:
+        """Ask `serve_forever` to end, and wait until it has."""
+        self.stop_soon()
+        self._stopped.wait()
+
+    def server_close(self) -> None:
+        """Give the address and all descriptors back."""
+        super().server_close()
+        self._close_own_descriptors()
+
+    def _close_own_descriptors(self) -> None:
+        self._waker.close()
+        self._woken.close()
+        if self._epoll is not None:
+            self._epoll.close()
+
+
+def steady_threads() -> int:
+    """How many workers pay: one where the interpreter lock lets only one run, else one a core."""
+    has_lock = getattr(sys, "_is_gil_enabled", lambda: True)()
+    return 1 if has_lock else os.cpu_count() or 1
+
+
+def fit_connections(wanted: int) -> int:
+    """How many connections the limit on open files allows, after raising it as far as it goes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = wanted + SPARE_DESCRIPTORS
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return (
+        wanted if soft == resource.RLIM_INFINITY else max(1, min(wanted, soft - SPARE_DESCRIPTORS))
+    )
+
+
+# ==================================================================================================
+# PART II. STORAGE
+# ==================================================================================================
+
+
+# ==================================================================================================
+# 9. Regular expressions
 # ==================================================================================================
 #
 # The problem: anybody may send a regular expression. `re` tries one way through it after the other,
@@ -3135,44 +4616,26 @@ def expand(template: str, groups: Sequence[str | None], names: dict[str, int]) -
 
 
 # ==================================================================================================
-# 8. Time-series store
+# 10. Series
 # ==================================================================================================
 #
-# The problem: a million samples are to stay small in memory and on disk, to be found by any of
-# their tags, and to survive a crash, while pushes wait for nothing. The idea is that of a
-# log-structured merge tree. What is pushed goes to the log and into a memtable, in which the series
-# that one client pushes together share their timestamps: a push appends one row to plain arrays.
-# Full arrays are sealed into compressed chunks. From time to time the log and the memtable change
-# hands together: the memtable becomes an immutable block on disk, and then the part of the log that
-# it covers is retired. What no block covers is replayed at the start. What it costs: a read has to
-# look into several blocks and memtables, and merges what it finds; the later push wins.
+# A series is all samples of one metric with the same tags, and is known by its labels: the tags,
+# and the name as one more label. The problem: to find ten series among a million by conditions on
+# their labels. The idea is the inverted index of search engines: for each value of each label an
+# ascending list of the series that have it (a posting list). Lists are intersected, the shortest
+# first; all other conditions are tested only on the series that are left. What it costs: a number
+# in a list for each label of each series.
 #
-# A block, from its first byte:  values | times | index | meta | length and checksum of the meta
-#
-# Sources: O'Neil et al., The Log-Structured Merge-Tree (1996); Pelkonen et al., Gorilla: A Fast,
-# Scalable, In-Memory Time Series Database (2015), whose ideas are done here by whole chunks.
+# Whatever works for a query counts its work in a `Budget`, so that nothing takes long unnoticed.
 
-CHUNK_SAMPLES = 1_024  # a chunk is sealed with so many
 MAX_SERIES = 1_000_000  # in memory
-SEGMENT_BYTES = 512 * 1024 * 1024  # the log gives way to a block when it is so long
-SEGMENT_AGE_S = 2 * 3600.0  # or so old
-MAX_BLOCK_SAMPLES = 50_000_000
-MERGED_BLOCKS = 4  # so many neighbours of about the same size are compacted into one
-RETENTION_S = 30 * 86_400
-STORE_TICK_S = 1.0
-STORE_RETRY_S = 30.0  # after a failure, a full disk as a rule
-BLOCKS_NAME = "blocks"
 NAME = "__name__"  # the label that holds the name of the metric
 
-_Labels = tuple[str, ...]  # name, value, name, value …; in the order of the names
-
-
-def no_pause() -> None:
-    """What long work calls where nobody waits."""
-
+Labels = tuple[str, ...]  # name, value, name, value …; in the order of the names
 
 # A staleness marker: the series has no value from here on. The bits are Prometheus's.
-STALE: float = struct.unpack("<d", struct.pack("<Q", 0x7FF0_0000_0000_0002))[0]
+STALE_BITS = 0x7FF0_0000_0000_0002
+STALE: float = struct.unpack("<d", struct.pack("<Q", STALE_BITS))[0]
 
 
 class OverBudgetError(Exception):
@@ -3203,16 +4666,22 @@ class Matcher(NamedTuple):
 
     def accepts(self, value: str) -> bool:
         """Whether a value of the label fulfils the condition."""
-        if self.op in ("=", "!="):
-            return (value == self.value) == (self.op == "=")
-        return compile_regex(self.value).matches(value) == (self.op == "=~")
+        return value in self.accepted((value,), Budget())
 
-    def test(self) -> Callable[[str], bool]:
-        """`accepts`, for many values: a regular expression is compiled once."""
-        if self.op not in ("=~", "!~"):
-            return self.accepts
-        matches = compile_regex(self.value).matches
-        return matches if self.op == "=~" else lambda value: not matches(value)
+    def accepted(self, values: Iterable[str], budget: Budget) -> set[str]:
+        """Those of some values that fulfil the condition."""
+        if self.op == "=":
+            return {value for value in values if value == self.value}
+        if self.op == "!=":
+            return {value for value in values if value != self.value}
+        regex, wanted = compile_regex(self.value), self.op == "=~"
+        found, worked = set(), regex.work
+        for value in values:
+            budget.spend(8 + len(value) + 20 * (regex.work - worked))
+            worked = regex.work
+            if regex.matches(value) == wanted:
+                found.add(value)
+        return found
 
 
 class Series(NamedTuple):
@@ -3223,8 +4692,122 @@ class Series(NamedTuple):
     values: "array[float]"
 
 
-# ---- chunks: arrays as few bytes ----
+def series_labels(name: str, tags: dict[str, str]) -> Labels:
+    """What a series is known by. A tag with an empty value is no tag; none can hide the name.
 
+    >>> series_labels("cpu", {"host": "web1", "zone": ""})
+    ('__name__', 'cpu', 'host', 'web1')
+    """
+    labels = {tag: value for tag, value in tags.items() if value}
+    labels[NAME] = name
+    return tuple(itertools.chain.from_iterable(sorted(labels.items())))
+
+
+class SeriesIndex:
+    """Series by number, from 0, and by what their labels hold: an inverted index.
+
+    >>> index = SeriesIndex()
+    >>> [index.number(("__name__", "cpu", "host", host)) for host in ("a", "b", "a")]
+    [0, 1, 0]
+    >>> index.select([Matcher("__name__", "=", "cpu"), Matcher("host", "!=", "a")], Budget())
+    [1]
+    """
+
+    def __init__(self) -> None:
+        self.labels: list[Labels] = []
+        self._numbers: dict[Labels, int] = {}
+        self._postings: dict[str, dict[str, array[int]]] = {}
+        self._texts: dict[str, str] = {}  # one object for each text, however many series have it
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def number(self, labels: Labels) -> int:
+        """The number of the series of these labels, a new one if there is none."""
+        if labels in self._numbers:
+            return self._numbers[labels]
+        labels = tuple(self._texts.setdefault(text, text) for text in labels)
+        number = self._numbers[labels] = len(self.labels)
+        for name, value in zip(labels[::2], labels[1::2]):
+            values = self._postings.setdefault(name, {})
+            if value in values:
+                values[value].append(number)
+            else:
+                values[value] = array("I", (number,))
+        self.labels.append(labels)
+        return number
+
+    def select(self, matchers: Sequence[Matcher], budget: Budget) -> list[int]:
+        """The numbers of the series that fulfil all matchers, ascending."""
+        chosen: Sequence[int] = range(len(self.labels))
+        equal, others = self._sorted_by_use(matchers)
+        for matcher in equal:
+            posting = self._postings.get(matcher.name, {}).get(matcher.value, ())
+            chosen = _intersection(chosen, posting, budget)
+        for matcher in others:
+            chosen = self._filtered(chosen, matcher, budget)
+        return list(chosen)
+
+    def _sorted_by_use(self, matchers: Sequence[Matcher]) -> tuple[list[Matcher], list[Matcher]]:
+        """(those that are a posting list, the shortest first; all others)."""
+
+        def length(matcher: Matcher) -> int:
+            return len(self._postings.get(matcher.name, {}).get(matcher.value, ()))
+
+        equal = [matcher for matcher in matchers if matcher.op == "=" and matcher.value]
+        others = [matcher for matcher in matchers if matcher.op != "=" or not matcher.value]
+        return sorted(equal, key=length), others
+
+    def _filtered(self, chosen: Sequence[int], matcher: Matcher, budget: Budget) -> Sequence[int]:
+        """Those of the chosen series that fulfil a matcher which is no posting list by itself."""
+        postings = self._postings.get(matcher.name, {})
+        if len(chosen) <= len(postings):  # fewer series than values: look at what the series have
+            values = [self._value(number, matcher.name) for number in chosen]
+            budget.spend(10 * len(values))
+            accepted = matcher.accepted(set(values), budget)
+            return [number for number, value in zip(chosen, values) if value in accepted]
+        accepted = matcher.accepted(postings, budget)
+        wanted = not matcher.accepts("")  # then a series without the label is not
+        values_of_list = accepted if wanted else postings.keys() - accepted
+        listed: set[int] = set()
+        for value in values_of_list:
+            budget.spend(5 + len(postings[value]) / 2)
+            listed.update(postings[value])
+        budget.spend(len(chosen) / 2)
+        return [number for number in chosen if (number in listed) == wanted]
+
+    def _value(self, number: int, name: str) -> str:
+        labels = self.labels[number]
+        return labels[labels[::2].index(name) * 2 + 1] if name in labels[::2] else ""
+
+
+def _intersection(chosen: Sequence[int], posting: Sequence[int], budget: Budget) -> Sequence[int]:
+    """What is in both; both ascend."""
+    if isinstance(chosen, range):  # all series, so far
+        return posting
+    if len(chosen) * 16 < len(posting):
+        budget.spend(5 * len(chosen))
+        places = (bisect_left(posting, number) for number in chosen)
+        return [n for n, at in zip(chosen, places) if at < len(posting) and posting[at] == n]
+    budget.spend((len(chosen) + len(posting)) / 2)
+    listed = set(posting)
+    return [number for number in chosen if number in listed]
+
+
+# ==================================================================================================
+# 11. Chunks
+# ==================================================================================================
+#
+# A chunk is up to 1,024 samples of one series as few bytes. The problem: series compress well, as
+# values repeat or change by little, but a loop over bits is slow in Python. The idea: whole columns
+# become small integers by loops in C (`map`, `array`, integers of a thousand bytes), their bytes
+# are put in the order in which they are alike, and deflate does the rest. What it costs: a chunk is
+# decoded as a whole even for one sample, 0.1 µs a value.
+#
+# Source: Pelkonen et al., Gorilla: A Fast, Scalable, In-Memory Time Series Database (2015), whose
+# ideas (delta of delta, XOR) are done here by whole chunks.
+
+CHUNK_SAMPLES = 1_024  # a chunk is sealed with so many
 _WIDTHS = (("b", 7), ("h", 15), ("i", 31), ("q", 63))
 _SCALES = (1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
 _PROBED = 8  # values that are looked at before all are
@@ -3397,14 +4980,14 @@ class Chunk(NamedTuple):
     count: int  # type: ignore[assignment]  # of samples; no tuple is searched here
     times: "bytes | array[int]"
     values: "bytes | array[float]"
-    turns: "bytes | array[int] | None" = None  # in a memtable: when each was pushed, ascending
+    sequence: "bytes | array[int] | None" = None  # in a memtable: when each arrived, ascending
 
     @classmethod
     def of(
-        cls, times: "array[int]", values: "array[float]", turns: "array[int] | None" = None
+        cls, times: "array[int]", values: "array[float]", sequence: "array[int] | None" = None
     ) -> "Chunk":
         """The chunk of some samples, not encoded."""
-        return cls(times[0], times[-1], len(times), times, values, turns)
+        return cls(times[0], times[-1], len(times), times, values, sequence)
 
     def decoded_times(self, known: "dict[bytes, array[int]]") -> "array[int]":
         """Its times, decoded only once for all chunks that share them."""
@@ -3419,50 +5002,50 @@ class Chunk(NamedTuple):
         """Its values."""
         return self.values if isinstance(self.values, array) else decode_values(self.values)
 
+    def decoded_sequence(self) -> Iterable[int]:
+        """The sequence number of each sample; 0 for all where none are known."""
+        if self.sequence is None:
+            return itertools.repeat(0)
+        return self.sequence if isinstance(self.sequence, array) else decode_times(self.sequence)
 
-def _decoded_turns(chunk: Chunk) -> Iterable[int]:
-    turns = chunk.turns
-    return itertools.repeat(0) if turns is None else (
-        turns if isinstance(turns, array) else decode_times(turns)
-    )  # fmt: skip
 
-
-def merge_chunks(sources: list[list[Chunk]]) -> list[Chunk]:
+def merge_chunks(sources: list[list[Chunk]], budget: Budget) -> list[Chunk]:
     """The chunks of one series, from the oldest source to the newest, as one list without
     overlaps, ascending. Of samples of the same time the one that was pushed last is kept.
 
     >>> old = Chunk.of(array("q", [1, 2, 3]), array("d", [1, 1, 1]))
     >>> new = Chunk.of(array("q", [3, 4]), array("d", [2, 2]))
-    >>> merge_chunks([[old], [new]])[0].values
+    >>> merge_chunks([[old], [new]], Budget())[0].values
     array('d', [1.0, 1.0, 2.0, 2.0])
     """
     ranked = [(chunk, rank) for rank, chunks in enumerate(sources) for chunk in chunks]
     ranked.sort(key=lambda pair: pair[0].first_ms)
-    merged: list[Chunk] = []
-    run: list[tuple[Chunk, int]] = []  # chunks that overlap
+    whole: list[Chunk] = []
+    overlapping: list[tuple[Chunk, int]] = []
     last_ms = -1
     for pair in ranked:
-        if run and pair[0].first_ms > last_ms:
-            merged.append(_without_overlap(run))
-            run = []
-        run.append(pair)
+        if overlapping and pair[0].first_ms > last_ms:
+            whole.append(_without_overlap(overlapping, budget))
+            overlapping = []
+        overlapping.append(pair)
         last_ms = max(last_ms, pair[0].last_ms)
-    if run:
-        merged.append(_without_overlap(run))
-    return merged
+    if overlapping:
+        whole.append(_without_overlap(overlapping, budget))
+    return whole
 
 
-def _without_overlap(run: list[tuple[Chunk, int]]) -> Chunk:
-    if len(run) == 1:
-        return run[0][0]
+def _without_overlap(overlapping: list[tuple[Chunk, int]], budget: Budget) -> Chunk:
+    if len(overlapping) == 1:
+        return overlapping[0][0]
+    budget.spend(10 * sum(chunk.count for chunk, _ in overlapping))
     known: dict[bytes, array[int]] = {}
     samples = [
         sample
-        for chunk, rank in run
+        for chunk, rank in overlapping
         for sample in zip(
             chunk.decoded_times(known),
             itertools.repeat(rank),
-            _decoded_turns(chunk),
+            chunk.decoded_sequence(),
             chunk.decoded_values(),
         )
     ]
@@ -3471,7 +5054,8 @@ def _without_overlap(run: list[tuple[Chunk, int]]) -> Chunk:
     return Chunk.of(array("q", last), array("d", last.values()))
 
 
-def _concatenated(code: str, parts: Sequence[Any]) -> Any:
+def concatenated(code: str, parts: Sequence[Any]) -> Any:
+    """Arrays of one type code as one array; a single one is given back as it is."""
     if len(parts) == 1:
         return parts[0]
     whole = array(code)
@@ -3480,365 +5064,378 @@ def _concatenated(code: str, parts: Sequence[Any]) -> Any:
     return whole
 
 
-# ---- who is there: labels, and the series that have them ----
+# ==================================================================================================
+# 12. Memtable
+# ==================================================================================================
+#
+# The problem: what was pushed lately changes all the time, and is asked for most. The idea: series
+# that one client pushes together share their times, so a push of a hundred metrics is one row: one
+# time, one sequence number, a hundred values at the end of a plain array. Rows that have become a
+# thousand are sealed into chunks. Samples come in one way only, as lines of the log; the lines of
+# a batch that came before are recognized as a whole, and cost a comparison. What it costs: 0.6 µs
+# a line, and a series that is pushed now with these and now with those stands in several groups.
+
+# Possessive quantifiers: a line that does not match is given up at once, 0.4 µs instead of 0.6.
+_LOG_LINE = re.compile(
+    rb'\{"timestamp":"([0-9T:-]{17}[0-5][0-9]\.[0-9]{3}Z)",'
+    rb'"name":"([^"\\\n]++(?:\\.[^"\\\n]*+)*+)","value":'
+    rb"(-?(?:0|[1-9][0-9]{0,300}+)(?:\.[0-9]++)?(?:e[-+]?(?:[0-2]?[0-9]{1,2}|30[0-7]))?|null)"
+    rb'(,"type":[^\n]*+)\n'
+)
+_LineKey = tuple[bytes, bytes]  # the name of a line, and all that stands behind its value
 
 
-class SeriesIndex:
-    """Series by number, from 0, and by what their labels hold: an inverted index.
-
-    >>> index = SeriesIndex()
-    >>> [index.number(("__name__", "cpu", "host", host)) for host in ("a", "b", "a")]
-    [0, 1, 0]
-    >>> index.select([Matcher("__name__", "=", "cpu"), Matcher("host", "!=", "a")])
-    [1]
-    """
-
-    def __init__(self) -> None:
-        self.labels: list[_Labels] = []  # only ever appended to, and after all else is in place
-        self._lock = threading.Lock()  # guards the two below
-        self._numbers: dict[_Labels, int] = {}
-        self._postings: dict[str, dict[str, array[int]]] = {}
-
-    def __contains__(self, labels: _Labels) -> bool:
-        with self._lock:
-            return labels in self._numbers
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def number(self, labels: _Labels) -> int:
-        """The number of the series of these labels, a new one if there is none."""
-        with self._lock:
-            if labels in self._numbers:
-                return self._numbers[labels]
-            # one object for each text, however many series have it
-            labels = tuple(map(sys.intern, labels))
-            number = self._numbers[labels] = len(self.labels)
-            for name, value in zip(labels[::2], labels[1::2]):
-                values = self._postings.setdefault(name, {})
-                if value in values:
-                    values[value].append(number)
-                else:
-                    values[value] = array("I", (number,))
-            self.labels.append(labels)
-            return number
-
-    def select(
-        self, matchers: Sequence[Matcher], pause: Callable[[], None] = no_pause
-    ) -> list[int]:
-        """The numbers of the series that fulfil all matchers, ascending."""
-        chosen: set[int] | None = None
-        refused: set[int] = set()
-        for matcher in matchers:
-            accepts = matcher.test()
-            wanted = not accepts("")  # then a series without the label is not
-            with self._lock:
-                values = list(self._postings.get(matcher.name, ()))
-            if matcher.op == "=" and wanted:
-                values = [matcher.value]
-            else:  # outside the lock: it may take long
-                there, values = values, []
-                for value in there:
-                    pause()
-                    if accepts(value) == wanted:
-                        values.append(value)
-            with self._lock:
-                postings = self._postings.get(matcher.name, {})
-                found = set(
-                    itertools.chain.from_iterable(
-                        postings[value] for value in values if value in postings
-                    )
-                )
-            if wanted:
-                chosen = found if chosen is None else chosen & found
-            else:
-                refused |= found
-        if chosen is None:
-            chosen = set(range(len(self.labels)))
-        return sorted(chosen - refused)
+@functools.lru_cache(maxsize=1024)
+def _minute_ms(text: bytes) -> int | None:
+    try:
+        return _read_timestamp(f"{text.decode()}00Z")
+    except ValueError:
+        return None
 
 
-def series_labels(name: str, tags: dict[str, str]) -> _Labels:
-    """What a series is known by. A tag with an empty value is no tag; none can hide the name.
-
-    >>> series_labels("cpu", {"host": "web1", "zone": ""})
-    ('__name__', 'cpu', 'host', 'web1')
-    """
-    labels = {tag: value for tag, value in tags.items() if value}
-    labels[NAME] = name
-    return tuple(itertools.chain.from_iterable(sorted(labels.items())))
+def _line_time_ms(text: bytes) -> int | None:
+    """The time of a line in milliseconds; None: the calendar has no such."""
+    minute_ms = _minute_ms(text[:17])  # 0.4 µs instead of 5 for the whole time
+    return None if minute_ms is None else minute_ms + int(text[17:19] + text[20:23])
 
 
-# ---- what was pushed lately ----
+def _floats(values: Iterable[bytes]) -> list[float]:
+    try:
+        return list(map(float, values))
+    except ValueError:  # a null among them
+        return [STALE if value == b"null" else float(value) for value in values]
 
 
-class _Head:
-    """The latest rows of the series that are pushed together. Its memtable's lock guards it."""
+class RowGroup:
+    """The latest rows of series that are pushed together."""
 
-    __slots__ = ("series", "times", "turns", "values", "chunks", "ordered")
+    __slots__ = ("series", "times", "sequence", "values", "chunks", "ascending")
 
     def __init__(self, series: tuple[int, ...]):
         self.series = series
         self.times = array("q")
-        self.turns = array("q")
+        self.sequence = array("q")  # a number for each row of the memtable, in order of arrival
         self.values = array("d")  # row by row
-        self.chunks: list[tuple[Chunk, ...]] = []  # sealed ones, a chunk for each series
-        self.ordered = True  # whether the times ascend
+        self.chunks: list[list[Chunk]] = []  # sealed ones, each time a chunk for each series
+        self.ascending = True  # whether the times ascend
 
-    def append(self, time_ms: int, turn: int, values: Iterable[float]) -> None:
+    def append(self, time_ms: int, sequence: int, values: Iterable[float]) -> None:
+        """Add a row. Of rows of the same time the later one wins."""
         times = self.times
         if times:
             last_ms = times[-1]
-            if time_ms == last_ms:  # the later push wins
-                del times[-1], self.turns[-1], self.values[-len(self.series) :]
+            if time_ms == last_ms:
+                del times[-1], self.sequence[-1], self.values[-len(self.series) :]
             elif time_ms < last_ms:
-                self.ordered = False
+                self.ascending = False
         times.append(time_ms)
-        self.turns.append(turn)
+        self.sequence.append(sequence)
         self.values.extend(values)
 
     def sort(self) -> None:
-        """Rows in the order of their times, of those of the same time the last one."""
-        if self.ordered:
+        """Bring rows into the order of their times; of the same time the last one stays."""
+        if self.ascending:
             return
         width = len(self.series)
         last = {time_ms: row for row, time_ms in enumerate(self.times)}
         rows = [last[time_ms] for time_ms in sorted(last)]
-        self.turns = array("q", [self.turns[row] for row in rows])
-        self.times = array("q", sorted(last))
         values = array("d")
         for row in rows:
             values += self.values[row * width : (row + 1) * width]
-        self.values, self.ordered = values, True
+        self.sequence = array("q", [self.sequence[row] for row in rows])
+        self.times, self.values, self.ascending = array("q", sorted(last)), values, True
+
+
+class _Layout(NamedTuple):
+    """The lines of a batch that may come again, all but their values."""
+
+    names: tuple[bytes, ...]
+    rests: tuple[bytes, ...]
+    group: RowGroup
 
 
 class Memtable:
-    """Samples in memory: series that come together, in the same order, share a head.
+    """Samples in memory, from lines of the log.
 
     >>> table = Memtable()
-    >>> table.add([Sample("cpu", 1.5, "gauge", {}, 1000), Sample("cpu", 2, "gauge", {}, 2000)])
-    >>> list(table.chunks(table.index.select([Matcher("__name__", "=", "cpu")]), 0, 9000))[0][1]
-    [Chunk(first_ms=1000, last_ms=2000, count=2, times=array('q', [1000, 2000]), \
-values=array('d', [1.5, 2.0]), turns=array('q', [1, 2]))]
+    >>> sample = Sample("cpu", 1.5, "gauge", {}, 1000)
+    >>> table.add_lines(log_line(sample).encode())
+    1
+    >>> [number] = table.index.select([Matcher("__name__", "=", "cpu")], Budget())
+    >>> next(table.chunks([number], 0, 9000, Budget()))[1][0].values
+    array('d', [1.5])
     """
 
-    MAX_LAYOUTS = 65_536  # bodies by their texts
-    COLUMNS_A_SERIES = 4  # how often a series may stand in different heads, on average
+    MAX_LAYOUTS = 65_536  # that are remembered
+    COLUMNS_A_SERIES = 4  # how often a series may stand in different groups, on average
 
     def __init__(self) -> None:
         self.index = SeriesIndex()
-        self.lock = threading.Lock()  # guards all that is below
         self.types: dict[str, str] = {}
         self.first_ms, self.last_ms = END_OF_TIME_MS, -1  # the bounds of the samples' times
-        self.turn = 0  # how many rows there ever were
-        self._heads: dict[tuple[int, ...], _Head] = {}
-        self._heads_of: list[list[tuple[_Head, int]]] = []  # of each series: heads and columns
+        self.rows = 0  # how many there ever were
+        self.unreadable: list[bytes] = []  # lines that are no metrics, until somebody takes them
+        self._groups: dict[tuple[int, ...], RowGroup] = {}
+        self._places: list[list[tuple[RowGroup, int]]] = []  # of each series: groups and columns
         self._columns = 0
+        self._full: dict[RowGroup, None] = {}  # groups with rows to seal
         self._seen: set[int] = set()  # hashes of rows that came once
-        # By the text of names and tags in a body: the head, and which values it takes where a
-        # series stands in the body twice.
-        self._layouts: dict[bytes, tuple[_Head, Callable[[Any], Any] | None]] = {}
-        self._by_text: dict[tuple[bytes, bytes], int] = {}  # series of the log while it is read
+        self._layouts: dict[_LineKey, list[_Layout]] = {}  # of several lines, by the first one
+        self._singles: dict[_LineKey, RowGroup] = {}  # lines that come alone
+        self._layout_count = 0
+        self._numbers: dict[_LineKey, int] = {}  # series by the text of a line; -1: no metric
 
-    def knows(self, layout: bytes) -> bool:
-        """Whether a body of this layout holds no new series."""
-        with self.lock:
-            return layout in self._layouts
+    # ---- lines come in
 
-    def add_row(self, layout: bytes, time_ms: int, values: Sequence[Any]) -> bool:
-        """Add a batch of a known layout, its values as numbers or their texts; else say False."""
-        with self.lock:
-            if layout not in self._layouts:
-                return False
-            head, pick = self._layouts[layout]
-            self._push(head, time_ms, values if pick is None else pick(values))
-            return True
+    def add_lines(self, lines: bytes) -> int:
+        """Add whole lines of the log; returns how many of them were metrics."""
+        rows_before = len(self.unreadable)
+        found = _LOG_LINE.findall(lines)
+        count = lines.count(b"\n")
+        if len(found) == count:
+            self._add_found(found)
+        else:  # some are not as the log writes them
+            found = []
+            for line in lines.splitlines(keepends=True):
+                if match := _LOG_LINE.fullmatch(line):
+                    found.append(match.groups())
+                else:
+                    self._add_found(found)
+                    found = []
+                    self._add_odd_line(line)
+            self._add_found(found)
+        return count - (len(self.unreadable) - rows_before)
 
-    def _push(self, head: _Head, time_ms: int, values: Iterable[Any]) -> None:
-        self.turn += 1
-        head.append(time_ms, self.turn, map(float, values))
-        if time_ms > self.last_ms:
-            self.last_ms = time_ms
-        if time_ms < self.first_ms:
-            self.first_ms = time_ms
+    def _add_odd_line(self, line: bytes) -> None:
+        """A line that is not as the log writes it: a metric all the same, or nothing."""
+        try:
+            sample = _read_metric(parse_json(line), 0)
+            usual = _LOG_LINE.findall(log_line(sample).encode())
+            if not usual:  # a number such as 1.7e308
+                number = self._number(sample)
+                value = STALE if sample.value is None else float(sample.value)
+                self._push(self._single(number), sample.timestamp_ms, (value,))
+            self._add_found(usual)
+        except ValueError:
+            self.unreadable.append(line)
 
-    def add(self, samples: Sequence[Sample], layout: bytes = b"") -> None:
-        """Add samples, and remember them as the layout of a body."""
-        with self.lock:
-            numbers = [self._number(sample) for sample in samples]
-            start = 0
-            for end in range(1, len(samples) + 1):
-                time_ms = samples[start].timestamp_ms
-                if end < len(samples) and samples[end].timestamp_ms == time_ms:
-                    continue
-                row = samples[start:end]
-                head = self._add_run(numbers[start:end], time_ms, [s.value for s in row])
-                if head is not None and layout and len(row) == len(samples):
-                    self._remember(layout, head, numbers)
-                start = end
+    def _add_found(self, found: list[tuple[bytes, bytes, bytes, bytes]]) -> None:
+        if not found:
+            return
+        times, names, values, rests = zip(*found)
+        at = 0
+        while at < len(found):
+            for layout in self._layouts.get((names[at], rests[at]), ()):
+                end = at + len(layout.names)
+                if (
+                    names[at:end] == layout.names
+                    and rests[at:end] == layout.rests
+                    and times[at:end] == times[at : at + 1] * (end - at)
+                ):
+                    self._add_row(layout.group, times[at], values[at:end])
+                    at = end
+                    break
+            else:
+                end = self._end_of_batch(times, names, rests, at)
+                key = names[at], rests[at]
+                if end == at + 1 and key in self._singles:
+                    self._add_row(self._singles[key], times[at], values[at:end])
+                else:
+                    self._add_batch(times[at], names[at:end], values[at:end], rests[at:end])
+                at = end
+
+    def _add_row(self, group: RowGroup, time_text: bytes, values: Sequence[bytes]) -> None:
+        time_ms = _line_time_ms(time_text)
+        if time_ms is None:
+            self.unreadable += [time_text] * len(values)
+        else:
+            self._push(group, time_ms, _floats(values))
+
+    def _end_of_batch(
+        self, times: Sequence[bytes], names: Sequence[bytes], rests: Sequence[bytes], at: int
+    ) -> int:
+        """Where the lines end that may be of one batch: of one time, up to a known layout."""
+        end, most = at + 1, min(len(times), at + MAX_BATCH)
+        while (
+            end < most and times[end] == times[at] and (names[end], rests[end]) not in self._layouts
+        ):
+            end += 1
+        return end
+
+    def _add_batch(
+        self,
+        time_text: bytes,
+        names: Sequence[bytes],
+        values: Sequence[bytes],
+        rests: Sequence[bytes],
+    ) -> None:
+        """Add lines of one time: as a row of their group if they have one, else one by one."""
+        time_ms = _line_time_ms(time_text)
+        if time_ms is None:
+            self.unreadable += [time_text] * len(names)
+            return
+        row: dict[int, float] = {}  # of a series that stands there twice, the last value
+        for name, value, rest in zip(names, _floats(values), rests):
+            number = self._number_of_line((name, rest))
+            if number >= 0:
+                row[number] = value
+            else:
+                self.unreadable.append(name + rest)
+        group = self._group(tuple(row)) if row else None
+        if group is None:
+            for number, value in row.items():
+                self._push(self._single(number), time_ms, (value,))
+            return
+        self._push(group, time_ms, row.values())
+        if len(row) < len(names) or self._layout_count >= self.MAX_LAYOUTS:
+            return
+        self._layout_count += 1
+        if len(row) == 1:
+            self._singles[names[0], rests[0]] = group
+        else:
+            layouts = self._layouts.setdefault((names[0], rests[0]), [])
+            layouts.append(_Layout(tuple(names), tuple(rests), group))
+            layouts.sort(key=lambda layout: -len(layout.names))
+
+    def _number_of_line(self, key: _LineKey) -> int:
+        if key in self._numbers:
+            return self._numbers[key]
+        if len(self._numbers) > 2 * len(self.index) + 65_536:  # series by more than one text each
+            self._numbers.clear()
+        try:
+            metric = parse_json(b'{"name":"%b","value":0%b' % key)
+            number = self._number(_read_metric(metric, 0))
+        except ValueError:
+            number = -1
+        self._numbers[key] = number
+        return number
 
     def _number(self, sample: Sample) -> int:
         number = self.index.number(series_labels(sample.name, sample.tags))
-        if number == len(self._heads_of):
-            self._heads_of.append([])
-        if sample.name not in self.types or self.types[sample.name] != sample.type:
-            self.types[sample.name] = sample.type
+        if number == len(self._places):
+            self._places.append([])
+        self.types[sample.name] = sample.type
         return number
 
-    def _add_run(self, numbers: list[int], time_ms: int, values: list[float]) -> _Head | None:
-        """Add samples of one time: as a row of their head if they have one, else one by one."""
-        if len(set(numbers)) < len(numbers):
-            last = dict(zip(numbers, values))
-            numbers, values = list(last), list(last.values())
-        head = self._head(tuple(numbers))
-        if head is not None:
-            self._push(head, time_ms, values)
-            return head
-        for number, value in zip(numbers, values):
-            single = self._head((number,))
-            assert single is not None  # a series may always stand alone
-            self._push(single, time_ms, (value,))
-        return None
-
-    def _head(self, series: tuple[int, ...]) -> _Head | None:
-        """The head of these series; a new one if they are new, or come together again."""
-        if series in self._heads:
-            return self._heads[series]
-        if len(series) > 1 and any(map(self._heads_of.__getitem__, series)):
+    def _group(self, series: tuple[int, ...]) -> RowGroup | None:
+        """The group of these series; a new one if they are new, or come together again."""
+        if series in self._groups:
+            return self._groups[series]
+        if len(series) > 1 and any(map(self._places.__getitem__, series)):
             key = hash(series)
-            room = self.COLUMNS_A_SERIES * len(self._heads_of) + 10 * MAX_BATCH
+            room = self.COLUMNS_A_SERIES * len(self._places) + 10 * MAX_BATCH
             if key not in self._seen or self._columns + len(series) > room:
                 if len(self._seen) >= self.MAX_LAYOUTS:
                     self._seen.clear()
                 self._seen.add(key)
                 return None
-        head = self._heads[series] = _Head(series)
+        group = self._groups[series] = RowGroup(series)
         self._columns += len(series)
         for column, number in enumerate(series):
-            self._heads_of[number].append((head, column))
-        return head
+            self._places[number].append((group, column))
+        return group
 
-    def _remember(self, layout: bytes, head: _Head, numbers: list[int]) -> None:
-        if len(self._layouts) >= self.MAX_LAYOUTS:
-            return
-        pick = None
-        if len(numbers) > len(head.series):
-            last = {number: place for place, number in enumerate(numbers)}
-            places = [last[number] for number in head.series]
-            pick = operator.itemgetter(*places) if len(places) > 1 else lambda row: row[-1:]
-        self._layouts[layout] = head, pick
+    def _single(self, number: int) -> RowGroup:
+        group = self._group((number,))
+        assert group is not None  # a series may always stand alone
+        return group
 
-    def add_lines(self, lines: list[tuple[bytes, bytes, bytes, bytes]]) -> None:
-        """Add lines of the log as (time, name, value, the rest), of which those of one time and
-        one batch belong together. Raises JSONError, BatchError.
-        """
-        by_text = self._by_text
-        for time_text, group in itertools.groupby(lines, operator.itemgetter(0)):
-            time_ms = _milliseconds(time_text)
-            numbers, values = [], []
-            for _, name, value, rest in group:
-                if (name, rest) not in by_text:
-                    by_text[name, rest] = self._number_of_line(name, rest)
-                numbers.append(by_text[name, rest])
-                values.append(float(value))
-            with self.lock:
-                for start in range(0, len(numbers), MAX_BATCH):
-                    end = start + MAX_BATCH
-                    self._add_run(numbers[start:end], time_ms, values[start:end])
+    def _push(self, group: RowGroup, time_ms: int, values: Iterable[float]) -> None:
+        self.rows += 1
+        group.append(time_ms, self.rows, values)
+        if time_ms > self.last_ms:
+            self.last_ms = time_ms
+        if time_ms < self.first_ms:
+            self.first_ms = time_ms
+        if len(group.times) > CHUNK_SAMPLES:
+            self._full[group] = None
 
-    def _number_of_line(self, name: bytes, rest: bytes) -> int:
-        metric = parse_json(b'{"name":"%b","value":0%b' % (name, rest))
-        with self.lock:
-            return self._number(_read_metric(metric, 0))
-
-    def end_replay(self) -> None:
-        """Forget what only `add_lines` needs."""
-        self._by_text = {}
+    # ---- chunks come out
 
     def chunks(
-        self, numbers: Iterable[int], start_ms: int, end_ms: int
+        self, numbers: Iterable[int], start_ms: int, end_ms: int, budget: Budget
     ) -> Iterator[tuple[int, list[Chunk]]]:
         """For each series its chunks of a time, both ends included; they may reach beyond it."""
-        with self.lock:
-            heads_of = {number: self._heads_of[number][:] for number in numbers}
-        wanted: dict[_Head, dict[int, Any]] = {}
-        for heads in heads_of.values():
-            for head, column in heads:
-                wanted.setdefault(head, {})[column] = None
-        found: dict[_Head, tuple[list[tuple[Chunk, ...]], Any, Any]] = {}
-        for head, columns in wanted.items():
-            with self.lock:  # for one head after the other: a push waits for one copy at most
-                head.sort()
-                width = len(head.series)
-                low = bisect_left(head.times, start_ms)
-                high = bisect_right(head.times, end_ms, low)
-                found[head] = head.chunks[:], head.times[low:high], head.turns[low:high]
-                for column in columns:
-                    columns[column] = head.values[low * width + column : high * width : width]
-        for number, heads in heads_of.items():
-            chunks: list[Chunk] = []
-            for head, column in heads:
-                sealed, times, turns = found[head]
-                for row in sealed:
+        bounds: dict[RowGroup, tuple[int, int, array[int], array[int]]] = {}
+        for number in numbers:
+            found: list[Chunk] = []
+            for group, column in self._places[number]:
+                for row in group.chunks:
                     chunk = row[column]
                     if chunk.first_ms <= end_ms and chunk.last_ms >= start_ms:
-                        chunks.append(chunk)
+                        found.append(chunk)
+                if group not in bounds:
+                    group.sort()
+                    low = bisect_left(group.times, start_ms)
+                    high = bisect_right(group.times, end_ms, low)
+                    budget.spend(high - low)
+                    bounds[group] = low, high, group.times[low:high], group.sequence[low:high]
+                low, high, times, sequence = bounds[group]
                 if times:
-                    chunks.append(Chunk.of(times, wanted[head][column], turns))
-            yield number, merge_chunks([chunks])
+                    width = len(group.series)
+                    values = group.values[low * width + column : high * width : width]
+                    found.append(Chunk.of(times, values, sequence))
+                budget.spend(10 + len(group.chunks) + (high - low) / 10)
+            yield number, merge_chunks([found], budget)
 
-    def seal(self, pause: Callable[[], None]) -> None:
-        """Encode the rows of all full heads. Only one thread may do so."""
-        with self.lock:
-            heads = list(self._heads.values())
-        for head in heads:
-            pause()
-            while (rows := self._full_rows(head)) is not None:
-                times, turns = (encode_times(numbers) for numbers in rows[0])
-                sealed = []
-                for values in rows[1]:
-                    first, last = rows[0][0][0], rows[0][0][-1]
-                    kept = encode_values(values)
-                    sealed.append(Chunk(first, last, len(values), times, kept, turns))
-                    pause()
-                with self.lock:
-                    head.chunks[-1] = tuple(sealed)
+    @property
+    def has_full_groups(self) -> bool:
+        """Whether there is anything to seal."""
+        return bool(self._full)
 
-    def _full_rows(
-        self, head: _Head
-    ) -> "tuple[tuple[array[int], array[int]], list[array[float]]] | None":
-        """The oldest rows of a full head, cut off and made chunks: ((times, turns), columns)."""
-        with self.lock:
-            head.sort()
-            if len(head.times) <= CHUNK_SAMPLES:  # the last row stays: it may be pushed again
-                return None
-            width = len(head.series)
-            times, turns = head.times[:CHUNK_SAMPLES], head.turns[:CHUNK_SAMPLES]
-            columns = [head.values[start : CHUNK_SAMPLES * width : width] for start in range(width)]
-            head.chunks.append(tuple(Chunk.of(times, values, turns) for values in columns))
-            del head.times[:CHUNK_SAMPLES], head.turns[:CHUNK_SAMPLES]
-            del head.values[: CHUNK_SAMPLES * width]
-            return (times, turns), columns
+    def seal(self) -> Iterator[None]:
+        """Encode the rows of full groups, a column a step; between two steps all can be read."""
+        while self._full:
+            group, _ = self._full.popitem()
+            group.sort()
+            width = len(group.series)
+            while len(group.times) > CHUNK_SAMPLES:  # the last row stays: it may be pushed again
+                times, sequence = group.times[:CHUNK_SAMPLES], group.sequence[:CHUNK_SAMPLES]
+                values = group.values[: CHUNK_SAMPLES * width]
+                row = [Chunk.of(times, values[at::width], sequence) for at in range(width)]
+                group.chunks.append(row)
+                del group.times[:CHUNK_SAMPLES], group.sequence[:CHUNK_SAMPLES]
+                del group.values[: CHUNK_SAMPLES * width]
+                first_ms, last_ms = times[0], times[-1]
+                kept_times, kept_sequence = encode_times(times), encode_times(sequence)
+                for at, chunk in enumerate(row):
+                    kept = encode_values(chunk.decoded_values())
+                    row[at] = Chunk(first_ms, last_ms, chunk.count, kept_times, kept, kept_sequence)
+                    yield
 
 
-# ---- blocks: immutable files ----
+# ==================================================================================================
+# 13. Blocks
+# ==================================================================================================
+#
+# A memtable that is no longer pushed to becomes a block: a file that never changes. The problem: a
+# crash may come between any two writes, and a disk may give back other bytes than it was given. The
+# idea: a block is written under another name, synced, and renamed when it is whole; each part has a
+# checksum, so that a damaged one is noticed and set aside, and never answered from. Blocks are read
+# by `pread`, not mapped: a file that somebody cuts short is an error, not the end of the process.
+# What it costs: an index that is read as a whole, when a block is first asked.
+#
+# A block, from its first byte:  values | times | index | meta | length and checksum of the meta
 
+BLOCKS_NAME = "blocks"
 _BLOCK_END = struct.Struct("<II8s")  # length and checksum of the meta, and what the file is
 _BLOCK_MAGIC = b"MSBLOCK1"
 _BLOCK_NAME = re.compile(r"([0-9]{8})-([0-9]{8})\.block")
-_EVER = END_OF_TIME_MS  # no sample is so late
 
 
 class BlockError(Exception):
     """A block that is not as it was written: which, and what is wrong with it."""
 
 
-class _BlockWriter:
-    """Writes a block to a temporary file; `finish` makes it durable under its name."""
+class BlockWriter:
+    """Writes a block to a temporary file; `finish` makes it durable under its name.
+
+    As a context it leaves nothing behind where the block is not finished.
+    """
 
     def __init__(self, path: str):
         self._path = path
-        self._file = open(path + ".tmp", "wb")  # noqa: SIM115  # `finish` or `give_up` closes it
+        self._file = open(path + ".tmp", "wb")  # noqa: SIM115  # `__exit__` closes it
         self._offset = 0
         self._symbols: dict[str, int] = {}
         self._label_counts = array("I")
@@ -3850,25 +5447,38 @@ class _BlockWriter:
         self._chunk_times, self._chunk_sizes, self._chunk_sums = array("I"), array("I"), array("I")
         self.samples = 0
 
+    def __enter__(self) -> "BlockWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._file.close()
+        except OSError as error:  # a full disk: what was buffered can't be written either
+            logger.debug("%s.tmp was not written to its end: %s", self._path, error)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path + ".tmp")
+
     def _symbol(self, text: str) -> int:
         return self._symbols.setdefault(text, len(self._symbols))
 
-    def add(self, labels: _Labels, chunks: Iterable[Chunk]) -> None:
+    def add(self, labels: Labels, chunks: Iterable[Chunk]) -> None:
         """Add a series and its samples: chunks without overlaps, ascending."""
         self._label_counts.append(len(labels))
         self._label_symbols.extend(map(self._symbol, labels))
         before = len(self._chunk_sizes)
         few: list[Chunk] = []
+        samples = 0
         for chunk in chunks:
             if chunk.count >= CHUNK_SAMPLES // 2 and isinstance(chunk.values, bytes):
                 self._add_samples(few)
-                few = []
+                few, samples = [], 0
                 self._add_chunk(chunk)
                 continue
             few.append(chunk)
-            if sum(chunk.count for chunk in few) >= CHUNK_SAMPLES:
+            samples += chunk.count
+            if samples >= CHUNK_SAMPLES:
                 self._add_samples(few)
-                few = []
+                few, samples = [], 0
         self._add_samples(few)
         self._chunk_counts.append(len(self._chunk_sizes) - before)
 
@@ -3876,8 +5486,8 @@ class _BlockWriter:
         """Add chunks that are small or not encoded as few that are neither."""
         if not chunks:
             return
-        times = _concatenated("q", [chunk.decoded_times({}) for chunk in chunks])
-        values = _concatenated("d", [chunk.decoded_values() for chunk in chunks])
+        times = concatenated("q", [chunk.decoded_times({}) for chunk in chunks])
+        values = concatenated("d", [chunk.decoded_values() for chunk in chunks])
         for start in range(0, len(times), CHUNK_SAMPLES):
             some = times[start : start + CHUNK_SAMPLES]
             raw = some.tobytes()
@@ -3908,29 +5518,9 @@ class _BlockWriter:
         times_at = self._offset
         for encoded in self._times:
             self._write(encoded)
-        texts = [text.encode() for text in self._symbols]
-        here = {name: kind for name, kind in types.items() if name in self._symbols}
-        parts: list[bytes | array[int]] = [
-            b"".join(texts),
-            array("I", map(len, texts)),
-            self._label_counts,
-            self._label_symbols,
-            array("I", map(self._symbols.__getitem__, here)),
-            array("I", map(METRIC_TYPES.index, here.values())),
-            array("I", map(len, self._times)),
-            array("I", map(zlib.crc32, self._times)),
-            array("q", [first for first, _, _ in self._time_rows]),
-            array("q", [last for _, last, _ in self._time_rows]),
-            array("I", [count for _, _, count in self._time_rows]),
-            self._chunk_counts,
-            self._chunk_times,
-            self._chunk_sizes,
-            self._chunk_sums,
-        ]
-        raws = [
-            part if isinstance(part, bytes) else _little_endian(part).tobytes() for part in parts
-        ]
-        index = zlib.compress(b"".join(struct.pack("<Q", len(raw)) + raw for raw in raws), 6)
+        index = zlib.compress(
+            b"".join(struct.pack("<Q", len(raw)) + raw for raw in self._index_parts(types)), 6
+        )
         index_at = self._offset
         self._write(index)
         meta = write_json(
@@ -3948,23 +5538,80 @@ class _BlockWriter:
         self._write(meta + _BLOCK_END.pack(len(meta), zlib.crc32(meta), _BLOCK_MAGIC))
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._file.close()
         os.replace(self._path + ".tmp", self._path)
-        _sync_folder(os.path.dirname(self._path))
+        sync_folder(os.path.dirname(self._path))
 
-    def give_up(self) -> None:
-        """Leave nothing behind."""
-        self._file.close()
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._path + ".tmp")
+    def _index_parts(self, types: dict[str, str]) -> list[bytes]:
+        texts = [text.encode() for text in self._symbols]
+        here = {name: kind for name, kind in types.items() if name in self._symbols}
+        columns = [
+            array("I", map(len, texts)),
+            self._label_counts,
+            self._label_symbols,
+            array("I", map(self._symbols.__getitem__, here)),
+            array("I", map(METRIC_TYPES.index, here.values())),
+            array("I", map(len, self._times)),
+            array("I", map(zlib.crc32, self._times)),
+            array("q", [first for first, _, _ in self._time_rows]),
+            array("q", [last for _, last, _ in self._time_rows]),
+            array("I", [count for _, _, count in self._time_rows]),
+            self._chunk_counts,
+            self._chunk_times,
+            self._chunk_sizes,
+            self._chunk_sums,
+        ]
+        return [b"".join(texts), *(_little_endian(column).tobytes() for column in columns)]
 
 
-def _sync_folder(folder: str) -> None:
+def sync_folder(folder: str) -> None:
+    """Make the names in a folder as durable as its files."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+class _BlockIndex:
+    """What a block says of its series and chunks."""
+
+    def __init__(self, raw: bytes, times_at: int):
+        parts, position = [], 0
+        while position < len(raw):
+            (length,) = struct.unpack_from("<Q", raw, position)
+            parts.append(raw[position + 8 : position + 8 + length])
+            position += 8 + length
+        text, columns = parts[0], [
+            _little_endian(array(code, part)) for code, part in zip("IIIIIIIqqIIIII", parts[1:])
+        ]  # fmt: skip
+        lengths, label_counts, label_symbols, names, kinds, *rest = columns
+        ends = list(itertools.accumulate(lengths, initial=0))
+        symbols = [text[start:end].decode() for start, end in itertools.pairwise(ends)]
+        self.series = SeriesIndex()
+        self._series_labels = symbols, label_counts, label_symbols
+        self.types = {symbols[name]: METRIC_TYPES[kind] for name, kind in zip(names, kinds)}
+        time_sizes, self.time_sums, self.firsts, self.lasts, self.counts = rest[:5]
+        chunk_counts, self.chunk_times, chunk_sizes, self.chunk_sums = rest[5:]
+        self.time_ends = array("Q", itertools.accumulate(time_sizes, initial=times_at))
+        self.value_ends = array("Q", itertools.accumulate(chunk_sizes, initial=0))
+        self.chunk_ends = array("Q", itertools.accumulate(chunk_counts, initial=0))
+
+    def add_series(self) -> Iterator[None]:
+        """Fill the index of series, in short steps."""
+        symbols, label_counts, label_symbols = self._series_labels
+        start = 0
+        for number, count in enumerate(label_counts):
+            labels = label_symbols[start : start + count]
+            self.series.number(tuple(map(symbols.__getitem__, labels)))
+            start += count
+            if number % 500 == 499:
+                yield
+        self._series_labels = ([], array("I"), array("I"))
+
+
+# What reading a damaged block may raise, beside BlockError: its checksums are right by chance, or
+# were made over what was wrong already.
+_DAMAGE = (BlockError, OSError, zlib.error, struct.error, ValueError, IndexError, OverflowError)
 
 
 class Block:
@@ -3978,201 +5625,175 @@ class Block:
         if name is None:
             raise BlockError(f"{path}: not the name of a block")
         self.first_number, self.last_number = int(name[1]), int(name[2])
-        with open(path, "rb") as file:
-            self.size_bytes = os.fstat(file.fileno()).st_size
-            if self.size_bytes < _BLOCK_END.size:
-                raise BlockError(f"{path}: too short for a block")
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        length, checksum, magic = _BLOCK_END.unpack(self._map[-_BLOCK_END.size :])
-        meta_at = self.size_bytes - _BLOCK_END.size - length
-        if magic != _BLOCK_MAGIC or meta_at < 0:
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115  # open as long as it is served
+        self.size_bytes = os.fstat(self._file.fileno()).st_size
+        if self.size_bytes < _BLOCK_END.size:
+            raise BlockError(f"{path}: too short for a block")
+        end = self._read(self.size_bytes - _BLOCK_END.size, self.size_bytes)
+        length, checksum, magic = _BLOCK_END.unpack(end)
+        self._meta_at = self.size_bytes - _BLOCK_END.size - length
+        if magic != _BLOCK_MAGIC or self._meta_at < 0:
             raise BlockError(f"{path}: the end is not that of a block")
-        raw = self._map[meta_at : meta_at + length]
-        if zlib.crc32(raw) != checksum:
-            raise BlockError(f"{path}: the meta does not fit its checksum")
-        meta = parse_json(raw)
-        self.first_ms, self.last_ms = meta["first_ms"], meta["last_ms"]
-        self.samples, self.covers = meta["samples"], meta["covers"]
-        self._times_at, self._index_at = meta["times_at"], meta["index_at"]
-        self._meta_at, self._index_crc32 = meta_at, meta["index_crc32"]
-        self._lock = threading.Lock()  # guards the reading of the index
-        self._loaded = False
+        raw = self._read(self._meta_at, self._meta_at + length, checksum)
+        try:
+            meta = parse_json(raw)
+            self.first_ms, self.last_ms = int(meta["first_ms"]), int(meta["last_ms"])
+            self.samples, self.covers = int(meta["samples"]), int(meta["covers"])
+            self.series_count = int(meta["series"])
+            self._times_at, self._index_at = int(meta["times_at"]), int(meta["index_at"])
+            self._index_crc32 = int(meta["index_crc32"])
+        except (JSONError, KeyError, TypeError) as error:
+            raise BlockError(f"{path}: the meta is not that of a block: {error}") from None
+        self._loaded: _BlockIndex | None = None
 
-    def _load(self) -> None:
-        """Read the index, once."""
-        with self._lock:
-            if self._loaded:
-                return
-            raw = self._map[self._index_at : self._meta_at]
-            if zlib.crc32(raw) != self._index_crc32:
-                raise BlockError(f"{self.path}: the index does not fit its checksum")
-            raw, parts, position = zlib.decompress(raw), [], 0
-            while position < len(raw):
-                (length,) = struct.unpack_from("<Q", raw, position)
-                position += 8
-                parts.append(raw[position : position + length])
-                position += length
-            codes = "IIIIIIIqqIIIII"[: len(parts) - 1]
-            text, columns = parts[0], [
-                _little_endian(array(code, part)) for code, part in zip(codes, parts[1:])
-            ]  # fmt: skip
-            lengths, label_counts, label_symbols, names, types, *rest = columns
-            ends = list(itertools.accumulate(lengths, initial=0))
-            symbols = [text[start:end].decode() for start, end in itertools.pairwise(ends)]
-            self._index, start = SeriesIndex(), 0
-            for count in label_counts:
-                labels = label_symbols[start : start + count]
-                self._index.number(tuple(map(symbols.__getitem__, labels)))
-                start += count
-            self._types = {symbols[n]: METRIC_TYPES[kind] for n, kind in zip(names, types)}
-            time_sizes, self._time_sums, self._firsts, self._lasts, self._counts = rest[:5]
-            chunk_counts, self._chunk_times, chunk_sizes, self._chunk_sums = rest[5:]
-            self._time_ends = array("Q", itertools.accumulate(time_sizes, initial=self._times_at))
-            self._value_ends = array("Q", itertools.accumulate(chunk_sizes, initial=0))
-            self._chunk_ends = array("Q", itertools.accumulate(chunk_counts, initial=0))
-            self._loaded = True
+    def close(self) -> None:
+        """Give its file back."""
+        self._file.close()
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether its index is in memory."""
+        return self._loaded is not None
+
+    def forget_index(self) -> None:
+        """Give the memory of its index back; it is read again when it is needed."""
+        self._loaded = None
+
+    def load(self) -> Iterator[None]:
+        """Read its index, in short steps. Raises BlockError."""
+        if self._loaded is not None:
+            return
+        try:
+            raw = self._read(self._index_at, self._meta_at, self._index_crc32)
+            index = _BlockIndex(zlib.decompress(raw), self._times_at)
+            yield from index.add_series()
+        except _DAMAGE as error:
+            raise BlockError(f"{self.path}: the index can't be read: {error}") from None
+        self._loaded = index
+
+    def _index(self) -> _BlockIndex:
+        for _ in self.load():
+            pass
+        assert self._loaded is not None  # else `load` raises
+        return self._loaded
 
     @property
     def index(self) -> SeriesIndex:
-        """Who is in it."""
-        self._load()
-        return self._index
+        """Which series are in it."""
+        return self._index().series
 
     @property
     def types(self) -> dict[str, str]:
         """The type of each metric."""
-        self._load()
-        return self._types
+        return self._index().types
 
     def chunks(
-        self, numbers: Iterable[int], start_ms: int, end_ms: int
+        self, numbers: Iterable[int], start_ms: int, end_ms: int, budget: Budget
     ) -> Iterator[tuple[int, list[Chunk]]]:
         """For each series its chunks of a time, both ends included; they may reach beyond it."""
-        self._load()
+        index = self._index()
         known: dict[int, bytes] = {}  # times that were read
         for number in numbers:
             chunks = []
-            for place in range(self._chunk_ends[number], self._chunk_ends[number + 1]):
-                times = self._chunk_times[place]
-                first_ms, last_ms = self._firsts[times], self._lasts[times]
+            first, last = index.chunk_ends[number], index.chunk_ends[number + 1]
+            budget.spend(10 + 2 * (last - first))
+            for place in range(first, last):
+                times = index.chunk_times[place]
+                first_ms, last_ms = index.firsts[times], index.lasts[times]
                 if last_ms < start_ms or first_ms > end_ms:
                     continue
+                budget.spend(30)
                 if times not in known:
-                    known[times] = self._part(self._time_ends, times, self._time_sums)
-                values = self._part(self._value_ends, place, self._chunk_sums)
-                chunks.append(Chunk(first_ms, last_ms, self._counts[times], known[times], values))
+                    known[times] = self._part(index.time_ends, times, index.time_sums)
+                values = self._part(index.value_ends, place, index.chunk_sums)
+                count = index.counts[times]
+                chunks.append(Chunk(first_ms, last_ms, count, known[times], values))
             yield number, chunks
 
     def _part(self, ends: "array[int]", place: int, checksums: "array[int]") -> bytes:
-        part = self._map[ends[place] : ends[place + 1]]
-        if zlib.crc32(part) != checksums[place]:
-            raise BlockError(f"{self.path}: a chunk does not fit its checksum")
+        return self._read(ends[place], ends[place + 1], checksums[place])
+
+    def _read(self, start: int, end: int, checksum: int | None = None) -> bytes:
+        part = os.pread(self._file.fileno(), end - start, start)
+        if len(part) < end - start:
+            raise BlockError(f"{self.path}: cut short at byte {start + len(part)}")
+        if checksum is not None and zlib.crc32(part) != checksum:
+            raise BlockError(f"{self.path}: bytes {start} to {end} do not fit their checksum")
         return part
 
 
-# ---- long work beside short requests ----
+# ==================================================================================================
+# 14. Store
+# ==================================================================================================
+#
+# The idea is that of a log-structured merge tree. Lines of the log go into a memtable. From time to
+# time the log begins a new file, and the memtable a new one: the border of the files is the border
+# of the memtables. The old memtable is written as a block, and then the part of the log that the
+# block covers (a segment) is retired. What no block covers is read again at the start. What it
+# costs: a read looks into several blocks and memtables and merges what it finds.
+#
+# There are no locks: whatever takes long and changes files (`maintain`) is done by a fork, which
+# sees the store as it was, and the store looks at the folder again afterwards (`refresh`).
+#
+# Source: O'Neil et al., The Log-Structured Merge-Tree (1996).
 
-SLICE_S = 0.004  # so long work may last, below the interpreter's switch interval
-YIELD_S = 0.0002  # is enough for a request that waits for the interpreter lock
-REST = 2  # times as long as the slice: two thirds of the time are left to requests
-LONGEST_REST_S = 0.5
-
-
-class Pacer:
-    """Lets long work, as queries and compaction, go on in slices, of which one after another is
-    done, in turn; while requests come, each slice is followed by a rest.
-
-    A thread that computes gives the interpreter lock to another only after the switch interval,
-    5 ms, at each of its system calls. Of 58,000 posts/s one heavy query beside them left 3,100 and
-    four left 410; with slices and rests they leave 36,000 and 33,000.
-    """
-
-    def __init__(self, requests: Callable[[], int]):
-        self._requests = requests  # how many there were
-        self._turn = threading.Condition()  # guards the two below
-        self._next = self._serving = 0  # tickets
-
-    @contextlib.contextmanager
-    def work(self) -> Iterator[Callable[[], None]]:
-        """For one long piece of work, which often calls what it is given here. What is done within
-        a slice waits for no turn.
-        """
-        began, seen, has_turn = time.monotonic(), self._requests(), False
-
-        def pause() -> None:
-            nonlocal began, seen, has_turn
-            took_s = time.monotonic() - began
-            if took_s < SLICE_S:
-                return
-            time.sleep(YIELD_S)
-            if self._requests() != seen:
-                time.sleep(min(REST * took_s, LONGEST_REST_S))
-            if has_turn:
-                self._give()
-            self._take()
-            began, seen, has_turn = time.monotonic(), self._requests(), True
-
-        try:
-            yield pause
-        finally:
-            if has_turn:
-                self._give()
-
-    def _take(self) -> None:
-        with self._turn:
-            ticket = self._next
-            self._next += 1
-            self._turn.wait_for(lambda: self._serving == ticket)
-
-    def _give(self) -> None:
-        with self._turn:
-            self._serving += 1
-            self._turn.notify_all()
-
-
-# ---- the store ----
-
-REPLAY_BYTES = 1024 * 1024  # the log is read in pieces of so many
-Source = Memtable | Block
-_DAMAGE = (BlockError, zlib.error, struct.error)
+SEGMENT_BYTES = 512 * 1024 * 1024  # the log begins a new file when it is so long
+SEGMENT_AGE_S = 2 * 3600.0  # or so old
+MAX_BLOCK_SAMPLES = 50_000_000
+MERGED_BLOCKS = 4  # so many neighbours of about the same size are compacted into one
+RETENTION_S = 30 * 86_400
+CLOCK_DOUBT_S = 3600.0  # a step of the clock is believed after so long
+READ_BYTES = 256 * 1024  # the log is read in pieces of so many
+MAX_INDEXED_SERIES = 1_000_000  # of blocks whose indexes are in memory
 _SEGMENT_NAME = re.compile(r"metrics\.([0-9]{8})\.jsonl")
-_LOG_LINE = re.compile(
-    rb'\{"timestamp":"([^"\\\n]{24})","name":"([^"\\\n]*(?:\\.[^"\\\n]*)*)",'
-    rb'"value":([-+.0-9eE]+)(,"type":[^\n]*\})\n'
-)
+_EVER = END_OF_TIME_MS  # no sample is so late
+
+Source = Memtable | Block
+_Places = dict[Labels, list[tuple[Source, int]]]  # where series stand
 
 
-@functools.lru_cache(maxsize=1024)  # the lines of a batch have one time
-def _milliseconds(text: bytes) -> int:
-    return _read_timestamp(text.decode())
+class LogTail:
+    """Reads a file of the log from its beginning on, while it grows."""
 
+    def __init__(self, descriptor: int):
+        self.descriptor, self.position = descriptor, 0
 
-_Places = dict[_Labels, list[tuple[Source, int]]]  # where series stand
+    def read(self, end: int) -> bytes:
+        """The next whole lines before a position; b"" where there are none."""
+        piece = os.pread(
+            self.descriptor, max(0, min(READ_BYTES, end - self.position)), self.position
+        )
+        whole = piece[: piece.rfind(b"\n") + 1]
+        if len(piece) == READ_BYTES and not whole:  # a line that no metric has
+            whole = piece[:-1] + b"\n"
+        elif not piece and os.fstat(self.descriptor).st_size < self.position:  # it was emptied
+            self.position = 0
+        self.position += len(whole)
+        return whole
+
+    def has_reached(self, end: int) -> bool:
+        """Whether all lines before a position were read, as far as the file has them."""
+        return self.position >= end or self.position >= os.fstat(self.descriptor).st_size
 
 
 def _readers(
-    places: _Places, start_ms: int, end_ms: int
+    places: _Places, start_ms: int, end_ms: int, budget: Budget
 ) -> dict[Source, Iterator[tuple[int, list[Chunk]]]]:
     """For each source its chunks, in the order in which its series stand in the places."""
     wanted: dict[Source, list[int]] = {}
     for where in places.values():
         for source, number in where:
             wanted.setdefault(source, []).append(number)
-    return {source: source.chunks(numbers, start_ms, end_ms) for source, numbers in wanted.items()}
-
-
-class _StoppingError(Exception):
-    """The store is stopped: its maintenance ends where it is."""
-
-
-class SeriesLimitError(ValueError):
-    """A batch that would make more series than are allowed."""
+    return {
+        source: source.chunks(numbers, start_ms, end_ms, budget)
+        for source, numbers in wanted.items()
+    }
 
 
 class Store:
     """All series of a data folder, on disk and in memory.
 
-    `log` is the log before it, which the store shortens; without one the folder is only read.
+    `writes`: the store changes the folder, of which it is the only owner; else it only reads.
     `retention_s` and `retention_bytes`: older blocks, and the oldest of more bytes, are removed; 0
     keeps all. `keep_log`: what a block covers of the log is kept, compressed. Raises OSError.
     """
@@ -4180,206 +5801,219 @@ class Store:
     def __init__(
         self,
         folder: str,
-        log: MetricLog | None = None,
         *,
-        max_series: int = MAX_SERIES,
+        writes: bool = False,
         retention_s: float = RETENTION_S,
         retention_bytes: int = 0,
         keep_log: bool = False,
         clock: Callable[[], float] = time.time,
-        pacer: Pacer | None = None,
+        monotonic: Callable[[], float] = time.monotonic,
     ):
-        self.folder, self.max_series = folder, max_series
-        self.damaged = self.refused = self.replayed = self.unreadable = 0
-        self.error = ""  # why the last maintenance failed
-        self._log, self._keep_log = log, keep_log
+        self.folder = folder
+        self.damaged: list[str] = []  # names of blocks that were set aside
+        self.replayed = self.unreadable = 0  # lines of the log
+        self._writes, self._keep_log = writes, keep_log
         self._retention_ms, self._retention_bytes = int(retention_s * 1000), retention_bytes
-        self._clock, self._pacer = clock, pacer
-        self._pause = no_pause  # of the maintenance that runs
+        self._clock, self._monotonic = clock, monotonic
         self._blocks_folder = os.path.join(folder, BLOCKS_NAME)
-        # Guards the four below, which are replaced as wholes: who has read one may go on with it.
-        self._lock = threading.Lock()
-        self._blocks: tuple[Block, ...] = ()  # in the order of their numbers
-        self._frozen: tuple[tuple[int, tuple[Memtable, ...]], ...] = ()  # by segments, in order
-        self._active = Memtable()
-        self._own = Memtable()  # samples that are not in the log
-        self._since = time.monotonic()  # when the active one was begun
-        self._stopping = threading.Event()
-        self._log_files = log.files if log else 0  # when the active one was begun
-        self._to_retire = False
-        self._thread: threading.Thread | None = None
-        if log:
+        self._folder_seen = 0  # when the folder of blocks had changed at the last look
+        self.blocks: list[Block] = []  # in the order of their numbers
+        self._indexed: dict[Block, None] = {}  # with an index in memory, used longest ago first
+        self._to_index: dict[Block, None] = {}  # were asked for without one
+        self._frozen: list[tuple[int, tuple[Memtable, ...]]] = []  # by segments, in order
+        self._active, self._own = Memtable(), Memtable()
+        self._since = self._opened = monotonic()  # when the active one was begun
+        self._oldest: deque[tuple[float, int]] = deque()  # bounds of retention of the last hour
+        self._next_number = 1
+        if writes:
             os.makedirs(self._blocks_folder, exist_ok=True)
-        self._open()
 
-    # -- at the start --
+    # ---- the folder is read
 
-    def _open(self) -> None:
-        """Read the folder; who only reads it does so again if a server has changed it meanwhile."""
+    def open(self, log: str = "", skip_inode: int = 0) -> Iterator[str]:
+        """Read blocks, the segments that no block covers, and a file of the log; yields how far it
+        is. `skip_inode`: a segment that somebody else reads.
+
+        Another process may change the folder meanwhile: then it is read once more.
+        """
         while True:
-            before = self._files()
-            self._read_folder()
-            if self._log or self._files() == before:
+            before = self._file_names()
+            segments = self._segments()  # before the blocks: what leaves the log is in a block
+            self.refresh(first=True)
+            covered = max((block.covers for block in self.blocks), default=0)
+            for number, path in segments:
+                if number > covered:
+                    self._next_number = max(self._next_number, number + 1)
+                    yield from self._replay(path, skip_inode)
+            if log:
+                yield from self._replay(log, skip_inode)
+            if self._writes or self._file_names() == before:
                 return
             self._active = Memtable()
-            self.damaged = self.replayed = self.unreadable = 0
+            self.replayed = self.unreadable = 0
 
-    def _files(self) -> list[str]:
-        """The names of all blocks and segments."""
-        return self._block_files() + [path for _, path in self._segments()]
-
-    def _block_files(self) -> list[str]:
-        there = self._log or os.path.isdir(self._blocks_folder)
-        return sorted(os.listdir(self._blocks_folder)) if there else []
-
-    def _read_folder(self) -> None:
-        segments = self._segments()  # before the blocks: what vanishes from the log is in a block
-        blocks = []
-        for name in self._block_files():
-            path = os.path.join(self._blocks_folder, name)
-            if name.endswith(".tmp") and self._log:
-                os.unlink(path)
-            elif _BLOCK_NAME.fullmatch(name):
-                try:
-                    blocks.append(Block(path))
-                except (BlockError, JSONError, KeyError) as error:
-                    self._set_aside(path, error)
-                except FileNotFoundError:  # it was merged into another one
-                    if self._log:
-                        raise
-        blocks = self._without_merged(blocks)
-        self._blocks = tuple(blocks)
-        covered = max((block.covers for block in blocks), default=0)
-        for number, path in segments:
-            if number > covered:
-                self._replay(path)
-            elif self._log:
-                self._retire(path)
-        self._next_number = 1 + max(
-            [block.last_number for block in blocks] + [number for number, _ in segments] + [covered]
+    def _file_names(self) -> list[str]:
+        there = (
+            sorted(os.listdir(self._blocks_folder)) if os.path.isdir(self._blocks_folder) else []
         )
-        self._replay(os.path.join(self.folder, LOG_NAME))
-        self._active.end_replay()
-
-    def _without_merged(self, blocks: list[Block]) -> list[Block]:
-        """The blocks without those that a crash kept from being removed after their compaction."""
-        kept: list[Block] = []
-        for block in sorted(blocks, key=lambda b: (b.first_number, -b.last_number)):
-            if kept and block.last_number <= kept[-1].last_number:
-                if self._log:
-                    os.unlink(block.path)
-            else:
-                kept.append(block)
-        return kept
+        return there + [path for _, path in self._segments()]
 
     def _segments(self) -> list[tuple[int, str]]:
-        """The parts of the log that have given way: (number, path), in order."""
+        """The parts of the log that no longer grow: (number, path), in order."""
         found = []
         for name in os.listdir(self.folder):
             if match := _SEGMENT_NAME.fullmatch(name):
                 found.append((int(match[1]), os.path.join(self.folder, name)))
         return sorted(found)
 
-    def _replay(self, path: str) -> None:
-        """Add the lines of a file of the log; lines that are not metrics are counted."""
+    def _replay(self, path: str, skip_inode: int) -> Iterator[str]:
         with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-            size, told = os.fstat(file.fileno()).st_size, time.monotonic()
-            rest = b""
-            while piece := file.read(REPLAY_BYTES):
-                whole, newline, rest = (rest + piece).rpartition(b"\n")
-                self._replay_lines(whole + newline)
-                if time.monotonic() - told > 1:
-                    told = time.monotonic()
-                    logger.info(
-                        "reading %s: %d of %d MiB, %d metrics so far",
-                        os.path.basename(path), file.tell() >> 20, size >> 20, self.replayed,
-                    )  # fmt: skip
+            status = os.fstat(file.fileno())
+            if status.st_ino == skip_inode:
+                return
+            tail = LogTail(file.fileno())
+            while lines := tail.read(status.st_size):
+                self.add_lines(lines)
+                yield (
+                    f"reading {os.path.basename(path)}: {tail.position >> 20} of "
+                    f"{status.st_size >> 20} MiB, {self.replayed} metrics so far"
+                )
 
-    def _replay_lines(self, lines: bytes) -> None:
-        found = _LOG_LINE.findall(lines)
-        if len(found) != lines.count(b"\n"):
-            found = []
-            for line in lines.splitlines():
-                match = _LOG_LINE.fullmatch(line + b"\n")
-                if match:
-                    found.append(match.groups())
-                else:
-                    self._doubt(line)
-        try:
-            self._active.add_lines(found)
-            self.replayed += len(found)
-        except (_Faults, ValueError):  # whichever of them it is
-            for line in lines.splitlines():
-                self._doubt(line)
+    def refresh(self, first: bool = False) -> None:
+        """Look which blocks there are: others may have changed them. Frozen memtables that have
+        become blocks are dropped.
+        """
+        if not os.path.isdir(self._blocks_folder):
+            return
+        self._folder_seen = os.stat(self._blocks_folder).st_mtime_ns
+        known = {block.path: block for block in self.blocks}
+        self.damaged, blocks = [], []
+        for name in sorted(os.listdir(self._blocks_folder)):
+            path = os.path.join(self._blocks_folder, name)
+            if name.endswith(".tmp") and first and self._writes:
+                os.unlink(path)
+            elif name.endswith(".damaged"):
+                self.damaged.append(name)
+            elif path in known:
+                blocks.append(known.pop(path))
+            elif _BLOCK_NAME.fullmatch(name):
+                try:
+                    blocks.append(Block(path))
+                except FileNotFoundError:  # it was merged into another one
+                    continue
+                except _DAMAGE as error:
+                    self._set_aside(path, error)
+        for block in known.values():
+            self._forget(block)
+        self.blocks = self._without_merged(blocks)
+        covered = max((block.covers for block in self.blocks), default=0)
+        self._frozen = [(number, tables) for number, tables in self._frozen if number > covered]
+        last = max((block.last_number for block in self.blocks), default=0)
+        self._next_number = max(self._next_number, last + 1, covered + 1)
 
-    def _doubt(self, line: bytes) -> None:
-        """A line that is not as the log writes it: a metric all the same, or nothing."""
-        try:
-            metric = parse_json(line)
-            self._active.add([_read_metric(metric, 0)])
-            self.replayed += 1
-        except (JSONError, _Faults):
+    @property
+    def is_changed(self) -> bool:
+        """Whether somebody changed the folder of blocks since the last look."""
+        return os.stat(self._blocks_folder).st_mtime_ns != self._folder_seen
+
+    def _without_merged(self, blocks: list[Block]) -> list[Block]:
+        """The blocks without those that a crash kept from being removed after their compaction."""
+        kept: list[Block] = []
+        for block in sorted(blocks, key=lambda b: (b.first_number, -b.last_number)):
+            if kept and block.last_number <= kept[-1].last_number:
+                if self._writes:
+                    os.unlink(block.path)
+                self._forget(block)
+            else:
+                kept.append(block)
+        return kept
+
+    def _forget(self, block: Block) -> None:
+        self._indexed.pop(block, None)
+        self._to_index.pop(block, None)
+        block.close()
+
+    def _set_aside(self, path: str, error: Exception) -> None:
+        """A damaged block is served no more, and its file gets another name."""
+        logger.error("a damaged block is set aside: %s", error)
+        self.damaged.append(os.path.basename(path) + ".damaged")
+        if self._writes:
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(path, path + ".damaged")
+
+    def _drop(self, source: Source, error: Exception) -> None:
+        if not isinstance(source, Block):
+            raise error
+        if source in self.blocks:
+            self.blocks.remove(source)
+            self._set_aside(source.path, error)
+            self._indexed.pop(source, None)
+            self._to_index.pop(source, None)
+
+    # ---- samples come
+
+    def add_lines(self, lines: bytes) -> None:
+        """Add whole lines of the log."""
+        self.replayed += self._active.add_lines(lines)
+        for line in self._active.unreadable:
             self.unreadable += 1
             if self.unreadable <= 10:
                 logger.warning("a line of the log is not a metric: %a", line[:200])
+        self._active.unreadable.clear()
 
-    # -- samples come --
+    def add_own(self, lines: bytes) -> None:
+        """Add lines that are not in the log. A crash loses those that are in no block yet."""
+        self._own.add_lines(lines)
 
-    def admit(self, batch: Batch) -> None:
-        """Raise SeriesLimitError for a batch that would make too many series. Call it before the
-        batch goes to the log.
+    def freeze(self, path: str = "") -> None:
+        """Begin a new memtable; the old one is all of the log up to here. `path` is where the old
+        file of the log is now, if it is a segment.
         """
-        active = self._active
-        room = self.max_series - len(active.index)
-        if batch.count <= room or active.knows(batch.layout):
-            return
-        labels = {series_labels(sample.name, sample.tags) for sample in batch.samples}
-        new = sum(one not in active.index for one in labels)
-        if new > room:
-            self.refused += 1
-            raise SeriesLimitError(
-                f"the batch has {new} new series, but there is room for {max(0, room)}: "
-                f"--max-series is {self.max_series}"
-            )
+        match = _SEGMENT_NAME.fullmatch(os.path.basename(path))
+        number = int(match[1]) if match else self._next_number
+        if self._own.rows or self._active.rows:
+            self._frozen.append((number, (self._own, self._active)))
+        self._active, self._own = Memtable(), Memtable()
+        self._next_number, self._since = max(self._next_number, number + 1), self._monotonic()
 
-    def add(self, batch: Batch) -> None:
-        """Add a batch that is in the log. The log calls this, in the order of its lines."""
-        active = self._active
-        if not batch.layout or not active.add_row(batch.layout, batch.time_ms, batch.values):
-            active.add(batch.samples, batch.layout)
+    def next_segment(self) -> str:
+        """Where the file of the log goes when the next one begins."""
+        return os.path.join(self.folder, f"metrics.{self._next_number:08d}.jsonl")
 
-    def add_own(self, samples: Sequence[Sample]) -> None:
-        """Add samples that are not in the log. A crash loses those that are in no block yet."""
-        with self._lock:
-            own = self._own
-        own.add(samples)
+    def segment_of(self, inode: int) -> str:
+        """The path of the segment that is this file; "" if none is."""
+        for _, path in self._segments():
+            with contextlib.suppress(FileNotFoundError):
+                if os.stat(path).st_ino == inode:
+                    return path
+        return ""
 
-    # -- samples are asked for --
+    def is_segment_due(self, log_bytes: int) -> bool:
+        """Whether the log should begin a new file."""
+        age_s = self._monotonic() - self._since
+        return self._active.rows > 0 and (age_s >= SEGMENT_AGE_S or log_bytes >= SEGMENT_BYTES)
+
+    # ---- samples are asked for
 
     def _sources(self) -> list[Source]:
         """From the oldest to the newest."""
-        with self._lock:
-            frozen = [table for _, tables in self._frozen for table in tables]
-            return [*self._blocks, *frozen, self._own, self._active]
+        frozen = [table for _, tables in self._frozen for table in tables]
+        return [*self.blocks, *frozen, self._own, self._active]
 
-    def _reading(self, source: Source, error: Exception) -> None:
-        """A source that can't be read: a damaged block is served no more."""
-        if not isinstance(source, Block):
-            raise error
-        with self._lock:
-            if source not in self._blocks:
-                return
-            self._blocks = tuple(block for block in self._blocks if block is not source)
-        self._set_aside(source.path, error)
+    def _index_of(self, source: Source, budget: Budget) -> SeriesIndex:
+        """The index of a source. A query with a small budget does not wait until it is read."""
+        if isinstance(source, Block):
+            if not source.is_loaded and budget.left < math.inf:
+                self._to_index[source] = None
+                raise OverBudgetError
+            index = source.index
+            self._indexed.pop(source, None)
+            self._indexed[source] = None
+            return index
+        return source.index
 
-    def _set_aside(self, path: str, error: Exception) -> None:
-        self.damaged += 1
-        logger.error("a damaged block is set aside: %s", error)
-        if self._log:
-            os.replace(path, path + ".damaged")
-
-    def _found(
-        self, matchers: Sequence[Matcher], start_ms: int, end_ms: int, pause: Callable[[], None]
+    def _find(
+        self, matchers: Sequence[Matcher], start_ms: int, end_ms: int, budget: Budget
     ) -> _Places:
         """Where the series stand that fulfil the matchers."""
         places: _Places = {}
@@ -4387,46 +6021,44 @@ class Store:
             if source.last_ms < start_ms or source.first_ms > end_ms:
                 continue
             try:
-                index = source.index
-                for number in index.select(matchers, pause):
-                    pause()
-                    places.setdefault(index.labels[number], []).append((source, number))
-            except _DAMAGE as error:
-                self._reading(source, error)
+                index = self._index_of(source, budget)
+            except BlockError as error:
+                self._drop(source, error)
+                continue
+            numbers = index.select(matchers, budget)
+            budget.spend(5 * len(numbers))
+            for number in numbers:
+                places.setdefault(index.labels[number], []).append((source, number))
         return places
 
     def select(
-        self,
-        matchers: Sequence[Matcher],
-        start_ms: int,
-        end_ms: int,
-        pause: Callable[[], None] = no_pause,
+        self, matchers: Sequence[Matcher], start_ms: int, end_ms: int, budget: Budget
     ) -> Iterator[Series]:
         """The series that fulfil all matchers and have samples between two times, both ends
-        included. `pause` is called often.
+        included.
         """
-        places = self._found(matchers, start_ms, end_ms, pause)
-        readers = _readers(places, start_ms, end_ms)
+        places = self._find(matchers, start_ms, end_ms, budget)
+        readers = _readers(places, start_ms, end_ms, budget)
         known: dict[bytes, array[int]] = {}
-        alike: dict[tuple[int, ...], tuple[list[Any], array[int]]] = {}
+        same: dict[tuple[int, ...], tuple[list[Any], array[int]]] = {}
         for labels, where in places.items():
-            pause()
             sources = []
             for source, _ in where:
                 try:
                     sources.append(next(readers[source])[1])
-                except _DAMAGE as error:
-                    self._reading(source, error)
+                except BlockError as error:
+                    self._drop(source, error)
                     readers[source] = itertools.repeat((0, []))
-            chunks = merge_chunks(sources)
+            chunks = merge_chunks(sources, budget)
             if not chunks:
                 continue
+            budget.spend(20 + sum(chunk.count for chunk in chunks))
             parts = [chunk.decoded_times(known) for chunk in chunks]
             key = tuple(map(id, parts))
-            if key not in alike:  # series that were pushed together share one array
-                alike[key] = parts, parts[0] if len(parts) == 1 else _concatenated("q", parts)
-            times = alike[key][1]
-            values = _concatenated("d", [chunk.decoded_values() for chunk in chunks])
+            if key not in same:  # series that were pushed together share one array
+                same[key] = parts, concatenated("q", parts)
+            times = same[key][1]
+            values = concatenated("d", [chunk.decoded_values() for chunk in chunks])
             low, high = bisect_left(times, start_ms), bisect_right(times, end_ms)
             if low < high:
                 if high - low < len(times):
@@ -4434,167 +6066,132 @@ class Store:
                 yield Series(dict(zip(labels[::2], labels[1::2])), times, values)
 
     def series(
-        self,
-        selectors: Sequence[Sequence[Matcher]],
-        start_ms: int,
-        end_ms: int,
-        pause: Callable[[], None] = no_pause,
+        self, selectors: Sequence[Sequence[Matcher]], start_ms: int, end_ms: int, budget: Budget
     ) -> list[dict[str, str]]:
-        """The labels of all series that fulfil the matchers of any selector, and whose chunks are
+        """The labels of all series that fulfil the matchers of any selector, and whose sources are
         of the time, in order.
         """
-        found: set[_Labels] = set()
+        found: set[Labels] = set()
         for matchers in selectors:
-            found.update(self._found(matchers, start_ms, end_ms, pause))
+            found.update(self._find(matchers, start_ms, end_ms, budget))
+        budget.spend(20 * len(found))
         return [dict(zip(labels[::2], labels[1::2])) for labels in sorted(found)]
 
-    def types(self) -> dict[str, str]:
+    def types(self, budget: Budget) -> dict[str, str]:
         """The type of each metric: the one that was pushed last."""
         types: dict[str, str] = {}
         for source in self._sources():
             try:
+                self._index_of(source, budget)
+                budget.spend(len(source.types))
                 types |= source.types
-            except _DAMAGE as error:
-                self._reading(source, error)
+            except BlockError as error:
+                self._drop(source, error)
         return types
 
     @property
+    def warnings(self) -> list[str]:
+        """What answers have to say of samples that are missing."""
+        return [
+            f"a damaged block was set aside, its samples are missing: {n}" for n in self.damaged
+        ]
+
+    @property
     def series_in_memory(self) -> int:
-        """How many series were pushed since the last block was begun."""
+        """How many series were pushed since the last segment was begun."""
         return len(self._active.index)
 
     @property
     def block_bytes(self) -> int:
         """How long all blocks are."""
-        with self._lock:
-            return sum(block.size_bytes for block in self._blocks)
+        return sum(block.size_bytes for block in self.blocks)
 
-    # -- the store is kept in order --
+    # ---- the store is kept in order
 
-    def start(self) -> None:
-        """Begin to seal, to write blocks and to remove them, in a thread."""
-        self._thread = threading.Thread(target=self._run, name="store", daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        """End that thread, and keep what is not in the log."""
-        self._stopping.set()
-        if self._thread:
-            self._thread.join()
-            self._pause = no_pause
-            if self._own.turn:
-                with self._lock:
-                    number, own = self._next_number, self._own
-                    self._next_number += 1
-                    self._own = Memtable()
-                covers = max((block.covers for block in self._blocks), default=0)
-                try:
-                    self._write([own], number, number, covers)
-                except OSError as error:
-                    logger.error("the server's own statistics are not kept: %s", error.strerror)
-
-    def _pause_or_stop(self, pause: Callable[[], None]) -> None:
-        if self._stopping.is_set():
-            raise _StoppingError
-        pause()
-
-    def _run(self) -> None:
-        wait_s = STORE_TICK_S
-        while not self._stopping.wait(wait_s):
-            wait_s = STORE_TICK_S
+    def work(self) -> Iterator[None]:
+        """What is to be done beside questions, in short steps: indexes are read, rows sealed."""
+        while self._to_index:
+            block, _ = self._to_index.popitem()
             try:
-                with (
-                    self._pacer.work() if self._pacer else contextlib.nullcontext(no_pause) as pause
-                ):
-                    self._pause = partial(self._pause_or_stop, pause)
-                    self.maintain()
-                self.error = ""
-            except _StoppingError:
-                break
-            except (OSError, LogError) as error:
-                self.error = f"can't keep the store in order: {error}"
-                logger.error("%s", self.error)
-                wait_s = STORE_RETRY_S
-            except Exception as error:  # the store is kept on
-                log_unexpected(error)
-                wait_s = STORE_RETRY_S
+                yield from block.load()
+            except BlockError as error:
+                self._drop(block, error)
+                continue
+            self._indexed[block] = None
+            room = MAX_INDEXED_SERIES
+            for loaded in reversed(list(self._indexed)):
+                room -= loaded.series_count
+                if room < 0 and loaded is not block:
+                    loaded.forget_index()
+                    del self._indexed[loaded]
+        yield from self._active.seal()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `work` has anything to do."""
+        return bool(self._to_index) or self._active.has_full_groups
+
+    @property
+    def needs_maintenance(self) -> bool:
+        """Whether `maintain` has anything to do."""
+        covered = max((block.covers for block in self.blocks), default=0)
+        return bool(
+            self._frozen
+            or any(number <= covered for number, _ in self._segments())
+            or self._run_to_compact()
+            or self._expired()
+        )
 
     def maintain(self) -> None:
-        """Do what is due: seal, write a block, compact, remove."""
-        self._active.seal(self._pause)
-        self.flush()
-        age_s = time.monotonic() - self._since
-        if self._active.turn and (
-            (self._log and self._log.files != self._log_files)  # it was taken away
-            or age_s >= SEGMENT_AGE_S
-            or (self._log and self._log.size_bytes >= SEGMENT_BYTES)
-        ):
-            self.cut()
-            self.flush()
-        while self._compact():
-            pass
-        self._expire()
+        """Write frozen memtables as blocks, retire the segments that they cover, compact blocks,
+        remove those past their retention. Raises OSError.
 
-    def cut(self) -> None:
-        """Begin a new memtable and a new file of the log; `flush` makes the old ones a block."""
-        assert self._log is not None
-        number = self._next_number
-
-        def change_hands() -> None:
-            with self._lock:
-                self._frozen += ((number, (self._own, self._active)),)
-                self._active, self._own = Memtable(), Memtable()
-                self._next_number = number + 1
-            self._since = time.monotonic()
-
-        self._log.rotate(os.path.join(self.folder, f"metrics.{number:08d}.jsonl"), change_hands)
-        self._log_files = self._log.files
-
-    def flush(self) -> None:
-        """Write the memtables that are no longer pushed to as blocks, and retire their part of the
-        log.
+        It takes long; a fork does it, and the store that goes on calls `refresh` afterwards.
         """
-        while self._frozen:
-            number, tables = self._frozen[0]
+        for number, tables in self._frozen:
             self._write(tables, number, number, number)
-            with self._lock:
-                self._frozen = self._frozen[1:]
-            self._to_retire = True
-        if self._to_retire:  # what failed is tried again
-            covered = max((block.covers for block in self._blocks), default=0)
-            for number, path in self._segments():
-                if number <= covered:
-                    self._retire(path)
-            self._to_retire = False
+        self._frozen = []
+        covered = max((block.covers for block in self.blocks), default=0)
+        for number, path in self._segments():
+            if number <= covered:
+                self._retire(path)
+        while run := self._run_to_compact():
+            self._compact(run)
+        for block in self._expired():
+            os.unlink(block.path)
+            logger.info("removed the block %s, past its retention", block.path)
+            self.blocks.remove(block)
+
+    def keep_own(self) -> None:
+        """Write what is not in the log as a block. Raises OSError."""
+        if self._own.rows:
+            covered = max((block.covers for block in self.blocks), default=0)
+            if not self._frozen:  # else a block of this number would hide a segment
+                self._write([self._own], self._next_number, self._next_number, covered)
+                self._next_number += 1
+                self._own = Memtable()
 
     def _write(self, sources: Sequence[Source], first: int, last: int, covers: int) -> None:
         """Write a block of all samples of some sources, and serve it in place of the blocks of
         these numbers.
         """
         path = os.path.join(self._blocks_folder, f"{first:08d}-{last:08d}.block")
-        oldest_ms = self._oldest_ms()
-        writer = _BlockWriter(path)
-        try:
+        budget, oldest_ms = Budget(), self._oldest_ms() if self._is_settled else 0
+        with BlockWriter(path) as writer:
             types: dict[str, str] = {}
             places: _Places = {}
             for source in sources:
                 types |= source.types
                 for number, labels in enumerate(source.index.labels):
                     places.setdefault(labels, []).append((source, number))
-            readers = _readers(places, oldest_ms, _EVER)
+            readers = _readers(places, oldest_ms, _EVER, budget)
             for labels, where in places.items():
-                sources_chunks = [next(readers[source])[1] for source, _ in where]
-                if chunks := merge_chunks(sources_chunks):
+                found = [next(readers[source])[1] for source, _ in where]
+                if chunks := merge_chunks(found, budget):
                     writer.add(labels, chunks)
-                self._pause()
             writer.finish(covers, types)
-        except BaseException:
-            writer.give_up()
-            raise
-        block = Block(path)
-        with self._lock:
-            others = (b for b in self._blocks if not first <= b.first_number <= last)
-            self._blocks = tuple(sorted((*others, block), key=lambda b: b.first_number))
+        others = [b for b in self.blocks if not first <= b.first_number <= last]
+        self.blocks = sorted((*others, Block(path)), key=lambda b: b.first_number)
 
     def _retire(self, path: str) -> None:
         """Remove a part of the log that a block covers, or keep it compressed."""
@@ -4603,46 +6200,21 @@ class Store:
             number = os.path.basename(path).split(".")[1]
             kept = os.path.join(self.folder, f"metrics-{date}-{number}.jsonl.gz")
             with open(path, "rb") as lines, gzip.open(kept + ".tmp", "wb", 6) as packed:
-                while piece := lines.read(REPLAY_BYTES):
+                while piece := lines.read(READ_BYTES):
                     packed.write(piece)
-                    self._pause()
             with open(kept + ".tmp", "rb") as written:
                 os.fsync(written.fileno())
             os.replace(kept + ".tmp", kept)
-            _sync_folder(self.folder)
+            sync_folder(self.folder)
         os.unlink(path)
 
-    def _compact(self) -> bool:
-        """Make one block of neighbours of about the same size; False where there are none."""
-        run = self._alike(self._blocks)
-        if not run or self._stopping.is_set():
-            return False
-        try:
-            covers = max(block.covers for block in run)
-            self._write(run, run[0].first_number, run[-1].last_number, covers)
-        except _DAMAGE as error:
-            for block in run:
-                self._check(block, error)
-            return True
-        for block in run:
-            os.unlink(block.path)
-        return True
-
-    def _check(self, block: Block, error: Exception) -> None:
-        """Set a block aside if it is damaged."""
-        try:
-            for _ in block.chunks(range(len(block.index)), 0, _EVER):
-                pass
-        except _DAMAGE as found:
-            self._reading(block, found)
-
-    def _alike(self, blocks: Sequence[Block]) -> list[Block]:
-        """The neighbours that are compacted next: the largest has no more than the others
-        together.
+    def _run_to_compact(self) -> list[Block]:
+        """The neighbours that are made one block next: the largest has no more samples than the
+        others together.
         """
         most_ms = self._retention_ms // 10 or _EVER
-        for start in range(len(blocks) - MERGED_BLOCKS + 1):
-            run = list(blocks[start : start + MERGED_BLOCKS])
+        for start in range(len(self.blocks) - MERGED_BLOCKS + 1):
+            run = self.blocks[start : start + MERGED_BLOCKS]
             samples = [block.samples for block in run]
             span_ms = max(b.last_ms for b in run) - min(b.first_ms for b in run)
             if (
@@ -4653,26 +6225,61 @@ class Store:
                 return run
         return []
 
-    def _oldest_ms(self) -> int:
-        return int(self._clock() * 1000) - self._retention_ms if self._retention_ms else 0
+    def _compact(self, run: list[Block]) -> None:
+        try:
+            covers = max(block.covers for block in run)
+            self._write(run, run[0].first_number, run[-1].last_number, covers)
+        except BlockError:
+            for block in run:  # whichever of them it was
+                try:
+                    for _ in block.chunks(range(len(block.index)), 0, _EVER, Budget()):
+                        pass
+                except BlockError as error:
+                    self._drop(block, error)
+            return
+        for block in run:
+            os.unlink(block.path)
 
-    def _expire(self) -> None:
-        """Remove blocks that are too old, and the oldest if all are too long."""
+    # ---- retention
+
+    @property
+    def _is_settled(self) -> bool:
+        return self._monotonic() - self._opened >= CLOCK_DOUBT_S
+
+    def _oldest_ms(self) -> int:
+        """What is older is past its retention, which goes by the clock or by the newest sample,
+        whichever is earlier; and of these bounds the least of the last hour counts: no step of a
+        clock removes what was young an hour ago.
+        """
+        if not self._retention_ms:
+            return 0
+        now, bounds = self._monotonic(), self._oldest
+        newest_ms = max((source.last_ms for source in self._sources()), default=-1)
+        bounds.append((now, min(int(self._clock() * 1000), newest_ms) - self._retention_ms))
+        while bounds[0][0] < now - CLOCK_DOUBT_S:
+            bounds.popleft()
+        return min(bound_ms for _, bound_ms in bounds)
+
+    def _expired(self) -> list[Block]:
+        """The blocks that are too old, and the oldest if all are too long."""
         oldest_ms, room = self._oldest_ms(), self._retention_bytes
-        kept = []
-        for block in sorted(self._blocks, key=lambda b: b.last_ms, reverse=True):
+        old = [block for block in self.blocks if 0 <= block.last_ms < oldest_ms]
+        if len(old) > 1 and not self._is_settled:  # nobody knows how the clock stood an hour ago
+            old = []
+        for block in sorted(self.blocks, key=lambda b: b.last_ms, reverse=True):
             room -= block.size_bytes
-            if block.last_ms < oldest_ms or (self._retention_bytes and room < 0):
-                logger.info("removed the block %s, past its retention", block.path)
-                with self._lock:
-                    self._blocks = tuple(b for b in self._blocks if b is not block)
-                os.unlink(block.path)
-            else:
-                kept.append(block)
+            if self._retention_bytes and room < 0 and block not in old:
+                old.append(block)
+        return old
 
 
 # ==================================================================================================
-# 9. Query language
+# PART III. QUERIES
+# ==================================================================================================
+
+
+# ==================================================================================================
+# 15. Query language
 # ==================================================================================================
 #
 # The problem: PromQL is the language that Grafana and every Prometheus client speak. The idea: text
@@ -4686,9 +6293,9 @@ class Store:
 # The source: https://prometheus.io/docs/prometheus/latest/querying/
 
 
-# (matchers, first and last time in ms) -> the series that fulfil all matchers, with their samples
-# between the two times, both included.
-Select = Callable[[Sequence[Matcher], int, int], Iterable[Series]]
+# (matchers, first and last time in ms, budget) -> the series that fulfil all matchers, with their
+# samples between the two times, both included.
+Select = Callable[[Sequence[Matcher], int, int, Budget], Iterable[Series]]
 
 LOOKBACK_MS = 300_000  # an instant selector takes the latest sample of so long
 SUBQUERY_STEP_MS = 60_000  # the step of a subquery that names none
@@ -4719,13 +6326,6 @@ class SampleLimitError(ExecutionError):
         super().__init__(
             "query processing would load too many samples into memory in query execution"
         )
-
-
-class QueryTimeoutError(Exception):
-    """A query that had not ended at its deadline."""
-
-    def __init__(self) -> None:
-        super().__init__("query timed out in expression evaluation")
 
 
 # ---- the tree: `position` is where in the text a node begins ----
@@ -5438,9 +7038,7 @@ class _QueryParser:
 
 
 def _matches_empty(matcher: Matcher) -> bool:
-    if matcher.op in ("=", "!="):
-        return (matcher.value == "") == (matcher.op == "=")
-    return compile_regex(matcher.value).matches("") == (matcher.op == "=~")
+    return matcher.accepts("")
 
 
 def _is_label_name(name: str) -> bool:
@@ -5616,7 +7214,7 @@ def _pretty(node: Node, level: int) -> str:
 
 
 # ==================================================================================================
-# 10. Evaluation
+# 16. Evaluation
 # ==================================================================================================
 #
 # The problem: to evaluate a tree for hundreds of steps of a graph at once, without numpy. The idea:
@@ -5946,35 +7544,54 @@ class _Execution:
     """What all nodes of one query share."""
 
     def __init__(
-        self, select: Select, lookback_ms: int, max_samples: int, late: Callable[[], bool],
-        start_ms: int, end_ms: int,
+        self, select: Select, lookback_ms: int, max_samples: int, budget: Budget, start_ms: int,
+        end_ms: int,
     ):  # fmt: skip
         self.select = select
         self.lookback_ms = lookback_ms
         self.bounds = {"start": start_ms, "end": end_ms}
+        self.budget = budget
         self._room = max_samples
-        self._late = late
         self._selected: dict[tuple[tuple[Matcher, ...], int, int], list[Series]] = {}
 
     def hold(self, values: int) -> None:
-        """Count values that the query will hold, and look at the clock."""
+        """Count values that the query will hold, and the work that they are."""
         self._room -= values
         if self._room < 0:
             raise SampleLimitError
-        if self._late():
-            raise QueryTimeoutError
+        self.budget.spend(10 + 2 * values)
 
     def series(self, matchers: tuple[Matcher, ...], start_ms: int, end_ms: int) -> list[Series]:
-        """The selected series that have samples; what was selected before is not again."""
+        """The selected series that have samples, staleness markers among them; what was selected
+        before is not again.
+        """
         key = (matchers, start_ms, end_ms)
         if key not in self._selected:
             found = []
-            for series in self.select(matchers, start_ms, end_ms):
+            for series in self.select(matchers, start_ms, end_ms, self.budget):
                 self.hold(len(series.times_ms))
                 if series.times_ms:
                     found.append(series)
             self._selected[key] = found
         return self._selected[key]
+
+
+def _markers(values: "array[float]") -> list[bool]:
+    """Which values are staleness markers; [] where none is."""
+    raw = values.tobytes()
+    if struct.pack("=d", STALE) not in raw:  # in C: 0.1 µs for a thousand values
+        return []
+    return [bits == STALE_BITS for bits in array("Q", raw)]
+
+
+def _without_markers(series: Series) -> Series:
+    """The samples of a series that are values."""
+    markers = _markers(series.values)
+    if not markers:
+        return series
+    there = [not marker for marker in markers]
+    times = array("q", itertools.compress(series.times_ms, there))
+    return Series(series.labels, times, array("d", itertools.compress(series.values, there)))
 
 
 class _Evaluation:
@@ -6032,9 +7649,11 @@ class _Evaluation:
         found = self.execution.series(node.matchers, ends[0] - lookback_ms + 1, ends[-1])
         for series, windows in _Ranges(found, ends, lookback_ms).slide():
             self.execution.hold(len(self.steps))
-            samples: Sequence[float] = series.values
+            samples: Sequence[float | None] = series.values
             if of_time:
                 samples = [time_ms / 1000 for time_ms in series.times_ms]
+            if markers := _markers(series.values):
+                samples = [None if marker else v for v, marker in zip(samples, markers)]
             values = [samples[high - 1] if high > low else None for low, high in windows]
             columns.append(Column(series.labels, self.for_all_steps(values, ends)))
         return columns
@@ -6048,7 +7667,8 @@ class _Evaluation:
         ends = self.ends(node)
         first_ms, last_ms = ends[0] - node.range_ms, ends[-1]
         if isinstance(node, Selector):
-            series = self.execution.series(node.matchers, first_ms + 1, last_ms)
+            found = self.execution.series(node.matchers, first_ms + 1, last_ms)
+            series = [one for one in map(_without_markers, found) if one.times_ms]
         else:
             step_ms = node.step_ms or SUBQUERY_STEP_MS
             aligned_ms = (first_ms // step_ms + 1) * step_ms
@@ -6408,8 +8028,7 @@ def _over_time(
         def of_series(series: Series, windows: list[tuple[int, int]]) -> list[float | None]:
             samples, results = series.values, list[float | None]()
             for (low, high), row in zip(windows, rows):
-                if high - low > LONG_WINDOW:
-                    run.execution.hold(0)
+                run.execution.budget.spend(1 + (high - low) / 2)
                 results.append(function(samples[low:high], *row) if high - low >= least else None)
             return results
 
@@ -6741,8 +8360,6 @@ def _of_buckets(function: Callable[..., float], scalars: int) -> Function:
     return Function((*[SCALAR] * scalars, VECTOR), scalars + 1, evaluate)
 
 
-LONG_WINDOW = 1_000  # samples; for longer ones the clock is looked at each time
-
 _FUNCTIONS: dict[str, Function] = {
     "abs": _per_value(abs),
     "absent": Function((VECTOR,), 1, _absent),
@@ -6855,32 +8472,28 @@ class Engine:
     """Evaluates PromQL over the series that `select` finds.
 
     `lookback_ms`: how old the latest sample may be that an instant selector takes. `max_samples`:
-    how many samples and values one query may hold. `clock` is what deadlines are measured by.
-    `pause` is called often.
+    how many samples and values one query may hold.
 
     >>> up = Series({"__name__": "up", "host": "a"}, array("q", [0, 15_000]), array("d", [0, 1]))
-    >>> engine = Engine(lambda matchers, start_ms, end_ms: [up])
+    >>> engine = Engine(lambda matchers, start_ms, end_ms, budget: [up])
     >>> engine.instant("up * 2", 15_000)
     VectorResult(time_ms=15000, samples=[({'host': 'a'}, 2.0)])
     """
 
     def __init__(
-        self, select: Select, *, lookback_ms: int = LOOKBACK_MS, max_samples: int = MAX_SAMPLES,
-        clock: Callable[[], float] = time.monotonic, pause: Callable[[], None] = no_pause,
-    ):  # fmt: skip
+        self, select: Select, *, lookback_ms: int = LOOKBACK_MS, max_samples: int = MAX_SAMPLES
+    ):
         self._select = select
-        self._pause = pause
         self._lookback_ms = lookback_ms
         self._max_samples = max_samples
-        self._clock = clock
 
-    def instant(self, text: str, time_ms: int, deadline: float | None = None) -> Result:
-        """The value of a query at one time. `deadline` is a time of the clock.
+    def instant(self, text: str, time_ms: int, budget: Budget | None = None) -> Result:
+        """The value of a query at one time.
 
-        Raises QueryError, ExecutionError, SampleLimitError, QueryTimeoutError.
+        Raises QueryError, ExecutionError, SampleLimitError, OverBudgetError.
         """
         node = parse_query(text)
-        run = self._evaluation(time_ms, time_ms, 1, deadline)
+        run = self._evaluation(time_ms, time_ms, 1, budget)
         kind = _type_of(node)
         with _bounded_depth():
             if kind == STRING:
@@ -6898,14 +8511,14 @@ class Engine:
         return VectorResult(time_ms, samples)
 
     def range(
-        self, text: str, start_ms: int, end_ms: int, step_ms: int, deadline: float | None = None
+        self, text: str, start_ms: int, end_ms: int, step_ms: int, budget: Budget | None = None
     ) -> MatrixResult:
         """The values of a query from start to end, both included, one each step: at least one.
 
         Raises as `instant` does.
         """
         node = parse_query(text)
-        run = self._evaluation(start_ms, end_ms, step_ms, deadline)
+        run = self._evaluation(start_ms, end_ms, step_ms, budget)
         kind = _type_of(node)
         if kind not in (SCALAR, VECTOR):
             raise QueryError(
@@ -6922,14 +8535,10 @@ class Engine:
         return _matrix(_series_of(column, run.steps) for column in columns)
 
     def _evaluation(
-        self, start_ms: int, end_ms: int, step_ms: int, deadline: float | None
+        self, start_ms: int, end_ms: int, step_ms: int, budget: Budget | None
     ) -> _Evaluation:
-        def late() -> bool:
-            self._pause()
-            return deadline is not None and self._clock() > deadline
-
         execution = _Execution(
-            self._select, self._lookback_ms, self._max_samples, late, start_ms, end_ms
+            self._select, self._lookback_ms, self._max_samples, budget or Budget(), start_ms, end_ms
         )
         steps = range(start_ms, end_ms + 1, step_ms)
         execution.hold(len(steps))
@@ -6950,7 +8559,7 @@ def _matrix(series: Iterable[Series]) -> MatrixResult:
 
 
 # ==================================================================================================
-# 11. Query API
+# 17. Query API
 # ==================================================================================================
 #
 # What the engine can do, as Prometheus's HTTP API offers it: Grafana and other clients speak it.
@@ -6959,7 +8568,11 @@ API_PREFIX = "/api/v1/"
 QUERY_TIMEOUT_S = 120.0
 MAX_POINTS = 11_000  # steps of a range query
 MAX_QUERIES = 20  # at once
-_API_STATUS = {"bad_data": 400, "execution": 422, "timeout": 503, "not_found": 404}
+_API_STATUS = {
+    "bad_data": 400, "execution": 422, "timeout": 503, "not_found": 404, "unavailable": 503,
+    "internal": 500,
+}  # fmt: skip
+MAX_QUERY_BYTES = 64 * 1024
 _API_ROUTES = (
     "query", "query_range", "series", "labels", "metadata", "status/buildinfo", "format_query",
 )  # fmt: skip
@@ -6998,79 +8611,82 @@ class QueryAPI:
         max_samples: int = MAX_SAMPLES,
         clock: Callable[[], float] = time.time,
         version: str = "",
-        pacer: Pacer | None = None,
     ):
         self._store, self._clock, self._version = store, clock, version
         self._timeout_s = timeout_s
-        self._max_samples, self._pacer = max_samples, pacer
-        self._stopped = False  # set once
+        self._max_samples = max_samples
 
-    def answer(self, path: str, text: str) -> tuple[int, str]:
-        """(status, JSON) for a path of `has_api_route` and its parameters as a form has them."""
+    def answer(self, path: str, text: str, budget: Budget) -> tuple[int, bytes]:
+        """(status, JSON) for a path of `has_api_route` and its parameters as a form has them.
+        Raises OverBudgetError.
+        """
         try:
             form = urllib.parse.parse_qs(text, keep_blank_values=True, max_num_fields=1_000)
+            budget.spend(10 * len(text))
         except ValueError:
-            return self._refused("bad_data", "too many parameters")
+            return self.error("bad_data", "too many parameters")
         try:
-            with self._pacer.work() if self._pacer else contextlib.nullcontext(no_pause) as pause:
-                data = self._data(path, form, partial(self._pause_or_stop, pause))
-                return 200, f'{{"status":"success","data":{data}}}'
+            data = self._data(path, form, budget)
         except APIError as error:
-            return self._refused(error.kind, str(error))
+            return self.error(error.kind, str(error))
         except QueryError as error:
-            return self._refused("bad_data", str(error))
+            return self.error("bad_data", str(error))
         except ExecutionError as error:
-            return self._refused("execution", str(error))
-        except QueryTimeoutError as error:
-            return self._refused("timeout", str(error))
-
-    def stop(self) -> None:
-        """End the queries that run."""
-        self._stopped = True
-
-    def _pause_or_stop(self, pause: Callable[[], None]) -> None:
-        if self._stopped:
-            raise QueryTimeoutError
-        pause()
+            return self.error("execution", str(error))
+        warnings = self._store.warnings
+        more = f',"warnings":{write_json(warnings)}' if warnings else ""
+        return 200, _utf_8(f'{{"status":"success","data":{data}{more}}}')
 
     @staticmethod
-    def _refused(kind: str, reason: str) -> tuple[int, str]:
+    def error(kind: str, reason: str) -> tuple[int, bytes]:
+        """(status, JSON) of an error; `kind` is Prometheus's errorType."""
         answer = {"status": "error", "errorType": kind, "error": reason}
-        return _API_STATUS[kind], write_json(answer)
+        return _API_STATUS[kind], _utf_8(write_json(answer))
 
-    def _data(self, path: str, form: _Form, pause: Callable[[], None]) -> str:
+    def timeout_s(self, text: str) -> float:
+        """How long a query with these parameters may take, in seconds."""
+        try:
+            form = urllib.parse.parse_qs(text, keep_blank_values=True, max_num_fields=1_000)
+            if form.get("timeout", [""])[0]:
+                asked_ms = _duration_ms(form["timeout"][0], "timeout")
+                return min(self._timeout_s, asked_ms / 1000)
+        except (ValueError, APIError) as error:  # the answer will say so
+            logger.debug("no time-out can be read: %s", error)
+        return self._timeout_s
+
+    def _data(self, path: str, form: _Form, budget: Budget) -> str:
         route = path.removeprefix(API_PREFIX)
+        if len(form.get("query", [""])[0].encode(errors="replace")) > MAX_QUERY_BYTES:
+            raise APIError("bad_data", f"the query has more than {MAX_QUERY_BYTES} bytes")
         if route in ("query", "query_range"):
-            select = partial(self._store.select, pause=pause)
-            engine = Engine(select, max_samples=self._max_samples, pause=pause)
+            engine = Engine(self._store.select, max_samples=self._max_samples)
             evaluate = self._query if route == "query" else self._query_range
-            return result_json(evaluate(engine, form), _limit(form), pause)
+            return result_json(evaluate(engine, form, budget), _limit(form), budget)
         if route == "format_query":
             return write_json(format_query(_only(form, "query")))
         if route == "series":
             if "match[]" not in form:
                 raise APIError("bad_data", "no match[] parameter provided")
-            series = self._series(form, pause)[: _limit(form)]
+            series = self._series(form, budget)[: _limit(form)]
             return f"[{','.join(map(write_json, series))}]"
         if route == "metadata":
-            return self._metadata(form)
+            return self._metadata(form, budget)
         if route == "status/buildinfo":
             facts = {"version": self._version, "revision": "", "branch": "", "buildUser": ""}
             return write_json(facts | {"buildDate": "", "goVersion": ""})
         if route == "labels":
-            names = {name for labels in self._series(form, pause) for name in labels}
+            names = {name for labels in self._series(form, budget) for name in labels}
         else:
             match = _LABEL_VALUES.fullmatch(route)
             assert match is not None  # has_api_route has seen it
-            series = self._series(form, pause)
+            series = self._series(form, budget)
             names = {labels[match[1]] for labels in series if match[1] in labels}
         return write_json(sorted(names)[: _limit(form)])
 
-    def _deadline(self, form: _Form) -> float:
-        timeout_s = self._timeout_s
-        if "timeout" in form:
-            timeout_s = min(timeout_s, _duration_ms(_only(form, "timeout"), "timeout") / 1000)
-        return time.monotonic() + timeout_s
+    def _check_timeout(self, form: _Form) -> None:
+        text = form.get("timeout", [""])[0]
+        if text and _duration_ms(text, "timeout") <= 0:
+            raise APIError("timeout", "query timed out in expression evaluation")
 
     def _time_ms(self, form: _Form, name: str, missing_ms: int | None) -> int:
         if name not in form:
@@ -7079,11 +8695,12 @@ class QueryAPI:
             return missing_ms
         return _api_time_ms(form[name][0], name)
 
-    def _query(self, engine: Engine, form: _Form) -> Result:
+    def _query(self, engine: Engine, form: _Form, budget: Budget) -> Result:
         time_ms = self._time_ms(form, "time", int(self._clock() * 1000))
-        return engine.instant(_only(form, "query"), time_ms, self._deadline(form))
+        self._check_timeout(form)
+        return engine.instant(_only(form, "query"), time_ms, budget)
 
-    def _query_range(self, engine: Engine, form: _Form) -> Result:
+    def _query_range(self, engine: Engine, form: _Form, budget: Budget) -> Result:
         start_ms, end_ms = self._time_ms(form, "start", None), self._time_ms(form, "end", None)
         step_ms = _duration_ms(_only(form, "step"), "step")
         if end_ms < start_ms:
@@ -7102,10 +8719,10 @@ class QueryAPI:
                 f"exceeded maximum resolution of {MAX_POINTS:,} points per timeseries. Try "
                 "decreasing the query resolution (?step=XX)",
             )
-        query, deadline = _only(form, "query"), self._deadline(form)
-        return engine.range(query, start_ms, end_ms, step_ms, deadline)
+        self._check_timeout(form)
+        return engine.range(_only(form, "query"), start_ms, end_ms, step_ms, budget)
 
-    def _series(self, form: _Form, pause: Callable[[], None]) -> list[dict[str, str]]:
+    def _series(self, form: _Form, budget: Budget) -> list[dict[str, str]]:
         selectors: list[Sequence[Matcher]] = []
         for text in form.get("match[]", ()):
             node = parse_query(text)
@@ -7114,16 +8731,21 @@ class QueryAPI:
             selectors.append(node.matchers)
         start_ms = self._time_ms(form, "start", 0)
         end_ms = self._time_ms(form, "end", END_OF_TIME_MS)
-        return self._store.series(selectors or [()], start_ms, end_ms, pause)
+        return self._store.series(selectors or [()], start_ms, end_ms, budget)
 
-    def _metadata(self, form: _Form) -> str:
-        types = self._store.types()
+    def _metadata(self, form: _Form, budget: Budget) -> str:
+        types = self._store.types(budget)
         names = form["metric"][:1] if form.get("metric", [""])[0] else sorted(types)
         facts = {
             name: [{"type": types[name], "help": "", "unit": ""}] for name in names if name in types
         }
         limit = _limit(form)
         return write_json(dict(itertools.islice(facts.items(), limit)))
+
+
+def _utf_8(text: str) -> bytes:
+    """Text as UTF-8; what is no Unicode becomes U+FFFD, as Go writes it."""
+    return _SURROGATE.sub("\ufffd", text).encode()
 
 
 def _only(form: _Form, name: str) -> str:
@@ -7172,10 +8794,8 @@ def _time_json(time_ms: int) -> str:
     return f"{time_ms / 1000:.3f}".rstrip("0").rstrip(".")
 
 
-def result_json(
-    result: Result, limit: int | None = None, pause: Callable[[], None] = no_pause
-) -> str:
-    """A result as the API writes it. `pause` is called often.
+def result_json(result: Result, limit: int | None = None, budget: Budget | None = None) -> str:
+    """A result as the API writes it.
 
     >>> result_json(ScalarResult(1500, 2.0))
     '{"resultType":"scalar","result":[1.5,"2"]}'
@@ -7189,7 +8809,8 @@ def result_json(
     elif isinstance(result, MatrixResult):
         kind, pieces = "matrix", []
         for labels, times_ms, values in result.series[:limit]:
-            pause()
+            if budget is not None:
+                budget.spend(20 + 10 * len(times_ms))
             points = ",".join(
                 f'[{_time_json(time_ms)},"{format_value(value)}"]'
                 for time_ms, value in zip(times_ms, values)
@@ -7204,1368 +8825,900 @@ def result_json(
 
 
 # ==================================================================================================
-# 12. Service
+# 18. Store process
 # ==================================================================================================
 #
-# A request comes in, an answer goes out; all that the chapters above can do meets here, and nothing
-# else is here. What went wrong on the way is an exception of the chapter in which it did, and is
-# turned into its status in one place. The service knows nothing of sockets.
+# The problem: whoever holds the interpreter lock stops everybody, and a query, a sealed chunk or a
+# written block may hold it for long. The idea: the store lives in a process of its own, which reads
+# the log as `tail -f` does, up to where it is acknowledged, and never beyond. It has one thread and
+# no locks. A question comes with the position of the log at its arrival, and is answered when the
+# store has read so far: whoever pushed a sample sees it. Small questions are answered at once,
+# within a budget of work; what takes more begins anew in a fork, which is a snapshot of all memory
+# for the price of a page table. The operating system does the rest: a late query is killed, its
+# memory is limited, several run on several cores. What it costs: 3 to 10 ms for each fork, and the
+# log is read once more, 0.6 µs a line.
+#
+#     front ── frames of fixed size, each with a descriptor ──► store     a question's socket, a log
+#           ◄── lines of JSON: what it does, what it logs ────
+#           ◄── an answer, on the question's own socket ────── store or its fork
 
-RETRY_AFTER_S = 1  # what a client is told when the log can't be written
-MAX_CLIENT_ID_LENGTH = 128
-SELF_METRICS_S = 15.0  # how often the server's own statistics become series
-FORM_TYPE = "application/x-www-form-urlencoded"
-Handler = Callable[[Request, str], tuple[Response | None, Commit | None]]
+MAX_WAITING = 64  # questions; more get 503
+INLINE_WORK = 50_000  # units of a Budget: about 5 ms
+INLINE_S = 0.03  # and where the units were too cheap, so long
+QUERY_MEMORY = 512 * 1024 * 1024  # bytes that a query may take, beside what the store has
+KILL_GRACE_S = 0.5  # a fork that is late ends by itself, or so long later by a signal
+STORE_STATUS_S = 1.0  # how often the store says how it is
+SILENCE_S = 20.0  # a store that says nothing for so long is ended, and begun anew
+STORE_RETRY_S = 30.0  # after a failure to keep the store in order: a full disk, as a rule
+STORE_STOP_S = 1.0
+LOCK_WAIT_S = 5.0  # for a store whose front died
+MAX_FORM_BYTES = 128 * 1024
+OWN_METRICS_S = 15.0
 
-
-class Asked(Commit):
-    """A query; when it is done, it has an answer."""
-
-    response: Response
-
-
-class Pending(NamedTuple):
-    """An answer that may be sent when its commit is done; None: the answer of a query."""
-
-    commit: Commit
-    response: Response | None
-    client: str
-    started: float
-
-
-def json_response(status: int, value: Any, fields: Iterable[tuple[str, str]] = ()) -> Response:
-    """A response whose body is a value as JSON."""
-    return Response(status, write_json(value).encode(), fields=fields)
-
-
-@functools.lru_cache(maxsize=MAX_BATCH)  # 0.1 µs instead of 3
-def accepted(metrics: int) -> Response:
-    """The answer to a batch that was stored."""
-    body = write_json({"success": True, "metrics_processed": metrics}).encode()
-    return Response(200, body, metrics=metrics)
+_FRAME = struct.Struct("<4sIqd")  # what; file of the log, bytes of it; when, by time.monotonic
+_QUESTION, _POSITION, _SWITCH, _OWN, _STOP = b"ask.", b"pos.", b"file", b"own.", b"stop"
+_LENGTHS = struct.Struct("<II")  # of the path and the form of a question
 
 
-def error_response(error: Exception) -> Response:
-    """The answer to a request that failed in a way which has a status; any other exception is
-    raised again.
-    """
-    if isinstance(error, HTTPError):
-        return json_response(error.status, {"error": str(error), **error.details}, error.fields)
-    if isinstance(error, JSONError):
-        return json_response(400, {"error": f"body is not JSON: {error}"})
-    if isinstance(error, BatchError):
-        errors = [reason._asdict() for reason in error.reasons]
-        return json_response(400, {"error": str(error), "errors": errors})
-    if isinstance(error, SeriesLimitError):
-        return json_response(400, {"error": str(error)})
-    if isinstance(error, LogError):
-        return json_response(503, {"error": str(error)}, [("Retry-After", str(RETRY_AFTER_S))])
-    raise error
+class StoreOptions(NamedTuple):
+    """What the store process is told at its start."""
+
+    folder: str
+    max_series: int = MAX_SERIES
+    retention_s: float = RETENTION_S
+    retention_bytes: int = 0
+    keep_log: bool = False
+    query_timeout_s: float = QUERY_TIMEOUT_S
+    query_memory: int = QUERY_MEMORY
+    version: str = ""
 
 
-def client_id(head: Head, peer: str) -> str:
-    """Who asks: the value of Authorization, else the peer's address. A very long value is known by
-    its hash.
-    """
-    client = peer
-    if "authorization" in head.headers:
-        client = head.headers["authorization"] or peer
-    return (
-        client
-        if len(client) <= MAX_CLIENT_ID_LENGTH
-        else hashlib.sha256(client.encode()).hexdigest()
-    )
+class Question:
+    """A request to the query API that waits for its answer."""
+
+    __slots__ = ("socket", "position", "arrived", "path", "form", "deadline")
+
+    def __init__(self, sock: socket.socket, position: Position, arrived: float):
+        """Read a question that was written whole before its socket was sent. Raises OSError."""
+        self.socket, self.position, self.arrived = sock, position, arrived
+        sock.setblocking(False)
+        received = b""
+        lengths = (0, _LENGTHS.size)
+        while len(received) < _LENGTHS.size + sum(lengths):
+            piece = sock.recv(MAX_FORM_BYTES)
+            if not piece:
+                raise OSError(errno.EPIPE, "the question is not whole")
+            received += piece
+            lengths = _LENGTHS.unpack_from(received)
+        path_end = _LENGTHS.size + lengths[0]
+        self.path = received[_LENGTHS.size : path_end].decode()
+        self.form = received[path_end:].decode()
+        self.deadline = arrived + QUERY_TIMEOUT_S
 
 
-# A letter first and no colon: no address of a peer can pass for a name.
-_CLIENT_NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,63}")
-_CLIENT_LINE = re.compile(
-    rf"({_CLIENT_NAME.pattern})[ \t]+([0-9A-Fa-f]{{64}})(?:[ \t]+([0-9]{{1,9}}))?"
+class _Fork:
+    """A process that answers a question, or keeps the store in order."""
+
+    __slots__ = ("pid", "pipe", "question", "deadline", "is_sending", "said", "error")
+
+    def __init__(self, pid: int, pipe: int, question: Question | None):
+        self.pid, self.pipe, self.question = pid, pipe, question
+        self.deadline = question.deadline if question else math.inf
+        self.is_sending = False  # it has its answer: only the reader may be late now
+        self.said = b""
+        self.error = ""  # why the store can't be kept in order
+
+
+class StoreProcess:
+    """The loop of the store: reads the log, answers questions, keeps the store in order."""
+
+    def __init__(self, control: socket.socket, options: StoreOptions):
+        self._control, self._options = control, options
+        control.setblocking(False)
+        self.store = Store(
+            options.folder,
+            writes=True,
+            retention_s=options.retention_s,
+            retention_bytes=options.retention_bytes,
+            keep_log=options.keep_log,
+        )
+        self.api = QueryAPI(self.store, timeout_s=options.query_timeout_s, version=options.version)
+        self._max_forks = max(2, os.cpu_count() or 1)
+        self._opening: Iterator[str] | None = None
+        self._began = time.monotonic()
+        self._progress = "starting"  # how far the store is at its start; "" when it is ready
+        self._file, self._tail = -1, LogTail(-1)
+        self._last_file = -1  # that was told of
+        self._acknowledged = Position(-1, 0)
+        self._first_position = Position(-1, 0)  # the store is ready when it has read so far
+        self._switches: deque[tuple[Position, int]] = deque()  # (new file, end of the old), a file
+        self._waiting: deque[Question] = deque()  # for the log to be read
+        self._heavy: deque[Question] = deque()  # for a fork
+        self._forks: dict[int, _Fork] = {}  # by pipe
+        self._sending: dict[socket.socket, memoryview] = {}  # answers that nobody reads yet
+        self._work: Iterator[None] = iter(())
+        self._unsent = b""  # lines for the front
+        self._error = ""  # why the store can't be kept in order
+        self._next_status = self._next_maintenance = self._next_rotation = 0.0
+        self._stopped = False
+
+    # ---- the loop
+
+    def run(self) -> None:
+        """Work until the front says stop, or is gone."""
+        while not self._stopped:
+            self._wait(0.0 if self._is_busy() else 0.1)
+            self._read_log()
+            self._answer_waiting()
+            self._start_forks()
+            self._end_late()
+            if not self._waiting:
+                self._do_work()
+            self._look_after_time()
+        for fork in list(self._forks.values()):
+            os.kill(fork.pid, signal.SIGKILL)
+            self._reap(fork)
+        if not self._progress:
+            self.store.keep_own()
+
+    def _is_busy(self) -> bool:
+        if self._progress:
+            return self._opening is not None or not self._is_caught_up()
+        return (
+            not self._is_caught_up()
+            or (self.store.has_work and not self._unsent)
+            or any(self._has_read(question.position) for question in self._waiting)
+        )
+
+    def _wait(self, timeout_s: float) -> None:
+        """Wait until somebody has something to say, and hear it."""
+        poll = select.poll()
+        poll.register(self._control, select.POLLIN | (select.POLLOUT if self._unsent else 0))
+        for pipe in self._forks:
+            poll.register(pipe, select.POLLIN)
+        asking = {question.socket.fileno(): question for question in self._questions()}
+        for descriptor in asking:
+            poll.register(descriptor, 0)  # only that the other end is closed
+        sending = {sock.fileno(): sock for sock in self._sending}
+        for descriptor in sending:
+            poll.register(descriptor, select.POLLOUT)
+        for descriptor, _ in poll.poll(timeout_s * 1000):
+            if descriptor == self._control.fileno():
+                self._hear()
+                self._tell("")
+            elif descriptor in self._forks:
+                self._hear_fork(self._forks[descriptor])
+            elif descriptor in sending:
+                self._send_more(sending[descriptor])
+            else:
+                self._abandon(asking[descriptor])
+
+    def _questions(self) -> Iterator[Question]:
+        yield from self._waiting
+        yield from self._heavy
+        for fork in self._forks.values():
+            if fork.question is not None:
+                yield fork.question
+
+    # ---- the front speaks
+
+    def _hear(self) -> None:
+        for _ in range(MAX_WAITING):
+            try:
+                frame, descriptors, _, _ = socket.recv_fds(self._control, _FRAME.size, 1)
+            except BlockingIOError:
+                return
+            except ConnectionError:
+                frame = b""
+            if len(frame) < _FRAME.size:  # the front is gone
+                self._stopped = True
+                return
+            kind, file, size_bytes, arrived = _FRAME.unpack(frame)
+            position = Position(file, size_bytes)
+            if kind == _QUESTION:
+                self._take_question(socket.socket(fileno=descriptors[0]), position, arrived)
+            elif kind == _SWITCH and file <= self._last_file:  # it is known from the start
+                os.close(descriptors[0])
+            elif kind == _SWITCH:
+                self._last_file = file
+                self._switches.append((position, descriptors[0]))
+            elif kind == _OWN:
+                with open(descriptors[0], "rb") as lines:
+                    self.store.add_own(lines.read())
+            elif kind == _STOP:
+                self._stopped = True
+            if kind in (_QUESTION, _POSITION):
+                self._acknowledged = max(self._acknowledged, position)
+
+    def _take_question(self, sock: socket.socket, position: Position, arrived: float) -> None:
+        try:
+            question = Question(sock, position, arrived)
+        except (OSError, ValueError) as error:
+            logger.debug("a question was not whole: %s", error)
+            sock.close()
+            return
+        if self._progress:
+            self._refuse(question, f"the store is not ready yet: {self._progress}")
+        elif len(self._waiting) + len(self._heavy) >= MAX_WAITING:
+            self._refuse(question, f"{MAX_WAITING} queries wait already")
+        else:
+            question.deadline = arrived + self.api.timeout_s(question.form)
+            self._waiting.append(question)
+
+    def _tell(self, line: str) -> None:
+        """Send a line to the front, sooner or later."""
+        if line and len(self._unsent) < 1024 * 1024:
+            self._unsent += line.encode(errors="backslashreplace") + b"\n"
+        try:
+            while self._unsent:
+                self._unsent = self._unsent[self._control.send(self._unsent) :]
+        except BlockingIOError:
+            return
+        except OSError:
+            self._stopped = True
+
+    # ---- the log is read
+
+    def _read_log(self) -> None:
+        if self._opening is None and self._file < 0 and self._switches:  # the first file
+            first, descriptor = self._switches.popleft()
+            self._file, self._tail = first.file, LogTail(descriptor)
+            self._first_position = first
+            self._acknowledged = max(self._acknowledged, first)
+            self._opening = self.store.open(skip_inode=os.fstat(descriptor).st_ino)
+        if self._opening is not None:
+            progress = next(self._opening, None)
+            if progress is not None:
+                self._progress = progress
+                return
+            self._opening = None
+        if self._file < 0:
+            return
+        limit = self._limit()
+        if lines := self._tail.read(limit):
+            self.store.add_lines(lines)
+        elif self._switches and self._tail.has_reached(limit):
+            self._switch()
+        if self._progress:
+            self._progress = f"reading the log: {self._tail.position >> 20} of {limit >> 20} MiB"
+            if self._has_read(self._first_position):
+                self._progress = ""
+                if time.monotonic() - self._began > 1.0:
+                    logger.info("the store is ready: %d metrics read", self.store.replayed)
+
+    def _limit(self) -> int:
+        """How far the file that is read now may be read."""
+        if self._switches:
+            return self._switches[0][0].size_bytes
+        return self._acknowledged.size_bytes if self._acknowledged.file == self._file else 0
+
+    def _is_caught_up(self) -> bool:
+        return not self._switches and (self._file < 0 or self._tail.has_reached(self._limit()))
+
+    def _has_read(self, position: Position) -> bool:
+        if self._file != position.file:
+            return self._file > position.file
+        return self._tail.has_reached(position.size_bytes)
+
+    def _switch(self) -> None:
+        """The border of the files is the border of the memtables."""
+        position, descriptor = self._switches.popleft()
+        old = self._tail.descriptor
+        self.store.freeze(self.store.segment_of(os.fstat(old).st_ino))
+        os.close(old)
+        self._file, self._tail = position.file, LogTail(descriptor)
+        self._next_rotation = self._next_maintenance = 0.0
+
+    # ---- questions are answered
+
+    def _answer_waiting(self) -> None:
+        """Answer one question, or pass it on to a fork."""
+        for question in self._waiting:
+            if self._has_read(question.position):
+                self._waiting.remove(question)
+                self._answer(question)
+                return
+
+    def _answer(self, question: Question) -> None:
+        budget = Budget(INLINE_WORK)
+        signal.signal(signal.SIGALRM, lambda *_: setattr(budget, "left", -1.0))
+        signal.setitimer(signal.ITIMER_REAL, INLINE_S)
+        try:
+            status, body = self.api.answer(question.path, question.form, budget)
+        except OverBudgetError:
+            self._heavy.append(question)
+        except Exception as error:
+            log_unexpected(error)
+            self._send(question, *self.api.error("internal", INTERNAL_ERROR))
+        else:
+            self._send(question, status, body)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0.0)
+
+    def _start_forks(self) -> None:
+        running = sum(fork.question is not None for fork in self._forks.values())
+        while self._heavy and running < self._max_forks:
+            question = self._heavy.popleft()
+            try:
+                self._fork(question)
+            except OSError as error:
+                self._refuse(question, f"no process for a query: {error.strerror}")
+            running += 1
+
+    def _fork(self, question: Question | None) -> None:
+        """Answer a question in a process of its own, or keep the store in order."""
+        heard, said = os.pipe()
+        pid = os.fork()
+        if pid:
+            os.close(said)
+            self._forks[heard] = _Fork(pid, heard, question)
+            return
+        status = 1
+        try:
+            os.close(heard)
+            self._control.close()
+            logger.removeFilter(self.log_to_front)
+            deadline = question.deadline if question else math.inf
+            child = _Child(said, self._options.query_memory, deadline)
+            if question is not None:
+                status = child.answer(self.api, question)
+            else:
+                status = child.maintain(self.store)
+        finally:  # whatever happens: a child never goes on with the loop of its parent
+            os._exit(status)
+
+    def _hear_fork(self, fork: _Fork) -> None:
+        said = os.read(fork.pipe, 65_536)
+        *lines, fork.said = (fork.said + said).split(b"\n")
+        for line in lines:
+            told = parse_json(line)
+            if "log" in told:
+                self._tell(line.decode())
+            fork.is_sending |= "sending" in told
+            fork.error = told.get("error", fork.error)
+        if not said:
+            self._reap(fork)
+
+    def _reap(self, fork: _Fork) -> None:
+        """A fork has ended: say so where it could not."""
+        del self._forks[fork.pipe]
+        os.close(fork.pipe)
+        _, status = os.waitpid(fork.pid, 0)
+        code = os.waitstatus_to_exitcode(status)
+        if fork.question is None:
+            self.store.refresh()
+            self._error = "" if code == 0 else fork.error or f"ended with status {code}"
+            if self._error:
+                logger.error("can't keep the store in order: %s", self._error)
+                self._next_maintenance = time.monotonic() + STORE_RETRY_S
+        elif fork.is_sending:
+            fork.question.socket.close()
+        elif time.monotonic() >= fork.deadline:
+            self._time_out(fork.question, "query timed out in expression evaluation")
+        else:
+            self._refuse(fork.question, f"the process of the query ended with status {code}")
+
+    def _end_late(self) -> None:
+        now = time.monotonic()
+        for line in (self._waiting, self._heavy):
+            for question in [question for question in line if question.deadline <= now]:
+                line.remove(question)
+                behind = self._acknowledged.size_bytes - self._tail.position
+                where = f"while the store reads the log, {behind} bytes behind"
+                if line is self._heavy:
+                    where = "in query queue"
+                self._time_out(question, f"query timed out {where}")
+        for fork in self._forks.values():
+            if not fork.is_sending and now >= fork.deadline + KILL_GRACE_S:
+                os.kill(fork.pid, signal.SIGKILL)
+
+    def _abandon(self, question: Question) -> None:
+        """Nobody waits for the answer any more."""
+        for line in (self._waiting, self._heavy):
+            if question in line:
+                line.remove(question)
+                question.socket.close()
+                return
+        for fork in list(self._forks.values()):
+            if fork.question is question:
+                os.kill(fork.pid, signal.SIGKILL)
+                fork.is_sending = True
+                self._reap(fork)
+
+    def _time_out(self, question: Question, reason: str) -> None:
+        self._send(question, *self.api.error("timeout", reason))
+
+    def _refuse(self, question: Question, reason: str) -> None:
+        self._send(question, *self.api.error("unavailable", reason))
+
+    def _send(self, question: Question, status: int, body: bytes) -> None:
+        self._sending[question.socket] = memoryview(_relayed(status, body))
+        self._send_more(question.socket)
+
+    def _send_more(self, sock: socket.socket) -> None:
+        try:
+            self._sending[sock] = self._sending[sock][sock.send(self._sending[sock]) :]
+        except BlockingIOError:
+            return
+        except OSError:  # nobody reads it any more
+            self._sending[sock] = memoryview(b"")
+        if not self._sending[sock]:
+            del self._sending[sock]
+            sock.close()
+
+    # ---- the store is kept in order
+
+    def _do_work(self) -> None:
+        """A piece of work that is short beside a question."""
+        end = time.monotonic() + 0.002
+        while time.monotonic() < end:
+            if next(self._work, self) is self:
+                if not self.store.has_work:
+                    return
+                self._work = self.store.work()
+
+    def _look_after_time(self) -> None:
+        now = time.monotonic()
+        if now < self._next_status:
+            return
+        self._next_status = now + STORE_STATUS_S
+        self._tell(write_json({"status": self._status()}))
+        if self._progress:
+            return
+        if self.store.is_changed:
+            self.store.refresh()
+        if now >= self._next_rotation and self.store.is_segment_due(self._tail.position):
+            self._next_rotation = now + STORE_RETRY_S
+            self._tell(write_json({"rotate": self.store.next_segment()}))
+        maintaining = any(fork.question is None for fork in self._forks.values())
+        if not maintaining and now >= self._next_maintenance and self.store.needs_maintenance:
+            self._next_maintenance = now + STORE_STATUS_S
+            self._fork(None)
+
+    def _status(self) -> dict[str, Any]:
+        running = sum(fork.question is not None for fork in self._forks.values())
+        return {
+            "progress": self._progress,
+            "error": self._error,
+            "room": self._options.max_series - self.store.series_in_memory,
+            "series_in_memory": self.store.series_in_memory,
+            "block_bytes": self.store.block_bytes,
+            "blocks_damaged": len(self.store.damaged),
+            "log_lines_unreadable": self.store.unreadable,
+            "store_lag_bytes": max(0, self._limit() - self._tail.position),
+            "queries_running": running,
+            "queries_waiting": len(self._waiting) + len(self._heavy),
+        }
+
+    def log_to_front(self, record: logging.LogRecord) -> bool:
+        """A filter of the logger: the front logs for all processes."""
+        self._tell(write_json({"log": record.getMessage(), "level": record.levelno}))
+        return False
+
+
+class _Child:
+    """What a fork of the store does; it ends when its time is over, or its parent is gone."""
+
+    def __init__(self, said: int, memory: int, deadline: float):
+        self._said = said
+        logger.addFilter(self._log)
+        self._parent = os.getppid()
+        self._deadline = deadline
+        signal.signal(signal.SIGALRM, self._look)
+        signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
+        os.nice(5)
+        self._memory = memory
+
+    def _look(self, *_: object) -> None:
+        if os.getppid() != self._parent or time.monotonic() >= self._deadline:
+            os._exit(1)
+
+    def _tell(self, **told: Any) -> None:
+        """A line for the parent."""
+        os.write(self._said, write_json(told).encode(errors="replace") + b"\n")
+
+    def _log(self, record: logging.LogRecord) -> bool:
+        self._tell(log=record.getMessage(), level=record.levelno)
+        return False
+
+    def answer(self, api: QueryAPI, question: Question) -> int:
+        """Answer a question, with as much memory as is allowed."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (_address_space() + self._memory, hard))
+        try:
+            status, body = api.answer(question.path, question.form, Budget())
+        except MemoryError:
+            status, body = 0, b""
+        except Exception as error:
+            log_unexpected(error)
+            status, body = api.error("internal", INTERNAL_ERROR)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        if not status:
+            status, body = api.error("execution", str(SampleLimitError()))
+        self._deadline = math.inf  # the rest is up to the reader; a front that goes closes it
+        self._tell(sending=True)
+        question.socket.setblocking(True)
+        question.socket.sendall(_relayed(status, body))
+        return 0
+
+    def maintain(self, store: Store) -> int:
+        """Keep the store in order."""
+        try:
+            store.maintain()
+            return 0
+        except OSError as error:
+            reason = f"{error.strerror}: {error.filename}" if error.filename else str(error)
+        except Exception as error:
+            log_unexpected(error)
+            reason = INTERNAL_ERROR
+        self._tell(error=reason)
+        return 1
+
+
+def _address_space() -> int:
+    """The address space of this process in bytes."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[0]) * resource.getpagesize()
+    except OSError:  # no such file on this system: what a store takes as a rule
+        return 1 << 30
+
+
+def _relayed(status: int, body: bytes) -> bytes:
+    """An answer as the front relays it."""
+    fields = b"Content-Type: application/json; charset=utf-8\r\n"
+    if status == 503:
+        fields += b"Retry-After: %d\r\n" % RETRY_AFTER_S
+    return RELAY_HEAD.pack(status, len(fields), len(body)) + fields + body
+
+
+def store_main(arguments: list[str]) -> int:
+    """The store process: a descriptor of its socket to the front, and its options as JSON."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the front says when to stop
+        signal.signal(number, signal.SIG_IGN)
+    options = StoreOptions(**parse_json(arguments[1].encode()))
+    process = StoreProcess(socket.socket(fileno=int(arguments[0])), options)
+    logger.addFilter(process.log_to_front)
+    logger.setLevel(logging.INFO)
+    with own_blocks(options.folder):
+        process.run()
+    return 0
+
+
+@contextlib.contextmanager
+def own_blocks(folder: str) -> Iterator[None]:
+    """Be the only store of a folder; wait a little for one whose front died. Raises OSError."""
+    descriptor = os.open(os.path.join(folder, BLOCKS_NAME), os.O_RDONLY | os.O_DIRECTORY)
+    deadline = time.monotonic() + LOCK_WAIT_S
+    try:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+class StoreClient:
+    """The front's end: starts the store process, asks it, starts it anew where it died."""
+
+    def __init__(self, log: MetricLog, statistics: Statistics, options: StoreOptions):
+        self._log, self._statistics, self._options = log, statistics, options
+        # Guards the four below. Nothing waits under it.
+        self._lock = threading.Lock()
+        self._control: socket.socket | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._current = log.position.file, log.descriptor  # the file of the log
+        self._missed_switch = False
+        # The rest belongs to the housekeeper; others only read it.
+        self._received = b""
+        self._heard_at = self._started_at = 0.0
+        self._backoff_s = 0.0
+        self._stopping = False
+        self.restarts = -1  # the first start is none
+        self.status: dict[str, Any] = {"progress": "starting", "error": ""}
+        self._known: set[int] = set()  # layouts of batches that came while there was room
+        log.on_switch = self._switch
+        self._expose()
+
+    def _expose(self) -> None:
+        def number(key: str) -> Callable[[], float]:
+            return lambda: self.status.get(key, 0)
+
+        add = self._statistics.add
+        for key, type_, help_ in _STORE_STATISTICS:
+            add(key, type_, help_, number(key.removesuffix("_total")))
+        add(
+            "store_restarts_total",
+            "counter",
+            "How often the store process died and was started anew.",
+            lambda: max(0, self.restarts),
+        )
+
+    def health(self) -> dict[str, Any]:
+        """What `/health` says of the store."""
+        if self.status.get("error"):
+            return {"store": "running", "store_error": self.status["error"]}
+        return {"store": self.status.get("progress") or "running"}
+
+    def admit(self, batch: Batch) -> None:
+        """Refuse series that are new while there is no room for any; HTTPError 400."""
+        room = self.status.get("room", self._options.max_series)
+        if room * 2 > self._options.max_series:
+            return
+        key = hash(tuple((name, rest) for _, name, _, rest in _LOG_LINE.findall(batch.lines)))
+        if room > 0:
+            self._known.add(key)
+        elif key not in self._known:
+            raise HTTPError(
+                400,
+                f"the batch may have new series, and there is room for none: --max-series is "
+                f"{self._options.max_series}",
+            )
+
+    def ask(self, request: Request, client: str) -> Answer:
+        """`/api/v1/…`: the query API, its parameters in the target or in the body as a form."""
+        head = request.head
+        if not has_api_route(head.path):
+            raise HTTPError(404, f"no route {head.path[:80]!r}")
+        form = head.query.encode()
+        if head.method == "POST":
+            content_type = head.headers.get("content-type", FORM_TYPE)
+            if content_type.partition(";")[0].strip().lower() != FORM_TYPE:
+                raise HTTPError(415, f"send 'Content-Type: {FORM_TYPE}'")
+            form = b"&".join(filter(None, (decode_content(request), form)))
+        path = head.path.encode()
+        if len(form) + len(path) > MAX_FORM_BYTES:
+            raise HTTPError(413, f"parameters of more than {MAX_FORM_BYTES} bytes")
+        try:
+            form.decode()
+        except UnicodeDecodeError:
+            raise HTTPError(400, "the form is not UTF-8") from None
+        try:
+            return Answer(None, source=Relay(self._question(path, form)))
+        except OSError as error:
+            logger.debug("the store was not asked: %s", error)
+            raise HTTPError(
+                503, "the store does not answer", fields=[("Retry-After", str(RETRY_AFTER_S))]
+            ) from None
+
+    def _question(self, path: bytes, form: bytes) -> socket.socket:
+        """Send a question to the store; returns the socket on which its answer comes."""
+        mine, theirs = socket.socketpair()
+        with theirs:
+            try:
+                mine.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * MAX_FORM_BYTES)
+                mine.setblocking(False)
+                mine.sendall(_LENGTHS.pack(len(path), len(form)) + path + form)
+                self._send(_QUESTION, self._log.position, theirs.fileno())
+            except OSError:
+                mine.close()
+                raise
+        return mine
+
+    def _send(self, kind: bytes, position: Position, descriptor: int = -1) -> None:
+        """Send a frame. Raises OSError where the store takes none."""
+        with self._lock:
+            self._send_locked(kind, position, descriptor)
+
+    def _send_locked(self, kind: bytes, position: Position, descriptor: int) -> None:
+        if self._control is None:
+            raise OSError(errno.EPIPE, "there is no store")
+        frame = _FRAME.pack(kind, position.file, position.size_bytes, time.monotonic())
+        if descriptor >= 0:
+            socket.send_fds(self._control, [frame], [descriptor], socket.MSG_DONTWAIT)
+        else:
+            self._control.send(frame, socket.MSG_DONTWAIT)
+
+    def _switch(self, file: int, descriptor: int, final_size: int) -> None:
+        """The log goes on in another file; called by the log, in the order of its lines."""
+        with self._lock:
+            self._current = file, descriptor
+            if self._control is None:
+                return
+            try:
+                self._send_locked(_SWITCH, Position(file, final_size), descriptor)
+            except OSError as error:  # it begins anew, and reads what it missed
+                logger.debug("the store was not told of a new file: %s", error)
+                self._missed_switch = True
+
+    def send_own_metrics(self) -> None:
+        """Store the server's own numbers as series."""
+        now_ms = int(time.time() * 1000)
+        lines = "".join(
+            log_line(Sample(f"metricstream_{own.name}", own.value, own.type, own.labels, now_ms))
+            for own in self._statistics.own_metrics()
+            if math.isfinite(own.value)
+        )
+        try:
+            heard, said = os.pipe()
+            try:
+                os.set_blocking(said, False)
+                os.write(said, lines.encode())
+                self._send(_OWN, self._log.position, heard)
+            finally:
+                os.close(said)
+                os.close(heard)
+        except OSError as error:
+            logger.debug("the server's own statistics were not stored: %s", error)
+
+    def look(self) -> None:
+        """What the housekeeper does for the store, again and again."""
+        if self._control is None:
+            if time.monotonic() >= self._started_at + self._backoff_s and not self._stopping:
+                try:
+                    self._start()
+                except OSError as error:
+                    logger.error("can't start the store: %s", error.strerror)
+            return
+        try:
+            self._send(_POSITION, self._log.position)
+        except BlockingIOError as error:
+            logger.debug("the store reads no frames: %s", error)
+        except OSError:
+            self._end()
+            return
+        self._hear()
+        if self._missed_switch:
+            self._end()
+        elif time.monotonic() - self._heard_at > SILENCE_S:
+            logger.error("the store says nothing for %g s", SILENCE_S)
+            self._end()
+
+    def _start(self) -> None:
+        self._started_at = self._heard_at = time.monotonic()
+        self._backoff_s = min(5.0, 2 * self._backoff_s + 0.1)
+        mine, theirs = socket.socketpair()
+        mine.setblocking(False)
+        options = write_json(self._options._asdict())
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, os.path.abspath(__file__), "store", str(theirs.fileno()), options],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+            )
+        self.restarts += 1
+        with self._lock:
+            self._control, self._process = mine, process
+            file, descriptor = self._current
+            position = self._log.position
+            size = position.size_bytes if position.file == file else 0
+            self._send_locked(_SWITCH, Position(file, size), descriptor)
+
+    def _hear(self) -> None:
+        control = self._control
+        assert control is not None  # only the housekeeper ends it
+        try:
+            while piece := control.recv(65_536):
+                self._received += piece
+            self._end()
+            return
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._end()
+            return
+        *lines, self._received = self._received.split(b"\n")
+        for line in lines:
+            self._heard_at = time.monotonic()
+            said = parse_json(line)
+            if "status" in said:
+                self.status = said["status"]
+                if not self.status["progress"]:
+                    self._backoff_s = 0.0
+            elif "rotate" in said:
+                self._log.rotate(said["rotate"])
+            else:
+                logger.log(said["level"], "%s", said["log"])
+
+    def _end(self) -> None:
+        """End the store process; it is started anew later."""
+        with self._lock:
+            control, process = self._control, self._process
+            self._control = self._process = None
+            self._missed_switch = False
+        self._received = b""
+        if control is None or process is None:
+            return
+        control.close()
+        process.kill()
+        process.wait()
+        if not self._stopping:
+            self.status = {"progress": "it died and is started anew", "error": ""}
+            logger.error("the store ended with status %d; it is started anew", process.returncode)
+
+    def stop(self) -> None:
+        """End the store process; wait for it a little, while it keeps what is not in the log."""
+        self._stopping = True
+        process = self._process
+        try:
+            self._send(_STOP, self._log.position)
+            if process is not None:
+                process.wait(STORE_STOP_S)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            logger.debug("the store did not stop by itself: %s", error)
+        self._end()
+
+
+# Key of the status, with what the text format asks for, type and help.
+_STORE_STATISTICS = (
+    ("series_in_memory", "gauge", "Series pushed since the last block was begun."),
+    ("block_bytes", "gauge", "Size of all blocks."),
+    ("blocks_damaged", "gauge", "Blocks that were set aside, as they are damaged."),
+    ("log_lines_unreadable_total", "counter", "Lines of the log that are no metrics."),
+    ("store_lag_bytes", "gauge", "How much of the log the store has not read yet."),
+    ("queries_running", "gauge", "Queries that run in processes of their own."),
+    ("queries_waiting", "gauge", "Queries that wait for the log or for a process."),
 )
 
 
-class ClientListError(ValueError):
-    """A list of clients that can't be read: file, line and reason."""
-
-
-class ClientList:
-    """Who may write: names by their keys, of which only the SHA-256 is kept.
-
-    `text` has a client a line: name, SHA-256 of the key in hex, and optionally its own rate in
-    requests a second (0: none). Empty lines and those that begin with # are skipped. A name may
-    stand twice, while one key follows another; the last rate counts. Raises ClientListError.
-
-    >>> clients = ClientList(f"web1 {hashlib.sha256(b'k3y').hexdigest()} 5", "clients.txt")
-    >>> clients.identify("Bearer k3y"), clients.identify("k3y"), clients.identify("guess")
-    ('web1', 'web1', None)
-    >>> clients.rates
-    {'web1': 5}
-    """
-
-    def __init__(self, text: str, source: str):
-        self.rates: dict[str, int | None] = {}
-        self._by_prefix: dict[bytes, tuple[bytes, str]] = {}
-        for number, line in enumerate(text.splitlines(), 1):
-            line = line.strip()
-            if not line or line.startswith("#"):
-                continue
-            match = _CLIENT_LINE.fullmatch(line)
-            if match is None:  # the line is not shown: it may hold a key
-                raise ClientListError(
-                    f"{source}, line {number}: expected 'name sha256-of-key [rate]'"
-                )
-            name, digest, rate = match[1], bytes.fromhex(match[2]), match[3]
-            if digest[:8] in self._by_prefix:
-                raise ClientListError(f"{source}, line {number}: this key stands there twice")
-            self._by_prefix[digest[:8]] = (digest, name)
-            self.rates[name] = int(rate) if rate else None
-
-    @classmethod
-    def read(cls, path: str) -> "ClientList":
-        """The list in a file."""
-        try:
-            with open(path, encoding="utf-8") as file:
-                return cls(file.read(), path)
-        except UnicodeDecodeError:
-            raise ClientListError(f"{path} is not UTF-8") from None
-        except OSError as error:
-            raise ClientListError(f"can't read {path}: {error.strerror}") from None
-
-    def identify(self, authorization: str) -> str | None:
-        """The client whose key an Authorization value holds, bare or as `Bearer KEY`.
-
-        The table is searched by the hash of what was sent, so what its timing could tell is of a
-        hash that nobody can aim; the hash itself is compared in constant time.
-        """
-        scheme, _, key = authorization.partition(" ")
-        if scheme.lower() != "bearer":  # RFC 6750, 2.1
-            key = authorization
-        digest = hashlib.sha256(key.strip(" ").encode("latin-1")).digest()
-        known, name = self._by_prefix.get(digest[:8], (bytes(32), None))
-        return name if hmac.compare_digest(known, digest) else None
-
-
-def new_client(name: str) -> tuple[str, str]:
-    """(a new key, the line for the list of clients)."""
-    key = secrets.token_urlsafe(32)
-    return key, f"{name} {hashlib.sha256(key.encode()).hexdigest()}"
-
-
-class Service:
-    """The routes, and what they do.
-
-    `limiter` is None where no rate is limited, `clients` where anybody may write. Pages that a
-    browser loads may write under addresses, `localhost` and the names in `allowed_hosts`.
-    """
-
-    def __init__(
-        self,
-        log: MetricLog,
-        limiter: SlidingWindowLimiter | None,
-        statistics: Statistics,
-        clock: Callable[[], float] = time.time,
-        *,
-        store: Store | None = None,
-        api: QueryAPI | None = None,
-        clients: ClientList | None = None,
-        allowed_hosts: Iterable[str] = (),
-    ):
-        self.log, self.limiter, self.statistics = log, limiter, statistics
-        self.store, self._api = store, api
-        if store is not None:
-            log.stored = store.add
-            statistics.gauges["series_in_memory"] = lambda: store.series_in_memory
-            statistics.gauges["block_bytes"] = lambda: store.block_bytes
-            statistics.gauges["blocks_damaged"] = lambda: store.damaged
-            statistics.gauges["batches_beyond_max_series"] = lambda: store.refused
-        self.clients = clients  # replaced as a whole when the list is read again
-        self._allowed_hosts = frozenset({"localhost", *map(str.lower, allowed_hosts)})
-        self.stopping = False  # set once, when the server shuts down
-        self._clock = clock
-        self._routes: dict[str, dict[str, Handler]] = {
-            "/metrics": {"POST": self.ingest, "GET": self.show_statistics},
-            "/health": {"GET": self.show_health},
-        }
-        self._queries = ThreadPoolExecutor(MAX_QUERIES, "query")
-        self._api_handlers: dict[str, Handler] = {"GET": self.query, "POST": self.query}
-        for handlers in (*self._routes.values(), self._api_handlers):
-            handlers["HEAD"] = handlers["GET"]
-            handlers["OPTIONS"] = self.show_methods
-        statistics.gauges["log_bytes"] = lambda: log.size_bytes
-        if limiter:
-            statistics.gauges["clients_tracked"] = lambda: limiter.tracked
-            statistics.gauges["clients_evicted"] = lambda: limiter.evicted
-
-    def ingest(self, request: Request, client: str) -> tuple[Response, Commit | None]:
-        """The pipeline of `POST /metrics`: allowed? → JSON → batch → log (durable) → Response."""
-        refuse_other_origins(request.head, self._allowed_hosts)
-        quota = self._take_quota(client)
-        require_json(request.head)
-        batch = read_body(decode_content(request), int(self._clock() * 1000))
-        if self.store is not None:
-            self.store.admit(batch)
-        commit = self.log.append(batch.lines, batch)
-        return accepted(batch.count).with_field_lines(quota), commit
-
-    def _take_quota(self, client: str) -> bytes:
-        """Count a request against its client's rate: the RateLimit field line of the answer, or
-        HTTPError 401 or 429.
-        """
-        limiter, clients = self.limiter, self.clients
-        own_limit = None
-        if clients is not None:
-            if client not in clients.rates:
-                raise HTTPError(
-                    401,
-                    "only listed clients may write; send 'Authorization: Bearer KEY'",
-                    fields=[("WWW-Authenticate", "Bearer")],
-                )
-            own_limit = clients.rates[client]
-        if limiter is None:
-            return b""
-        limit = limiter.limit if own_limit is None else own_limit
-        if not limit:
-            return b""
-        decision = limiter.decide(client, limit)
-        if decision.allowed:
-            return b'RateLimit: "default";r=%d;t=%d\r\n' % (
-                decision.remaining,
-                math.ceil(limiter.window_s),
-            )
-        wait_s = math.ceil(decision.retry_after_s)
-        raise HTTPError(
-            429,
-            f"more than {limit} requests in {limiter.window_s:g} s; "
-            f"the next one is allowed in {decision.retry_after_s:.3f} s",
-            fields=[
-                ("Retry-After", str(wait_s)),
-                ("RateLimit-Policy", f'"default";q={limit};w={limiter.window_s:g}'),
-                ("RateLimit", f'"default";r=0;t={wait_s}'),
-            ],
-        )
-
-    def show_statistics(self, request: Request, client: str) -> tuple[Response, Commit | None]:
-        """`GET /metrics`: the server's own numbers."""
-        if prefers_text(request.head.headers.get("accept", "")):
-            text = self.statistics.prometheus().encode()
-            return Response(200, text, "text/plain; version=0.0.4; charset=utf-8"), None
-        return json_response(200, self.statistics.snapshot()), None
-
-    def store_statistics(self) -> None:
-        """Store the server's own numbers as series."""
-        if self.store is not None:
-            samples = own_samples(self.statistics.prometheus(), int(self._clock() * 1000))
-            self.store.add_own(samples)
-
-    def show_health(self, request: Request, client: str) -> tuple[Response, Commit | None]:
-        """`GET /health`: whether batches are accepted now, and if not, why."""
-        reason = "shutting down" if self.stopping else self.log.probe()
-        if reason:
-            return json_response(
-                503,
-                {"status": "unhealthy", "service": "ingestion", "error": reason},
-                [("Retry-After", str(RETRY_AFTER_S))],
-            ), None
-        return json_response(200, {"status": "healthy", "service": "ingestion"}), None
-
-    def show_methods(self, request: Request, client: str) -> tuple[Response, Commit | None]:
-        """`OPTIONS`: which methods a route has."""
-        return Response(
-            200, b"", fields=[("Allow", self._allowed_methods(request.head.path))]
-        ), None
-
-    def _allowed_methods(self, path: str) -> str:
-        routes = self._routes.values() if path == "*" else [self._handlers(path)]
-        return ", ".join(dict.fromkeys(method for handlers in routes for method in handlers))
-
-    def close(self) -> None:
-        """End the queries that run or wait."""
-        if self._api is not None:
-            self._api.stop()
-        self._queries.shutdown(cancel_futures=True)
-
-    def query(self, request: Request, client: str) -> tuple[None, Asked]:
-        """`/api/v1/…`: the query API, its parameters in the target or in the body as a form. The
-        answer comes from a thread for queries: other requests don't wait for it.
-        """
-        assert self._api is not None  # else there is no such route
-        form = request.head.query
-        if request.head.method == "POST":
-            content_type = request.head.headers.get("content-type", FORM_TYPE)
-            if content_type.partition(";")[0].strip().lower() != FORM_TYPE:
-                raise HTTPError(415, f"send 'Content-Type: {FORM_TYPE}'")
-            try:
-                form = "&".join(filter(None, (decode_content(request).decode(), form)))
-            except UnicodeDecodeError:
-                raise HTTPError(400, "the form is not UTF-8") from None
-        asked = Asked()
-        self._queries.submit(self._run_query, self._api, request.head.path, form, asked)
-        return None, asked
-
-    def _run_query(self, api: QueryAPI, path: str, form: str, asked: Asked) -> None:
-        try:
-            status, text = api.answer(path, form)
-            asked.response = Response(status, text.encode(errors="backslashreplace"))
-        except Exception as error:
-            asked.response = self._failed(error)
-        asked.finish(None)
-
-    @staticmethod
-    def _failed(error: Exception) -> Response:
-        """The answer to what should not have happened."""
-        log_unexpected(error)
-        reason = "internal error; the server's log has the details"
-        return error_response(HTTPError(500, reason))
-
-    def _handlers(self, path: str) -> dict[str, Handler]:
-        if path in self._routes:
-            return self._routes[path]
-        return self._api_handlers
-
-    def _handler(self, head: Head) -> Handler:
-        # Here and for header fields `in` and a subscript: `dict.get` waits for a lock on CPython
-        # 3.13 without the interpreter lock, 20,900 requests/s instead of 32,000.
-        if head.path not in self._routes and not (self._api and has_api_route(head.path)):
-            if head.path == "*":
-                return self.show_methods
-            raise HTTPError(
-                404, f"no route {head.path[:80]!r}; there are {', '.join(self._routes)}"
-            )
-        handlers = self._handlers(head.path)
-        if head.method not in handlers:
-            raise HTTPError(
-                405,
-                f"{head.path} does not take {head.method}",
-                fields=[("Allow", self._allowed_methods(head.path))],
-            )
-        return handlers[head.method]
-
-    def answer(self, request: Request, peer: str, started: float) -> Response | Pending:
-        """Answer a whole request of the address `peer`, whose last byte came at `started`
-        (time.perf_counter).
-        """
-        if self.clients is None:
-            client = client_id(request.head, peer)
-        else:  # a name on the list, or the peer's address
-            client = self.clients.identify(request.head.headers.get("authorization", "")) or peer
-        metrics, invalid = 0, False
-        try:
-            response, commit = self._handler(request.head)(request, client)
-            if commit is not None:
-                return Pending(commit, response, client, started)
-            assert response is not None  # only a query has none yet
-            metrics = response.metrics
-        except (HTTPError, JSONError, BatchError, SeriesLimitError, LogError) as error:
-            response = error_response(error)
-            invalid = isinstance(error, (JSONError, BatchError, SeriesLimitError))
-        self._record(client, response.status, started, metrics, invalid)
-        return response
-
-    def settle(self, pending: Pending, error: LogError | None) -> Response:
-        """The answer to a request whose commit is done, or has failed."""
-        response = pending.response
-        if error:
-            response = error_response(error)
-        elif response is None:
-            assert isinstance(pending.commit, Asked)
-            response = pending.commit.response
-        self._record(pending.client, response.status, pending.started, response.metrics)
-        return response
-
-    def refuse(self, error: Exception, peer: str) -> Response:
-        """The answer to what never became a request, or to what should not have happened (500)."""
-        response = error_response(error) if isinstance(error, HTTPError) else self._failed(error)
-        self._record(peer, response.status, time.perf_counter(), 0)
-        return response
-
-    def _record(
-        self, client: str, status: int, started: float, metrics: int, invalid: bool = False
-    ) -> None:
-        ended = time.perf_counter()
-        event = Event(ended, client, status, ended - started, metrics)
-        self.statistics.record(event, invalid)
-
-
-_TEXT_SAMPLE = re.compile(r"([a-z_]+)(?:\{(.*)\})? ([-+.\w]+)")
-_TEXT_LABEL = re.compile(r'([a-z_]+)="([^"]*)"')
-
-
-def own_samples(text: str, now_ms: int) -> list[Sample]:
-    """The server's own numbers as samples, from their Prometheus text.
-
-    >>> own_samples('# TYPE up counter\\nup{a="b"} 1\\n', 0)
-    [Sample(name='up', value=1.0, type='counter', tags={'a': 'b'}, timestamp_ms=0)]
-    """
-    types: dict[str, str] = {}
-    samples = []
-    for line in text.splitlines():
-        if line.startswith("# TYPE "):
-            _, _, name, types[name] = line.split(" ")
-        elif match := _TEXT_SAMPLE.fullmatch(line):
-            name, labels, value = match.groups("")
-            kind = types.get(name) or types.get(name.rpartition("_")[0], "gauge")
-            if math.isfinite(float(value)):
-                tags = dict(_TEXT_LABEL.findall(labels))
-                samples.append(Sample(name, float(value), kind, tags, now_ms))
-    return samples
-
-
-def refuse_other_origins(head: Head, allowed_hosts: Container[str]) -> None:
-    """A page that a browser loaded from elsewhere must not write here: its Origin (RFC 6454) gives
-    it away.
-
-    A page may also have made its own name resolve to this machine (DNS rebinding): then Origin and
-    Host agree, but Host is a name that nobody here has allowed.
-    """
-    if "origin" not in head.headers:
-        return
-    origin, host = head.headers["origin"], head.host.lower()
-    if origin.lower() not in (f"http://{host}", f"https://{host}"):
-        raise HTTPError(403, f"a page of {origin[:80]!r} may not write to {head.host[:80]!r}")
-    name = host if host.endswith("]") else host.rpartition(":")[0] or host
-    if name not in allowed_hosts and not _is_address(name):
-        raise HTTPError(
-            403, f"a page may not write here as {name[:80]!r}; --allowed-host would let it"
-        )
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
-    except ValueError:
-        return False
-    return True
-
-
-def require_json(head: Head) -> None:
-    """Content-Type may be missing, but it may not say anything else."""
-    if "content-type" not in head.headers:
-        return
-    content_type = head.headers["content-type"]
-    if content_type.partition(";")[0].strip().lower() != "application/json":
-        raise HTTPError(
-            415,
-            f"Content-Type is {content_type[:80]!r}; send 'Content-Type: application/json'",
-            fields=[("Accept", "application/json")],
-        )
-
-
-def prefers_text(accept: str) -> bool:
-    """Whether an Accept header (RFC 9110, 12.5.1) asks for Prometheus's text rather than for JSON.
-
-    >>> prefers_text("application/openmetrics-text;version=1.0.0;q=0.5,text/plain;q=0.3,*/*;q=0.1")
-    True
-    >>> prefers_text("application/json, text/plain, */*"), prefers_text("*/*")
-    (False, False)
-    """
-    text = json = 0.0
-    for part in accept.split(","):
-        media_type, *parameters = (piece.strip().lower() for piece in part.split(";"))
-        weight = 1.0
-        for parameter in parameters:
-            if re.fullmatch(r"q=[01](\.[0-9]{0,3})?", parameter):
-                weight = float(parameter[2:])
-        if media_type in ("text/plain", "application/openmetrics-text"):
-            text = max(text, weight)
-        elif media_type == "application/json":
-            json = max(json, weight)
-    return text > json
+# ==================================================================================================
+# PART VI. COMMAND LINE
+# ==================================================================================================
 
 
 # ==================================================================================================
-# 13. Server
-# ==================================================================================================
-#
-# The problem: ten thousand connections, most of them idle, some slow, some hostile, and a request
-# on any of them wants its answer now. The plain way is socketserver's: a thread for each
-# connection, which blocks in it (`--threads 0`, and wherever there is no epoll). It is easy to
-# follow, but under the interpreter lock every runnable thread slows the others down.
-#
-# The idea: a connection with nothing to do is parked, and costs a file descriptor and a small
-# object. `epoll` tells which ones have become ready; a worker takes one, gives it one turn (read
-# once, answer the whole requests that have come, write) and parks it again. Nothing in a turn waits
-# for a client. What can still hold a worker up is its own work, so a housekeeper looks every 20 ms
-# whether each worker has moved: one that has not is replaced by a new one, and ends when its turn
-# does.
-#
-# A connection belongs to one thread at a time: to whoever claimed it when it was parked. What it
-# costs: a turn must be written as steps between two waits, and not as one loop. Both models take
-# the same turns.
-
-
-class Timeouts(NamedTuple):
-    """How long a client may take, in seconds."""
-
-    head_s: float = 10.0  # from the first byte of a request to the end of its head
-    body_s: float = 20.0  # from the end of the head to the end of the body
-    answer_s: float = 10.0  # to take some of an answer that waits for it
-    idle_s: float = 60.0  # between two requests
-    linger_s: float = 2.0  # to read an error before the connection is closed
-    stop_s: float = 3.0  # to finish its request when the server shuts down
-
-
-DEFAULT_TIMEOUTS = Timeouts()
-MAX_CONNECTIONS = 10_000
-SPARE_DESCRIPTORS = 64  # for the log, epoll and the like, beside the connections
-MAX_WORKERS = 64
-TICK_S = 0.02  # a worker that takes longer than this for one turn is replaced
-QUIET_TICKS = 50  # so many without work, and the housekeeper sleeps a second at a time
-FLUSH_INTERVAL_S = 60.0
-RECEIVE_BYTES = 64 * 1024
-LINGER_BYTES = 1024 * 1024  # how much is read and dropped after an error
-REQUESTS_A_TURN = 4  # pipelined; then the others have their turn
-ACCEPTS_A_TURN = 16
-_ONESHOT = getattr(select, "EPOLLONESHOT", 0)
-READ, WRITE = select.POLLIN, select.POLLOUT  # epoll gives them the same values
-
-
-class _Parking:
-    """Where connections wait for the same thing, for the same time at most.
-
-    As the time-out is the same for all, their order of arrival is the order of their deadlines: to
-    come and to go is constant work, and only the front has to be looked at.
-    """
-
-    __slots__ = ("events", "limit_s", "queue")
-
-    def __init__(self, events: int, limit_s: float):
-        self.events, self.limit_s = events, limit_s
-        self.queue: OrderedDict[Connection, None] = OrderedDict()  # guarded by Server._lock
-
-
-class Connection:
-    """One client's connection. Its fields belong to the thread that claimed it, but for those
-    marked.
-    """
-
-    __slots__ = (
-        "socket",
-        "fd",
-        "peer",
-        "reader",
-        "unsent",
-        "pending",
-        "more",
-        "ending",
-        "progressed",
-        "drained_bytes",
-        "parking",
-        "deadline",
-        "parked",
-        "registered",
-    )
-
-    def __init__(self, sock: socket.socket, peer: str):
-        self.socket, self.fd, self.peer = sock, sock.fileno(), peer
-        self.reader = RequestReader()
-        self.unsent: bytes | memoryview = b""
-        self.pending: tuple[Pending, Head] | None = None  # the answer that waits for the log
-        self.more = False  # whole requests may stand in the reader: serve them before reading
-        self.ending = False  # nothing more is read: once all is sent, linger
-        self.progressed = True  # since it was parked: its time-out starts again
-        self.drained_bytes = 0
-        self.parking: _Parking | None = None  # guarded by Server._lock, as the three below
-        self.deadline = 0.0
-        self.parked = False  # whether it may be claimed
-        self.registered = False  # with epoll
-
-    # What only TLS changes: whether the handshake is still to be made, whether something was
-    # decrypted that no recv() has asked for, and whether TLS must write before it can read.
-    shaking_hands = buffered = must_write = False
-
-    def receive(self) -> bytes | None:
-        """What has arrived: b"" at the end, None if there is nothing now."""
-        try:
-            return self.socket.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return None
-
-    def put(self, answer: bytes) -> None:
-        """Add to what is unsent."""
-        self.unsent = b"".join((self.unsent, answer)) if self.unsent else answer
-
-    def flush(self) -> bool:
-        """Send what the socket takes; whether that was all."""
-        try:
-            sent = self.socket.send(self.unsent, socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return False
-        self.progressed = True
-        self.unsent = b"" if sent == len(self.unsent) else memoryview(self.unsent)[sent:]
-        return not self.unsent
-
-    def end_output(self) -> None:
-        """Tell the client that nothing more will come."""
-        self.socket.shutdown(socket.SHUT_WR)
-
-
-class _TLSConnection(Connection):
-    """A connection whose bytes are encrypted (RFC 8446); its handshake is made by turns, too."""
-
-    __slots__ = ("shaking_hands", "buffered", "must_write", "_tls")
-
-    def __init__(self, sock: socket.socket, peer: str, context: ssl.SSLContext):
-        sock.setblocking(False)
-        wrapped = context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
-        super().__init__(wrapped, peer)
-        self._tls = wrapped
-        self.shaking_hands = True
-        self.buffered = self.must_write = False
-
-    def receive(self) -> bytes | None:
-        self.must_write = False
-        try:
-            if self.shaking_hands:
-                self._tls.do_handshake()
-                self.shaking_hands = False
-            received = self._tls.recv(RECEIVE_BYTES)
-        except ssl.SSLWantReadError:
-            self.buffered = False
-            return None
-        except ssl.SSLWantWriteError:
-            self.must_write = True
-            return None
-        self.buffered = self._tls.pending() > 0  # epoll knows nothing of these
-        return received
-
-    def flush(self) -> bool:
-        try:
-            sent = self._tls.send(self.unsent)
-        except ssl.SSLWantWriteError:
-            return False
-        self.progressed = True
-        self.unsent = memoryview(self.unsent)[sent:] if sent < len(self.unsent) else b""
-        return not self.unsent
-
-    def end_output(self) -> None:
-        try:
-            self._tls.unwrap()  # sends close_notify: the answer was not cut off by somebody else
-        except ssl.SSLError as error:  # usual: the client's own is not there yet
-            logger.debug("%s: TLS ended without the client's consent: %s", self.peer, error.reason)
-        socket.socket.shutdown(self._tls, socket.SHUT_WR)
-
-
-def tls_context(certificate: str, key: str) -> ssl.SSLContext:
-    """How HTTPS is spoken: TLS 1.2 and newer. Raises OSError, of which ssl.SSLError is one."""
-
-    def no_password() -> str:
-        raise OSError(errno.EACCES, "the key has a password; remove it first")
-
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.options |= ssl.OP_NO_RENEGOTIATION
-    context.load_cert_chain(certificate, key, no_password)
-    return context
-
-
-class _Worker(threading.Thread):
-    """A thread that gives turns to connections, and what the housekeeper has to know of it."""
-
-    def __init__(self, work: Callable[["_Worker"], None]):
-        super().__init__(name="worker", daemon=True)
-        self._work = work
-        # Each field below is written by one thread only; reading an attribute is atomic.
-        self.turns = 0  # by the worker: how many it began
-        self.busy = False  # by the worker: not waiting for epoll
-        self.turns_seen = -1  # by the housekeeper, at its last look
-        self.replaced = False  # by the housekeeper: end after this turn
-
-    def run(self) -> None:
-        self._work(self)
-
-
-class Server(socketserver.ThreadingTCPServer):
-    """Serves a `Service` on a TCP address (host, port); port 0 takes a free one, `server_address`
-    says which.
-
-    `threads` is the number of steady workers, 0 for a thread a connection; with `tls` it speaks
-    HTTPS. `serve_forever` runs until `shutdown` or `stop_soon` and then finishes what is in flight;
-    `server_close` gives the address back. `reload_soon` has `reload` called. Raises OSError.
-    """
-
-    allow_reuse_address = True
-    daemon_threads = True
-    block_on_close = False
-    request_queue_size = 1024  # the backlog: connections that are not yet accepted
-
-    def __init__(
-        self,
-        address: tuple[str, int],
-        service: Service,
-        *,
-        threads: int | None = None,
-        max_connections: int = MAX_CONNECTIONS,
-        timeouts: Timeouts = DEFAULT_TIMEOUTS,
-        clock: Callable[[], float] = time.monotonic,
-        tls: ssl.SSLContext | None = None,
-        reload: Callable[["Server"], None] | None = None,
-        self_metrics_s: float = 0.0,
-    ):
-        if ":" in address[0]:
-            self.address_family = socket.AF_INET6
-        self.service, self.max_connections, self.timeouts = service, max_connections, timeouts
-        self.threads = steady_threads() if threads is None else threads
-        self._clock = clock
-        self.tls = tls  # replaced as a whole when the certificate is read again
-        self._reload = reload
-        self._self_metrics_s = self_metrics_s  # how often its statistics are stored; 0: never
-        # Guards _open, _workers, the parkings and what Connection says. Nothing is locked under it.
-        self._lock = threading.Lock()
-        self._open: dict[int, Connection] = {}  # by file descriptor
-        self._workers: set[_Worker] = set()
-        self._idle = _Parking(READ, timeouts.idle_s)
-        self._shaking_hands = _Parking(READ, timeouts.head_s)
-        self._in_head = _Parking(READ, timeouts.head_s)
-        self._in_body = _Parking(READ, timeouts.body_s)
-        self._answering = _Parking(WRITE, timeouts.answer_s)
-        self._lingering = _Parking(READ, timeouts.linger_s)
-        # It has requests that were read: ready as soon as an answer can be written.
-        self._ready = _Parking(READ | WRITE, timeouts.answer_s)
-        self._committing = _Parking(0, math.inf)  # until the log calls back
-        self._answered = _Parking(0, math.inf)  # until the round is over: then they are in _unsent
-        self._unsent: deque[Connection] = deque()  # any worker may take from it; it is atomic
-        # Claimed, for whichever worker comes first to give them their turns. A deque is atomic.
-        self._claimed: deque[Connection | None] = deque()
-        # Claimed too, but with requests left from an earlier turn; filled under _lock.
-        self._backlog: deque[Connection] = deque()
-        self._control: queue.SimpleQueue[str] = (
-            queue.SimpleQueue()
-        )  # to the housekeeper; put() is safe in a signal handler
-        self._asleep = False  # written by the housekeeper only: wake it when there is work
-        self._stopping = self._finished = False  # each set once
-        self._stopped = threading.Event()
-        self._paused = False  # accepting, for want of file descriptors
-        self._warned_at = -math.inf
-        self._epoll = select.epoll() if self.threads and hasattr(select, "epoll") else None
-        self._waker, self._woken = socket.socketpair()
-        try:
-            super().__init__(address, socketserver.BaseRequestHandler)
-        except BaseException:
-            self._close_own_descriptors()
-            raise
-        self._listener_fd = self.socket.fileno()
-        service.statistics.gauges["connections_open"] = lambda: len(self._open)
-        service.statistics.gauges["threads"] = threading.active_count
-
-    def server_bind(self) -> None:
-        """Bind, with what accepted sockets inherit from this one."""
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.socket.setblocking(False)
-        super().server_bind()
-
-    # ---- one turn of a connection
-    # --------------------------------------------------------------------
-
-    def _turn(self, connection: Connection) -> None:
-        """Do for a connection what can be done without waiting; then park it, or close it."""
-        try:
-            parking = self._advance(connection)
-            if parking is self._answered:
-                self._unsent.append(connection)
-            else:
-                self._park(connection, parking)
-        except OSError:  # the client is gone: nobody is left to be told
-            self._close(connection)
-        except Exception as error:
-            self._fail(connection, error)
-
-    def _send_answers(self) -> None:
-        """Send what the last turns put aside.
-
-        Answers of one round leave together, so that a client with many connections is woken once
-        and not for each: 44,900 requests/s instead of 41,000 with 50 connections.
-        """
-        while True:
-            try:
-                connection = self._unsent.popleft()
-            except IndexError:
-                return
-            try:
-                self._park(connection, self._send(connection))
-            except OSError:
-                self._close(connection)
-            except Exception as error:
-                self._fail(connection, error)
-
-    def _advance(self, connection: Connection) -> _Parking | None:
-        """One turn. Returns where the connection waits next; None if it is over."""
-        if connection.parking is self._lingering:
-            return self._drain(connection)
-        if connection.unsent or connection.ending:
-            return self._send(connection)
-        if connection.more:
-            connection.more = False
-        else:
-            received = connection.receive()
-            if received is None:
-                if connection.must_write:
-                    return self._answering
-                return self._shaking_hands if connection.shaking_hands else self._wait(connection)
-            if not received:
-                return self._end_of_input(connection)
-            connection.reader.feed(received)
-        return self._serve(connection)
-
-    def _serve(self, connection: Connection) -> _Parking | None:
-        """Answer the whole requests that have arrived, in their order."""
-        reader, started = connection.reader, time.perf_counter()
-        for _ in range(REQUESTS_A_TURN):
-            try:
-                request = reader.next_request()
-            except HTTPError as error:
-                self._refuse(connection, error)
-                break
-            if request is None:
-                if reader.take_continue():
-                    connection.put(CONTINUE)
-                break
-            answer = self.service.answer(request, connection.peer, started)
-            if isinstance(answer, Pending):
-                connection.pending = (answer, request.head)
-                return self._committing
-            self._put_response(connection, answer, request.head)
-            if connection.ending:
-                break
-        else:
-            connection.more = reader.in_request
-        if connection.unsent and self._epoll is not None:
-            return self._answered
-        return self._send(connection)
-
-    def _put_response(self, connection: Connection, response: Response, head: Head) -> None:
-        persistence = CLOSE if self._stopping else head.persistence
-        connection.put(
-            response.encode(persistence, date_field(int(time.time())), head.method == "HEAD")
-        )
-        connection.progressed = True
-        if persistence is CLOSE:
-            connection.ending = True
-
-    def _refuse(self, connection: Connection, error: Exception) -> None:
-        """Answer what can't be answered otherwise; the connection ends, but not before the client
-        could read it.
-        """
-        response = self.service.refuse(error, connection.peer)
-        connection.put(response.encode(CLOSE, date_field(int(time.time()))))
-        connection.progressed = connection.ending = True
-
-    def _send(self, connection: Connection) -> _Parking | None:
-        """Send what is to be sent. Returns where the connection waits next."""
-        if connection.unsent and not connection.flush():
-            return self._answering
-        if connection.ending:
-            connection.end_output()
-            return self._lingering
-        return self._wait(connection)
-
-    def _wait(self, connection: Connection) -> _Parking:
-        """Where a connection waits for more of a request, or for a new one."""
-        if connection.more or connection.buffered:
-            return self._ready
-        if connection.reader.in_request:
-            return self._in_body if connection.reader.in_body else self._in_head
-        return self._idle
-
-    def _drain(self, connection: Connection) -> _Parking | None:
-        """Lingering close: a reset, which unread bytes would cause, could destroy the answer (RFC
-        9112, 9.6).
-        """
-        received = connection.receive()
-        if received is not None:
-            connection.drained_bytes += len(received)
-            if not received or connection.drained_bytes > LINGER_BYTES:
-                return None
-        return self._lingering
-
-    def _end_of_input(self, connection: Connection) -> _Parking | None:
-        if not connection.reader.in_request:
-            return None
-        self._refuse(connection, HTTPError(400, "the connection ended in the middle of a request"))
-        return self._send(connection)
-
-    def _settle(self, connection: Connection, error: LogError | None) -> None:
-        """The log is done with the batch of a connection: give its answer."""
-        assert connection.pending is not None  # only then was this asked for
-        (pending, head), connection.pending = connection.pending, None
-        try:
-            self._put_response(connection, self.service.settle(pending, error), head)
-            connection.more = connection.reader.in_request and not connection.ending
-            self._park(connection, self._send(connection))
-        except OSError:
-            self._close(connection)
-        except Exception as unexpected:
-            self._fail(connection, unexpected)
-
-    def _fail(self, connection: Connection, error: Exception) -> None:
-        """An error of ours costs the one connection on which it showed."""
-        try:
-            self._refuse(connection, error)
-            self._park(connection, self._send(connection))
-        except OSError:
-            self._close(connection)
-
-    def _time_out(self, connection: Connection) -> None:
-        """End a claimed connection that was parked for too long."""
-        try:
-            if connection.parking in (self._in_head, self._in_body):
-                self._refuse(connection, HTTPError(408, "the request did not arrive in time"))
-                self._park(connection, self._send(connection))
-            else:
-                self._close(connection)
-        except OSError:
-            self._close(connection)
-
-    # ---- parking
-    # -------------------------------------------------------------------------------------
-
-    def _park(self, connection: Connection, parking: _Parking | None) -> None:
-        """Let a connection wait, and let others claim it; close it if it is over."""
-        if parking is None:
-            self._close(connection)
-            return
-        with self._lock:
-            if connection.parking is not parking or connection.progressed:
-                if connection.parking is parking:
-                    parking.queue.move_to_end(connection)
-                else:
-                    if connection.parking is not None:
-                        del connection.parking.queue[connection]
-                    parking.queue[connection] = None
-                    connection.parking = parking
-                connection.deadline = self._clock() + parking.limit_s
-                connection.progressed = False
-            connection.parked = parking is not self._committing
-            if self._epoll is not None and connection.parked:
-                # Under the lock: once claimed it can be closed, and its descriptor be another's.
-                arm = self._epoll.modify if connection.registered else self._epoll.register
-                arm(connection.fd, parking.events | _ONESHOT)
-                connection.registered = True
-        if parking is self._committing and self._epoll is not None:
-            assert connection.pending is not None  # that is what it was parked for
-            connection.pending[0].commit.then(partial(self._settle, connection))
-
-    def _claim(self, connection: Connection) -> bool:
-        """Make a parked connection this thread's own; False if another was faster."""
-        with self._lock:
-            claimed = connection.parked
-            connection.parked = False
-            return claimed
-
-    def _close(self, connection: Connection) -> None:
-        with self._lock:
-            if connection.parking is not None:
-                del connection.parking.queue[connection]
-                connection.parking = None
-            self._open.pop(connection.fd, None)  # before the descriptor can be another's
-        connection.socket.close()
-
-    def _evict_idle(self, count: int) -> int:
-        """Shut down up to `count` of the connections idle longest, so that whoever owns them closes
-        them.
-        """
-        with self._lock:
-            parked = (connection for connection in self._idle.queue if connection.parked)
-            idle = list(itertools.islice(parked, count))
-            for connection in idle:
-                del self._idle.queue[connection]
-                self._lingering.queue[connection] = None
-                connection.parking = self._lingering
-                connection.deadline = self._clock() + self.timeouts.linger_s
-                try:
-                    # not TLS's own: its owner is to find the end of the input
-                    socket.socket.shutdown(connection.socket, socket.SHUT_RDWR)
-                except OSError:  # reset in the meantime: its owner will see that too
-                    continue
-        return len(idle)
-
-    def _close_idle(self) -> None:
-        """Close all that are idle, but serve what has just arrived first."""
-        with self._lock:
-            idle = [connection for connection in self._idle.queue if connection.parked]
-            for connection in idle:
-                connection.parked = False
-        for connection in idle:
-            self._turn(connection)
-            with self._lock:
-                still_idle = connection.parked and connection.parking is self._idle
-                connection.parked = connection.parked and not still_idle
-            if still_idle:
-                try:  # where a thread waits for it, this wakes it
-                    socket.socket.shutdown(connection.socket, socket.SHUT_RDWR)
-                except OSError as error:
-                    logger.debug("%s was gone before the stop: %s", connection.peer, error)
-                self._close(connection)
-        self._send_answers()
-
-    def _expire(self) -> None:
-        """Time out what was parked for too long."""
-        now, late = self._clock(), []
-        with self._lock:
-            for parking in (
-                self._idle,
-                self._shaking_hands,
-                self._in_head,
-                self._in_body,
-                self._answering,
-                self._lingering,
-                self._ready,
-            ):
-                for connection in parking.queue:
-                    if connection.deadline > now:
-                        break
-                    if connection.parked:
-                        connection.parked = False
-                        late.append(connection)
-        for connection in late:
-            self._time_out(connection)
-
-    # ---- accepting
-    # -----------------------------------------------------------------------------------
-
-    def _accept(self, worker: _Worker) -> None:
-        """Take new connections, and try each at once: most have sent their request already."""
-        for _ in range(ACCEPTS_A_TURN):
-            try:
-                sock, address = self.socket.accept()
-            except BlockingIOError:
-                return
-            except OSError as error:
-                self._accept_failed(error)
-                return
-            worker.turns += 1
-            connection = self._admit(sock, address)
-            if connection is not None:
-                self._turn(connection)
-
-    def _admit(self, sock: socket.socket, address: Any) -> Connection | None:
-        tls = self.tls
-        try:
-            connection = (
-                Connection(sock, address[0])
-                if tls is None
-                else _TLSConnection(sock, address[0], tls)
-            )
-        except OSError:  # it is gone already
-            sock.close()
-            return None
-        with self._lock:
-            full = len(self._open) >= self.max_connections
-        if full and not self._evict_idle(1):
-            self._turn_away(connection)
-            return None
-        with self._lock:
-            self._open[connection.fd] = connection
-        return connection
-
-    def _turn_away(self, connection: Connection) -> None:
-        if connection.shaking_hands:  # nobody to be told anything yet
-            connection.socket.close()
-            return
-        error = HTTPError(503, "too many connections", fields=[("Retry-After", str(RETRY_AFTER_S))])
-        try:
-            connection.put(
-                self.service.refuse(error, connection.peer).encode(
-                    CLOSE, date_field(int(time.time()))
-                )
-            )
-            connection.receive()  # so that closing does not reset
-            connection.flush()
-        except OSError as failure:
-            logger.debug("%s was turned away and is gone: %s", connection.peer, failure)
-        connection.socket.close()
-
-    def _accept_failed(self, error: OSError) -> None:
-        """Out of file descriptors, most likely: make room, and let the housekeeper try again in a
-        moment.
-        """
-        if self._stopping or error.errno in (errno.ECONNABORTED, errno.EINTR, errno.EPROTO):
-            return
-        self._evict_idle(ACCEPTS_A_TURN)
-        if self._epoll is not None:
-            self._epoll.modify(self._listener_fd, 0)  # level-triggered, it would report without end
-        self._paused = True  # after that: the housekeeper undoes both
-        now = self._clock()
-        if now - self._warned_at >= 1.0:
-            self._warned_at = now
-            logger.warning("can't accept connections: %s", error.strerror)
-
-    # ---- a few workers over parked connections
-    # -------------------------------------------------------
-
-    def _start_worker(self) -> None:
-        worker = _Worker(self._work)
-        with self._lock:
-            self._workers.add(worker)
-        try:
-            worker.start()
-        except RuntimeError as error:  # no thread to be had: those that there are go on
-            with self._lock:
-                self._workers.discard(worker)
-            raise OSError(errno.EAGAIN, str(error)) from None
-
-    def _work(self, worker: _Worker) -> None:
-        """Give each that is ready its turn; then see what has become ready meanwhile."""
-        batch = 64 if self.threads == 1 else 4  # several workers share what is ready
-        while not (self._finished or worker.replaced):
-            try:
-                connection = self._claimed.popleft()
-            except IndexError:
-                self._send_answers()
-                worker.busy = False
-                self._claim_ready(batch)
-                worker.turns += 1
-                worker.busy = True
-                if self._asleep:
-                    self._control.put("work")
-                continue
-            worker.turns += 1
-            if connection is None:
-                self._accept(worker)
-            else:
-                self._turn(connection)
-        self._send_answers()
-        # It may have been replaced while it claimed: its successor, who waits for epoll by then,
-        # would look there only when the wait times out.
-        while self._claimed:
-            try:
-                connection = self._claimed.popleft()
-            except IndexError:
-                break
-            if connection is not None:  # the listener reports again by itself
-                self._park(connection, connection.parking)
-        with self._lock:
-            self._workers.discard(worker)
-
-    def _claim_ready(self, most: int) -> None:
-        """Wait until something is ready, and claim it: a connection; None is the listener.
-
-        Who sent many requests at once has had one turn of them: the rest is a backlog, of which
-        each round takes one turn. Others wait for that one turn at most, and not for 200.
-        """
-        assert self._epoll is not None
-        ready = self._epoll.poll(0 if self._backlog else 1.0, most)
-        with self._lock:
-            for fd, _ in ready:
-                if fd in self._open:
-                    connection = self._open[fd]
-                    if connection.parked:
-                        connection.parked = False
-                        rest = connection.parking is self._ready
-                        (self._backlog if rest else self._claimed).append(connection)
-                elif fd == self._listener_fd:
-                    self._claimed.append(None)
-            if self._backlog:
-                self._claimed.append(self._backlog.popleft())
-
-    def _replace_stuck_workers(self) -> bool:
-        """Start a new worker for each that is still at the turn of the last look; whether any is at
-        work.
-        """
-        with self._lock:
-            workers = list(self._workers)
-        for worker in workers:
-            if (
-                worker.busy
-                and worker.turns == worker.turns_seen
-                and not worker.replaced
-                and len(workers) < MAX_WORKERS
-            ):
-                try:
-                    self._start_worker()
-                except OSError as error:
-                    logger.warning("can't replace a worker that is held up: %s", error.strerror)
-                    break
-                worker.replaced = True
-            worker.turns_seen = worker.turns
-        return any(worker.busy for worker in workers)
-
-    # ---- a thread a connection
-    # -----------------------------------------------------------------------
-
-    def get_request(self) -> tuple[socket.socket, Any]:
-        """Accept, for socketserver; without descriptors, wait a moment rather than spin."""
-        try:
-            return super().get_request()
-        except BlockingIOError:
-            raise
-        except OSError as error:
-            self._accept_failed(error)
-            self._stopped.wait(TICK_S)
-            raise
-
-    def finish_request(self, request: Any, client_address: Any) -> None:
-        """Serve one connection to its end, in the thread that socketserver started for it."""
-        connection = self._admit(request, client_address)
-        if connection is None:
-            return
-        self._turn(connection)
-        poll = select.poll()
-        poll.register(connection.fd)
-        while (parking := connection.parking) is not None:
-            if connection.pending is not None:
-                self._settle(connection, connection.pending[0].commit.wait())
-                continue
-            poll.modify(connection.fd, parking.events)
-            wait_s = max(0.0, connection.deadline - self._clock())
-            ready = poll.poll(wait_s * 1000 + 1)
-            if self._claim(connection):
-                if ready:
-                    self._turn(connection)
-                else:
-                    self._time_out(connection)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Called by socketserver with what got past everything else."""
-        error = sys.exception()
-        assert isinstance(error, Exception)  # that is when it is called
-        self.service.refuse(error, client_address[0])
-
-    # ---- from start to stop
-    # --------------------------------------------------------------------------
-
-    def serve_forever(self, poll_interval: float = 0.1) -> None:
-        """Serve until told to stop, then finish what is in flight. This thread keeps house."""
-        try:
-            if self._epoll is not None:
-                # level-triggered, so that it needs no arming, and a held-up worker does not keep it
-                # from others
-                self._epoll.register(self._listener_fd, READ)
-                self._epoll.register(self._woken.fileno(), READ)
-                for _ in range(self.threads):
-                    self._start_worker()
-            else:
-                acceptor = threading.Thread(
-                    target=super().serve_forever, args=(poll_interval,), daemon=True
-                )
-                acceptor.start()
-            self._keep_house()
-            self._finish()
-        finally:
-            self._stopped.set()
-
-    def _keep_house(self) -> None:
-        self._next_expiry = self._clock()
-        self._next_flush = self._clock() + FLUSH_INTERVAL_S
-        self._next_self_metrics = self._clock()
-        quiet, order = 0, ""
-        while order != "stop":
-            self._asleep = quiet >= QUIET_TICKS
-            try:
-                order = self._control.get(timeout=1.0 if self._asleep else TICK_S)
-                quiet = 0
-            except queue.Empty:  # the usual case: nobody has anything to say
-                order = ""
-                quiet += 1
-            self._asleep = False
-            try:
-                if self._replace_stuck_workers():
-                    quiet = 0
-                self._tidy_up()
-                if order == "reload" and self._reload is not None:
-                    # elsewhere, for it may have to wait for a slow disk
-                    threading.Thread(
-                        target=self._reload, args=(self,), name="reload", daemon=True
-                    ).start()
-            except Exception as error:  # the house is kept on
-                log_unexpected(error)
-
-    def _tidy_up(self) -> None:
-        """What is due now, and no request does."""
-        if self._paused:
-            self._paused = False
-            if self._epoll is not None:
-                self._epoll.modify(self._listener_fd, READ)
-        self.service.log.look_after()
-        now = self._clock()
-        if now >= self._next_expiry:
-            self._next_expiry = now + min(1.0, *(limit for limit in self.timeouts if limit > 0))
-            if self._epoll is not None:
-                self._expire()
-        if self._self_metrics_s and now >= self._next_self_metrics:
-            self._next_self_metrics = now + self._self_metrics_s
-            self.service.store_statistics()
-        if now >= self._next_flush:
-            self._next_flush = now + FLUSH_INTERVAL_S
-            self.flush_metrics()
-
-    def flush_metrics(self) -> None:
-        """Log for each client how many of its requests were allowed and refused since the last
-        time.
-        """
-        if self.service.limiter:
-            flush_metrics(
-                self.service.limiter, partial(logger.info, "client %s: %d allowed, %d refused")
-            )
-
-    def _finish(self) -> None:
-        """Stop accepting, answer what is in flight, close what is idle."""
-        self._stopping = self.service.stopping = True
-        if self._epoll is not None:
-            self._epoll.unregister(self._listener_fd)
-        else:
-            super().shutdown()
-        self.socket.close()
-        deadline = time.monotonic() + self.timeouts.stop_s
-        # who lingers has its answer
-        while len(self._open) > len(self._lingering.queue) and time.monotonic() < deadline:
-            self._close_idle()
-            self._stopped.wait(TICK_S / 4)
-        self._finished = True
-        self._waker.send(b"!")  # stays unread: every worker sees it
-        for worker in list(self._workers):
-            worker.join(max(0.0, deadline + 1.0 - time.monotonic()))
-        for connection in list(self._open.values()):
-            self._close(connection)
-
-    def stop_soon(self) -> None:
-        """Ask `serve_forever` to end; returns at once, and may be called in a signal handler."""
-        self._control.put("stop")
-
-    def reload_soon(self) -> None:
-        """Ask for a call of `reload`; returns at once, and may be called in a signal handler."""
-        self._control.put("reload")
-
-    def shutdown(self) -> None:
-        """Ask `serve_forever` to end, and wait until it has."""
-        self.stop_soon()
-        self._stopped.wait()
-
-    def server_close(self) -> None:
-        """Give the address and all descriptors back."""
-        super().server_close()
-        self._close_own_descriptors()
-
-    def _close_own_descriptors(self) -> None:
-        self._waker.close()
-        self._woken.close()
-        if self._epoll is not None:
-            self._epoll.close()
-
-
-def steady_threads() -> int:
-    """How many workers pay: one where the interpreter lock lets only one run, else one a core."""
-    has_lock = getattr(sys, "_is_gil_enabled", lambda: True)()
-    return 1 if has_lock else os.cpu_count() or 1
-
-
-def fit_connections(wanted: int) -> int:
-    """How many connections the limit on open files allows, after raising it as far as it goes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = wanted + SPARE_DESCRIPTORS
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return (
-        wanted if soft == resource.RLIM_INFINITY else max(1, min(wanted, soft - SPARE_DESCRIPTORS))
-    )
-
-
-# ==================================================================================================
-# 14. Command line
+# 19. Command line
 # ==================================================================================================
 #
 # Options become objects, one line says what is running, and a signal ends it. What goes wrong
 # before that is one line on stderr.
+
+
+LOG_CLOSE_S = 0.8  # so long a stop waits for the disk
+
+
+class LineWriter(logging.Handler):
+    """Writes lines to a file descriptor, and never waits for whoever reads it: a thread writes.
+
+    A terminal that is stopped, a full disk or a pipe that nobody reads costs lines, which are
+    counted, and nothing else.
+    """
+
+    MAX_LINES = 10_000  # that wait
+
+    def __init__(self, descriptor: int):
+        super().__init__()
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        self._descriptor = descriptor
+        self.dropped = 0
+        # To the thread that writes; None: it is to end. A SimpleQueue needs no lock.
+        self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._write_lines, name="lines", daemon=True)
+        self._thread.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Called by logging."""
+        self.say(self.format(record))
+
+    def say(self, line: str) -> None:
+        """Write a line, sooner or later."""
+        if self._lines.qsize() >= self.MAX_LINES:
+            self.dropped += 1
+        else:
+            self._lines.put(line.encode(errors="backslashreplace") + b"\n")
+
+    def _write_lines(self) -> None:
+        while (line := self._lines.get()) is not None:
+            try:
+                while line:
+                    line = line[os.write(self._descriptor, line) :]
+            except BlockingIOError:  # somebody has made it so: then it is waited for here
+                select.select([], [self._descriptor], [], 1.0)
+                self.dropped += 1
+            except OSError:  # nobody is left to be told
+                self.dropped += 1
+
+    def finish(self, timeout_s: float) -> None:
+        """Write what waits, as far as the time allows."""
+        self._lines.put(None)
+        self._thread.join(timeout_s)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -8671,10 +9824,17 @@ def argument_parser() -> argparse.ArgumentParser:
         help="how long a query may take (default 2m)",
     )
     parser.add_argument(
+        "--query-memory",
+        metavar="BYTES",
+        type=_byte_size,
+        default=QUERY_MEMORY,
+        help="how much memory a query may take (default 512MB)",
+    )
+    parser.add_argument(
         "--self-metrics",
         metavar="TIME",
         type=_duration,
-        default=SELF_METRICS_S,
+        default=OWN_METRICS_S,
         help="how often the server's own statistics are stored as series (default 15s; 0 = never)",
     )
     parser.add_argument(
@@ -8748,6 +9908,8 @@ def query_main(arguments: list[str]) -> int:
     try:
         time_ms = _api_time_ms(options.time, "time") if options.time else int(time.time() * 1000)
         store = Store(options.data_dir)
+        for _ in store.open(log=os.path.join(options.data_dir, LOG_NAME)):
+            pass
         result = Engine(store.select).instant(options.expression, time_ms)
     except (APIError, QueryError, ExecutionError, OSError) as error:
         return _complain(str(error))
@@ -8788,26 +9950,30 @@ def _series_text(labels: dict[str, str]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the server, or a query; returns the exit status."""
+    """Run the server, a query or the store of a server; returns the exit status."""
     if arguments is None:
         arguments = sys.argv[1:]
     if arguments[:1] == ["query"]:
         return query_main(arguments[1:])
+    if arguments[:1] == ["store"]:
+        return store_main(arguments[1:])
     parser = argument_parser()
     options = parser.parse_args(arguments)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # whatever it is, no text of a client breaks it
-        sys.stdout.reconfigure(errors="backslashreplace")
-    logging.basicConfig(
-        stream=sys.stdout,
-        level=options.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(message)s",
-    )
     if options.stripes & (options.stripes - 1):
         parser.error(f"argument --stripes: {options.stripes} is not a power of two")
     if (options.tls_cert is None) != (options.tls_key is None):
         parser.error("--tls-cert and --tls-key go together")
     if options.new_client is not None:
         return _make_client(parser, options.new_client)
+    lines = LineWriter(1)
+    logging.basicConfig(handlers=[lines], level=options.log_level.upper())
+    try:
+        return _run_server(options, lines)
+    finally:
+        lines.finish(0.5)
+
+
+def _run_server(options: argparse.Namespace, lines: LineWriter) -> int:
     max_connections = fit_connections(options.max_connections)
     if max_connections < options.max_connections:
         logger.warning(
@@ -8824,32 +9990,44 @@ def main(arguments: list[str] | None = None) -> int:
     except (ClientListError, LogError) as error:
         return _complain(str(error))
     statistics = Statistics()
-    pacer = Pacer(lambda: statistics.ring.count)
+    statistics.add(
+        "log_lines_dropped",
+        "counter",
+        "Lines of the server's log that nobody took.",
+        lambda: lines.dropped,
+        "log_lines_dropped_total",
+    )
+    limiter = None
+    if options.rate_limit or clients is not None:  # listed clients may have rates of their own
+        limiter = SlidingWindowLimiter(options.rate_limit, stripes=options.stripes)
+    service = Service(
+        log,
+        limiter,
+        statistics,
+        clients=clients,
+        allowed_hosts=[options.host, *options.allowed_host],
+    )
     try:
-        try:
-            store = Store(
+        store = StoreClient(
+            log,
+            statistics,
+            StoreOptions(
                 options.data_dir,
-                log,
                 max_series=options.max_series,
                 retention_s=options.retention,
                 retention_bytes=options.retention_size,
                 keep_log=options.keep_log,
-                pacer=pacer,
-            )
-        except OSError as error:
-            return _complain(f"can't read the store in {options.data_dir}: {error.strerror}")
-        limiter = None
-        if options.rate_limit or clients is not None:  # listed clients may have rates of their own
-            limiter = SlidingWindowLimiter(options.rate_limit, stripes=options.stripes)
-        service = Service(
-            log,
-            limiter,
-            statistics,
-            store=store,
-            api=QueryAPI(store, timeout_s=options.query_timeout, version=__version__, pacer=pacer),
-            clients=clients,
-            allowed_hosts=[options.host, *options.allowed_host],
+                query_timeout_s=options.query_timeout,
+                query_memory=options.query_memory,
+                version=__version__,
+            ),
         )
+        service.admit = store.admit
+        service.health_facts.append(store.health)
+        service.add_routes({f"{API_PREFIX}*": {"GET": store.ask, "POST": store.ask}})
+        jobs = [(TICK_S, store.look)]
+        if options.self_metrics:
+            jobs.append((options.self_metrics, store.send_own_metrics))
         try:
             server = Server(
                 (options.host, options.port),
@@ -8858,38 +10036,42 @@ def main(arguments: list[str] | None = None) -> int:
                 max_connections=max_connections,
                 tls=tls,
                 reload=partial(_reload, options),
-                self_metrics_s=options.self_metrics,
+                jobs=jobs,
             )
         except OSError as error:
             return _complain(
                 f"can't listen on {options.host} port {options.port}: {error.strerror or error}"
             )
         with server:
-            store.start()
             try:
-                _serve(options, server, log)
+                store.look()
+                _serve(options, server, log, lines)
             finally:
-                service.close()
                 store.stop()
     finally:
-        log.close()
-    try:
-        print("stopped", write_json(service.statistics.snapshot()), flush=True)
-    except BrokenPipeError:  # whoever read stdout has left; Python must not try again at its exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+        kept = log.close(LOG_CLOSE_S)
+    lines.say(f"stopped {write_json(service.statistics.snapshot())}")
+    if kept:
+        return 0
+    unsynced = os.fstat(log.descriptor).st_size - log.position.size_bytes
+    lines.say(
+        f"the disk does not answer: {log.path} is not synced, {max(0, unsynced)} bytes of it are "
+        "not acknowledged"
+    )
+    lines.finish(0.5)
+    os._exit(1)  # its thread can't be ended while the disk holds it up
 
 
-def _serve(options: argparse.Namespace, server: Server, log: MetricLog) -> None:
+def _serve(options: argparse.Namespace, server: Server, log: MetricLog, lines: LineWriter) -> None:
     """Say what runs, and run it until a signal ends it."""
     if server.service.clients is None and not _is_loopback(server):
         logger.warning("whoever reaches %s may write: see --clients", options.host)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: server.stop_soon())
     signal.signal(signal.SIGHUP, lambda *_: server.reload_soon())
-    print(_startup_line(options, server, log), flush=True)
+    lines.say(_startup_line(options, server, log))
     server.serve_forever()
-    server.flush_metrics()
+    server.log_decisions()
 
 
 def _make_client(parser: argparse.ArgumentParser, name: str) -> int:
@@ -8958,9 +10140,6 @@ def _startup_line(options: argparse.Namespace, server: Server, log: MetricLog) -
     ]
     if clients is not None:
         facts.append(f"clients listed: {len(clients.rates)}")
-    store = server.service.store
-    if store and store.replayed:
-        facts.append(f"{store.replayed} metrics read from the log")
     if log.cut_bytes:
         facts.append(f"cut a torn line of {log.cut_bytes} bytes off the log")
     return ", ".join(facts)
