@@ -5,10 +5,10 @@ VENV := .venv
 PYTHON ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint soak queries load perf clean
+.PHONY: help run test lint soak queries queries-diff load perf clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 16
 
 run:  ## serve on http://127.0.0.1:8080 (another port: make run PORT=9000)
 	$(PYTHON) metricstream.py $(PORT)
@@ -31,6 +31,9 @@ soak: $(VENV)/ready  ## ten minutes of load with kills, faults and hostile clien
 
 queries: $(VENV)/ready  ## time queries beside a real Prometheus, if prometheus and promtool are installed
 	METRICSTREAM_BENCH=1 $(VENV)/bin/python -m pytest -q -s -k "beside_prometheus" test_metricstream.py
+
+queries-diff: $(VENV)/ready  ## ask ten thousand generated queries of MetricStream and of an installed Prometheus
+	METRICSTREAM_QUERIES=10000 $(VENV)/bin/python -m pytest -q -s -k "generated_queries" test_metricstream.py
 
 load:  ## load a running server: 50 clients with 200 requests each
 	$(PYTHON) load_test.py $(PORT) 50 200

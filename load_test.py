@@ -1225,6 +1225,14 @@ def parse_options(cli: argparse.ArgumentParser, args: argparse.Namespace) -> Opt
     )
 
 
+def say(text: str) -> None:
+    """Print; a reader that has left (`| head`) is no error."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the exit
+
+
 def main() -> int:
     """Run the test that the command line asks for; return the exit status."""
     cli = argument_parser()
@@ -1239,10 +1247,7 @@ def main() -> int:
     outcome = run_load(options, server, None if args.quiet else Progress())
     result = audit(options, server, before, outcome.tally)
     figures = report_figures(options, outcome, result)
-    if args.json:
-        print(json.dumps(figures))
-    else:
-        print("\n".join(report_lines(options, outcome, figures)))
+    say(json.dumps(figures) if args.json else "\n".join(report_lines(options, outcome, figures)))
     if outcome.interrupted:
         return 130
     return 0 if is_all_well(outcome, result) else 1
