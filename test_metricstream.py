@@ -34,6 +34,7 @@ import sys
 import threading
 import time
 import tracemalloc
+import types
 import unicodedata
 import urllib.parse
 from array import array
@@ -4121,6 +4122,48 @@ def test_a_stdout_that_takes_nothing_neither_stops_nor_ends_the_server(tmp_path,
     assert len(lines_of(tmp_path)) == 1
 
 
+def test_latency_counts_the_wait_for_a_turn(tmp_path):
+    """Many large batches at once: what the server says of their latency is what clients see."""
+    body = json.dumps({"metrics": [{"name": f"m{n}", "value": n / 7} for n in range(1000)]}).encode()
+    with running(tmp_path, threads=1) as started, contextlib.ExitStack() as stack:
+        connections = [stack.enter_context(connect(started.port, 30)) for _ in range(40)]
+        began = time.perf_counter()
+        for connection in connections:
+            connection.sendall(post(body=body))
+        seen_s = 0.0
+        for connection in connections:
+            assert answer_on(connection).status == 200
+            seen_s += time.perf_counter() - began
+        statistics = answer_once(started.port, get(b"/metrics")).json
+    assert isinstance(statistics, dict) and statistics["latency_seconds_sum"] > seen_s / 8
+
+
+def test_part_one_alone_is_a_server(tmp_path):
+    """The text of the module up to the banner of part II, executed."""
+    text = (HERE / "metricstream.py").read_text().partition("# PART II. STORAGE")[0]
+    part = types.ModuleType("part_one")
+    sys.modules["part_one"] = part
+    try:
+        exec(compile(text, "part_one.py", "exec"), vars(part))
+        log = part.MetricLog(str(tmp_path))
+        service = part.Service(log, part.SlidingWindowLimiter(2), part.Statistics())
+        with part.Server(("127.0.0.1", 0), service) as server:
+            thread = threading.Thread(target=server.serve_forever)
+            thread.start()
+            port = server.server_address[1]
+            statuses = [answer_once(port, post()).status for _ in range(3)]
+            health, statistics = answer_once(port, HEALTH), answer_once(port, get(b"/metrics"))
+            queries = answer_once(port, get(b"/api/v1/query"))
+            server.shutdown()
+            thread.join()
+        log.close()
+    finally:
+        del sys.modules["part_one"]
+    assert statuses == [200, 200, 429] and len(lines_of(tmp_path)) == 2
+    assert health.json == {"status": "healthy", "service": "ingestion"}
+    assert statistics.json["metrics_received"] == 2 and queries.status == 404
+
+
 def test_a_request_that_has_arrived_is_answered_before_a_stop(tmp_path, threads):
     with running(tmp_path, threads=threads) as started, contextlib.ExitStack() as stack:
         connections = [stack.enter_context(connect(started.port)) for _ in range(50)]
@@ -4412,6 +4455,106 @@ def test_a_stop_ends_encrypted_connections_and_answers_what_has_arrived(tmp_path
         assert busy.recv(65536).startswith(b"HTTP/1.1 200")
         for client in (idle, busy):
             client.close()
+
+
+# ---- answers of other processes ----
+
+
+class Told:
+    """A route `/api/…` whose answers the test writes: `ends` holds the other end of each."""
+
+    def __init__(self, service: Service) -> None:
+        self.ends: list[socket.socket] = []
+        service.add_routes({"/api/*": {"GET": self.handle, "POST": self.handle}})
+
+    def handle(self, request: Request, client: str) -> metricstream.Answer:
+        ours, theirs = socket.socketpair()
+        self.ends.append(ours)
+        return metricstream.Answer(None, b"", metricstream.Relay(theirs))
+
+    def end(self, index: int = -1) -> socket.socket:
+        eventually(lambda: self.ends)
+        return self.ends[index]
+
+
+def relayed(body: bytes, status: int = 200, length: int | None = None) -> bytes:
+    fields = b"Content-Type: text/plain\r\n"
+    size = len(body) if length is None else length
+    return metricstream.RELAY_HEAD.pack(status, len(fields), size) + fields + body
+
+
+@pytest.fixture(params=["plain", "tls"])
+def told(request, tmp_path, threads, tls) -> Iterator[tuple[Told, Callable[[], socket.socket]]]:
+    encrypted = request.param == "tls"
+    with running(tmp_path, threads=threads, **({"tls": tls} if encrypted else {})) as started:
+        told = Told(started.service)
+
+        def ask(raw: bytes = get(b"/api/x")) -> socket.socket:
+            connection = over_tls(started.port) if encrypted else connect(started.port)
+            connection.sendall(raw)
+            return connection
+
+        yield told, ask
+
+
+def test_an_answer_of_another_process_is_passed_on_as_it_comes(told):
+    told, ask = told
+    with ask() as connection, told.end() as end:
+        whole = relayed(b"x" * 100_000, 422)
+        for piece in (whole[:5], whole[5:20], whole[20:60], whole[60:]):
+            end.sendall(piece)
+        answer = answer_on(connection)
+        assert (answer.status, answer.headers["content-type"]) == (422, "text/plain")
+        assert answer.body == b"x" * 100_000
+        connection.sendall(HEALTH)
+        assert answer_on(connection).status == 200
+
+
+def test_the_head_alone_of_an_answer_of_another_process(told):
+    told, ask = told
+    with ask(head(b"HEAD /api/x HTTP/1.1")) as connection, told.end() as end:
+        end.sendall(relayed(b"a body"))
+        with connection.makefile("rb") as stream:
+            answer = read_answer(stream, to_head=True)
+        assert answer and (answer.status, answer.headers["content-length"]) == (200, "6")
+        connection.sendall(HEALTH)
+        assert answer_on(connection).status == 200
+
+
+def test_requests_behind_one_that_waits_for_another_process_wait(told):
+    told, ask = told
+    with ask(get(b"/api/x") + HEALTH) as connection, told.end() as end, connection.makefile("rb") as stream:
+        end.sendall(relayed(b"first"))
+        first, second = read_answer(stream), read_answer(stream)
+        assert first and second and first.body == b"first" and is_healthy(second)
+
+
+@pytest.mark.parametrize("sent", [b"", relayed(b"", 200)[:7], relayed(b"abc", length=10)])
+def test_another_process_that_ends_too_soon_is_an_error_and_never_half_an_answer(told, sent):
+    told, ask = told
+    with ask() as connection, told.end() as end:
+        end.sendall(sent)
+        end.close()
+        with connection.makefile("rb") as stream:
+            if b"abc" not in sent:
+                answer = read_answer(stream)
+                assert answer and answer.status == 503 and "retry-after" in answer.headers
+            else:
+                received = b""
+                with contextlib.suppress(ssl.SSLEOFError):  # the end without a word of TLS
+                    while piece := connection.recv(4096):
+                        received += piece
+                assert received.endswith(b"\r\n\r\nabc")
+
+
+def test_a_client_that_leaves_tells_the_other_process(told):
+    told, ask = told
+    with ask() as connection:
+        end = told.end()
+        connection.close()
+        end.settimeout(10)
+        assert end.recv(1) == b""
+        end.close()
 
 
 # --------------------------------------------------------------------------------------------------
