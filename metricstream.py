@@ -5161,8 +5161,7 @@ class RowGroup:
 class _Layout(NamedTuple):
     """The lines of a batch that may come again, all but their values."""
 
-    names: tuple[bytes, ...]
-    rests: tuple[bytes, ...]
+    keys: list[_LineKey]
     group: RowGroup
 
 
@@ -5192,8 +5191,7 @@ class Memtable:
         self._columns = 0
         self._full: dict[RowGroup, None] = {}  # groups with rows to seal
         self._seen: set[int] = set()  # hashes of rows that came once
-        self._layouts: dict[_LineKey, list[_Layout]] = {}  # of several lines, by the first one
-        self._singles: dict[_LineKey, RowGroup] = {}  # lines that come alone
+        self._layouts: dict[_LineKey, list[_Layout]] = {}  # by the first line, the longest first
         self._layout_count = 0
         self._numbers: dict[_LineKey, int] = {}  # series by the text of a line; -1: no metric
 
@@ -5232,82 +5230,67 @@ class Memtable:
             self.unreadable.append(line)
 
     def _add_found(self, found: list[tuple[bytes, bytes, bytes, bytes]]) -> None:
-        if not found:
-            return
-        times, names, values, rests = zip(*found)
-        at = 0
-        while at < len(found):
-            for layout in self._layouts.get((names[at], rests[at]), ()):
-                end = at + len(layout.names)
-                if (
-                    names[at:end] == layout.names
-                    and rests[at:end] == layout.rests
-                    and times[at:end] == times[at : at + 1] * (end - at)
-                ):
-                    self._add_row(layout.group, times[at], values[at:end])
-                    at = end
+        for time_text, run in itertools.groupby(found, operator.itemgetter(0)):
+            _, names, values, rests = zip(*run)
+            time_ms = _line_time_ms(time_text)
+            if time_ms is None:
+                self.unreadable += [time_text] * len(names)
+            else:
+                self._add_run(time_ms, list(zip(names, rests)), _floats(values))
+
+    def _add_run(self, time_ms: int, keys: list[_LineKey], values: list[float]) -> None:
+        """Add lines of one time: rows of known layouts, and what stands between them."""
+        at = known = 0  # up to `known` all is added
+        while at < len(keys):
+            for layout in self._layouts.get(keys[at], ()):
+                end = at + len(layout.keys)
+                if keys[at:end] == layout.keys:
+                    if known < at:
+                        self._add_batches(time_ms, keys[known:at], values[known:at])
+                    self._push(layout.group, time_ms, values[at:end])
+                    at = known = end
                     break
             else:
-                end = self._end_of_batch(times, names, rests, at)
-                key = names[at], rests[at]
-                if end == at + 1 and key in self._singles:
-                    self._add_row(self._singles[key], times[at], values[at:end])
-                else:
-                    self._add_batch(times[at], names[at:end], values[at:end], rests[at:end])
-                at = end
+                at += 1
+        if known < at:
+            self._add_batches(time_ms, keys[known:], values[known:])
 
-    def _add_row(self, group: RowGroup, time_text: bytes, values: Sequence[bytes]) -> None:
-        time_ms = _line_time_ms(time_text)
-        if time_ms is None:
-            self.unreadable += [time_text] * len(values)
-        else:
-            self._push(group, time_ms, _floats(values))
-
-    def _end_of_batch(
-        self, times: Sequence[bytes], names: Sequence[bytes], rests: Sequence[bytes], at: int
-    ) -> int:
-        """Where the lines end that may be of one batch: of one time, up to a known layout."""
-        end, most = at + 1, min(len(times), at + MAX_BATCH)
-        while (
-            end < most and times[end] == times[at] and (names[end], rests[end]) not in self._layouts
-        ):
-            end += 1
-        return end
-
-    def _add_batch(
-        self,
-        time_text: bytes,
-        names: Sequence[bytes],
-        values: Sequence[bytes],
-        rests: Sequence[bytes],
-    ) -> None:
-        """Add lines of one time: as a row of their group if they have one, else one by one."""
-        time_ms = _line_time_ms(time_text)
-        if time_ms is None:
-            self.unreadable += [time_text] * len(names)
+    def _add_batches(self, time_ms: int, keys: list[_LineKey], values: list[float]) -> None:
+        """Add lines of one time that may be of one batch; or of several, that begin with the same
+        metric.
+        """
+        if len(keys) <= MAX_BATCH and self._add_row(time_ms, keys, values):
             return
-        row: dict[int, float] = {}  # of a series that stands there twice, the last value
-        for name, value, rest in zip(names, _floats(values), rests):
-            number = self._number_of_line((name, rest))
-            if number >= 0:
-                row[number] = value
-            else:
-                self.unreadable.append(name + rest)
+        first = keys[0][0]
+        starts = [at for at, (name, _) in enumerate(keys) if name == first]
+        for start, end in zip(starts, [*starts[1:], len(keys)]):
+            if not self._add_row(time_ms, keys[start:end], values[start:end]):
+                for number, value in self._row(keys[start:end], values[start:end]).items():
+                    self._push(self._single(number), time_ms, (value,))
+
+    def _row(self, keys: list[_LineKey], values: list[float]) -> dict[int, float]:
+        """Values by series; of one that stands there twice, the last."""
+        numbers = self._numbers
+        row = {numbers[key] if key in numbers else self._number_of_line(key): value
+               for key, value in zip(keys, values)}  # fmt: skip
+        if -1 in row:
+            self.unreadable += [b" ".join(key) for key in keys if self._numbers[key] < 0]
+            del row[-1]
+        return row
+
+    def _add_row(self, time_ms: int, keys: list[_LineKey], values: list[float]) -> bool:
+        """Add lines as a row of their group, if they have one; whether they have."""
+        row = self._row(keys, values)
         group = self._group(tuple(row)) if row else None
         if group is None:
-            for number, value in row.items():
-                self._push(self._single(number), time_ms, (value,))
-            return
+            return not row
         self._push(group, time_ms, row.values())
-        if len(row) < len(names) or self._layout_count >= self.MAX_LAYOUTS:
-            return
-        self._layout_count += 1
-        if len(row) == 1:
-            self._singles[names[0], rests[0]] = group
-        else:
-            layouts = self._layouts.setdefault((names[0], rests[0]), [])
-            layouts.append(_Layout(tuple(names), tuple(rests), group))
-            layouts.sort(key=lambda layout: -len(layout.names))
+        if len(row) == len(keys) and self._layout_count < self.MAX_LAYOUTS:
+            self._layout_count += 1
+            layouts = self._layouts.setdefault(keys[0], [])
+            layouts.append(_Layout(keys, group))
+            layouts.sort(key=lambda layout: -len(layout.keys))
+        return True
 
     def _number_of_line(self, key: _LineKey) -> int:
         if key in self._numbers:
@@ -9617,6 +9600,11 @@ def store_main(arguments: list[str]) -> int:
     sys.setrecursionlimit(MAX_RECURSION)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the front says when to stop
         signal.signal(number, signal.SIG_IGN)
+    # Who takes batches in comes first: woken beside it, the store waits for another core. Where
+    # both have a load generator beside them on two cores, ingestion gains 5 to 10 %.
+    os.nice(5)
+    if hasattr(os, "SCHED_BATCH"):
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     options = StoreOptions(**parse_json(arguments[1].encode()))
     process = StoreProcess(socket.socket(fileno=int(arguments[0])), options)
     logger.addFilter(process.log_to_front)
