@@ -6491,7 +6491,8 @@ _OF_VECTOR = """
     sin sinh sort sort_desc sqrt tan tanh timestamp
 """
 _OF_RANGE = """
-    absent_over_time avg_over_time changes count_over_time delta deriv idelta increase irate
+    absent_over_time avg_over_time changes count_over_time delta deriv first_over_time idelta
+    increase irate
     last_over_time max_over_time min_over_time present_over_time rate resets stddev_over_time
     stdvar_over_time sum_over_time
 """
@@ -7393,6 +7394,17 @@ def _mean(values: Sequence[float]) -> float:
         return _mean_beyond_floats(values)
 
 
+def _mean_over_time(values: Sequence[float]) -> float:
+    """The mean; where values of both signs cancel each other, with what Prometheus loses then."""
+    mean = _mean(values)
+    if abs(mean) < (max(values) - min(values)) * 1e-16:
+        total = rest = 0.0
+        for value in values:
+            total, rest = _compensated(value, total, rest)
+        mean = total / len(values) + rest / len(values)
+    return mean
+
+
 def _mean_beyond_floats(values: Sequence[float]) -> float:
     """The mean where a sum overflows: from there on incremental, as Prometheus has it."""
     total, rest, count = values[0], 0.0, 1
@@ -7753,7 +7765,7 @@ class _Evaluation:
             pairs = zip(self.scalar(node.left), self.scalar(node.right))
             return [value for a, b in pairs if (value := function(a, b)) is not None]
         assert isinstance(node, Call)
-        (column,) = _FUNCTIONS[node.name].evaluate(self, node.arguments)
+        (column,) = _FUNCTIONS[node.name](self, node.arguments)
         return [value for value in column.values if value is not None]
 
     def string(self, node: Node) -> str:
@@ -7845,7 +7857,7 @@ class _Evaluation:
         if isinstance(node, Aggregate):
             columns = self.aggregated(node)
         elif isinstance(node, Call):
-            columns = _FUNCTIONS[node.name].evaluate(self, node.arguments)
+            columns = _FUNCTIONS[node.name](self, node.arguments)
         elif isinstance(node, Unary):
             columns = self.vector(node.operand)
             if node.op == "-":
@@ -8123,26 +8135,18 @@ def _series_of(column: Column, steps: range) -> Series:
 # ---- functions ----
 
 
-class Function(NamedTuple):
-    """A function of PromQL: its types, and how it makes its columns; a scalar is a single column
-    without gaps.
-    """
-
-    arguments: tuple[str, ...]
-    required: int  # how many of the arguments must be given
-    evaluate: Callable[[_Evaluation, tuple[Node, ...]], list[Column]]
-    returns: str = VECTOR
-    variadic: bool = False  # the last argument may be repeated
+# How a function of PromQL makes its columns; a scalar is a single column without gaps.
+_Evaluate = Callable[[_Evaluation, tuple[Node, ...]], list[Column]]
 
 
-def _per_value(function: Callable[[float], float]) -> Function:
+def _per_value(function: Callable[[float], float]) -> _Evaluate:
     """A function of each value."""
-    return Function((VECTOR,), 1, lambda run, nodes: run.each(function, run.vector(nodes[0])))
+    return lambda run, nodes: run.each(function, run.vector(nodes[0]))
 
 
 def _per_value_and_scalars(
-    function: Callable[..., float | None], scalars: int, defaults: tuple[float, ...] = ()
-) -> Function:
+    function: Callable[..., float | None], defaults: tuple[float, ...] = ()
+) -> _Evaluate:
     """A function of each value and of scalars, whose values may differ between steps."""
 
     def evaluate(run: _Evaluation, nodes: tuple[Node, ...]) -> list[Column]:
@@ -8157,21 +8161,19 @@ def _per_value_and_scalars(
             columns.append(Column(_nameless(labels), changed))
         return _unique(columns)
 
-    types = (VECTOR, *[SCALAR] * scalars)
-    return Function(types, len(types) - len(defaults), evaluate)
+    return evaluate
 
 
 def _over_time(
-    function: Callable[..., float | None], scalars_before: int = 0, scalars_after: int = 0,
-    keeps_name: bool = False,
-) -> Function:  # fmt: skip
-    """A function of the values of each window that holds any, and of scalars."""
+    function: Callable[..., float | None], keeps_name: bool = False, place: int = 0
+) -> _Evaluate:
+    """A function of the values of each window that holds any, and of scalars; the range stands at
+    `place` among the arguments.
+    """
 
     def evaluate(run: _Evaluation, nodes: tuple[Node, ...]) -> list[Column]:
-        parameters = [
-            run.scalar(node) for node in (*nodes[:scalars_before], *nodes[scalars_before + 1 :])
-        ]
-        ranges = run.ranges(nodes[scalars_before], each_step=bool(parameters))
+        parameters = [run.scalar(node) for node in (*nodes[:place], *nodes[place + 1 :])]
+        ranges = run.ranges(nodes[place], each_step=bool(parameters))
         rows = list(zip(*parameters)) if parameters else [()] * len(ranges.ends_ms)
 
         def of_series(series: Series, windows: list[tuple[int, int]]) -> list[float | None]:
@@ -8183,8 +8185,7 @@ def _over_time(
 
         return run.of_windows(ranges, of_series, keeps_name)
 
-    types = (*[SCALAR] * scalars_before, RANGE, *[SCALAR] * scalars_after)
-    return Function(types, len(types), evaluate)
+    return evaluate
 
 
 class _Span(NamedTuple):
@@ -8214,7 +8215,7 @@ def _span(times_ms: Sequence[int], low: int, high: int, end_ms: int, range_ms: i
     )
 
 
-def _extrapolated(counter: bool, per_second: bool) -> Function:
+def _extrapolated(counter: bool, per_second: bool) -> _Evaluate:
     """`rate`, `increase` and `delta`: the difference of the last sample and the first, extended to
     the borders of the window. A counter that falls began again at 0, and is never extended below 0.
     """
@@ -8257,10 +8258,10 @@ def _extrapolated(counter: bool, per_second: bool) -> Function:
 
         return run.of_windows(ranges, of_series)
 
-    return Function((RANGE,), 1, evaluate)
+    return evaluate
 
 
-def _between_last_two(per_second: bool) -> Function:
+def _between_last_two(per_second: bool) -> _Evaluate:
     """`irate` and `idelta`."""
 
     def of_series(series: Series, windows: list[tuple[int, int]]) -> list[float | None]:
@@ -8277,10 +8278,10 @@ def _between_last_two(per_second: bool) -> Function:
                 results.append(now - before)
         return results
 
-    return Function((RANGE,), 1, lambda run, nodes: run.of_windows(run.ranges(nodes[0]), of_series))
+    return lambda run, nodes: run.of_windows(run.ranges(nodes[0]), of_series)
 
 
-def _regression(predicts: bool) -> Function:
+def _regression(predicts: bool) -> _Evaluate:
     """`deriv`, or `predict_linear`, which looks ahead from each step."""
 
     def evaluate(run: _Evaluation, nodes: tuple[Node, ...]) -> list[Column]:
@@ -8300,8 +8301,7 @@ def _regression(predicts: bool) -> Function:
 
         return run.of_windows(run.ranges(nodes[0], each_step=predicts), of_series)
 
-    types = (RANGE, SCALAR) if predicts else (RANGE,)
-    return Function(types, len(types), evaluate)
+    return evaluate
 
 
 def _holt_winters(values: Sequence[float], level: float, trend: float) -> float | None:
@@ -8338,7 +8338,7 @@ def _clamped(value: float, least: float, most: float) -> float | None:
 # -- times --
 
 
-def _of_time(part: Callable[[time.struct_time], int]) -> Function:
+def _of_time(part: Callable[[time.struct_time], int]) -> _Evaluate:
     """A part of the time that each value is, in Unix seconds (UTC); without a vector, of now. NaN
     for times beyond the calendar.
     """
@@ -8354,7 +8354,7 @@ def _of_time(part: Callable[[time.struct_time], int]) -> Function:
             return run.each(of_value, run.vector(nodes[0]))
         return [Column({}, [of_value(step / 1000) for step in run.steps])]
 
-    return Function((VECTOR,), 0, evaluate)
+    return evaluate
 
 
 def _timestamp(run: _Evaluation, nodes: tuple[Node, ...]) -> list[Column]:
@@ -8422,7 +8422,7 @@ def _pi(run: _Evaluation, nodes: tuple[Node, ...]) -> list[Column]:
     return [Column({}, [math.pi] * len(run.steps))]
 
 
-def _in_order(descending: bool) -> Function:
+def _in_order(descending: bool) -> _Evaluate:
     """`sort` and `sort_desc`, NaN last; the series of a graph have no order."""
 
     def evaluate(run: _Evaluation, nodes: tuple[Node, ...]) -> list[Column]:
@@ -8438,7 +8438,7 @@ def _in_order(descending: bool) -> Function:
 
         return sorted(columns, key=rank)
 
-    return Function((VECTOR,), 1, evaluate)
+    return evaluate
 
 
 # -- labels --
@@ -8489,7 +8489,7 @@ def _with_label(labels: dict[str, str], label: str, value: str) -> dict[str, str
 # -- classic histograms: series of one family, each counting what is at most its label `le` --
 
 
-def _of_buckets(function: Callable[..., float], scalars: int) -> Function:
+def _of_buckets(function: Callable[..., float]) -> _Evaluate:
     def evaluate(run: _Evaluation, nodes: tuple[Node, ...]) -> list[Column]:
         parameters = list(zip(*map(run.scalar, nodes[:-1])))
         families: dict[object, tuple[dict[str, str], list[float], list[list[float | None]]]] = {}
@@ -8514,25 +8514,25 @@ def _of_buckets(function: Callable[..., float], scalars: int) -> Function:
             columns.append(Column(labels, results))
         return _unique(columns)
 
-    return Function((*[SCALAR] * scalars, VECTOR), scalars + 1, evaluate)
+    return evaluate
 
 
-_FUNCTIONS: dict[str, Function] = {
+_FUNCTIONS: dict[str, _Evaluate] = {
     "abs": _per_value(abs),
-    "absent": Function((VECTOR,), 1, _absent),
-    "absent_over_time": Function((RANGE,), 1, _absent_over_time),
+    "absent": _absent,
+    "absent_over_time": _absent_over_time,
     "acos": _per_value(_total(math.acos)),
     "acosh": _per_value(_total(math.acosh)),
     "asin": _per_value(_total(math.asin)),
     "asinh": _per_value(math.asinh),
     "atan": _per_value(math.atan),
     "atanh": _per_value(_atanh),
-    "avg_over_time": _over_time(_mean),
+    "avg_over_time": _over_time(_mean_over_time),
     "ceil": _per_value(_whole(math.ceil)),
     "changes": _over_time(_changes),
-    "clamp": _per_value_and_scalars(_clamped, 2),
-    "clamp_max": _per_value_and_scalars(_at_most, 1),
-    "clamp_min": _per_value_and_scalars(_at_least, 1),
+    "clamp": _per_value_and_scalars(_clamped),
+    "clamp_max": _per_value_and_scalars(_at_most),
+    "clamp_min": _per_value_and_scalars(_at_least),
     "cos": _per_value(_total(math.cos)),
     "cosh": _per_value(_total(math.cosh)),
     "count_over_time": _over_time(lambda values: float(len(values))),
@@ -8543,18 +8543,19 @@ _FUNCTIONS: dict[str, Function] = {
     "deg": _per_value(lambda value: value * 180 / math.pi),
     "delta": _extrapolated(counter=False, per_second=False),
     "deriv": _regression(predicts=False),
-    "double_exponential_smoothing": _over_time(_holt_winters, scalars_after=2),
+    "double_exponential_smoothing": _over_time(_holt_winters),
     "exp": _per_value(_total(math.exp)),
+    "first_over_time": _over_time(lambda values: values[0], keeps_name=True),
     "floor": _per_value(_whole(math.floor)),
-    "histogram_fraction": _of_buckets(_histogram_fraction, 2),
-    "histogram_quantile": _of_buckets(_histogram_quantile, 1),
-    "holt_winters": _over_time(_holt_winters, scalars_after=2),
+    "histogram_fraction": _of_buckets(_histogram_fraction),
+    "histogram_quantile": _of_buckets(_histogram_quantile),
+    "holt_winters": _over_time(_holt_winters),
     "hour": _of_time(lambda date: date.tm_hour),
     "idelta": _between_last_two(per_second=False),
     "increase": _extrapolated(counter=True, per_second=False),
     "irate": _between_last_two(per_second=True),
-    "label_join": Function((VECTOR, STRING, STRING, STRING), 3, _label_join, variadic=True),
-    "label_replace": Function((VECTOR, STRING, STRING, STRING, STRING), 5, _label_replace),
+    "label_join": _label_join,
+    "label_replace": _label_replace,
     "last_over_time": _over_time(lambda values: values[-1], keeps_name=True),
     "ln": _per_value(_logarithm(math.log)),
     "log10": _per_value(_logarithm(math.log10)),
@@ -8563,17 +8564,15 @@ _FUNCTIONS: dict[str, Function] = {
     "min_over_time": _over_time(_least),
     "minute": _of_time(lambda date: date.tm_min),
     "month": _of_time(lambda date: date.tm_mon),
-    "pi": Function((), 0, _pi, SCALAR),
+    "pi": _pi,
     "predict_linear": _regression(predicts=True),
     "present_over_time": _over_time(lambda values: 1.0),
-    "quantile_over_time": _over_time(
-        lambda values, quantile: _quantile(values, quantile), scalars_before=1
-    ),
+    "quantile_over_time": _over_time(lambda values, quantile: _quantile(values, quantile), place=1),
     "rad": _per_value(lambda value: value * math.pi / 180),
     "rate": _extrapolated(counter=True, per_second=True),
     "resets": _over_time(_resets),
-    "round": _per_value_and_scalars(_rounded, 1, (1.0,)),
-    "scalar": Function((VECTOR,), 1, _scalar, SCALAR),
+    "round": _per_value_and_scalars(_rounded, (1.0,)),
+    "scalar": _scalar,
     "sgn": _per_value(_sign),
     "sin": _per_value(_total(math.sin)),
     "sinh": _per_value(_total(math.sinh)),
@@ -8585,9 +8584,9 @@ _FUNCTIONS: dict[str, Function] = {
     "sum_over_time": _over_time(_sum),
     "tan": _per_value(_total(math.tan)),
     "tanh": _per_value(math.tanh),
-    "time": Function((), 0, _time, SCALAR),
-    "timestamp": Function((VECTOR,), 1, _timestamp),
-    "vector": Function((SCALAR,), 1, _vector),
+    "time": _time,
+    "timestamp": _timestamp,
+    "vector": _vector,
     "year": _of_time(lambda date: date.tm_year),
 }
 

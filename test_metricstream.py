@@ -3050,6 +3050,7 @@ STORED = Stored("""
     early{l="1"} 1 1 1
     late{l="1"} _x10 2x10
     moment 951782400x60
+    cancelling -2.258e220 -1.78264e219 0.76342771 1.9592258 2.3757689e217 -2.3757689e217 2.258e220 7.69805412 1.78264e219 -458.90154
     falling_bucket{le="0.5"} 40x60
     falling_bucket{le="1"} 30x60
     falling_bucket{le="+Inf"} 40x60
@@ -3097,7 +3098,7 @@ ANSWERS: dict[str, dict[str, float] | float | str] = {
     'sum_over_time(temperature{host="a"}[2m] @ 60)': {'{host="a"}': 30},
     "min_over_time(wave[10m])": {"": 0}, "max_over_time(wave[4m] @ 360)": {"": 3},
     "min_over_time(wave[2m] @ 360)": {"": NAN}, "avg_over_time(wave[4m] @ 300)": {"": NAN},
-    "last_over_time(wave[3m])": {"wave": 0}, "present_over_time(wave[3m])": {"": 1},
+    "last_over_time(wave[3m])": {"wave": 0}, "first_over_time(wave[4m])": {"wave": 5}, "present_over_time(wave[3m])": {"": 1},
     "stddev_over_time(temperature{host='a'}[2m])": {'{host="a"}': 5},
     "stdvar_over_time(temperature{host='a'}[2m])": {'{host="a"}': 25},
     "quantile_over_time(0.5, temperature{host='a'}[4m])": {'{host="a"}': 25},
@@ -3219,6 +3220,7 @@ ANSWERS: dict[str, dict[str, float] | float | str] = {
     "stddev_over_time((temperature{host='a'} * 1e307)[5m:1m])": {'{host="a"}': NAN}, "stdvar(vector(1e200) or label_replace(vector(-1e200),'a','b','',''))": {"": INF},
     "stddev(label_replace(vector(1e308),'a','b','','') or vector(-1e308))": {"": NAN}, "stddev(host_info * 0.1)": {"": 0},
     "avg_over_time((temperature{host='a'} * 9e306)[5m:1m])": {'{host="a"}': 30 * 9e306},
+    "avg_over_time(cancelling[11m])": {"": 0},  # the exact one is -44.85
     "clamp(vector(NaN), Inf, Inf)": {"": INF}, "clamp(vector(NaN), -Inf, -Inf)": {"": -INF}, "clamp(vector(Inf), NaN, Inf)": {"": INF},
     "clamp(vector(1), Inf, NaN)": {"": INF}, "clamp(vector(-Inf), 1, NaN)": {"": 1}, "clamp(vector(1), NaN, 2)": {"": NAN},
     "clamp_max(vector(NaN), -Inf)": {"": -INF}, "clamp_max(vector(-Inf), NaN)": {"": -INF}, "clamp_min(vector(NaN), Inf)": {"": INF},
