@@ -5740,6 +5740,7 @@ RETENTION_S = 30 * 86_400
 CLOCK_DOUBT_S = 3600.0  # a step of the clock is believed after so long
 READ_BYTES = 256 * 1024  # the log is read in pieces of so many
 MAX_INDEXED_SERIES = 1_000_000  # of blocks whose indexes are in memory
+_STAMP_BYTES = len('{"timestamp":"2025-09-17T13:45:23.123Z"')
 _SEGMENT_NAME = re.compile(r"metrics\.([0-9]{8})\.jsonl")
 _EVER = END_OF_TIME_MS  # no sample is so late
 
@@ -5761,6 +5762,12 @@ class LogTail:
         whole = piece[: piece.rfind(b"\n") + 1]
         if len(piece) == READ_BYTES and not whole:  # a line that no metric has
             whole = piece[:-1] + b"\n"
+        elif len(piece) == READ_BYTES:
+            # Lines of one time stay together: half a batch would be a row group of its own, and
+            # series in many groups are merged sample by sample: a query of 260 ms took 1,000.
+            last_line = whole.rfind(b"\n", 0, -1) + 1
+            begin = whole.find(b"\n" + whole[last_line : last_line + _STAMP_BYTES]) + 1
+            whole = whole[:begin] or whole
         elif not piece and os.fstat(self.descriptor).st_size < self.position:  # it was emptied
             self.position = 0
         self.position += len(whole)

@@ -6558,6 +6558,25 @@ def test_only_the_standard_library_is_imported_and_json_is_not():
 # ---- the time-series store ----
 
 
+def test_lines_of_one_time_are_read_together(tmp_path):
+    """Half a batch would become a group of its own, and its series would stand in two."""
+    path = tmp_path / "log"
+    batches = [
+        "".join(
+            metricstream.log_line(Sample(f"m{n}", time_ms, "gauge", {"host": "h"}, time_ms))
+            for n in range(999)
+        ).encode()
+        for time_ms in range(1000, 13_000, 1000)
+    ]
+    path.write_bytes(b"".join(batches))
+    with open(path, "rb") as file:
+        tail = metricstream.LogTail(file.fileno())
+        pieces = list(iter(lambda: tail.read(path.stat().st_size), b""))
+    assert b"".join(pieces) == path.read_bytes() and 2 < len(pieces) < len(batches)
+    whole = {b"".join(batches[start:end]) for start in range(12) for end in range(13)}
+    assert set(pieces) <= whole
+
+
 class StoreUnderTest:
     """A store and its log, and a plain dictionary of what was pushed."""
 
