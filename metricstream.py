@@ -9,7 +9,7 @@
 
 The way of one POST, from the socket to the disk and back, with the chapter of each step:
 
-    8  Server._work                      epoll names a readable connection; it gets one turn
+    8  Connections.claim_ready           epoll names a readable connection; it gets one turn
     1    RequestReader.next_request      bytes → a whole Request, or None: wait for more
     7    Service.answer                  whose request it is, and which route
     7      Service.ingest                the pipeline: read this function first
@@ -2245,12 +2245,31 @@ FORM_TYPE = "application/x-www-form-urlencoded"
 RELAY_HEAD = struct.Struct(">HIQ")
 
 
-class Relay(NamedTuple):
+class Relay:
     """An answer that another process writes to a socket. Whoever closes the other end sooner tells
     it that nobody waits.
     """
 
-    socket: socket.socket
+    def __init__(self, sock: socket.socket):
+        self.socket = sock
+        self.status, self.field_lines = 0, b""
+        self.body = b""  # what came of it together with the head
+        self.left_bytes = -1  # of the body, to be passed on; -1: its head is not here yet
+        self._received = b""
+
+    def take_head(self, piece: bytes) -> bool:
+        """Take some bytes of the head; whether it is here as a whole."""
+        received = self._received = self._received + piece
+        if len(received) < RELAY_HEAD.size:
+            return False
+        status, fields_bytes, body_bytes = RELAY_HEAD.unpack_from(received)
+        body_at = RELAY_HEAD.size + fields_bytes
+        if len(received) < body_at:
+            return False
+        self.status, self.left_bytes = status, body_bytes
+        self.field_lines = received[RELAY_HEAD.size : body_at]
+        self.body = received[body_at:]
+        return True
 
 
 class Answer(NamedTuple):
@@ -2271,8 +2290,14 @@ class Pending(NamedTuple):
 
     answer: Answer
     source: "Future[None] | Relay"
+    head: Head
     client: str
     started: float
+
+
+def unavailable(reason: str) -> HTTPError:
+    """What is said when the server can't right now."""
+    return HTTPError(503, reason, fields=[("Retry-After", str(RETRY_AFTER_S))])
 
 
 def json_response(status: int, value: Any, fields: Iterable[tuple[str, str]] = ()) -> Response:
@@ -2299,7 +2324,7 @@ def error_response(error: Exception) -> Response:
         errors = [reason._asdict() for reason in error.reasons]
         return json_response(400, {"error": str(error), "errors": errors})
     if isinstance(error, LogError):
-        return json_response(503, {"error": str(error)}, [("Retry-After", str(RETRY_AFTER_S))])
+        return error_response(unavailable(str(error)))
     raise error
 
 
@@ -2567,7 +2592,7 @@ class Service:
             answer = self._handler(request.head)(request, client)
             response, _, source = answer
             if source is not None:
-                return Pending(answer, source, client, started)
+                return Pending(answer, source, request.head, client, started)
             assert response is not None  # only a relay has none yet
             metrics = response.metrics
         except (HTTPError, JSONError, BatchError, LogError) as error:
@@ -2686,24 +2711,16 @@ def prefers_text(accept: str) -> bool:
 
 
 # ==================================================================================================
-# 8. Server
+# 8. Connections
 # ==================================================================================================
 #
 # The problem: ten thousand connections, most of them idle, some slow, some hostile, and a request
-# on any of them wants its answer now. The plain way is socketserver's: a thread for each
-# connection, which blocks in it (`--threads 0`, and wherever there is no epoll). It is easy to
-# follow, but under the interpreter lock every runnable thread slows the others down.
-#
-# The idea: a connection with nothing to do is parked, and costs a file descriptor and a small
-# object. `epoll` tells which ones have become ready; a worker takes one, gives it one turn (read
-# once, answer the whole requests that have come, write) and parks it again. Nothing in a turn waits
-# for a client. What can still hold a worker up is its own work, so a housekeeper looks every 20 ms
-# whether each worker has moved: one that has not is replaced by a new one, and ends when its turn
-# does.
-#
-# A connection belongs to one thread at a time: to whoever claimed it when it was parked. What it
-# costs: a turn must be written as steps between two waits, and not as one loop. Both models take
-# the same turns.
+# on any of them wants its answer now. The idea: a connection with nothing to do is parked, and
+# costs a file descriptor and a small object. It waits for one thing (the rest of a head, room for
+# an answer, the disk), for a limited time, in the queue of those that wait for the same. `epoll`
+# tells which ones have become ready. A connection belongs to one thread at a time: to the one that
+# claimed it when it was parked. What it costs: what is done for a connection must be written as
+# steps between two waits (`Turns`), and not as one loop.
 
 
 class Timeouts(NamedTuple):
@@ -2718,20 +2735,11 @@ class Timeouts(NamedTuple):
 
 
 DEFAULT_TIMEOUTS = Timeouts()
-MAX_CONNECTIONS = 10_000
-SPARE_DESCRIPTORS = 64  # for the log, epoll and the like, beside the connections
-MAX_WORKERS = 64
-TICK_S = 0.02  # a worker that takes longer than this for one turn is replaced
-QUIET_TICKS = 50  # so many without work, and the housekeeper sleeps a second at a time
-FLUSH_INTERVAL_S = 60.0
 RECEIVE_BYTES = 64 * 1024
-LINGER_BYTES = 1024 * 1024  # how much is read and dropped after an error
-REQUESTS_A_TURN = 4  # pipelined; then the others have their turn
-ACCEPTS_A_TURN = 16
-_ONESHOT = getattr(select, "EPOLLONESHOT", 0)
+RELAY_S = 125.0  # how long an answer of another process is waited for, at each step
 READ, WRITE = select.POLLIN, select.POLLOUT  # epoll gives them the same values
 HUNG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
-RELAY_S = 125.0  # so long an answer of another process is waited for, at each step
+_ONESHOT = getattr(select, "EPOLLONESHOT", 0)
 
 
 class WaitQueue:
@@ -2745,56 +2753,45 @@ class WaitQueue:
 
     def __init__(self, events: int, limit_s: float):
         self.events, self.limit_s = events, limit_s
-        self.queue: OrderedDict[Connection, None] = OrderedDict()  # guarded by Server._lock
+        self.queue: OrderedDict[Connection, None] = OrderedDict()  # guarded by Connections.lock
 
 
+@dataclasses.dataclass(slots=True, eq=False)
 class Connection:
     """One client's connection. Its fields belong to the thread that claimed it, but for those
     marked.
     """
 
-    __slots__ = (
-        "socket",
-        "fd",
-        "peer",
-        "reader",
-        "ready_at",
-        "unsent",
-        "pending",
-        "relayed",
-        "relay_left",
-        "hung_up",
-        "more",
-        "ending",
-        "progressed",
-        "drained_bytes",
-        "parking",
-        "deadline",
-        "parked",
-        "registered",
-    )
-
-    def __init__(self, sock: socket.socket, peer: str):
-        self.socket, self.fd, self.peer = sock, sock.fileno(), peer
-        self.reader = RequestReader()
-        self.unsent: bytes | memoryview = b""
-        self.ready_at = 0.0  # when the request of this turn had arrived, by time.perf_counter
-        self.pending: tuple[Pending, Head] | None = None  # the answer that waits for its source
-        self.relayed = b""  # of a relay's head
-        self.relay_left = -1  # bytes of its body that are to come; -1: its head is not here yet
-        self.hung_up = False  # the client has closed its end
-        self.more = False  # whole requests may stand in the reader: serve them before reading
-        self.ending = False  # nothing more is read: once all is sent, linger
-        self.progressed = True  # since it was parked: its time-out starts again
-        self.drained_bytes = 0
-        self.parking: WaitQueue | None = None  # guarded by Server._lock, as the three below
-        self.deadline = 0.0
-        self.parked = False  # whether it may be claimed
-        self.registered = False  # with epoll
-
+    socket: socket.socket
+    peer: str
+    fd: int = -1
+    reader: RequestReader = dataclasses.field(default_factory=RequestReader)
+    unsent: bytes | memoryview = b""
+    ready_at: float = 0.0  # when the request of this turn had arrived, by time.perf_counter
+    pending: Pending | None = None  # the answer that waits for its source
+    hung_up: bool = False  # the client has closed its end
+    more: bool = False  # whole requests may stand in the reader: serve them before reading
+    ending: bool = False  # nothing more is read: once all is sent, linger
+    progressed: bool = True  # since it was parked: its time-out starts again
+    drained_bytes: int = 0
+    waits_in: WaitQueue | None = None  # guarded by Connections.lock, as the three below
+    deadline: float = 0.0
+    parked: bool = False  # whether it may be claimed
+    registered: bool = False  # with epoll
     # What only TLS changes: whether the handshake is still to be made, whether something was
     # decrypted that no recv() has asked for, and whether TLS must write before it can read.
-    shaking_hands = buffered = must_write = False
+    shaking_hands: bool = False
+    buffered: bool = False
+    must_write: bool = False
+
+    def __post_init__(self) -> None:
+        self.fd = self.socket.fileno()
+
+    @property
+    def relay_fd(self) -> int:
+        """The descriptor of the relay that it waits for."""
+        assert self.pending is not None and isinstance(self.pending.source, Relay)
+        return self.pending.source.socket.fileno()
 
     def receive(self) -> bytes | None:
         """What has arrived: b"" at the end, None if there is nothing now."""
@@ -2825,15 +2822,13 @@ class Connection:
 class _TLSConnection(Connection):
     """A connection whose bytes are encrypted (RFC 8446); its handshake is made by turns, too."""
 
-    __slots__ = ("shaking_hands", "buffered", "must_write", "_tls")
+    __slots__ = ("_tls",)
 
     def __init__(self, sock: socket.socket, peer: str, context: ssl.SSLContext):
         sock.setblocking(False)
         wrapped = context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
-        super().__init__(wrapped, peer)
+        super().__init__(wrapped, peer, shaking_hands=True)
         self._tls = wrapped
-        self.shaking_hands = True
-        self.buffered = self.must_write = False
 
     def receive(self) -> bytes | None:
         self.must_write = False
@@ -2881,6 +2876,465 @@ def tls_context(certificate: str, key: str) -> ssl.SSLContext:
     return context
 
 
+class Connections:
+    """The open connections of a server, and what each of them waits for.
+
+    Without `epoll` a thread waits for each connection itself, and claims it afterwards.
+    """
+
+    def __init__(self, timeouts: Timeouts, clock: Callable[[], float], has_epoll: bool):
+        self.timeouts, self._clock = timeouts, clock
+        # Guards `open`, the queues and what Connection says. Nothing is locked under it.
+        self.lock = threading.Lock()
+        self.open: dict[int, Connection] = {}  # by file descriptor
+        self.idle = WaitQueue(READ, timeouts.idle_s)
+        self.shaking_hands = WaitQueue(READ, timeouts.head_s)
+        self.in_head = WaitQueue(READ, timeouts.head_s)
+        self.in_body = WaitQueue(READ, timeouts.body_s)
+        self.answering = WaitQueue(WRITE, timeouts.answer_s)
+        self.lingering = WaitQueue(READ, timeouts.linger_s)
+        # It has requests that were read: ready as soon as an answer can be written.
+        self.ready = WaitQueue(READ | WRITE, timeouts.answer_s)
+        self.committing = WaitQueue(0, math.inf)  # until the log calls back
+        self.relaying = WaitQueue(HUNG_UP, RELAY_S)  # for another process
+        self._relays: dict[int, Connection] = {}  # those, by the descriptors of their relays
+        # Claimed, and to be given their turns; None is the listener. A deque is atomic.
+        self.claimed: deque[Connection | None] = deque()
+        # Claimed too, but with requests left from an earlier turn; filled under the lock.
+        self._backlog: deque[Connection] = deque()
+        self.epoll = select.epoll() if has_epoll else None
+        self._listener_fd = -1
+
+    def watch(self, listener_fd: int, stop_fd: int) -> None:
+        """Have epoll report new connections, and the end. Level-triggered: this needs no arming,
+        and a worker that is held up does not keep it from others.
+        """
+        if self.epoll is not None:
+            self._listener_fd = listener_fd
+            self.epoll.register(listener_fd, READ)
+            self.epoll.register(stop_fd, READ)
+
+    def add(self, connection: Connection) -> None:
+        """Add a connection, claimed by the caller."""
+        with self.lock:
+            self.open[connection.fd] = connection
+
+    def park(self, connection: Connection, queue: WaitQueue) -> None:
+        """Let a connection wait, and let others claim it."""
+        with self.lock:
+            if connection.waits_in is not queue or connection.progressed:
+                if connection.waits_in is queue:
+                    queue.queue.move_to_end(connection)
+                else:
+                    self._move(connection, queue)
+                connection.deadline = self._clock() + queue.limit_s
+                connection.progressed = False
+            connection.parked = queue is not self.committing
+            if self.epoll is not None and connection.parked:
+                # Under the lock: once claimed it can be closed, and its descriptor be another's.
+                arm = self.epoll.modify if connection.registered else self.epoll.register
+                arm(connection.fd, queue.events | _ONESHOT)
+                connection.registered = True
+                if queue is self.relaying:
+                    relay = connection.relay_fd
+                    arm = self.epoll.modify if relay in self._relays else self.epoll.register
+                    arm(relay, READ | _ONESHOT)
+                    self._relays[relay] = connection
+
+    @staticmethod
+    def _move(connection: Connection, queue: WaitQueue | None) -> None:
+        if connection.waits_in is not None:
+            del connection.waits_in.queue[connection]
+        if queue is not None:
+            queue.queue[connection] = None
+        connection.waits_in = queue
+
+    def close(self, connection: Connection) -> None:
+        """Close a claimed connection."""
+        with self.lock:
+            self._move(connection, None)
+            self.open.pop(connection.fd, None)  # before the descriptor can be another's
+        self.end_relay(connection)
+        connection.socket.close()
+
+    def end_relay(self, connection: Connection) -> None:
+        """Close the relay of a connection, if it has one: its writer sees that nobody waits."""
+        if connection.pending is None or not isinstance(connection.pending.source, Relay):
+            return
+        with self.lock:
+            self._relays.pop(connection.relay_fd, None)
+        connection.pending.source.socket.close()
+        connection.pending = None
+
+    # ---- claiming
+
+    def claim(self, connection: Connection) -> bool:
+        """Make a parked connection this thread's own; False if another was faster."""
+        with self.lock:
+            claimed = connection.parked
+            connection.parked = False
+            return claimed
+
+    def claim_ready(self, most: int) -> None:
+        """Wait up to a second until something is ready, and add it to `claimed`.
+
+        A connection with pipelined requests left over goes to the backlog, of which each round
+        serves one: others wait for one turn of it at most, and not for 200.
+        """
+        assert self.epoll is not None
+        ready = self.epoll.poll(0 if self._backlog else 1.0, most)
+        now = time.perf_counter()
+        with self.lock:
+            for fd, events in ready:
+                if fd in self.open or fd in self._relays:
+                    connection = self.open[fd] if fd in self.open else self._relays[fd]
+                    if connection.parked:
+                        connection.parked = False
+                        connection.ready_at = now
+                        connection.hung_up = fd == connection.fd and bool(events & HUNG_UP)
+                        left_over = connection.waits_in is self.ready
+                        (self._backlog if left_over else self.claimed).append(connection)
+                elif fd == self._listener_fd:
+                    self.claimed.append(None)
+            if self._backlog:
+                connection = self._backlog.popleft()
+                connection.ready_at = now
+                self.claimed.append(connection)
+
+    def claim_late(self) -> list[Connection]:
+        """Claim what has waited for too long."""
+        now, late = self._clock(), []
+        with self.lock:
+            for queue in (self.idle, self.shaking_hands, self.in_head, self.in_body,
+                          self.answering, self.lingering, self.relaying, self.ready):  # fmt: skip
+                for connection in queue.queue:
+                    if connection.deadline > now:
+                        break
+                    if connection.parked:
+                        connection.parked = False
+                        late.append(connection)
+        return late
+
+    def claim_idle(self) -> list[Connection]:
+        """Claim all that are idle."""
+        with self.lock:
+            idle = [connection for connection in self.idle.queue if connection.parked]
+            for connection in idle:
+                connection.parked = False
+        return idle
+
+    def close_if_idle(self, connection: Connection) -> None:
+        """Close a connection if it is still idle after its turn."""
+        with self.lock:
+            if not connection.parked or connection.waits_in is not self.idle:
+                return
+            connection.parked = False
+        try:  # where a thread waits for it, this wakes it
+            socket.socket.shutdown(connection.socket, socket.SHUT_RDWR)
+        except OSError as error:
+            logger.debug("%s was gone before the stop: %s", connection.peer, error)
+        self.close(connection)
+
+    def evict_idle(self, count: int) -> int:
+        """Shut down up to `count` of the connections idle longest, so that whoever owns them closes
+        them.
+        """
+        with self.lock:
+            parked = (connection for connection in self.idle.queue if connection.parked)
+            idle = list(itertools.islice(parked, count))
+            for connection in idle:
+                self._move(connection, self.lingering)
+                connection.deadline = self._clock() + self.timeouts.linger_s
+                try:
+                    # not TLS's own: its owner is to find the end of the input
+                    socket.socket.shutdown(connection.socket, socket.SHUT_RDWR)
+                except OSError:  # reset in the meantime: its owner will see that too
+                    continue
+        return len(idle)
+
+
+# ==================================================================================================
+# 9. Turns
+# ==================================================================================================
+#
+# A turn is what is done for a connection between two waits: read once, answer the whole requests
+# that have come, write. Nothing in it waits for a client. Each step returns the queue in which the
+# connection waits next, so all that can become of a connection stands in this chapter.
+
+LINGER_BYTES = 1024 * 1024  # how much is read and dropped after an error
+REQUESTS_A_TURN = 4  # pipelined; then the others have their turn
+
+
+class Turns:
+    """What is done for a connection between two waits.
+
+    A turn reads once, answers the whole requests that have come, and writes. Each step returns what
+    the connection waits for next, or None if it is over, and waits for no client itself.
+    """
+
+    def __init__(self, service: Service, connections: Connections):
+        self._service, self._connections = service, connections
+        self._after_round = WaitQueue(0, math.inf)  # in it, connections stand in _unsent
+        self._unsent: deque[Connection] = deque()  # any worker may take from it; it is atomic
+
+    def step(self, connection: Connection, step: Callable[[Connection], WaitQueue | None]) -> None:
+        """Take a step for a claimed connection; then park it, or close it."""
+        try:
+            self._park(connection, step(connection))
+        except OSError:  # the client is gone: nobody is left to be told
+            self._connections.close(connection)
+        except Exception as error:  # an error of ours costs the one connection on which it showed
+            if connection.ending:
+                log_unexpected(error)
+                self._connections.close(connection)
+            else:
+                self.step(connection, partial(self._refuse, error=error))
+
+    def _park(self, connection: Connection, queue: WaitQueue | None) -> None:
+        if queue is None:
+            self._connections.close(connection)
+        elif queue is self._after_round:
+            self._unsent.append(connection)
+        else:
+            self._connections.park(connection, queue)
+            if queue is self._connections.committing and self._connections.epoll is not None:
+                assert connection.pending is not None  # that is what it was parked for
+                durable = connection.pending.source
+                assert isinstance(durable, Future)
+                durable.add_done_callback(partial(self.settle, connection))
+
+    def send_answers(self) -> None:
+        """Send what the last turns put aside.
+
+        Answers of one round leave together, so that a client with many connections is woken once
+        and not for each: 44,900 requests/s instead of 41,000 with 50 connections.
+        """
+        while True:
+            try:
+                connection = self._unsent.popleft()
+            except IndexError:
+                break
+            self.step(connection, self._send)
+        self._service.count_answered()
+
+    def settle(self, connection: Connection, durable: "Future[None]") -> None:
+        """The log is done with the batch of a connection: give its answer."""
+        self.step(connection, partial(self._settle, error=durable.exception()))
+        self._service.count_answered()
+
+    def _settle(self, connection: Connection, error: BaseException | None) -> WaitQueue | None:
+        assert connection.pending is not None  # only then was this asked for
+        pending, connection.pending = connection.pending, None
+        self._put_response(connection, self._service.settle(pending, error), pending.head)
+        return self._after_pending(connection)
+
+    def take(self, connection: Connection) -> WaitQueue | None:
+        """The next step: a turn, or what is left of an earlier one."""
+        if connection.waits_in is self._connections.lingering:
+            return self._drain(connection)
+        if connection.unsent or connection.ending:
+            return self._send(connection)
+        if connection.pending is not None:
+            return self._relay(connection)
+        if connection.more:
+            connection.more = False
+        else:
+            received = connection.receive()
+            if received is None:
+                return self._wait(connection)
+            if not received:
+                if not connection.reader.in_request:
+                    return None
+                fault = HTTPError(400, "the connection ended in the middle of a request")
+                return self._refuse(connection, fault)
+            connection.reader.feed(received)
+        return self._serve(connection)
+
+    def _serve(self, connection: Connection) -> WaitQueue | None:
+        """Answer the whole requests that have arrived, in their order."""
+        reader, started = connection.reader, connection.ready_at
+        for _ in range(REQUESTS_A_TURN):
+            try:
+                request = reader.next_request()
+            except HTTPError as error:
+                return self._refuse(connection, error)
+            if request is None:
+                if reader.take_continue():
+                    connection.put(CONTINUE)
+                break
+            answer = self._service.answer(request, connection.peer, started)
+            if isinstance(answer, Pending):
+                connection.pending = answer
+                if not isinstance(answer.source, Relay):
+                    return self._connections.committing
+                return self._send(connection) if connection.unsent else self._connections.relaying
+            self._put_response(connection, answer, request.head)
+            if connection.ending:
+                break
+        else:
+            connection.more = reader.in_request
+        if connection.unsent and self._connections.epoll is not None:
+            return self._after_round
+        return self._send(connection)
+
+    def _put_response(self, connection: Connection, answer: Answer, head: Head) -> None:
+        persistence = CLOSE if self._service.stopping else head.persistence
+        date = date_field(int(time.time()))
+        assert answer.response is not None  # only a relay has none
+        connection.put(
+            answer.response.encode(persistence, date, head.method == "HEAD", answer.more_fields)
+        )
+        connection.progressed = True
+        if persistence is CLOSE:
+            connection.ending = True
+
+    def _relay(self, connection: Connection) -> WaitQueue | None:
+        """Pass on a piece of an answer that another process writes; the next one is read when the
+        client has taken it.
+        """
+        assert connection.pending is not None  # that is when it is called
+        pending, relay = connection.pending, connection.pending.source
+        assert isinstance(relay, Relay)
+        if connection.hung_up:
+            return None
+        try:
+            piece = relay.socket.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return self._connections.relaying
+        except ConnectionError:
+            piece = b""
+        if not piece:
+            if relay.left_bytes >= 0:
+                return None  # the client must see that it was cut off
+            self._connections.end_relay(connection)
+            error = unavailable("the process that answers ended before it did")
+            refusal = self._service.refuse(error, connection.peer)
+            self._put_response(connection, Answer(refusal), pending.head)
+            return self._after_pending(connection)
+        if relay.left_bytes < 0:
+            if not relay.take_head(piece):
+                return self._connections.relaying
+            piece = self._put_relay_head(connection, pending, relay)
+        connection.put(piece[: relay.left_bytes])
+        relay.left_bytes -= len(piece)
+        connection.progressed = True
+        if relay.left_bytes <= 0:
+            self._connections.end_relay(connection)
+            if self._service.stopping or pending.head.persistence is CLOSE:
+                connection.ending = True
+            return self._after_pending(connection)
+        return self._send(connection) if connection.unsent else self._connections.relaying
+
+    def _put_relay_head(self, connection: Connection, pending: Pending, relay: Relay) -> bytes:
+        """Put the head of a relayed answer; returns what came of its body."""
+        head = pending.head
+        connection.put(
+            b"".join((
+                status_line(relay.status), date_field(int(time.time())), relay.field_lines,
+                b"Content-Length: %d\r\n" % relay.left_bytes,
+                CLOSE if self._service.stopping else head.persistence, b"\r\n",
+            ))
+        )  # fmt: skip
+        self._service.relayed(pending, relay.status)
+        if head.method == "HEAD":
+            relay.left_bytes = 0
+        return relay.body[: relay.left_bytes]
+
+    def _after_pending(self, connection: Connection) -> WaitQueue | None:
+        connection.more = connection.reader.in_request and not connection.ending
+        return self._send(connection)
+
+    def _refuse(self, connection: Connection, error: Exception) -> WaitQueue | None:
+        """Answer what can't be answered otherwise; the connection ends, but not before the client
+        could read it.
+        """
+        response = self._service.refuse(error, connection.peer)
+        connection.put(response.encode(CLOSE, date_field(int(time.time()))))
+        connection.progressed = connection.ending = True
+        return self._send(connection)
+
+    def _send(self, connection: Connection) -> WaitQueue | None:
+        """Send what is to be sent."""
+        if connection.unsent and not connection.flush():
+            return self._connections.answering
+        if connection.pending is not None:
+            return self._connections.relaying
+        if connection.ending:
+            connection.end_output()
+            return self._connections.lingering
+        return self._wait(connection)
+
+    def _wait(self, connection: Connection) -> WaitQueue:
+        """Where a connection waits for more of a request, or for a new one."""
+        queues = self._connections
+        if connection.must_write:
+            return queues.answering
+        if connection.shaking_hands:
+            return queues.shaking_hands
+        if connection.more or connection.buffered:
+            return queues.ready
+        if connection.reader.in_request:
+            return queues.in_body if connection.reader.in_body else queues.in_head
+        return queues.idle
+
+    def _drain(self, connection: Connection) -> WaitQueue | None:
+        """Lingering close: a reset, which unread bytes would cause, could destroy the answer (RFC
+        9112, 9.6).
+        """
+        received = connection.receive()
+        if received is not None:
+            connection.drained_bytes += len(received)
+            if not received or connection.drained_bytes > LINGER_BYTES:
+                return None
+        return self._connections.lingering
+
+    def time_out(self, connection: Connection) -> WaitQueue | None:
+        """What becomes of a connection that has waited for too long."""
+        queues = self._connections
+        if connection.waits_in in (queues.in_head, queues.in_body):
+            return self._refuse(connection, HTTPError(408, "the request did not arrive in time"))
+        source = connection.pending.source if connection.pending else None
+        if isinstance(source, Relay) and source.left_bytes < 0:
+            queues.end_relay(connection)
+            return self._refuse(connection, HTTPError(503, "no answer came in time"))
+        return None
+
+    def turn_away(self, connection: Connection) -> None:
+        """Tell a client that there is no room for its connection, if that needs no waiting."""
+        if not connection.shaking_hands:
+            refusal = self._service.refuse(unavailable("too many connections"), connection.peer)
+            try:
+                connection.put(refusal.encode(CLOSE, date_field(int(time.time()))))
+                connection.receive()  # so that closing does not reset
+                connection.flush()
+            except OSError as failure:
+                logger.debug("%s was turned away and is gone: %s", connection.peer, failure)
+        connection.socket.close()
+
+
+# ==================================================================================================
+# 10. Server
+# ==================================================================================================
+#
+# The problem: who gives the connections their turns, and how many threads are that? The plain way
+# is socketserver's: a thread for each connection, which waits for it (`--threads 0`, and wherever
+# there is no epoll). It is easy to follow, but under the interpreter lock every runnable thread
+# slows the others down.
+#
+# The idea: few workers, which take what epoll reports, one after another, and never wait for a
+# client. What can still hold a worker up is its own work, so a housekeeper looks every 20 ms
+# whether each worker has moved: one that has not is replaced, and ends when its turn does.
+# What it costs: a thread that does nothing but look. Both models take the same turns.
+
+MAX_CONNECTIONS = 10_000
+SPARE_DESCRIPTORS = 64  # for the log, epoll and the like, beside the connections
+MAX_WORKERS = 64
+TICK_S = 0.02  # a worker that takes longer than this for one turn is replaced
+QUIET_TICKS = 50  # so many without work, and the housekeeper sleeps a second at a time
+FLUSH_INTERVAL_S = 60.0
+ACCEPTS_A_TURN = 16
+
+
 class _Worker(threading.Thread):
     """A thread that gives turns to connections, and what the housekeeper has to know of it."""
 
@@ -2895,6 +3349,103 @@ class _Worker(threading.Thread):
 
     def run(self) -> None:
         self._work(self)
+
+
+class _Workers:
+    """A few threads over all connections. `accept` is called when the listener is ready, `woken`
+    after each wait.
+    """
+
+    def __init__(
+        self,
+        connections: Connections,
+        turns: Turns,
+        accept: Callable[[_Worker], None],
+        woken: Callable[[], None],
+    ):
+        self._connections, self._turns = connections, turns
+        self._accept, self._woken = accept, woken
+        self._lock = threading.Lock()  # guards `running`; nothing is locked under it
+        self.running: set[_Worker] = set()
+        self.most_ready = 64  # how many a worker claims at once
+        self._finished = False  # set once
+
+    def start(self, count: int) -> None:
+        """Start the steady workers, who share what is ready. Raises OSError."""
+        self.most_ready = 64 if count == 1 else 4
+        for _ in range(count):
+            self.start_one()
+
+    def start_one(self) -> None:
+        """Start a worker. Raises OSError."""
+        worker = _Worker(self._work)
+        with self._lock:
+            self.running.add(worker)
+        try:
+            worker.start()
+        except RuntimeError as error:  # no thread to be had: those that there are go on
+            with self._lock:
+                self.running.discard(worker)
+            raise OSError(errno.EAGAIN, str(error)) from None
+
+    def _work(self, worker: _Worker) -> None:
+        """Give each that is ready its turn; then see what has become ready meanwhile."""
+        claimed, turns = self._connections.claimed, self._turns
+        while not (self._finished or worker.replaced):
+            try:
+                connection = claimed.popleft()
+            except IndexError:
+                turns.send_answers()
+                worker.busy = False
+                self._connections.claim_ready(self.most_ready)
+                worker.turns += 1
+                worker.busy = True
+                self._woken()
+                continue
+            worker.turns += 1
+            if connection is None:
+                self._accept(worker)
+            else:
+                turns.step(connection, turns.take)
+        turns.send_answers()
+        # It may have been replaced while it claimed: its successor, which waits for epoll by then,
+        # would look there only when the wait times out.
+        while claimed:
+            try:
+                connection = claimed.popleft()
+            except IndexError:
+                break
+            if connection is not None:  # the listener reports again by itself
+                turns.step(connection, lambda connection: connection.waits_in)
+        with self._lock:
+            self.running.discard(worker)
+
+    def replace_stuck(self) -> bool:
+        """Start a new worker for each that is still at the turn of the last look; whether any is at
+        work.
+        """
+        with self._lock:
+            workers = list(self.running)
+        for worker in workers:
+            stuck = worker.busy and worker.turns == worker.turns_seen and not worker.replaced
+            if stuck and len(workers) < MAX_WORKERS:
+                try:
+                    self.start_one()
+                except OSError as error:
+                    logger.warning("can't replace a worker that is held up: %s", error.strerror)
+                    break
+                worker.replaced = True
+            worker.turns_seen = worker.turns
+        return any(worker.busy for worker in workers)
+
+    def finish(self) -> None:
+        """Have all end when they have given their turns."""
+        self._finished = True
+
+    def join(self, deadline: float) -> None:
+        """Wait until all have ended, or until a time of time.monotonic."""
+        for worker in list(self.running):
+            worker.join(max(0.0, deadline - time.monotonic()))
 
 
 class Server(socketserver.ThreadingTCPServer):
@@ -2928,48 +3479,28 @@ class Server(socketserver.ThreadingTCPServer):
     ):
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
-        self.service, self.max_connections, self.timeouts = service, max_connections, timeouts
+        self.service, self.max_connections = service, max_connections
         self.threads = steady_threads() if threads is None else threads
-        self._clock = clock
         self.tls = tls  # replaced as a whole when the certificate is read again
-        self._reload = reload
+        self._clock, self._reload = clock, reload
+        has_epoll = bool(self.threads) and hasattr(select, "epoll")
+        self.connections = Connections(timeouts, clock, has_epoll)
+        self._turns = Turns(service, self.connections)
+        self._workers = _Workers(self.connections, self._turns, self._accept, self._wake)
+        shortest_s = min(limit for limit in timeouts if limit > 0)
         self._jobs = [
             (FLUSH_INTERVAL_S, self.log_decisions),
-            (min(1.0, *(limit for limit in timeouts if limit > 0)), self._expire),
+            (min(1.0, shortest_s), self.expire),
             (0.0, self._resume_accepting),
             (0.0, service.log.recreate_if_deleted),
             *jobs,
         ]
-        # Guards _open, _workers, the parkings and what Connection says. Nothing is locked under it.
-        self._lock = threading.Lock()
-        self._open: dict[int, Connection] = {}  # by file descriptor
-        self._workers: set[_Worker] = set()
-        self._idle = WaitQueue(READ, timeouts.idle_s)
-        self._shaking_hands = WaitQueue(READ, timeouts.head_s)
-        self._in_head = WaitQueue(READ, timeouts.head_s)
-        self._in_body = WaitQueue(READ, timeouts.body_s)
-        self._answering = WaitQueue(WRITE, timeouts.answer_s)
-        self._lingering = WaitQueue(READ, timeouts.linger_s)
-        # It has requests that were read: ready as soon as an answer can be written.
-        self._ready = WaitQueue(READ | WRITE, timeouts.answer_s)
-        self._committing = WaitQueue(0, math.inf)  # until the log calls back
-        self._relaying = WaitQueue(HUNG_UP, RELAY_S)  # for another process
-        self._relays: dict[int, Connection] = {}  # those, by the descriptors of their relays
-        self._answered = WaitQueue(0, math.inf)  # until the round is over: then they are in _unsent
-        self._unsent: deque[Connection] = deque()  # any worker may take from it; it is atomic
-        # Claimed, for whichever worker comes first to give them their turns. A deque is atomic.
-        self._claimed: deque[Connection | None] = deque()
-        # Claimed too, but with requests left from an earlier turn; filled under _lock.
-        self._backlog: deque[Connection] = deque()
-        self._control: queue.SimpleQueue[str] = (
-            queue.SimpleQueue()
-        )  # to the housekeeper; put() is safe in a signal handler
+        # Orders to the housekeeper; put() is safe in a signal handler.
+        self._orders: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._asleep = False  # written by the housekeeper only: wake it when there is work
-        self._stopping = self._finished = False  # each set once
         self._stopped = threading.Event()
         self._paused = False  # accepting, for want of file descriptors
         self._warned_at = -math.inf
-        self._epoll = select.epoll() if self.threads and hasattr(select, "epoll") else None
         self._waker, self._woken = socket.socketpair()
         try:
             super().__init__(address, socketserver.BaseRequestHandler)
@@ -2978,7 +3509,9 @@ class Server(socketserver.ThreadingTCPServer):
             raise
         self._listener_fd = self.socket.fileno()
         add = service.statistics.add
-        add("connections_open", "gauge", "Connections open now.", lambda: len(self._open))
+        add(
+            "connections_open", "gauge", "Connections open now.", lambda: len(self.connections.open)
+        )
         add("threads", "gauge", "Threads of the server now.", threading.active_count)
 
     def server_bind(self) -> None:
@@ -2987,389 +3520,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.socket.setblocking(False)
         super().server_bind()
 
-    # ---- one turn of a connection
-    # --------------------------------------------------------------------
-
-    def _turn(self, connection: Connection) -> None:
-        """Do for a connection what can be done without waiting; then park it, or close it."""
-        try:
-            parking = self._advance(connection)
-            if parking is self._answered:
-                self._unsent.append(connection)
-            else:
-                self._park(connection, parking)
-        except OSError:  # the client is gone: nobody is left to be told
-            self._close(connection)
-        except Exception as error:
-            self._fail(connection, error)
-
-    def _send_answers(self) -> None:
-        """Send what the last turns put aside.
-
-        Answers of one round leave together, so that a client with many connections is woken once
-        and not for each: 44,900 requests/s instead of 41,000 with 50 connections.
-        """
-        while True:
-            try:
-                connection = self._unsent.popleft()
-            except IndexError:
-                break
-            try:
-                self._park(connection, self._send(connection))
-            except OSError:
-                self._close(connection)
-            except Exception as error:
-                self._fail(connection, error)
-        self.service.count_answered()
-
-    def _advance(self, connection: Connection) -> WaitQueue | None:
-        """One turn. Returns where the connection waits next; None if it is over."""
-        if connection.parking is self._lingering:
-            return self._drain(connection)
-        if connection.unsent or connection.ending:
-            return self._send(connection)
-        if connection.pending is not None:
-            return self._relay(connection)
-        if connection.more:
-            connection.more = False
-        else:
-            received = connection.receive()
-            if received is None:
-                if connection.must_write:
-                    return self._answering
-                return self._shaking_hands if connection.shaking_hands else self._wait(connection)
-            if not received:
-                return self._end_of_input(connection)
-            connection.reader.feed(received)
-        return self._serve(connection)
-
-    def _serve(self, connection: Connection) -> WaitQueue | None:
-        """Answer the whole requests that have arrived, in their order."""
-        reader, started = connection.reader, connection.ready_at
-        for _ in range(REQUESTS_A_TURN):
-            try:
-                request = reader.next_request()
-            except HTTPError as error:
-                self._refuse(connection, error)
-                break
-            if request is None:
-                if reader.take_continue():
-                    connection.put(CONTINUE)
-                break
-            answer = self.service.answer(request, connection.peer, started)
-            if isinstance(answer, Pending):
-                connection.pending = (answer, request.head)
-                if not isinstance(answer.source, Relay):
-                    return self._committing
-                return self._send(connection) if connection.unsent else self._relaying
-            self._put_response(connection, answer, request.head)
-            if connection.ending:
-                break
-        else:
-            connection.more = reader.in_request
-        if connection.unsent and self._epoll is not None:
-            return self._answered
-        return self._send(connection)
-
-    def _put_response(self, connection: Connection, answer: Answer, head: Head) -> None:
-        persistence = CLOSE if self._stopping else head.persistence
-        date = date_field(int(time.time()))
-        assert answer.response is not None  # only a relay has none
-        connection.put(
-            answer.response.encode(persistence, date, head.method == "HEAD", answer.more_fields)
-        )
-        connection.progressed = True
-        if persistence is CLOSE:
-            connection.ending = True
-
-    def _relay(self, connection: Connection) -> WaitQueue | None:
-        """Pass on a piece of an answer that another process writes; the next one is read when the
-        client has taken it.
-        """
-        assert connection.pending is not None  # that is when it is called
-        pending, head = connection.pending
-        assert isinstance(pending.source, Relay)
-        if connection.hung_up:
-            return None
-        try:
-            piece = pending.source.socket.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return self._relaying
-        except ConnectionError:
-            piece = b""
-        if not piece:
-            if connection.relay_left >= 0:
-                return None  # the client must see that it was cut off
-            self._end_relay(connection)
-            error = HTTPError(
-                503,
-                "the process that answers ended before it did",
-                fields=[("Retry-After", str(RETRY_AFTER_S))],
-            )
-            self._put_response(
-                connection, Answer(self.service.refuse(error, connection.peer)), head
-            )
-            return self._after_relay(connection)
-        if connection.relay_left < 0:
-            piece = self._relay_head(connection, pending, head, connection.relayed + piece)
-        connection.put(piece[: connection.relay_left])
-        connection.relay_left -= len(piece)
-        connection.progressed = True
-        if connection.relay_left == 0:
-            self._end_relay(connection)
-            if self._stopping or head.persistence is CLOSE:
-                connection.ending = True
-            return self._after_relay(connection)
-        return self._send(connection) if connection.unsent else self._relaying
-
-    def _relay_head(
-        self, connection: Connection, pending: Pending, head: Head, received: bytes
-    ) -> bytes:
-        """Put the head of a relayed answer, if it is here; returns what came of its body."""
-        connection.relayed = received
-        if len(received) < RELAY_HEAD.size:
-            return b""
-        status, fields_length, body_length = RELAY_HEAD.unpack_from(received)
-        body_at = RELAY_HEAD.size + fields_length
-        if len(received) < body_at:
-            return b""
-        connection.relayed = b""
-        connection.put(
-            b"".join(
-                (
-                    status_line(status),
-                    date_field(int(time.time())),
-                    received[RELAY_HEAD.size : body_at],
-                    b"Content-Length: %d\r\n" % body_length,
-                    CLOSE if self._stopping else head.persistence,
-                    b"\r\n",
-                )
-            )
-        )
-        self.service.relayed(pending, status)
-        connection.relay_left = 0 if head.method == "HEAD" else body_length
-        return received[body_at : body_at + connection.relay_left]
-
-    def _end_relay(self, connection: Connection) -> None:
-        """Close a relay: whoever writes it sees that nobody waits."""
-        if connection.pending is None or not isinstance(connection.pending[0].source, Relay):
-            return
-        relay = connection.pending[0].source.socket
-        with self._lock:
-            self._relays.pop(relay.fileno(), None)
-        relay.close()
-        connection.pending, connection.relayed, connection.relay_left = None, b"", -1
-
-    def _after_relay(self, connection: Connection) -> WaitQueue | None:
-        connection.more = connection.reader.in_request and not connection.ending
-        return self._send(connection)
-
-    def _refuse(self, connection: Connection, error: Exception) -> None:
-        """Answer what can't be answered otherwise; the connection ends, but not before the client
-        could read it.
-        """
-        response = self.service.refuse(error, connection.peer)
-        connection.put(response.encode(CLOSE, date_field(int(time.time()))))
-        connection.progressed = connection.ending = True
-
-    def _send(self, connection: Connection) -> WaitQueue | None:
-        """Send what is to be sent. Returns where the connection waits next."""
-        if connection.unsent and not connection.flush():
-            return self._answering
-        if connection.pending is not None:
-            return self._relaying
-        if connection.ending:
-            connection.end_output()
-            return self._lingering
-        return self._wait(connection)
-
-    def _wait(self, connection: Connection) -> WaitQueue:
-        """Where a connection waits for more of a request, or for a new one."""
-        if connection.more or connection.buffered:
-            return self._ready
-        if connection.reader.in_request:
-            return self._in_body if connection.reader.in_body else self._in_head
-        return self._idle
-
-    def _drain(self, connection: Connection) -> WaitQueue | None:
-        """Lingering close: a reset, which unread bytes would cause, could destroy the answer (RFC
-        9112, 9.6).
-        """
-        received = connection.receive()
-        if received is not None:
-            connection.drained_bytes += len(received)
-            if not received or connection.drained_bytes > LINGER_BYTES:
-                return None
-        return self._lingering
-
-    def _end_of_input(self, connection: Connection) -> WaitQueue | None:
-        if not connection.reader.in_request:
-            return None
-        self._refuse(connection, HTTPError(400, "the connection ended in the middle of a request"))
-        return self._send(connection)
-
-    def _settle(self, connection: Connection, durable: "Future[None]") -> None:
-        """The log is done with the batch of a connection: give its answer."""
-        assert connection.pending is not None  # only then was this asked for
-        (pending, head), connection.pending = connection.pending, None
-        try:
-            answer = self.service.settle(pending, durable.exception())
-            self._put_response(connection, answer, head)
-            connection.more = connection.reader.in_request and not connection.ending
-            self._park(connection, self._send(connection))
-            self.service.count_answered()
-        except OSError:
-            self._close(connection)
-        except Exception as unexpected:
-            self._fail(connection, unexpected)
-
-    def _fail(self, connection: Connection, error: Exception) -> None:
-        """An error of ours costs the one connection on which it showed."""
-        try:
-            self._refuse(connection, error)
-            self._park(connection, self._send(connection))
-        except OSError:
-            self._close(connection)
-
-    def _time_out(self, connection: Connection) -> None:
-        """End a claimed connection that was parked for too long."""
-        try:
-            if connection.parking in (self._in_head, self._in_body):
-                self._refuse(connection, HTTPError(408, "the request did not arrive in time"))
-                self._park(connection, self._send(connection))
-            elif connection.parking is self._relaying and connection.relay_left < 0:
-                self._end_relay(connection)
-                self._refuse(connection, HTTPError(503, "no answer came in time"))
-                self._park(connection, self._send(connection))
-            else:
-                self._close(connection)
-        except OSError:
-            self._close(connection)
-
-    # ---- parking
-    # -------------------------------------------------------------------------------------
-
-    def _park(self, connection: Connection, parking: WaitQueue | None) -> None:
-        """Let a connection wait, and let others claim it; close it if it is over."""
-        if parking is None:
-            self._close(connection)
-            return
-        with self._lock:
-            if connection.parking is not parking or connection.progressed:
-                if connection.parking is parking:
-                    parking.queue.move_to_end(connection)
-                else:
-                    if connection.parking is not None:
-                        del connection.parking.queue[connection]
-                    parking.queue[connection] = None
-                    connection.parking = parking
-                connection.deadline = self._clock() + parking.limit_s
-                connection.progressed = False
-            connection.parked = parking is not self._committing
-            if self._epoll is not None and connection.parked:
-                # Under the lock: once claimed it can be closed, and its descriptor be another's.
-                arm = self._epoll.modify if connection.registered else self._epoll.register
-                arm(connection.fd, parking.events | _ONESHOT)
-                connection.registered = True
-                if parking is self._relaying:
-                    self._await_relay(connection)
-        if parking is self._committing and self._epoll is not None:
-            assert connection.pending is not None  # that is what it was parked for
-            durable = connection.pending[0].source
-            assert isinstance(durable, Future)
-            durable.add_done_callback(partial(self._settle, connection))
-
-    def _await_relay(self, connection: Connection) -> None:
-        """Have epoll report the relay of a connection, too. The lock is held."""
-        assert connection.pending is not None and self._epoll is not None
-        source = connection.pending[0].source
-        assert isinstance(source, Relay)
-        relay = source.socket.fileno()
-        arm = self._epoll.modify if relay in self._relays else self._epoll.register
-        arm(relay, READ | _ONESHOT)
-        self._relays[relay] = connection
-
-    def _claim(self, connection: Connection) -> bool:
-        """Make a parked connection this thread's own; False if another was faster."""
-        with self._lock:
-            claimed = connection.parked
-            connection.parked = False
-            return claimed
-
-    def _close(self, connection: Connection) -> None:
-        with self._lock:
-            if connection.parking is not None:
-                del connection.parking.queue[connection]
-                connection.parking = None
-            self._open.pop(connection.fd, None)  # before the descriptor can be another's
-        self._end_relay(connection)
-        connection.socket.close()
-
-    def _evict_idle(self, count: int) -> int:
-        """Shut down up to `count` of the connections idle longest, so that whoever owns them closes
-        them.
-        """
-        with self._lock:
-            parked = (connection for connection in self._idle.queue if connection.parked)
-            idle = list(itertools.islice(parked, count))
-            for connection in idle:
-                del self._idle.queue[connection]
-                self._lingering.queue[connection] = None
-                connection.parking = self._lingering
-                connection.deadline = self._clock() + self.timeouts.linger_s
-                try:
-                    # not TLS's own: its owner is to find the end of the input
-                    socket.socket.shutdown(connection.socket, socket.SHUT_RDWR)
-                except OSError:  # reset in the meantime: its owner will see that too
-                    continue
-        return len(idle)
-
-    def _close_idle(self) -> None:
-        """Close all that are idle, but serve what has just arrived first."""
-        with self._lock:
-            idle = [connection for connection in self._idle.queue if connection.parked]
-            for connection in idle:
-                connection.parked = False
-        for connection in idle:
-            self._turn(connection)
-            with self._lock:
-                still_idle = connection.parked and connection.parking is self._idle
-                connection.parked = connection.parked and not still_idle
-            if still_idle:
-                try:  # where a thread waits for it, this wakes it
-                    socket.socket.shutdown(connection.socket, socket.SHUT_RDWR)
-                except OSError as error:
-                    logger.debug("%s was gone before the stop: %s", connection.peer, error)
-                self._close(connection)
-        self._send_answers()
-
-    def _expire(self) -> None:
-        """Time out what was parked for too long; a thread of its own looks at the clock itself."""
-        if self._epoll is None:
-            return
-        now, late = self._clock(), []
-        with self._lock:
-            for parking in (
-                self._idle,
-                self._shaking_hands,
-                self._in_head,
-                self._in_body,
-                self._answering,
-                self._lingering,
-                self._relaying,
-                self._ready,
-            ):
-                for connection in parking.queue:
-                    if connection.deadline > now:
-                        break
-                    if connection.parked:
-                        connection.parked = False
-                        late.append(connection)
-        for connection in late:
-            self._time_out(connection)
-
     # ---- accepting
-    # -----------------------------------------------------------------------------------
 
     def _accept(self, worker: _Worker) -> None:
         """Take new connections, and try each at once: most have sent their request already."""
@@ -3384,158 +3535,48 @@ class Server(socketserver.ThreadingTCPServer):
             worker.turns += 1
             connection = self._admit(sock, address)
             if connection is not None:
-                connection.ready_at = time.perf_counter()
-                self._turn(connection)
+                self._turns.step(connection, self._turns.take)
 
     def _admit(self, sock: socket.socket, address: Any) -> Connection | None:
-        tls = self.tls
+        tls, peer = self.tls, address[0]
         try:
-            connection = (
-                Connection(sock, address[0])
-                if tls is None
-                else _TLSConnection(sock, address[0], tls)
-            )
+            connection = Connection(sock, peer) if tls is None else _TLSConnection(sock, peer, tls)
         except OSError:  # it is gone already
             sock.close()
             return None
-        with self._lock:
-            full = len(self._open) >= self.max_connections
-        if full and not self._evict_idle(1):
-            self._turn_away(connection)
+        connection.ready_at = time.perf_counter()
+        full = len(self.connections.open) >= self.max_connections
+        if full and not self.connections.evict_idle(1):
+            self._turns.turn_away(connection)
             return None
-        with self._lock:
-            self._open[connection.fd] = connection
+        self.connections.add(connection)
         return connection
-
-    def _turn_away(self, connection: Connection) -> None:
-        if connection.shaking_hands:  # nobody to be told anything yet
-            connection.socket.close()
-            return
-        error = HTTPError(503, "too many connections", fields=[("Retry-After", str(RETRY_AFTER_S))])
-        try:
-            connection.put(
-                self.service.refuse(error, connection.peer).encode(
-                    CLOSE, date_field(int(time.time()))
-                )
-            )
-            connection.receive()  # so that closing does not reset
-            connection.flush()
-        except OSError as failure:
-            logger.debug("%s was turned away and is gone: %s", connection.peer, failure)
-        connection.socket.close()
 
     def _accept_failed(self, error: OSError) -> None:
         """Out of file descriptors, most likely: make room, and let the housekeeper try again in a
         moment.
         """
-        if self._stopping or error.errno in (errno.ECONNABORTED, errno.EINTR, errno.EPROTO):
+        if self.service.stopping or error.errno in (
+            errno.ECONNABORTED, errno.EINTR, errno.EPROTO,
+        ):  # fmt: skip
             return
-        self._evict_idle(ACCEPTS_A_TURN)
-        if self._epoll is not None:
-            self._epoll.modify(self._listener_fd, 0)  # level-triggered, it would report without end
+        self.connections.evict_idle(ACCEPTS_A_TURN)
+        if self.connections.epoll is not None:
+            # level-triggered, it would report without end
+            self.connections.epoll.modify(self._listener_fd, 0)
         self._paused = True  # after that: the housekeeper undoes both
         now = self._clock()
         if now - self._warned_at >= 1.0:
             self._warned_at = now
             logger.warning("can't accept connections: %s", error.strerror)
 
-    # ---- a few workers over parked connections
-    # -------------------------------------------------------
-
-    def _start_worker(self) -> None:
-        worker = _Worker(self._work)
-        with self._lock:
-            self._workers.add(worker)
-        try:
-            worker.start()
-        except RuntimeError as error:  # no thread to be had: those that there are go on
-            with self._lock:
-                self._workers.discard(worker)
-            raise OSError(errno.EAGAIN, str(error)) from None
-
-    def _work(self, worker: _Worker) -> None:
-        """Give each that is ready its turn; then see what has become ready meanwhile."""
-        batch = 64 if self.threads == 1 else 4  # several workers share what is ready
-        while not (self._finished or worker.replaced):
-            try:
-                connection = self._claimed.popleft()
-            except IndexError:
-                self._send_answers()
-                worker.busy = False
-                self._claim_ready(batch)
-                worker.turns += 1
-                worker.busy = True
-                if self._asleep:
-                    self._control.put("work")
-                continue
-            worker.turns += 1
-            if connection is None:
-                self._accept(worker)
-            else:
-                self._turn(connection)
-        self._send_answers()
-        # It may have been replaced while it claimed: its successor, who waits for epoll by then,
-        # would look there only when the wait times out.
-        while self._claimed:
-            try:
-                connection = self._claimed.popleft()
-            except IndexError:
-                break
-            if connection is not None:  # the listener reports again by itself
-                self._park(connection, connection.parking)
-        with self._lock:
-            self._workers.discard(worker)
-
-    def _claim_ready(self, most: int) -> None:
-        """Wait until something is ready, and claim it: a connection; None is the listener.
-
-        Who sent many requests at once has had one turn of them: the rest is a backlog, of which
-        each round takes one turn. Others wait for that one turn at most, and not for 200.
-        """
-        assert self._epoll is not None
-        ready = self._epoll.poll(0 if self._backlog else 1.0, most)
-        now = time.perf_counter()
-        with self._lock:
-            for fd, events in ready:
-                if fd in self._open or fd in self._relays:
-                    connection = self._open[fd] if fd in self._open else self._relays[fd]
-                    if connection.parked:
-                        connection.parked = False
-                        connection.ready_at = now
-                        connection.hung_up = fd == connection.fd and bool(events & HUNG_UP)
-                        rest = connection.parking is self._ready
-                        (self._backlog if rest else self._claimed).append(connection)
-                elif fd == self._listener_fd:
-                    self._claimed.append(None)
-            if self._backlog:
-                connection = self._backlog.popleft()
-                connection.ready_at = now
-                self._claimed.append(connection)
-
-    def _replace_stuck_workers(self) -> bool:
-        """Start a new worker for each that is still at the turn of the last look; whether any is at
-        work.
-        """
-        with self._lock:
-            workers = list(self._workers)
-        for worker in workers:
-            if (
-                worker.busy
-                and worker.turns == worker.turns_seen
-                and not worker.replaced
-                and len(workers) < MAX_WORKERS
-            ):
-                try:
-                    self._start_worker()
-                except OSError as error:
-                    logger.warning("can't replace a worker that is held up: %s", error.strerror)
-                    break
-                worker.replaced = True
-            worker.turns_seen = worker.turns
-        return any(worker.busy for worker in workers)
+    def _resume_accepting(self) -> None:
+        if self._paused:
+            self._paused = False
+            if self.connections.epoll is not None:
+                self.connections.epoll.modify(self._listener_fd, READ)
 
     # ---- a thread a connection
-    # -----------------------------------------------------------------------
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept, for socketserver; without descriptors, wait a moment rather than spin."""
@@ -3550,32 +3591,28 @@ class Server(socketserver.ThreadingTCPServer):
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         """Serve one connection to its end, in the thread that socketserver started for it."""
-        connection = self._admit(request, client_address)
+        connection, turns = self._admit(request, client_address), self._turns
         if connection is None:
             return
-        connection.ready_at = time.perf_counter()
-        self._turn(connection)
+        turns.step(connection, turns.take)
         self.service.count_answered()
-        while (parking := connection.parking) is not None:
-            source = connection.pending[0].source if connection.pending else None
+        while (waits_in := connection.waits_in) is not None:
+            source = connection.pending.source if connection.pending else None
             if isinstance(source, Future):
                 wait_for_futures([source], TICK_S)
                 if source.done():
-                    self._settle(connection, source)
+                    turns.settle(connection, source)
                 continue
             poll = select.poll()
-            poll.register(connection.fd, parking.events)
-            if parking is self._relaying and source is not None:
-                poll.register(source.socket.fileno(), READ)
+            poll.register(connection.fd, waits_in.events)
+            if source is not None and waits_in is self.connections.relaying:
+                poll.register(connection.relay_fd, READ)
             wait_s = max(0.0, connection.deadline - self._clock())
             ready = dict(poll.poll(wait_s * 1000 + 1))
-            if self._claim(connection):
+            if self.connections.claim(connection):
                 connection.ready_at = time.perf_counter()
                 connection.hung_up = bool(ready.get(connection.fd, 0) & HUNG_UP)
-                if ready:
-                    self._turn(connection)
-                else:
-                    self._time_out(connection)
+                turns.step(connection, turns.take if ready else turns.time_out)
                 self.service.count_answered()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -3585,18 +3622,13 @@ class Server(socketserver.ThreadingTCPServer):
         self.service.refuse(error, client_address[0])
 
     # ---- from start to stop
-    # --------------------------------------------------------------------------
 
     def serve_forever(self, poll_interval: float = 0.1) -> None:
         """Serve until told to stop, then finish what is in flight. This thread keeps house."""
         try:
-            if self._epoll is not None:
-                # level-triggered, so that it needs no arming, and a held-up worker does not keep it
-                # from others
-                self._epoll.register(self._listener_fd, READ)
-                self._epoll.register(self._woken.fileno(), READ)
-                for _ in range(self.threads):
-                    self._start_worker()
+            self.connections.watch(self._listener_fd, self._woken.fileno())
+            if self.connections.epoll is not None:
+                self._workers.start(self.threads)
             else:
                 acceptor = threading.Thread(
                     target=super().serve_forever, args=(poll_interval,), daemon=True
@@ -3614,14 +3646,14 @@ class Server(socketserver.ThreadingTCPServer):
         while order != "stop":
             self._asleep = quiet >= QUIET_TICKS
             try:
-                order = self._control.get(timeout=1.0 if self._asleep else TICK_S)
+                order = self._orders.get(timeout=1.0 if self._asleep else TICK_S)
                 quiet = 0
             except queue.Empty:  # the usual case: nobody has anything to say
                 order = ""
                 quiet += 1
             self._asleep = False
             try:
-                if self._replace_stuck_workers():
+                if self._workers.replace_stuck():
                     quiet = 0
                 now = self._clock()
                 for number, (interval_s, job) in enumerate(self._jobs):
@@ -3636,44 +3668,54 @@ class Server(socketserver.ThreadingTCPServer):
             except Exception as error:  # the next round is another one
                 log_unexpected(error)
 
-    def _resume_accepting(self) -> None:
-        if self._paused:
-            self._paused = False
-            if self._epoll is not None:
-                self._epoll.modify(self._listener_fd, READ)
+    def _wake(self) -> None:
+        """Called by workers: there is work, so the housekeeper must look."""
+        if self._asleep:
+            self._orders.put("work")
 
     def log_decisions(self) -> None:
         """Log how many requests were allowed and refused since the last time."""
         if self.service.limiter and (summary := limiter_summary(self.service.limiter)):
             logger.info("%s", summary)
 
+    def expire(self) -> None:
+        """Time out what has waited for too long; a thread of its own does that itself."""
+        if self.connections.epoll is not None:
+            for connection in self.connections.claim_late():
+                self._turns.step(connection, self._turns.time_out)
+
     def _finish(self) -> None:
         """Stop accepting, answer what is in flight, close what is idle."""
-        self._stopping = self.service.stopping = True
-        if self._epoll is not None:
-            self._epoll.unregister(self._listener_fd)
+        connections, turns = self.connections, self._turns
+        self.service.stopping = True
+        if connections.epoll is not None:
+            connections.epoll.unregister(self._listener_fd)
         else:
             super().shutdown()
         self.socket.close()
-        deadline = time.monotonic() + self.timeouts.stop_s
-        # who lingers has its answer
-        while len(self._open) > len(self._lingering.queue) and time.monotonic() < deadline:
-            self._close_idle()
+        deadline = time.monotonic() + connections.timeouts.stop_s
+        # what lingers has its answer
+        while (
+            len(connections.open) > len(connections.lingering.queue) and time.monotonic() < deadline
+        ):
+            for connection in connections.claim_idle():
+                turns.step(connection, turns.take)  # serve what has just arrived
+                connections.close_if_idle(connection)
+            turns.send_answers()
             self._stopped.wait(TICK_S / 4)
-        self._finished = True
+        self._workers.finish()
         self._waker.send(b"!")  # stays unread: every worker sees it
-        for worker in list(self._workers):
-            worker.join(max(0.0, deadline + 0.5 - time.monotonic()))
-        for connection in list(self._open.values()):
-            self._close(connection)
+        self._workers.join(deadline + 0.5)
+        for connection in list(connections.open.values()):
+            connections.close(connection)
 
     def stop_soon(self) -> None:
         """Ask `serve_forever` to end; returns at once, and may be called in a signal handler."""
-        self._control.put("stop")
+        self._orders.put("stop")
 
     def reload_soon(self) -> None:
         """Ask for a call of `reload`; returns at once, and may be called in a signal handler."""
-        self._control.put("reload")
+        self._orders.put("reload")
 
     def shutdown(self) -> None:
         """Ask `serve_forever` to end, and wait until it has."""
@@ -3688,8 +3730,8 @@ class Server(socketserver.ThreadingTCPServer):
     def _close_own_descriptors(self) -> None:
         self._waker.close()
         self._woken.close()
-        if self._epoll is not None:
-            self._epoll.close()
+        if self.connections.epoll is not None:
+            self.connections.epoll.close()
 
 
 def steady_threads() -> int:
@@ -3716,7 +3758,7 @@ def fit_connections(wanted: int) -> int:
 
 
 # ==================================================================================================
-# 9. Regular expressions
+# 11. Regular expressions
 # ==================================================================================================
 #
 # The problem: anybody may send a regular expression. `re` tries one way through it after the other,
@@ -4628,7 +4670,7 @@ def expand(template: str, groups: Sequence[str | None], names: dict[str, int]) -
 
 
 # ==================================================================================================
-# 10. Series
+# 12. Series
 # ==================================================================================================
 #
 # A series is all samples of one metric with the same tags, and is known by its labels: the tags,
@@ -4807,7 +4849,7 @@ def _intersection(chosen: Sequence[int], posting: Sequence[int], budget: Budget)
 
 
 # ==================================================================================================
-# 11. Chunks
+# 13. Chunks
 # ==================================================================================================
 #
 # A chunk is up to 1,024 samples of one series as few bytes. The problem: series compress well, as
@@ -5077,7 +5119,7 @@ def concatenated(code: str, parts: Sequence[Any]) -> Any:
 
 
 # ==================================================================================================
-# 12. Memtable
+# 14. Memtable
 # ==================================================================================================
 #
 # The problem: what was pushed lately changes all the time, and is asked for most. The idea: series
@@ -5400,7 +5442,7 @@ class Memtable:
 
 
 # ==================================================================================================
-# 13. Blocks
+# 15. Blocks
 # ==================================================================================================
 #
 # A memtable that is no longer pushed to becomes a block: a file that never changes. The problem: a
@@ -5718,7 +5760,7 @@ class Block:
 
 
 # ==================================================================================================
-# 14. Store
+# 16. Store
 # ==================================================================================================
 #
 # The idea is that of a log-structured merge tree. Lines of the log go into a memtable. From time to
@@ -6281,7 +6323,7 @@ class Store:
 
 
 # ==================================================================================================
-# 15. Query language
+# 17. Query language
 # ==================================================================================================
 #
 # The problem: PromQL is the language that Grafana and every Prometheus client speak. The idea: text
@@ -7332,7 +7374,7 @@ class _Printer:
 
 
 # ==================================================================================================
-# 16. Evaluation
+# 18. Evaluation
 # ==================================================================================================
 #
 # The problem: to evaluate a tree for hundreds of steps of a graph at once, without numpy. The idea:
@@ -8726,7 +8768,7 @@ def _matrix(series: Iterable[Series]) -> MatrixResult:
 
 
 # ==================================================================================================
-# 17. Query API
+# 19. Query API
 # ==================================================================================================
 #
 # What the engine can do, as Prometheus's HTTP API offers it: Grafana and other clients speak it.
@@ -9046,7 +9088,7 @@ def result_json(result: Result, limit: int | None = None, budget: Budget | None 
 
 
 # ==================================================================================================
-# 18. Store process
+# 20. Store process
 # ==================================================================================================
 #
 # The problem: whoever holds the interpreter lock stops everybody, and a query, a sealed chunk or a
@@ -9718,9 +9760,7 @@ class StoreClient:
             return Answer(None, source=Relay(self._question(path, form)))
         except OSError as error:
             logger.debug("the store was not asked: %s", error)
-            raise HTTPError(
-                503, "the store does not answer", fields=[("Retry-After", str(RETRY_AFTER_S))]
-            ) from None
+            raise unavailable("the store does not answer") from None
 
     def _question(self, path: bytes, form: bytes) -> socket.socket:
         """Send a question to the store; returns the socket on which its answer comes."""
@@ -9899,7 +9939,7 @@ _STORE_STATISTICS = (
 
 
 # ==================================================================================================
-# 19. Command line
+# 21. Command line
 # ==================================================================================================
 #
 # Options become objects, one line says what is running, and a signal ends it. What goes wrong

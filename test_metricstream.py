@@ -3847,7 +3847,7 @@ def test_an_unexpected_error_costs_one_connection(tmp_path, threads, caplog):
 
 
 def open_connections(started: RunningServer) -> int:
-    return len(started.server._open)
+    return len(started.server.connections.open)
 
 
 def test_a_server_can_be_started_and_stopped_many_times(tmp_path, threads):
@@ -3864,7 +3864,7 @@ def test_accepted_sockets_send_without_delay(tmp_path):
     with running(tmp_path) as started, connect(started.port) as connection:
         connection.sendall(HEALTH)
         assert connection.recv(1000)
-        (served,) = started.server._open.values()
+        (served,) = started.server.connections.open.values()
         assert served.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
@@ -3893,7 +3893,7 @@ def test_an_unread_answer_is_given_up(tmp_path, threads):
             deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             deaf.connect(("127.0.0.1", started.port))
             deaf.sendall(get(b"/metrics") * 100)
-            eventually(lambda: started.server._answering.queue or started.server._ready.queue)
+            eventually(lambda: started.server.connections.answering.queue or started.server.connections.ready.queue)
             assert_healthy(started.port)
             eventually(lambda: open_connections(started) == 0)
 
@@ -3916,10 +3916,10 @@ def test_beyond_the_limit_the_connection_idle_longest_makes_room(tmp_path, threa
             first, *others = [stack.enter_context(connect(started.port)) for _ in range(3)]
 
             def last_idle() -> object:
-                with started.server._lock:
-                    return next(reversed(started.server._idle.queue)).socket.getpeername()
+                with started.server.connections.lock:
+                    return next(reversed(started.server.connections.idle.queue)).socket.getpeername()
 
-            eventually(lambda: len(started.server._idle.queue) == 3)
+            eventually(lambda: len(started.server.connections.idle.queue) == 3)
             for connection in (first, *others):
                 connection.sendall(HEALTH)
                 assert b" 200 " in connection.recv(1000)
@@ -3938,7 +3938,7 @@ def test_if_none_is_idle_the_new_connection_is_turned_away(tmp_path, threads):
             for _ in range(2):
                 busy = stack.enter_context(connect(started.port))
                 busy.sendall(b"POST ")
-            eventually(lambda: len(started.server._in_head.queue) == 2)
+            eventually(lambda: len(started.server.connections.in_head.queue) == 2)
             answers, closed = exchange(started.port, b"", expect=1)
             assert (answers[0].status, closed) == (503, True)
             assert answers[0].headers["retry-after"] == "1"
@@ -3971,10 +3971,10 @@ def test_a_worker_that_is_held_up_holds_nobody_up(tmp_path):
         assert stuck.wait(10)
         for _ in range(10):
             assert_healthy(started.port)
-        assert started.server._workers and len(started.server._workers) == 2
+        assert started.server._workers.running and len(started.server._workers.running) == 2
         go_on.set()
         assert b" 200 OK" in slow.recv(1000)
-        eventually(lambda: len(started.server._workers) == 1)
+        eventually(lambda: len(started.server._workers.running) == 1)
 
 
 class HeldUpDisk:
@@ -4273,7 +4273,7 @@ def test_a_stop_answers_what_is_in_flight_and_closes_what_is_idle(tmp_path, thre
         idle.sendall(HEALTH)
         assert b" 200 " in idle.recv(1000)
         busy.sendall(post()[:-1])
-        eventually(lambda: len(started.server._in_body.queue) == 1)
+        eventually(lambda: len(started.server.connections.in_body.queue) == 1)
         started.server.stop_soon()
         assert idle.recv(1) == b""
         busy.sendall(post()[-1:])
@@ -4389,7 +4389,7 @@ def test_pipelined_requests_in_one_record_are_all_answered(tmp_path, threads, tl
 def test_an_encrypted_answer_that_is_not_read_waits_and_holds_up_nobody(tmp_path, threads, tls):
     with running(tmp_path, threads=threads, tls=tls) as started, over_tls(started.port) as client:
         asked = 0
-        while not started.server._answering.queue and asked < 20_000:  # until it can't send
+        while not started.server.connections.answering.queue and asked < 20_000:  # until it can't send
             client.sendall(get(b"/metrics") * 16)
             asked += 16
         with over_tls(started.port) as other:
@@ -4450,7 +4450,7 @@ def test_a_stop_ends_encrypted_connections_and_answers_what_has_arrived(tmp_path
             client.sendall(get())
             assert client.recv(65536).startswith(b"HTTP/1.1 200")
         busy.sendall(post()[:-1])
-        eventually(lambda: any(c.reader.in_request for c in list(started.server._open.values())))
+        eventually(lambda: any(c.reader.in_request for c in list(started.server.connections.open.values())))
         started.server.stop_soon()
         eventually(lambda: started.service.stopping)
         busy.sendall(post()[-1:])
@@ -5063,7 +5063,7 @@ def test_a_step_of_the_clock_changes_neither_rates_nor_time_outs(
                 for number in range(3 * limit):
                     if number == limit // 2:
                         step[0] = step_s
-                        started.server._expire()
+                        started.server.expire()
                     statuses[client.ask("POST", "/metrics", BATCH).status] += 1
                 numbers = json.loads(client.ask("GET", "/metrics").body)
             spent_s = numbers["uptime_seconds"]
@@ -6245,16 +6245,16 @@ class ReplacedOnReturn:
 def test_what_a_worker_claimed_as_it_was_replaced_is_served(tmp_path):
     """It was left until the successor's wait timed out: a second, now and then, after a long turn."""
     with running(tmp_path, threads=1) as started, connect(started.port) as connection:
-        started.server._epoll = epoll = ReplacedOnReturn(started.server._epoll)
+        started.server.connections.epoll = epoll = ReplacedOnReturn(started.server.connections.epoll)
         with connection.makefile("rb") as stream:
             connection.sendall(HEALTH)
             assert is_healthy(read_answer(stream))
-            started.server._start_worker()
+            started.server._workers.start_one()
             eventually(lambda: epoll.waiting == 2)
             epoll.replace_next = True
             connection.sendall(HEALTH)
             assert is_healthy(read_answer(stream))
-            eventually(lambda: len(started.server._workers) == 1)
+            eventually(lambda: len(started.server._workers.running) == 1)
 
 
 NASTY_TEXTS = {
