@@ -104,12 +104,8 @@ logger = logging.getLogger("metricstream")
 # The names are those of RFC 9110 (semantics) and RFC 9112 (HTTP/1.1 on the wire).
 
 MAX_TARGET_BYTES = 8_000
-MAX_REQUEST_LINE_BYTES = (
-    MAX_TARGET_BYTES + 64
-)  # a method, two spaces and the version beside the target
-MAX_HEADER_BYTES = (
-    16 * 1024
-)  # the header section; the trailer section and chunk extensions likewise
+MAX_REQUEST_LINE_BYTES = MAX_TARGET_BYTES + 64  # room for method, version and two spaces
+MAX_HEADER_BYTES = 16 * 1024  # also of the trailer section and of chunk extensions
 MAX_HEADER_FIELDS = 100
 MAX_BODY_BYTES = 1024 * 1024  # as sent, and again after gzip is undone
 
@@ -190,7 +186,7 @@ def parse_head(section: bytes) -> Head:
 
     Raises HTTPError (400, 411, 413, 414, 417, 431, 501, 505). Source: RFC 9112, sections 2 to 7.
     """
-    _refuse_octets(section)  # first, as a reader of pieces also finds them first
+    _refuse_controls(section)  # first, as a reader of pieces also finds them first
     request_line, *field_lines = section.split(b"\r\n")[:-1]
     method, target, version = _parse_request_line(request_line)
     if len(section) - len(request_line) - 2 > MAX_HEADER_BYTES:
@@ -206,18 +202,9 @@ def parse_head(section: bytes) -> Head:
                 417, f"unknown expectation {headers['expect'][:80]!r}; known is 100-continue"
             )
     return Head(
-        method,
-        target,
-        path,
-        query,
-        version,
-        host,
-        headers,
-        content_length,
-        chunked,
-        expects_continue,
-        _persistence(version, headers),
-    )
+        method, target, path, query, version, host, headers,
+        content_length, chunked, expects_continue, _persistence(version, headers),
+    )  # fmt: skip
 
 
 # 0.2 µs instead of 8: clients repeat their heads, byte for byte. Only short ones are kept, so that
@@ -365,71 +352,61 @@ def _persistence(version: tuple[int, int], headers: dict[str, str]) -> bytes:
     return KEEP_1_0 if "keep-alive" in options else CLOSE
 
 
-def _refuse_octets(octets: bytes | bytearray, start: int = 0) -> None:
-    fault = _NEVER_IN_A_LINE.search(octets, start)
+def _refuse_controls(received: bytes | bytearray, start: int = 0) -> None:
+    fault = _NEVER_IN_A_LINE.search(received, start)
     if fault:
-        near = bytes(octets[max(0, fault.start() - 20) : fault.start() + 10])
+        near = bytes(received[max(0, fault.start() - 20) : fault.start() + 10])
         raise HTTPError(400, f"control character, bare LF or bare CR: {_shown(near)}")
 
 
-def _shown(octets: bytes) -> str:
+def _shown(received: bytes) -> str:
     """Offending bytes for an error message: bounded, and with nothing in them that a terminal would
     obey.
     """
-    return repr(octets[:80])[1:] + ("…" if len(octets) > 80 else "")
+    return repr(received[:80])[1:] + ("…" if len(received) > 80 else "")
 
 
 class RequestReader:
     """Turns bytes into requests, in whatever pieces they arrive.
 
-    Strategy: whole requests are cut from the front of one buffer. What was searched in vain is not
-    searched again (`_scanned`) and what was consumed is dropped only when more arrives, so the work
+    Strategy: whole requests are cut from the front of one buffer; a bytearray moves its beginning
+    instead of its rest. What was searched in vain is not searched again (`_scanned`), so the work
     is linear in the bytes received, whether they come one at a time or ten requests at once.
 
     >>> reader = RequestReader()
-    >>> reader.feed(b"GET /health HTTP/1.1\\r\\nHost: a\\r")
-    >>> reader.next_request() is None
-    True
-    >>> reader.feed(b"\\n\\r\\n")
-    >>> reader.next_request().head.path
-    '/health'
+    >>> for piece in b"GET /health HTTP/1.1\\r\\nHo", b"st: a\\r\\n\\r", b"\\nGET /next":
+    ...     reader.feed(piece)
+    ...     request = reader.next_request()
+    ...     print(request and request.head.path)
+    None
+    None
+    /health
+
+    What two readers could understand in two ways is refused:
+
+    >>> reader = RequestReader()
+    >>> reader.feed(b"POST / HTTP/1.1\\r\\nHost: a\\r\\nContent-Length: 4\\r\\n")
+    >>> reader.feed(b"Transfer-Encoding: chunked\\r\\n\\r\\n")
+    >>> reader.next_request()
+    Traceback (most recent call last):
+    metricstream.HTTPError: Transfer-Encoding and Content-Length exclude each other
     """
 
     __slots__ = (
-        "_buffer",
-        "_start",
-        "_scanned",
-        "_skipped_line",
-        "_line_ended",
-        "_head",
-        "_chunks",
-        "_continued",
-        "_refusal",
-    )
+        "_buffer", "_scanned", "_skipped_line", "_head", "_chunks", "_continued", "_refusal",
+    )  # fmt: skip
 
     def __init__(self) -> None:
-        self._buffer: bytes | bytearray = b""
-        self._start = 0  # everything before it is consumed
+        self._buffer = bytearray()
         self._scanned = 0  # no line end that matters lies before it
-        self._continued = False  # the interim answer was given
-        self._refusal: HTTPError | None = None  # nothing after it is read
+        self._skipped_line = False
         self._head: Head | None = None
         self._chunks: _ChunkedBody | None = None
-        self._skipped_line = False
-        self._line_ended = 0  # where the request line ends, once it was looked for
+        self._continued = False  # the interim answer was given
+        self._refusal: HTTPError | None = None  # nothing after it is read
 
     def feed(self, received: bytes) -> None:
         """Take bytes as they arrived."""
-        start = self._start
-        if start == len(self._buffer):  # the usual case: a request in one piece is not copied
-            self._buffer = received
-            self._start = self._scanned = self._line_ended = 0
-            return
-        if start or isinstance(self._buffer, bytes):
-            self._buffer = bytearray(memoryview(self._buffer)[start:])
-            self._scanned = max(0, self._scanned - start)
-            self._line_ended = max(0, self._line_ended - start)
-            self._start = 0
         self._buffer += received
 
     def next_request(self) -> Request | None:
@@ -453,11 +430,8 @@ class RequestReader:
             raise
         if body is None:
             return None
-        if self._start == len(self._buffer):  # an idle connection holds nothing of its last request
-            self._buffer, self._start, self._scanned = b"", 0, 0
         self._head = self._chunks = None
         self._skipped_line = False
-        self._line_ended = 0
         return Request(head, body)
 
     @property
@@ -468,7 +442,7 @@ class RequestReader:
     @property
     def in_request(self) -> bool:
         """Whether some of a request has arrived, but not all of it."""
-        return self._head is not None or self._start < len(self._buffer)
+        return self._head is not None or bool(self._buffer)
 
     def take_continue(self) -> bool:
         """Whether `100 Continue` is due now: true once for a request that asked for it and still
@@ -478,64 +452,60 @@ class RequestReader:
         self._continued = self._head is not None and (due or self._continued)
         return due
 
+    def _cut(self, size: int) -> bytes:
+        """Cut so many bytes from the front."""
+        taken = bytes(self._buffer[:size])
+        del self._buffer[:size]
+        self._scanned = 0
+        return taken
+
     def _read_head(self) -> Head | None:
         # RFC 9112, 2.2: one empty line before the request line is skipped
-        if self._buffer.startswith(b"\r", self._start) and not self._skipped_line:
-            if len(self._buffer) - self._start < 2:
+        if self._buffer.startswith(b"\r") and not self._skipped_line:
+            if len(self._buffer) < 2:
                 return None
-            if self._buffer.startswith(b"\r\n", self._start):
-                self._start += 2
-                self._scanned = max(self._scanned, self._start)
+            if self._buffer.startswith(b"\r\n"):
+                self._cut(2)
                 self._skipped_line = True
-        end = self._buffer.find(b"\r\n\r\n", max(self._start, self._scanned - 3))
+        end = self._buffer.find(b"\r\n\r\n", max(0, self._scanned - 3))
         if end < 0:
             self._check_unfinished_head()
             return None
-        section = bytes(self._buffer[self._start : end + 2])
-        self._start = self._scanned = end + 4
+        section = self._cut(end + 4)[:-2]
         self._continued = False
         return known_head(section) if len(section) <= MEMO_HEAD_BYTES else parse_head(section)
 
     def _check_unfinished_head(self) -> None:
         """Refuse at once what no further byte can mend."""
-        if self._buffer[self._start : self._start + 1] == b"\n":  # a CR before it was a body's last
+        if self._buffer.startswith(b"\n"):  # a CR before it was a body's last
             raise HTTPError(400, "a bare LF before the request line")
-        self._check_octets()
-        size = len(self._buffer) - self._start
-        if self._buffer[self._start : self._start + 2] == b"\r\n":
+        self._check_bytes()
+        if self._buffer.startswith(b"\r\n"):
             raise HTTPError(400, "more than one empty line before the request line")
-        if size <= MAX_REQUEST_LINE_BYTES:
+        if len(self._buffer) <= MAX_REQUEST_LINE_BYTES:
             return
-        if not self._line_ended:
-            self._line_ended = self._buffer.find(b"\r\n", self._start)
-            if not 0 <= self._line_ended - self._start <= MAX_REQUEST_LINE_BYTES:
-                raise HTTPError(414, f"request line of more than {MAX_REQUEST_LINE_BYTES} bytes")
-        if len(self._buffer) - self._line_ended > MAX_HEADER_BYTES + 4:
+        line_bytes = self._buffer.find(b"\r\n", 0, MAX_REQUEST_LINE_BYTES + 2)
+        if line_bytes < 0:
+            raise HTTPError(414, f"request line of more than {MAX_REQUEST_LINE_BYTES} bytes")
+        if len(self._buffer) - line_bytes > MAX_HEADER_BYTES + 4:
             raise HTTPError(431, f"header section of more than {MAX_HEADER_BYTES} bytes")
 
-    def _check_octets(self) -> None:
-        _refuse_octets(self._buffer, max(self._start, self._scanned - 1))
+    def _check_bytes(self) -> None:
+        _refuse_controls(self._buffer, max(0, self._scanned - 1))
         self._scanned = len(self._buffer)
 
     def _read_line(self, what: str) -> bytes | None:
         """The next line of a chunked body, without its CRLF."""
-        end = self._buffer.find(b"\r\n", max(self._start, self._scanned - 1))
+        end = self._buffer.find(b"\r\n", max(0, self._scanned - 1))
         if end < 0:
-            self._check_octets()
-            if len(self._buffer) - self._start > MAX_HEADER_BYTES:
+            self._check_bytes()
+            if len(self._buffer) > MAX_HEADER_BYTES:
                 raise HTTPError(431, f"{what} of more than {MAX_HEADER_BYTES} bytes")
             return None
-        line = bytes(self._buffer[self._start : end])
-        self._start = self._scanned = end + 2
-        return line
+        return self._cut(end + 2)[:-2]
 
     def _read_sized(self, size: int) -> bytes | None:
-        end = self._start + size
-        if end > len(self._buffer):
-            return None
-        body = bytes(self._buffer[self._start : end])
-        self._start = self._scanned = end
-        return body
+        return self._cut(size) if size <= len(self._buffer) else None
 
     def _read_chunked(self) -> bytes | None:
         """Decode `chunk-size [chunk-ext] CRLF chunk-data CRLF … 0 CRLF trailers CRLF`: RFC 9112,
@@ -546,21 +516,18 @@ class RequestReader:
             chunks = self._chunks = _ChunkedBody()
         while True:
             if chunks.missing:
-                piece = self._buffer[self._start : self._start + chunks.missing]
+                piece = self._cut(min(chunks.missing, len(self._buffer)))
                 chunks.body += piece
                 chunks.missing -= len(piece)
-                self._start = self._scanned = self._start + len(piece)
                 if chunks.missing:
                     return None
             if chunks.in_chunk:
-                closing = self._buffer[self._start : self._start + 2]
+                closing = bytes(self._buffer[:2])
                 if not b"\r\n".startswith(closing):
-                    raise HTTPError(
-                        400, f"chunk data must end in CRLF, found {_shown(bytes(closing))}"
-                    )
+                    raise HTTPError(400, f"chunk data must end in CRLF, found {_shown(closing)}")
                 if len(closing) < 2:
                     return None
-                self._start = self._scanned = self._start + 2
+                self._cut(2)
                 chunks.in_chunk = False
             line = self._read_line("trailer section" if chunks.ended else "chunk-size line")
             if line is None:
@@ -708,11 +675,11 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 # or seldom, so a client starts as one number and becomes a queue only when it needs one.
 #
 # Clients are spread over stripes by hash, each with its own lock, so two clients rarely wait for
-# each other.
+# each other. A stripe forgets by generations: once a window, the recent clients become the older
+# ones, and the older ones, who asked for nothing in all that time, are dropped as a whole.
 
 STRIPES = 64
 MAX_TRACKED_CLIENTS = 100_000
-FORGET_BATCH = 64
 
 
 class Decision(NamedTuple):
@@ -724,34 +691,40 @@ class Decision(NamedTuple):
 
 
 class _Stripe:
-    __slots__ = ("lock", "windows", "allowed", "refused", "evicted", "additions")
+    """Some of the clients. All its fields are guarded by its lock, under which no other is taken.
+
+    A window is the time of a client's one allowed request, or a deque of such times. Those of the
+    clients that came since the last turn are in `recent`, the others in `older`.
+    """
+
+    __slots__ = ("lock", "recent", "older", "turned_at", "tallies", "evicted")
 
     def __init__(self) -> None:
-        self.lock = (
-            threading.Lock()
-        )  # guards every field of this stripe; no other lock is taken under it
-        # client → the time of its one allowed request, or a deque of such times. In order of last
-        # use: a dict keeps the order of insertion, so to use a client is to take it out and put it
-        # back.
-        self.windows: dict[str, float | deque[float]] = {}
-        self.allowed: dict[str, int] = {}  # since the last flush
-        self.refused: dict[str, int] = {}
+        self.lock = threading.Lock()
+        self.recent: dict[str, float | deque[float]] = {}
+        self.older: dict[str, float | deque[float]] = {}
+        self.turned_at = -math.inf
+        self.tallies: dict[str, list[int]] = {}  # allowed and refused since the last drain
         self.evicted = 0
-        self.additions = 0  # since idle clients were last looked for
 
 
 class SlidingWindowLimiter:
     """At most `limit` requests for each client in any `window_s` seconds.
 
-    >>> limiter = SlidingWindowLimiter(2, clock=iter([0.0, 0.4, 0.9, 1.0]).__next__)
-    >>> [limiter.decide("a").allowed for _ in range(3)]
-    [True, True, False]
-    >>> limiter.decide("a")  # the request at 0.0 has just left the window
-    Decision(allowed=True, remaining=0, retry_after_s=0.0)
+    >>> limiter = SlidingWindowLimiter(3, clock=iter([0.75, 0.8, 0.9, 1.0, 1.75]).__next__)
+    >>> for _ in range(5):
+    ...     print(*limiter.decide("web1"))
+    True 2 0.0
+    True 1 0.0
+    True 0 0.0
+    False 0 0.75
+    True 0 0.0
 
-    `stripes` is a power of two. At most `max_clients` are remembered; beyond them the least
-    recently used of a stripe are forgotten, and counted in `evicted`: an evicted client starts
-    afresh.
+    A limiter that counts by calendar second would allow three more at 1.0; this one knows that
+    three lie within the last second, and until when.
+
+    `stripes` is a power of two. When more than `max_clients` come within a window, those that came
+    before the last turn of their stripe are forgotten, and counted in `evicted`: they start afresh.
     """
 
     OTHERS = "(others)"  # whom the tallies count when they are full
@@ -771,20 +744,26 @@ class SlidingWindowLimiter:
         self._clock = clock
         self._stripes = [_Stripe() for _ in range(stripes)]
         self._mask = stripes - 1
-        self._stripe_clients = max(1, max_clients // stripes)
+        self._generation = max(1, max_clients // stripes // 2)  # two of them stand in a stripe
 
     def decide(self, client: str, own_limit: int | None = None) -> Decision:
         """Count one request of `client`, if it is allowed; `own_limit` stands for `limit` then."""
         limit = self.limit if own_limit is None else own_limit
-        stripe = self._stripes[
-            hash(client) & self._mask
-        ]  # str hashes are keyed: nobody can choose a stripe
+        # str hashes are keyed: nobody can choose a stripe
+        stripe = self._stripes[hash(client) & self._mask]
         with stripe.lock:
             now = self._clock()  # under the lock, so that the times of a window never run backwards
-            windows = stripe.windows
-            window = windows.pop(client, None)
+            if now - stripe.turned_at >= self.window_s:
+                self._turn(stripe, now)
+            recent = stripe.recent
+            window: float | deque[float] | None
+            if client in recent:
+                window = recent[client]
+            else:
+                window = stripe.older.pop(client, None)
+                if len(recent) >= self._generation:
+                    recent = self._turn(stripe, now)
             if window is None:
-                self._make_room(stripe, now)
                 used = 0
             elif isinstance(window, float):
                 used = 1 if now - window < self.window_s else 0
@@ -792,59 +771,41 @@ class SlidingWindowLimiter:
                 while window and now - window[0] >= self.window_s:
                     window.popleft()
                 used = len(window)
-            if used >= limit:
+            allowed = used < limit
+            self._count(stripe.tallies, client)[not allowed] += 1
+            if not allowed:
                 assert window is not None  # limit is at least 1, so something was used
-                windows[client] = window
-                self._count(stripe.refused, client)
+                recent[client] = window
                 # the one that must leave first: not the oldest, if the limit has been lowered
                 first = window if isinstance(window, float) else window[used - limit]
                 return Decision(False, 0, self.window_s - (now - first))
             if not used:
-                windows[client] = now  # 24 bytes; an empty deque alone has 760
+                recent[client] = now  # 24 bytes; an empty deque alone has 760
             elif isinstance(window, float):
-                windows[client] = deque((window, now))
+                recent[client] = deque((window, now))
             else:
                 assert window is not None
                 window.append(now)
-                windows[client] = window
-            self._count(stripe.allowed, client)
+                recent[client] = window
             return Decision(True, limit - used - 1, 0.0)
 
-    def _count(self, tally: dict[str, int], client: str) -> None:
-        if client in tally:
-            tally[client] += 1
-        elif len(tally) < self._stripe_clients:
-            tally[client] = 1
-        else:
-            tally[self.OTHERS] = tally.get(self.OTHERS, 0) + 1
+    def _count(self, tallies: dict[str, list[int]], client: str) -> list[int]:
+        if client not in tallies:
+            if len(tallies) >= 2 * self._generation:
+                client = self.OTHERS
+            return tallies.setdefault(client, [0, 0])
+        return tallies[client]
 
-    def _make_room(self, stripe: _Stripe, now: float) -> None:
-        """Before a client is added: forget a few idle ones now and then, and evict when the stripe
-        is full.
-
-        The front of a dict from which the first entries were taken is found by skipping their empty
-        places, so entries go in batches: one skip for up to 128 of them, not one for each.
+    def _turn(self, stripe: _Stripe, now: float) -> dict[str, float | deque[float]]:
+        """Begin a new generation, and forget the older one. After a whole window nobody in it was
+        allowed anything that still counts; sooner, for want of room, they are evicted.
         """
-        windows = stripe.windows
-        stripe.additions += 1
-        if stripe.additions >= FORGET_BATCH:
-            stripe.additions = 0
-            idle: list[str] = []
-            for client, window in windows.items():
-                if len(idle) >= 2 * FORGET_BATCH or not self._is_idle(window, now):
-                    break
-                idle.append(client)
-            for client in idle:
-                del windows[client]
-        if len(windows) >= self._stripe_clients:
-            count = max(1, self._stripe_clients // 64)
-            for client in [client for client, _ in zip(windows, range(count))]:
-                del windows[client]
-                stripe.evicted += 1
-
-    def _is_idle(self, window: float | deque[float], now: float) -> bool:
-        last = window if isinstance(window, float) else window[-1]
-        return now - last >= self.window_s
+        if now - stripe.turned_at < self.window_s:
+            stripe.evicted += len(stripe.older)
+        elif now - stripe.turned_at >= 2 * self.window_s:
+            stripe.recent = {}
+        stripe.older, stripe.recent, stripe.turned_at = stripe.recent, {}, now
+        return stripe.recent
 
     def drain(self) -> Iterator[dict[str, tuple[int, int]]]:
         """For one stripe after the other: {client: (allowed, refused)} since the last drain.
@@ -855,23 +816,16 @@ class SlidingWindowLimiter:
         """
         for stripe in self._stripes:
             with stripe.lock:
-                allowed, stripe.allowed = stripe.allowed, {}
-                refused, stripe.refused = stripe.refused, {}
+                tallies, stripe.tallies = stripe.tallies, {}
                 now = self._clock()
-                stripe.windows = {
-                    client: window
-                    for client, window in stripe.windows.items()
-                    if not self._is_idle(window, now)
-                }
-            yield {
-                client: (allowed.get(client, 0), refused.get(client, 0))
-                for client in allowed | refused
-            }
+                if now - stripe.turned_at >= self.window_s:
+                    self._turn(stripe, now)
+            yield {client: (allowed, refused) for client, (allowed, refused) in tallies.items()}
 
     @property
     def tracked(self) -> int:
         """How many clients are remembered now."""
-        return sum(len(stripe.windows) for stripe in self._stripes)
+        return sum(len(stripe.recent) + len(stripe.older) for stripe in self._stripes)
 
     @property
     def evicted(self) -> int:
