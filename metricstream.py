@@ -1263,28 +1263,13 @@ def _clipped(text: str) -> str:
 
 
 # ==================================================================================================
-# 5. Log
+# 5. Log lines
 # ==================================================================================================
 #
-# The problem: what was acknowledged must not be lost, disks are slow, and they fail half-way. The
-# idea: one file to which lines are only ever appended, each a JSON object that could be sent again.
-# Three levels say what a 200 promises: `memory` (queued for a writer thread), `os` (written:
-# survives the death of the process), `disk` (synced: survives loss of power). An fsync takes as
-# long for a thousand batches as for one, so at `disk` all who wait share one: group commit. What it
-# costs: at `disk`, the wait.
-#
-# The invariant: the file holds whole lines only. A write that fails part of the way is cut off
-# again before anything else is written; a tail torn by a crash is cut off at the next start.
-
-DURABILITY_LEVELS = ("memory", "os", "disk")
-LOG_NAME = "metrics.jsonl"
-MAX_QUEUED_BYTES = 64 * 1024 * 1024  # at level memory
-WRITER_PAUSE_S = 0.05  # how long the writer of level memory gathers batches for one write
-PROBE = b" " * 4096  # one block, written to see whether writing works again
-WRITE_RETRY_S = 0.5  # and how long it waits when the write failed
-APPEND_WAIT_S = 0.5  # so long a batch waits for others that are written
-STALL_S = 2.0  # a disk that takes longer for one call does not answer
-NO_ANSWER = "the disk does not answer"
+# The problem: what came as JSON is to be kept as lines that could be sent again. The idea: the
+# request's text is already what the line needs, so a batch in the usual shape is checked and cut by
+# one regular expression; whatever else comes takes the plain way through values and samples. What
+# it costs: two ways to the same line, which a test feeds the same bodies.
 
 
 def log_unexpected(error: BaseException) -> None:
@@ -1400,6 +1385,31 @@ def read_body(body: bytes, now_ms: int) -> Batch:
         return usual
     samples = read_batch(parse_json(body), now_ms)
     return Batch("".join(map(log_line, samples)).encode(), len(samples))
+
+
+# ==================================================================================================
+# 6. Log
+# ==================================================================================================
+#
+# The problem: what was acknowledged must not be lost, disks are slow, and they fail half-way. The
+# idea: one file to which lines are only ever appended, each a JSON object that could be sent again.
+# Three levels say what a 200 promises: `memory` (queued for a writer thread), `os` (written:
+# survives the death of the process), `disk` (synced: survives loss of power). An fsync takes as
+# long for a thousand batches as for one, so at `disk` all who wait share one: group commit. What it
+# costs: at `disk`, the wait.
+#
+# The invariant: the file holds whole lines only. A write that fails part of the way is cut off
+# again before anything else is written; a tail torn by a crash is cut off at the next start.
+
+DURABILITY_LEVELS = ("memory", "os", "disk")
+LOG_NAME = "metrics.jsonl"
+MAX_QUEUED_BYTES = 64 * 1024 * 1024  # at level memory
+WRITER_PAUSE_S = 0.05  # how long the writer of level memory gathers batches for one write
+PROBE = b" " * 4096  # one block, written to see whether writing works again
+WRITE_RETRY_S = 0.5  # and how long it waits when the write failed
+APPEND_WAIT_S = 0.5  # so long a batch waits for others that are written
+STALL_S = 2.0  # a disk that takes longer for one call does not answer
+NO_ANSWER = "the disk does not answer"
 
 
 class LogError(Exception):
@@ -1892,7 +1902,7 @@ class MetricLog:
 
 
 # ==================================================================================================
-# 6. Statistics
+# 7. Statistics
 # ==================================================================================================
 #
 # The problem: to say how the server is doing without slowing it down. The idea: every request
@@ -2182,7 +2192,7 @@ def limiter_summary(limiter: SlidingWindowLimiter) -> str:
 
 
 # ==================================================================================================
-# 7. Service
+# 8. Service
 # ==================================================================================================
 #
 # A request comes in, an answer goes out; all that the chapters above can do meets here, and nothing
@@ -2665,7 +2675,7 @@ def prefers_text(accept: str) -> bool:
 
 
 # ==================================================================================================
-# 8. Connections
+# 9. Connections
 # ==================================================================================================
 #
 # The problem: ten thousand connections, most of them idle, some slow, some hostile, and a request
@@ -3008,7 +3018,7 @@ class Connections:
 
 
 # ==================================================================================================
-# 9. Turns
+# 10. Turns
 # ==================================================================================================
 #
 # A turn is what is done for a connection between two waits: read once, answer the whole requests
@@ -3267,7 +3277,7 @@ class Turns:
 
 
 # ==================================================================================================
-# 10. Server
+# 11. Server
 # ==================================================================================================
 #
 # The problem: who gives the connections their turns, and how many threads are that? The plain way
@@ -3712,43 +3722,12 @@ def fit_connections(wanted: int) -> int:
 
 
 # ==================================================================================================
-# 11. Regular expressions
+# 12. Classes of characters
 # ==================================================================================================
 #
-# The problem: anybody may send a regular expression. `re` tries one way through it after the other,
-# and for `(a+)+b` the ways double with each character. The idea is Thompson's: follow all ways at
-# once, so that a character is looked at once. What follows a character (which part of the pattern
-# may match the next one) is a set of bits, and such a set is a state of an automaton that is made
-# when it is first met: from then on a character costs one look into a dict. What it costs: states
-# take memory. They are all dropped when they pass a bound, and made again if they are needed.
-#
-# The text is read from its end. A state then knows what can still succeed from its place on, and a
-# walk from the beginning can choose the groups without ever trying in vain.
-#
-# Syntax and errors are those of Go's regexp/syntax, which Prometheus uses, with "s" set: a dot also
-# matches a line end. Not here: classes of scripts, as \p{Greek}, of which Python has no table.
-#
-# Measured, a value of 20 characters:      here       re
-#   web.*                               0.08 µs  0.08 µs
-#   .*foo.*                             0.09 µs  0.09 µs
-#   a|b|c                               0.02 µs  0.07 µs
-#   [a-z]+[0-9]+, .*(.*ingester.*).*    0.70 µs  0.09 to 0.28 µs
-#   the groups of ([a-z]+)-([a-z]+)-([0-9]+), 5 µs
-# 60 values of 1,001 characters: .*.*.*! 2 ms; (x|.){1,900}y 8 ms; .{300}a.* 110 ms.
-# (?i)(ab|AB)*c on 1,000 characters: 24 ms when letters are first folded, then less than 1 ms.
-#
-# Sources: Cox, Regular Expression Matching Can Be Simple And Fast (2007), Regular Expression
-# Matching in the Wild (2010); the syntax page of RE2.
-
-MAX_REGEX_CHARACTERS = 100_000
-MAX_REGEX_SIZE = 200_000  # instructions, and borders of classes
-MAX_REGEX_EDGES = 1 << 23  # what may branch times what may match: (a?b?){1000}
-MAX_REGEX_REPEAT = 1_000  # copies of what is innermost in nested counted repetitions
-MAX_REGEX_DEPTH = 1_000  # of groups
-MAX_AUTOMATON_BYTES = 1 << 20
-KEPT_REGEX_CHARACTERS = 2_048  # a longer pattern is not kept for the next call
-
-# ---- classes of characters ----
+# A class is what one place in a regular expression matches: a set of the 1,114,112 characters. The
+# idea: it is kept as the borders of its ranges, so that to unite, to complement and to look into it
+# take as long as it has ranges. Names of classes are those of Unicode, POSIX and Perl.
 
 # Ascending borders: the class begins at each even one and has ended at each odd one.
 _Class = tuple[int, ...]
@@ -3844,7 +3823,20 @@ def _folded(borders: _Class) -> _Class:
     return _union(ranges)
 
 
-# ---- a pattern becomes a program ----
+# ==================================================================================================
+# 13. Patterns
+# ==================================================================================================
+#
+# The text of a regular expression becomes a program for Thompson's machine: instructions that match
+# a character, branch, or note a place. Syntax and errors are those of Go's regexp/syntax, which
+# Prometheus uses, with "s" set: a dot also matches a line end. Not here: classes of scripts, as
+# \p{Greek}, of which Python has no table. What it costs: counted repetitions are copies, so the
+# size of a program is bounded.
+
+MAX_REGEX_CHARACTERS = 100_000
+MAX_REGEX_SIZE = 200_000  # instructions, and borders of classes
+MAX_REGEX_REPEAT = 1_000  # copies of what is innermost in nested counted repetitions
+MAX_REGEX_DEPTH = 1_000  # of groups
 
 # What an instruction does, and its argument. Where it goes on is relative to its own place: so a
 # repeated part of a program is copied as it is.
@@ -4243,7 +4235,35 @@ class _Compiler:
     }  # fmt: skip
 
 
-# ---- a program becomes an automaton ----
+# ==================================================================================================
+# 14. Regular expressions
+# ==================================================================================================
+#
+# The problem: anybody may send a regular expression. `re` tries one way through it after the other,
+# and for `(a+)+b` the ways double with each character. The idea is Thompson's: follow all ways at
+# once, so that a character is looked at once. What follows a character (which part of the pattern
+# may match the next one) is a set of bits, and such a set is a state of an automaton that is made
+# when it is first met: from then on a character costs one look into a dict. What it costs: states
+# take memory. They are all dropped when they pass a bound, and made again if they are needed.
+#
+# The text is read from its end. A state then knows what can still succeed from its place on, and a
+# walk from the beginning can choose the groups without ever trying in vain.
+#
+# Measured, a value of 20 characters:      here       re
+#   web.*                               0.08 µs  0.08 µs
+#   .*foo.*                             0.09 µs  0.09 µs
+#   a|b|c                               0.02 µs  0.07 µs
+#   [a-z]+[0-9]+, .*(.*ingester.*).*    0.70 µs  0.09 to 0.28 µs
+#   the groups of ([a-z]+)-([a-z]+)-([0-9]+), 5 µs
+# 60 values of 1,001 characters: .*.*.*! 2 ms; (x|.){1,900}y 8 ms; .{300}a.* 110 ms.
+# (?i)(ab|AB)*c on 1,000 characters: 24 ms when letters are first folded, then less than 1 ms.
+#
+# Sources: Cox, Regular Expression Matching Can Be Simple And Fast (2007), Regular Expression
+# Matching in the Wild (2010); the syntax page of RE2.
+
+MAX_REGEX_EDGES = 1 << 23  # what may branch times what may match: (a?b?){1000}
+MAX_AUTOMATON_BYTES = 1 << 20
+KEPT_REGEX_CHARACTERS = 2_048  # a longer pattern is not kept for the next call
 
 # What stands on one side of a place in the text, as far as assertions ask for it.
 _EDGE, _LINE_END, _WORD_CHARACTER_KIND, _OTHER = range(4)
@@ -4476,8 +4496,6 @@ class _Automaton:
         return places
 
 
-# ---- what the other chapters use ----
-
 _LITERAL = r"(?:[^\\.+*?()|\[\]{}^$\ud800-\udfff]|\\[^0-9A-Za-z\x80-\U0010ffff])*+"
 _LITERAL_SET = re.compile(
     rf"\^?(?P<open>\((?:\?:)?)?(?P<literals>{_LITERAL}(?:\|{_LITERAL})*+)(?(open)\))\$?"
@@ -4624,7 +4642,7 @@ def expand(template: str, groups: Sequence[str | None], names: dict[str, int]) -
 
 
 # ==================================================================================================
-# 12. Series
+# 15. Series
 # ==================================================================================================
 #
 # A series is all samples of one metric with the same tags, and is known by its labels: the tags,
@@ -4803,7 +4821,7 @@ def _intersection(chosen: Sequence[int], posting: Sequence[int], budget: Budget)
 
 
 # ==================================================================================================
-# 13. Chunks
+# 16. Chunks
 # ==================================================================================================
 #
 # A chunk is up to 1,024 samples of one series as few bytes. The problem: series compress well, as
@@ -5073,7 +5091,7 @@ def concatenated(code: str, parts: Sequence[Any]) -> Any:
 
 
 # ==================================================================================================
-# 14. Memtable
+# 17. Memtable
 # ==================================================================================================
 #
 # The problem: what was pushed lately changes all the time, and is asked for most. The idea: series
@@ -5396,7 +5414,7 @@ class Memtable:
 
 
 # ==================================================================================================
-# 15. Blocks
+# 18. Blocks
 # ==================================================================================================
 #
 # A memtable that is no longer pushed to becomes a block: a file that never changes. The problem: a
@@ -5714,7 +5732,7 @@ class Block:
 
 
 # ==================================================================================================
-# 16. Store
+# 19. Store
 # ==================================================================================================
 #
 # The idea is that of a log-structured merge tree. Lines of the log go into a memtable. From time to
@@ -6277,7 +6295,7 @@ class Store:
 
 
 # ==================================================================================================
-# 17. Query language
+# 20. Query language
 # ==================================================================================================
 #
 # The problem: PromQL is the language that Grafana and every Prometheus client speak. The idea: text
@@ -6415,18 +6433,6 @@ class Matching(NamedTuple):
     labels: tuple[str, ...] = ()
     group: str = ""  # "group_left" or "group_right": the side that may have many
     include: tuple[str, ...] = ()  # labels copied from the other side
-
-    @property
-    def text(self) -> str:
-        """As it stands behind an operator.
-
-        >>> Matching(True, ("host",), "group_left", ("os",)).text
-        ' on (host) group_left (os)'
-        """
-        if not (self.on or self.labels or self.group):
-            return ""
-        text = f" {'on' if self.on else 'ignoring'} ({_label_list(self.labels)})"
-        return text + (f" {self.group} ({_label_list(self.include)})" if self.group else "")
 
 
 class Binary(NamedTuple):
@@ -6693,7 +6699,203 @@ def read_float(text: str) -> float:
     return value
 
 
-# ---- the parser ----
+# ==================================================================================================
+# 21. Query text
+# ==================================================================================================
+#
+# A tree becomes text again, as `format_query` shows it: on one line where it fits, else with a line
+# for each part. Values and labels have the texts that Prometheus gives them.
+
+_NEVER_LABELS = frozenset({"inf", "nan", "without"})  # of an aggregation or a matching
+
+
+def format_value(value: float) -> str:
+    """A value as Prometheus's HTTP API prints it.
+
+    >>> [format_value(v) for v in (1.0, 0.1, 1e20, 1e21, 1e-7, math.inf, math.nan)]
+    ['1', '0.1', '100000000000000000000', '1e+21', '1e-07', '+Inf', 'NaN']
+    """
+    text = repr(value)
+    if "n" in text:
+        return {"inf": "+Inf", "-inf": "-Inf"}.get(text, "NaN")
+    if "e" not in text:
+        return text[:-2] if text.endswith(".0") else text
+    return text if not 1e-6 <= abs(value) < 1e21 else decimal_text(value)
+
+
+def decimal_text(value: float) -> str:
+    """The shortest decimal that reads back as the value, without an exponent."""
+    if not math.isfinite(value):
+        return format_value(value)
+    text = f"{decimal.Decimal(repr(value)):f}"
+    return text[:-2] if text.endswith(".0") else text
+
+
+def _number_text(node: Number) -> str:
+    return (
+        _duration_text(round(node.value * 1000)) if node.is_duration else decimal_text(node.value)
+    )
+
+
+def _quoted(text: str) -> str:
+    """Text in double quotes, escaped as Go does."""
+    return '"' + "".join(map(_go_escaped, text)) + '"'
+
+
+_GO_ESCAPES = {'"': '\\"'} | {
+    character: f"\\{letter}" for letter, character in _LETTER_ESCAPES.items()
+}
+
+
+def _go_escaped(character: str) -> str:
+    if character in _GO_ESCAPES:
+        return _GO_ESCAPES[character]
+    code = ord(character)
+    if character.isprintable():
+        return character
+    if code < 0x80 or 0xDC80 <= code <= 0xDCFF:  # the latter are bytes that are not UTF-8
+        return f"\\x{code & 0xFF:02x}"
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def _label_list(labels: Iterable[str]) -> str:
+    """Labels of an aggregation or a matching, where `a:b` is one without quotes, too."""
+    return ", ".join(
+        label
+        if PLAIN_NAME.fullmatch(label) and label.lower() not in _NEVER_LABELS
+        else _quoted(label)
+        for label in labels
+    )
+
+
+def _label_text(name: str) -> str:
+    return name if PLAIN_NAME.fullmatch(name) and ":" not in name else _quoted(name)
+
+
+def labels_text(labels: dict[str, str]) -> str:
+    """Labels as Prometheus names a series in its errors.
+
+    >>> labels_text({"__name__": "up", "job": "node", "host": "a"})
+    '{__name__="up", host="a", job="node"}'
+    """
+    pairs = (f"{_label_text(label)}={_quoted(labels[label])}" for label in sorted(labels))
+    return "{" + ", ".join(pairs) + "}"
+
+
+def _modifiers(node: Selector | Subquery) -> str:
+    at = "" if node.at is None else f" @ {node.at}()"
+    if isinstance(node.at, int):
+        at = f" @ {node.at / 1000:.3f}"
+    return at + (f" offset {node.offset.text}" if node.offset else "")
+
+
+def _selector_text(node: Selector) -> str:
+    named = (NAME, "=", node.name or None)
+    pairs = sorted(
+        f"{_label_text(matcher.name)}{matcher.op}{_quoted(matcher.value)}"
+        for matcher in node.matchers
+        if matcher != named
+    )
+    braces = "{" + ",".join(pairs) + "}" if pairs else ""
+    window = f"[{node.range.text}]" if node.range else ""
+    return node.name + braces + window + _modifiers(node)
+
+
+def _subquery_range(node: Subquery) -> str:
+    return f"[{node.range.text}:{node.step.text if node.step else ''}]{_modifiers(node)}"
+
+
+def _aggregate_head(node: Aggregate) -> str:
+    if node.without:
+        return f"{node.op} without ({_label_list(node.labels)}) "
+    return f"{node.op} by ({_label_list(node.labels)}) " if node.labels else node.op
+
+
+def _operator_text(node: Binary) -> str:
+    return node.op + (" bool" if node.as_bool else "") + _matching_text(node.matching)
+
+
+def _matching_text(matching: Matching) -> str:
+    """A matching as it stands behind an operator.
+
+    >>> _matching_text(Matching(True, ("host",), "group_left", ("os",)))
+    ' on (host) group_left (os)'
+    """
+    if not (matching.on or matching.labels or matching.group):
+        return ""
+    text = f" {'on' if matching.on else 'ignoring'} ({_label_list(matching.labels)})"
+    included = f" {matching.group} ({_label_list(matching.include)})"
+    return text + (included if matching.group else "")
+
+
+class _Printer:
+    """Lays out one tree; the text of each node is made once."""
+
+    def __init__(self) -> None:
+        self._texts: dict[int, str] = {}  # by the node's id
+
+    def text(self, node: Node) -> str:
+        """A node on one line."""
+        if id(node) not in self._texts:
+            self._texts[id(node)] = self._text(node)
+        return self._texts[id(node)]
+
+    def _text(self, node: Node) -> str:
+        if isinstance(node, Number):
+            return _number_text(node)
+        if isinstance(node, Text):
+            return _quoted(node.value)
+        if isinstance(node, Selector):
+            return _selector_text(node)
+        if isinstance(node, Subquery):
+            return self.text(node.expression) + _subquery_range(node)
+        if isinstance(node, Paren):
+            return f"({self.text(node.expression)})"
+        if isinstance(node, Unary):
+            return node.op + self.text(node.operand)
+        if isinstance(node, Binary):
+            return f"{self.text(node.left)} {_operator_text(node)} {self.text(node.right)}"
+        head, parts = self._call(node)
+        return f"{head}({', '.join(map(self.text, parts))})"
+
+    @staticmethod
+    def _call(node: Call | Aggregate) -> tuple[str, Sequence[Node]]:
+        if isinstance(node, Call):
+            return node.name, node.arguments
+        parameter = [node.parameter] if node.parameter else []
+        return _aggregate_head(node), [*parameter, node.expression]
+
+    def lines(self, node: Node, level: int) -> list[str]:
+        """A node at an indentation, its parts on lines of their own where one would be long."""
+        indent = "  " * level
+        if isinstance(node, Number | Text | Selector) or len(self.text(node)) <= MAX_LINE:
+            return [indent + self.text(node)]
+        if isinstance(node, Subquery):
+            *lines, last = self.lines(node.expression, level)
+            return [*lines, last + _subquery_range(node)]
+        if isinstance(node, Paren):
+            return [f"{indent}(", *self.lines(node.expression, level + 1), f"{indent})"]
+        if isinstance(node, Unary):
+            first, *lines = self.lines(node.operand, level)
+            return [indent + node.op + first.lstrip(" "), *lines]
+        if isinstance(node, Binary):
+            left, right = self.lines(node.left, level + 1), self.lines(node.right, level + 1)
+            return [*left, indent + _operator_text(node), *right]
+        head, parts = self._call(node)
+        lines = [f"{indent}{head}("]
+        for part in parts:
+            lines += self.lines(part, level + 1)
+            lines[-1] += ","
+        return [*lines[:-1], lines[-1][:-1], f"{indent})"]
+
+
+# ==================================================================================================
+# 22. Query parser
+# ==================================================================================================
+#
+# Recursive descent with precedence climbing over the tokens. Types are checked while the tree
+# grows, so that an error names the place of the part that is wrong. Durations may be expressions:
+# `[5m + 1m]` is folded to a number as it is read.
 
 _PRECEDENCE = {
     "or": 1, "and": 2, "unless": 2, "==": 3, "!=": 3, "<": 3, "<=": 3, ">": 3, ">=": 3,
@@ -6706,7 +6908,6 @@ _AGGREGATIONS = frozenset(
     {"sum", "avg", "min", "max", "count", "group", "stddev", "stdvar", *_PARAMETER_TYPES}
 )
 _NEVER_METRICS = frozenset({"bool", "on", "ignoring", "group_left", "group_right", "atan2"})
-_NEVER_LABELS = frozenset({"inf", "nan", "without"})  # of an aggregation or a matching
 _OPERAND = 7  # binds more tightly than any operator
 
 _T = TypeVar("_T")
@@ -7141,83 +7342,8 @@ def _matches_empty(matcher: Matcher) -> bool:
 
 
 def is_label_name(name: str) -> bool:
+    """Whether a label may be called so: any UTF-8 that is not empty."""
     return bool(name) and not _SURROGATE.search(name)
-
-
-# ---- text of a tree ----
-
-
-def format_value(value: float) -> str:
-    """A value as Prometheus's HTTP API prints it.
-
-    >>> [format_value(v) for v in (1.0, 0.1, 1e20, 1e21, 1e-7, math.inf, math.nan)]
-    ['1', '0.1', '100000000000000000000', '1e+21', '1e-07', '+Inf', 'NaN']
-    """
-    text = repr(value)
-    if "n" in text:
-        return {"inf": "+Inf", "-inf": "-Inf"}.get(text, "NaN")
-    if "e" not in text:
-        return text[:-2] if text.endswith(".0") else text
-    return text if not 1e-6 <= abs(value) < 1e21 else decimal_text(value)
-
-
-def decimal_text(value: float) -> str:
-    """The shortest decimal that reads back as the value, without an exponent."""
-    if not math.isfinite(value):
-        return format_value(value)
-    text = f"{decimal.Decimal(repr(value)):f}"
-    return text[:-2] if text.endswith(".0") else text
-
-
-def _number_text(node: Number) -> str:
-    return (
-        _duration_text(round(node.value * 1000)) if node.is_duration else decimal_text(node.value)
-    )
-
-
-def _quoted(text: str) -> str:
-    """Text in double quotes, escaped as Go does."""
-    return '"' + "".join(map(_go_escaped, text)) + '"'
-
-
-_GO_ESCAPES = {'"': '\\"'} | {
-    character: f"\\{letter}" for letter, character in _LETTER_ESCAPES.items()
-}
-
-
-def _go_escaped(character: str) -> str:
-    if character in _GO_ESCAPES:
-        return _GO_ESCAPES[character]
-    code = ord(character)
-    if character.isprintable():
-        return character
-    if code < 0x80 or 0xDC80 <= code <= 0xDCFF:  # the latter are bytes that are not UTF-8
-        return f"\\x{code & 0xFF:02x}"
-    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
-
-
-def _label_list(labels: Iterable[str]) -> str:
-    """Labels of an aggregation or a matching, where `a:b` is one without quotes, too."""
-    return ", ".join(
-        label
-        if PLAIN_NAME.fullmatch(label) and label.lower() not in _NEVER_LABELS
-        else _quoted(label)
-        for label in labels
-    )
-
-
-def _label_text(name: str) -> str:
-    return name if PLAIN_NAME.fullmatch(name) and ":" not in name else _quoted(name)
-
-
-def labels_text(labels: dict[str, str]) -> str:
-    """Labels as Prometheus names a series in its errors.
-
-    >>> labels_text({"__name__": "up", "job": "node", "host": "a"})
-    '{__name__="up", host="a", job="node"}'
-    """
-    pairs = (f"{_label_text(label)}={_quoted(labels[label])}" for label in sorted(labels))
-    return "{" + ", ".join(pairs) + "}"
 
 
 def format_query(text: str) -> str:
@@ -7233,109 +7359,13 @@ def format_query(text: str) -> str:
         raise QueryError("nested too deeply", text, 0) from None
 
 
-def _modifiers(node: Selector | Subquery) -> str:
-    at = "" if node.at is None else f" @ {node.at}()"
-    if isinstance(node.at, int):
-        at = f" @ {node.at / 1000:.3f}"
-    return at + (f" offset {node.offset.text}" if node.offset else "")
-
-
-def _selector_text(node: Selector) -> str:
-    named = (NAME, "=", node.name or None)
-    pairs = sorted(
-        f"{_label_text(matcher.name)}{matcher.op}{_quoted(matcher.value)}"
-        for matcher in node.matchers
-        if matcher != named
-    )
-    braces = "{" + ",".join(pairs) + "}" if pairs else ""
-    window = f"[{node.range.text}]" if node.range else ""
-    return node.name + braces + window + _modifiers(node)
-
-
-def _subquery_range(node: Subquery) -> str:
-    return f"[{node.range.text}:{node.step.text if node.step else ''}]{_modifiers(node)}"
-
-
-def _aggregate_head(node: Aggregate) -> str:
-    if node.without:
-        return f"{node.op} without ({_label_list(node.labels)}) "
-    return f"{node.op} by ({_label_list(node.labels)}) " if node.labels else node.op
-
-
-def _operator_text(node: Binary) -> str:
-    return node.op + (" bool" if node.as_bool else "") + node.matching.text
-
-
-class _Printer:
-    """Lays out one tree; the text of each node is made once."""
-
-    def __init__(self) -> None:
-        self._texts: dict[int, str] = {}  # by the node's id
-
-    def text(self, node: Node) -> str:
-        """A node on one line."""
-        if id(node) not in self._texts:
-            self._texts[id(node)] = self._text(node)
-        return self._texts[id(node)]
-
-    def _text(self, node: Node) -> str:
-        if isinstance(node, Number):
-            return _number_text(node)
-        if isinstance(node, Text):
-            return _quoted(node.value)
-        if isinstance(node, Selector):
-            return _selector_text(node)
-        if isinstance(node, Subquery):
-            return self.text(node.expression) + _subquery_range(node)
-        if isinstance(node, Paren):
-            return f"({self.text(node.expression)})"
-        if isinstance(node, Unary):
-            return node.op + self.text(node.operand)
-        if isinstance(node, Binary):
-            return f"{self.text(node.left)} {_operator_text(node)} {self.text(node.right)}"
-        head, parts = self._call(node)
-        return f"{head}({', '.join(map(self.text, parts))})"
-
-    @staticmethod
-    def _call(node: Call | Aggregate) -> tuple[str, Sequence[Node]]:
-        if isinstance(node, Call):
-            return node.name, node.arguments
-        parameter = [node.parameter] if node.parameter else []
-        return _aggregate_head(node), [*parameter, node.expression]
-
-    def lines(self, node: Node, level: int) -> list[str]:
-        """A node at an indentation, its parts on lines of their own where one would be long."""
-        indent = "  " * level
-        if isinstance(node, Number | Text | Selector) or len(self.text(node)) <= MAX_LINE:
-            return [indent + self.text(node)]
-        if isinstance(node, Subquery):
-            *lines, last = self.lines(node.expression, level)
-            return [*lines, last + _subquery_range(node)]
-        if isinstance(node, Paren):
-            return [f"{indent}(", *self.lines(node.expression, level + 1), f"{indent})"]
-        if isinstance(node, Unary):
-            first, *lines = self.lines(node.operand, level)
-            return [indent + node.op + first.lstrip(" "), *lines]
-        if isinstance(node, Binary):
-            left, right = self.lines(node.left, level + 1), self.lines(node.right, level + 1)
-            return [*left, indent + _operator_text(node), *right]
-        head, parts = self._call(node)
-        lines = [f"{indent}{head}("]
-        for part in parts:
-            lines += self.lines(part, level + 1)
-            lines[-1] += ","
-        return [*lines[:-1], lines[-1][:-1], f"{indent})"]
-
-
 # ==================================================================================================
-# 18. Evaluation
+# 23. Query functions
 # ==================================================================================================
 #
-# The problem: to evaluate a tree for hundreds of steps of a graph at once, without numpy. The idea:
-# it is evaluated by columns: each node once for all steps, a column being the values of one series,
-# one for each step. Windows (`[5m]`) slide along a series with two indices. What it costs: a query
-# holds the columns of all its nodes in memory, 32 bytes a value, where a loop over the steps would
-# hold one step; the sample limit bounds it.
+# What the functions and aggregations of PromQL compute: floats in, a float out. They know nothing
+# of series, steps or trees. Where Prometheus's way of computing shows in the last digits or beyond
+# the range of floats, it is Prometheus's way. The sources: its promql/functions.go and quantile.go.
 
 
 def _total(function: Callable[[float], float], pole: float = math.nan) -> Callable[[float], float]:
@@ -7483,7 +7513,9 @@ def _resets(values: Sequence[float]) -> float:
     return float(sum(b < a for a, b in itertools.pairwise(values)))
 
 
-def _line(times_ms: Sequence[int], values: Sequence[float], origin_ms: int) -> tuple[float, float]:
+def _linear_regression(
+    times_ms: Sequence[int], values: Sequence[float], origin_ms: int
+) -> tuple[float, float]:
     """(slope per second, value at the origin) of the least-squares line."""
     if values.count(values[0]) == len(values):
         first = values[0]
@@ -7580,7 +7612,46 @@ def _rank(buckets: list[Bucket], value: float) -> float:
     return before
 
 
-# ---- evaluation: what flows ----
+def _holt_winters(values: Sequence[float], level: float, trend: float) -> float | None:
+    for what, factor in (("smoothing", level), ("trend", trend)):
+        if factor <= 0 or factor >= 1:
+            short = what[0] + "f"
+            raise ExecutionError(
+                f"invalid {what} factor. Expected: 0 < {short} < 1, got: {factor:f}"
+            )
+    return _smoothed(values, level, trend) if len(values) > 1 else None
+
+
+def _rounded(value: float, to: float) -> float:
+    inverse = _divide(1.0, to)
+    scaled = value * inverse + 0.5
+    return _divide(math.floor(scaled) if math.isfinite(scaled) else scaled, inverse)
+
+
+def _at_least(value: float, bound: float) -> float:
+    """The greater one; NaN where one is NaN, unless the other is infinite: Go's math.Max."""
+    if math.inf in (value, bound):
+        return math.inf
+    return math.nan if value != value or bound != bound else max(value, bound)
+
+
+def _at_most(value: float, bound: float) -> float:
+    return -_at_least(-value, -bound)
+
+
+def _clamped(value: float, least: float, most: float) -> float | None:
+    return None if most < least else _at_least(_at_most(value, most), least)
+
+
+# ==================================================================================================
+# 24. Evaluation
+# ==================================================================================================
+#
+# The problem: to evaluate a tree for hundreds of steps of a graph at once, without numpy. The idea:
+# it is evaluated by columns: each node once for all steps, a column being the values of one series,
+# one for each step. Windows (`[5m]`) slide along a series with two indices. What it costs: a query
+# holds the columns of all its nodes in memory, 32 bytes a value, where a loop over the steps would
+# hold one step; the sample limit bounds it.
 
 
 class Column(NamedTuple):
@@ -7687,14 +7758,18 @@ def _drops_name(node: Binary) -> bool:
 _Match = tuple[str, ...] | frozenset[tuple[str, str]]
 
 
+# How a function of PromQL makes its columns; a scalar is a single column without gaps.
+_Evaluate = Callable[["_Evaluator", tuple[Node, ...]], list[Column]]
+
+
 class _Execution:
     """What all nodes of one query share."""
 
     def __init__(
-        self, select: Select, lookback_ms: int, max_samples: int, budget: Budget, start_ms: int,
-        end_ms: int,
+        self, select: Select, functions: dict[str, _Evaluate], lookback_ms: int,
+        max_samples: int, budget: Budget, start_ms: int, end_ms: int,
     ):  # fmt: skip
-        self.select = select
+        self.select, self.functions = select, functions
         self.lookback_ms = lookback_ms
         self.bounds = {"start": start_ms, "end": end_ms}
         self.budget = budget
@@ -7741,7 +7816,7 @@ def _without_markers(series: Series) -> Series:
     return Series(series.labels, times, array("d", itertools.compress(series.values, there)))
 
 
-class _Evaluation:
+class _Evaluator:
     """Evaluates nodes for all of its steps at once.
 
     Which method a node goes to follows from its type, which the parser has checked.
@@ -7768,7 +7843,7 @@ class _Evaluation:
             pairs = zip(self.scalar(node.left), self.scalar(node.right))
             return [value for a, b in pairs if (value := function(a, b)) is not None]
         assert isinstance(node, Call)
-        (column,) = _FUNCTIONS[node.name](self, node.arguments)
+        (column,) = self.execution.functions[node.name](self, node.arguments)
         return [value for value in column.values if value is not None]
 
     def string(self, node: Node) -> str:
@@ -7845,7 +7920,7 @@ class _Evaluation:
         self.execution.hold(len(steps))
         return [
             series
-            for column in _Evaluation(self.execution, steps).vector(node)
+            for column in _Evaluator(self.execution, steps).vector(node)
             if (series := _series_of(column, steps)).times_ms
         ]
 
@@ -7860,7 +7935,7 @@ class _Evaluation:
         if isinstance(node, Aggregate):
             columns = self.aggregated(node)
         elif isinstance(node, Call):
-            columns = _FUNCTIONS[node.name](self, node.arguments)
+            columns = self.execution.functions[node.name](self, node.arguments)
         elif isinstance(node, Unary):
             columns = self.vector(node.operand)
             if node.op == "-":
@@ -8135,11 +8210,14 @@ def _series_of(column: Column, steps: range) -> Series:
     )
 
 
-# ---- functions ----
-
-
-# How a function of PromQL makes its columns; a scalar is a single column without gaps.
-_Evaluate = Callable[[_Evaluation, tuple[Node, ...]], list[Column]]
+# ==================================================================================================
+# 25. Query engine
+# ==================================================================================================
+#
+# A function of PromQL takes nodes and makes columns: most evaluate their arguments and apply a
+# function of values, some must look at the node itself. They stand in a table by their names. The
+# engine evaluates a text at one time or over a range; it needs no store, only a function that finds
+# series.
 
 
 def _per_value(function: Callable[[float], float]) -> _Evaluate:
@@ -8152,7 +8230,7 @@ def _per_value_and_scalars(
 ) -> _Evaluate:
     """A function of each value and of scalars, whose values may differ between steps."""
 
-    def evaluate(run: _Evaluation, nodes: tuple[Node, ...]) -> list[Column]:
+    def evaluate(run: _Evaluator, nodes: tuple[Node, ...]) -> list[Column]:
         given = [run.scalar(node) for node in nodes[1:]]
         given += [[value] * len(run.steps) for value in defaults[len(given) :]]
         parameters = list(zip(*given))
@@ -8174,7 +8252,7 @@ def _over_time(
     `place` among the arguments.
     """
 
-    def evaluate(run: _Evaluation, nodes: tuple[Node, ...]) -> list[Column]:
+    def evaluate(run: _Evaluator, nodes: tuple[Node, ...]) -> list[Column]:
         parameters = [run.scalar(node) for node in (*nodes[:place], *nodes[place + 1 :])]
         ranges = run.ranges(nodes[place], each_step=bool(parameters))
         rows = list(zip(*parameters)) if parameters else [()] * len(ranges.ends_ms)
@@ -8223,7 +8301,7 @@ def _extrapolated(counter: bool, per_second: bool) -> _Evaluate:
     the borders of the window. A counter that falls began again at 0, and is never extended below 0.
     """
 
-    def evaluate(run: _Evaluation, nodes: tuple[Node, ...]) -> list[Column]:
+    def evaluate(run: _Evaluator, nodes: tuple[Node, ...]) -> list[Column]:
         ranges = run.ranges(nodes[0])
         seconds = ranges.range_ms / 1000 if per_second else 1.0
         known: list[tuple[int, int]] | None = None
@@ -8287,7 +8365,7 @@ def _between_last_two(per_second: bool) -> _Evaluate:
 def _regression(predicts: bool) -> _Evaluate:
     """`deriv`, or `predict_linear`, which looks ahead from each step."""
 
-    def evaluate(run: _Evaluation, nodes: tuple[Node, ...]) -> list[Column]:
+    def evaluate(run: _Evaluator, nodes: tuple[Node, ...]) -> list[Column]:
         ahead_s = run.scalar(nodes[1]) if predicts else []
 
         def of_series(series: Series, windows: list[tuple[int, int]]) -> list[float | None]:
@@ -8298,44 +8376,15 @@ def _regression(predicts: bool) -> _Evaluate:
                     results.append(None)
                     continue
                 times, values = series.times_ms[low:high], series.values[low:high]
-                slope, origin = _line(times, values, run.steps[index] if predicts else times[0])
+                slope, origin = _linear_regression(
+                    times, values, run.steps[index] if predicts else times[0]
+                )
                 results.append(origin + slope * ahead_s[index] if predicts else slope)
             return results
 
         return run.of_windows(run.ranges(nodes[0], each_step=predicts), of_series)
 
     return evaluate
-
-
-def _holt_winters(values: Sequence[float], level: float, trend: float) -> float | None:
-    for what, factor in (("smoothing", level), ("trend", trend)):
-        if factor <= 0 or factor >= 1:
-            short = what[0] + "f"
-            raise ExecutionError(
-                f"invalid {what} factor. Expected: 0 < {short} < 1, got: {factor:f}"
-            )
-    return _smoothed(values, level, trend) if len(values) > 1 else None
-
-
-def _rounded(value: float, to: float) -> float:
-    inverse = _divide(1.0, to)
-    scaled = value * inverse + 0.5
-    return _divide(math.floor(scaled) if math.isfinite(scaled) else scaled, inverse)
-
-
-def _at_least(value: float, bound: float) -> float:
-    """The greater one; NaN where one is NaN, unless the other is infinite: Go's math.Max."""
-    if math.inf in (value, bound):
-        return math.inf
-    return math.nan if value != value or bound != bound else max(value, bound)
-
-
-def _at_most(value: float, bound: float) -> float:
-    return -_at_least(-value, -bound)
-
-
-def _clamped(value: float, least: float, most: float) -> float | None:
-    return None if most < least else _at_least(_at_most(value, most), least)
 
 
 # -- times --
@@ -8352,7 +8401,7 @@ def _of_time(part: Callable[[time.struct_time], int]) -> _Evaluate:
         except (ValueError, OverflowError, OSError):
             return math.nan
 
-    def evaluate(run: _Evaluation, nodes: tuple[Node, ...]) -> list[Column]:
+    def evaluate(run: _Evaluator, nodes: tuple[Node, ...]) -> list[Column]:
         if nodes:
             return run.each(of_value, run.vector(nodes[0]))
         return [Column({}, [of_value(step / 1000) for step in run.steps])]
@@ -8360,7 +8409,7 @@ def _of_time(part: Callable[[time.struct_time], int]) -> _Evaluate:
     return evaluate
 
 
-def _timestamp(run: _Evaluation, nodes: tuple[Node, ...]) -> list[Column]:
+def _timestamp(run: _Evaluator, nodes: tuple[Node, ...]) -> list[Column]:
     """The time of the samples that a selector takes; of all else the time of the step."""
     inner = _bare(nodes[0])
     if isinstance(inner, Selector):
@@ -8375,13 +8424,13 @@ def _timestamp(run: _Evaluation, nodes: tuple[Node, ...]) -> list[Column]:
 # -- presence, scalars, order --
 
 
-def _absent(run: _Evaluation, nodes: tuple[Node, ...]) -> list[Column]:
+def _absent(run: _Evaluator, nodes: tuple[Node, ...]) -> list[Column]:
     inner = _bare(nodes[0])
     columns = run.vector(inner)
     return [_absence(run, inner, [column.values for column in columns])]
 
 
-def _absent_over_time(run: _Evaluation, nodes: tuple[Node, ...]) -> list[Column]:
+def _absent_over_time(run: _Evaluator, nodes: tuple[Node, ...]) -> list[Column]:
     inner = _bare(nodes[0])
     ranges = run.ranges(inner)
     found: list[list[float | None]] = [
@@ -8391,7 +8440,7 @@ def _absent_over_time(run: _Evaluation, nodes: tuple[Node, ...]) -> list[Column]
     return [_absence(run, inner, found)]
 
 
-def _absence(run: _Evaluation, node: Node, found: list[list[float | None]]) -> Column:
+def _absence(run: _Evaluator, node: Node, found: list[list[float | None]]) -> Column:
     """1 where nothing was found, with the labels that a selector asked to be equal."""
     rows: Iterable[tuple[float | None, ...]] = zip(*found) if found else ((),) * len(run.steps)
     labels: dict[str, str] = {}
@@ -8406,29 +8455,29 @@ def _absence(run: _Evaluation, node: Node, found: list[list[float | None]]) -> C
     return Column(labels, [None if any(v is not None for v in row) else 1.0 for row in rows])
 
 
-def _vector(run: _Evaluation, nodes: tuple[Node, ...]) -> list[Column]:
+def _vector(run: _Evaluator, nodes: tuple[Node, ...]) -> list[Column]:
     return [Column({}, [*run.scalar(nodes[0])])]
 
 
-def _scalar(run: _Evaluation, nodes: tuple[Node, ...]) -> list[Column]:
+def _scalar(run: _Evaluator, nodes: tuple[Node, ...]) -> list[Column]:
     """The value of the only series; NaN where there is none or more than one."""
     columns = run.vector(nodes[0])
     rows = run.rows(columns) if columns else ((),) * len(run.steps)
     return [Column({}, [row[0] if len(row) == 1 else math.nan for row in rows])]
 
 
-def _time(run: _Evaluation, nodes: tuple[Node, ...]) -> list[Column]:
+def _time(run: _Evaluator, nodes: tuple[Node, ...]) -> list[Column]:
     return [Column({}, [step / 1000 for step in run.steps])]
 
 
-def _pi(run: _Evaluation, nodes: tuple[Node, ...]) -> list[Column]:
+def _pi(run: _Evaluator, nodes: tuple[Node, ...]) -> list[Column]:
     return [Column({}, [math.pi] * len(run.steps))]
 
 
 def _in_order(descending: bool) -> _Evaluate:
     """`sort` and `sort_desc`, NaN last; the series of a graph have no order."""
 
-    def evaluate(run: _Evaluation, nodes: tuple[Node, ...]) -> list[Column]:
+    def evaluate(run: _Evaluator, nodes: tuple[Node, ...]) -> list[Column]:
         columns = run.vector(nodes[0])
         if len(run.steps) > 1:
             return columns
@@ -8447,7 +8496,7 @@ def _in_order(descending: bool) -> _Evaluate:
 # -- labels --
 
 
-def _label_replace(run: _Evaluation, nodes: tuple[Node, ...]) -> list[Column]:
+def _label_replace(run: _Evaluator, nodes: tuple[Node, ...]) -> list[Column]:
     target, template, source, pattern = map(run.string, nodes[1:])
     try:
         regex = compile_regex(pattern)
@@ -8469,7 +8518,7 @@ def _label_replace(run: _Evaluation, nodes: tuple[Node, ...]) -> list[Column]:
     return _unique(Column(replaced(labels), values) for labels, values in columns)
 
 
-def _label_join(run: _Evaluation, nodes: tuple[Node, ...]) -> list[Column]:
+def _label_join(run: _Evaluator, nodes: tuple[Node, ...]) -> list[Column]:
     target, separator, *sources = map(run.string, nodes[1:])
     for what, name in [("destination", target), *(("source", source) for source in sources)]:
         if not is_label_name(name):
@@ -8493,7 +8542,7 @@ def _with_label(labels: dict[str, str], label: str, value: str) -> dict[str, str
 
 
 def _of_buckets(function: Callable[..., float]) -> _Evaluate:
-    def evaluate(run: _Evaluation, nodes: tuple[Node, ...]) -> list[Column]:
+    def evaluate(run: _Evaluator, nodes: tuple[Node, ...]) -> list[Column]:
         parameters = list(zip(*map(run.scalar, nodes[:-1])))
         families: dict[object, tuple[dict[str, str], list[float], list[list[float | None]]]] = {}
         for labels, values in run.vector(nodes[-1]):
@@ -8637,6 +8686,8 @@ class Engine:
     >>> engine = Engine(lambda matchers, start_ms, end_ms, budget: [up])
     >>> engine.instant("up * 2", 15_000)
     VectorResult(time_ms=15000, samples=[({'host': 'a'}, 2.0)])
+    >>> engine.range("up * 2", 0, 30_000, 15_000).series[0].values
+    array('d', [0.0, 2.0, 2.0])
     """
 
     def __init__(
@@ -8654,7 +8705,7 @@ class Engine:
         Raises QueryError, ExecutionError, SampleLimitError, OverBudgetError.
         """
         node = parse_query(text)
-        run = self._evaluation(time_ms, time_ms, 1, budget, lookback_ms)
+        run = self._evaluator(time_ms, time_ms, 1, budget, lookback_ms)
         kind = node.type
         with _bounded_depth():
             if kind == STRING:
@@ -8680,7 +8731,7 @@ class Engine:
         Raises as `instant` does.
         """
         node = parse_query(text)
-        run = self._evaluation(start_ms, end_ms, step_ms, budget, lookback_ms)
+        run = self._evaluator(start_ms, end_ms, step_ms, budget, lookback_ms)
         kind = node.type
         if kind not in (SCALAR, VECTOR):
             raise QueryError(
@@ -8696,16 +8747,16 @@ class Engine:
                 columns = _unique(run.vector(node))
         return _matrix(_series_of(column, run.steps) for column in columns)
 
-    def _evaluation(
+    def _evaluator(
         self, start_ms: int, end_ms: int, step_ms: int, budget: Budget | None, lookback_ms: int
-    ) -> _Evaluation:
+    ) -> _Evaluator:
         execution = _Execution(
-            self._select, lookback_ms or self._lookback_ms, self._max_samples, budget or Budget(),
-            start_ms, end_ms,
+            self._select, _FUNCTIONS, lookback_ms or self._lookback_ms, self._max_samples,
+            budget or Budget(), start_ms, end_ms,
         )  # fmt: skip
         steps = range(start_ms, end_ms + 1, step_ms)
         execution.hold(len(steps))
-        return _Evaluation(execution, steps)
+        return _Evaluator(execution, steps)
 
 
 @contextlib.contextmanager
@@ -8722,7 +8773,7 @@ def _matrix(series: Iterable[Series]) -> MatrixResult:
 
 
 # ==================================================================================================
-# 19. Query API
+# 26. Query API
 # ==================================================================================================
 #
 # What the engine can do, as Prometheus's HTTP API offers it: Grafana and other clients speak it.
@@ -9042,7 +9093,7 @@ def result_json(result: Result, limit: int | None = None, budget: Budget | None 
 
 
 # ==================================================================================================
-# 20. Store process
+# 27. Store process
 # ==================================================================================================
 #
 # The problem: whoever holds the interpreter lock stops everybody, and a query, a sealed chunk or a
@@ -9635,6 +9686,16 @@ def own_blocks(folder: str) -> Iterator[None]:
         os.close(descriptor)
 
 
+# ==================================================================================================
+# 28. Store client
+# ==================================================================================================
+#
+# The front's end of the store process. It starts the store, tells it how far the log is
+# acknowledged, hands questions over, each as one end of a socket on which the answer comes, and
+# begins the store anew where it dies. Nothing here waits for the store: a socket that is full means
+# that it is busy.
+
+
 class StoreClient:
     """The front's end: starts the store process, asks it, starts it anew where it died."""
 
@@ -9893,7 +9954,7 @@ _STORE_STATISTICS = (
 
 
 # ==================================================================================================
-# 21. Command line
+# 29. Command line
 # ==================================================================================================
 #
 # Options become objects, one line says what is running, and a signal ends it. What goes wrong
