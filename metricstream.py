@@ -15,7 +15,7 @@ The way of one POST, from the socket to the disk and back, with the chapter of e
     7      Service.ingest                the pipeline: read this function first
     2        SlidingWindowLimiter.decide   allowed?
     5        read_body                     JSON → a Batch of lines, by one of two ways:
-    5          usual_batch                   fast: one regular expression for the usual shape
+    5          fast_batch                   fast: one regular expression for the usual shape
     3          parse_json                    plain: values
     4          read_batch                    then samples, or every reason why not
     5          log_line                      then a line for each
@@ -1313,18 +1313,18 @@ _USUAL_METRIC = re.compile(
     rb'\{"name": ?"([^"\\\x00-\x1f\x7f-\xff]{1,255})", ?"value": ?'
     rb"(?:(0|-?[1-9][0-9]{0,9}(?:\.[0-9]{0,4}[1-9])?|-?0\.[0-9]{0,3}[1-9]|null)"  # as in the log
     rb"|(-?(?:0|[1-9][0-9]{0,17})(?:\.[0-9]{1,18})?))"  # any other usual number
-    rb"(?=[,}])([^{}]{0,64}(?:\{[^{}]{0,512}\})?)\}"  # type and tags: see _usual_tail
+    rb"(?=[,}])([^{}]{0,64}(?:\{[^{}]{0,512}\})?)\}"  # type and tags: see _line_tail
 )
 
 
 # 0.05 µs instead of 0.7: the clock gives many requests the same millisecond
 @functools.lru_cache(maxsize=64)
-def _usual_head(now_ms: int) -> bytes:
+def _line_head(now_ms: int) -> bytes:
     return b'{"timestamp":"%b","name":"' % utc_timestamp(now_ms).encode()
 
 
 @functools.lru_cache(maxsize=4096)  # 0.1 µs instead of 10: clients repeat their types and tags
-def _usual_tail(fields: bytes) -> bytes | None:
+def _line_tail(fields: bytes) -> bytes | None:
     """The end of the line of a metric whose text ends in `fields` (type, tags); None if unusual."""
     try:
         rest = parse_json(b"{" + fields[1:] + b"}")
@@ -1345,14 +1345,14 @@ class Batch(NamedTuple):
     count: int  # type: ignore[assignment]  # of metrics; no tuple is searched here
 
 
-def usual_batch(body: bytes, now_ms: int) -> Batch | None:
+def fast_batch(body: bytes, now_ms: int) -> Batch | None:
     """The batch of a body in its usual shape; None: take the plain way.
 
     One regular expression splits the body into the parts of its metrics; what stands between them
     must be commas and nothing else. 1.2 µs a metric where `parse_json`, `read_batch` and `log_line`
     take 10; a test feeds both ways the same bodies.
 
-    >>> usual_batch(b'{"metrics":[{"name":"cpu","value":1.50}]}', 0).lines
+    >>> fast_batch(b'{"metrics":[{"name":"cpu","value":1.50}]}', 0).lines
     b'{"timestamp":"1970-01-01T00:00:00.000Z","name":"cpu","value":1.5,"type":"gauge"}\\n'
     """
     pieces: list[Any] = _USUAL_METRIC.split(body)
@@ -1362,7 +1362,7 @@ def usual_batch(body: bytes, now_ms: int) -> Batch | None:
     if pieces[-1] != b"]}" or between.count(b",") + between.count(b", ") != count - 1:
         return None
     names, values, fields = pieces[1::5], pieces[2::5], pieces[4::5]
-    tails = list(map(_usual_tail, fields))
+    tails = list(map(_line_tail, fields))
     if None in tails:
         return None
     if None in values:
@@ -1370,7 +1370,7 @@ def usual_batch(body: bytes, now_ms: int) -> Batch | None:
             if text is not None:
                 values[index] = repr(float(text) if b"." in text else int(text)).encode()
     line: list[Any] = [None] * (5 * count)
-    line[0::5] = [_usual_head(now_ms)] * count
+    line[0::5] = [_line_head(now_ms)] * count
     line[1::5] = names
     line[2::5] = [b'","value":'] * count
     line[3::5] = values
@@ -1380,7 +1380,7 @@ def usual_batch(body: bytes, now_ms: int) -> Batch | None:
 
 def read_body(body: bytes, now_ms: int) -> Batch:
     """The batch that a body holds as JSON. Raises JSONError or BatchError."""
-    usual = usual_batch(body, now_ms)
+    usual = fast_batch(body, now_ms)
     if usual is not None:
         return usual
     samples = read_batch(parse_json(body), now_ms)
@@ -2056,7 +2056,7 @@ class Statistics:
                 "rate_limited_requests": by_status.get(429, 0),
             }
             latency_sum_s = self._latency_sum_s
-        recent_ms, per_second = self._lately()
+        recent_ms, per_second = self._recent()
         return {
             **counters,
             "requests_total": {str(status): count for status, count in by_status.items()},
@@ -2067,7 +2067,7 @@ class Statistics:
             **{key: number() for key, (_, number) in self._added.items()},
         }
 
-    def _lately(self) -> tuple[dict[str, float], float]:
+    def _recent(self) -> tuple[dict[str, float], float]:
         """(latency percentiles in ms, requests a second) of the events in the ring.
 
         It takes 2 ms when the ring is full, and nobody limits who asks. So the ring is looked
@@ -9696,6 +9696,9 @@ def own_blocks(folder: str) -> Iterator[None]:
 # that it is busy.
 
 
+MAX_KNOWN_LAYOUTS = 100_000
+
+
 class StoreClient:
     """The front's end: starts the store process, asks it, starts it anew where it died."""
 
@@ -9745,6 +9748,8 @@ class StoreClient:
             return
         key = hash(tuple((name, rest) for _, name, _, rest in _LOG_LINE.findall(batch.lines)))
         if room > 0:
+            if len(self._known) >= MAX_KNOWN_LAYOUTS:
+                self._known.clear()
             self._known.add(key)
         elif key not in self._known:
             raise HTTPError(
@@ -9923,7 +9928,7 @@ class StoreClient:
             self.status = {"progress": "it died and is started anew", "error": ""}
             logger.error("the store ended with status %d; it is started anew", process.returncode)
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """End the store process; wait for it a little, while it keeps what is not in the log."""
         self._stopping = True
         process = self._process
@@ -10025,138 +10030,54 @@ def argument_parser() -> argparse.ArgumentParser:
         description="A metrics server in one file: POST to /metrics, ask in PromQL at /api/v1. "
         "Without a server: metricstream.py query EXPRESSION (query --help has the rest).",
     )
-    parser.add_argument(
-        "port",
-        nargs="?",
-        type=_number_from(0, 65535),
-        default=8080,
-        help="TCP port (default 8080; 0 takes a free one)",
-    )
-    parser.add_argument(
-        "--host",
-        metavar="ADDRESS",
-        default="127.0.0.1",
-        help="address to listen on (default 127.0.0.1; 0.0.0.0 or :: to be reached from elsewhere)",
-    )
-    parser.add_argument(
-        "--data-dir",
-        metavar="DIR",
-        default=".",
-        help=f"where {LOG_NAME} and {BLOCKS_NAME}/ live (default: the current folder)",
-    )
-    parser.add_argument(
-        "--rate-limit",
-        metavar="N",
-        type=_number_from(0),
-        default=1000,
-        help="requests per second and client (default 1000; 0 = off)",
-    )
-    parser.add_argument(
-        "--stripes",
-        metavar="N",
-        type=_number_from(1, 4096),
-        default=STRIPES,
-        help=f"locks that the clients of the rate limit share, a power of two (default {STRIPES})",
-    )
-    parser.add_argument(
-        "--durability",
-        choices=DURABILITY_LEVELS,
-        default="os",
+    add, number = parser.add_argument, _number_from
+    # fmt: off
+    add("port", nargs="?", type=number(0, 65535), default=8080,
+        help="TCP port (default 8080; 0 takes a free one)")
+    add("--host", metavar="ADDRESS", default="127.0.0.1",
+        help="address to listen on (default 127.0.0.1; 0.0.0.0 or :: to be reached from elsewhere)")
+    add("--data-dir", metavar="DIR", default=".",
+        help=f"where {LOG_NAME} and {BLOCKS_NAME}/ live (default: the current folder)")
+    add("--rate-limit", metavar="N", type=number(0), default=1000,
+        help="requests per second and client (default 1000; 0 = off)")
+    add("--stripes", metavar="N", type=number(1, 4096), default=STRIPES,
+        help=f"locks that the clients of the rate limit share, a power of two (default {STRIPES})")
+    add("--durability", choices=DURABILITY_LEVELS, default="os",
         help="what a 200 promises: memory (queued), os (default: written; survives kill -9), "
-        "disk (synced; survives loss of power)",
-    )
-    parser.add_argument(
-        "--threads",
-        metavar="N",
-        type=_number_from(0, MAX_WORKERS),
-        default=steady_threads(),
+        "disk (synced; survives loss of power)")
+    add("--threads", metavar="N", type=number(0, MAX_WORKERS), default=steady_threads(),
         help="steady worker threads (default: 1 with the interpreter lock, one a core without; "
-        "0 = a thread a connection)",
-    )
-    parser.add_argument(
-        "--max-connections",
-        metavar="N",
-        type=_number_from(1),
-        default=MAX_CONNECTIONS,
-        help=f"open connections at most (default {MAX_CONNECTIONS})",
-    )
-    parser.add_argument(
-        "--max-series",
-        metavar="N",
-        type=_number_from(1),
-        default=MAX_SERIES,
-        help=f"series in memory at most (default {MAX_SERIES})",
-    )
-    parser.add_argument(
-        "--retention",
-        metavar="TIME",
-        type=_duration,
-        default=RETENTION_S,
-        help="how long blocks are kept, as 30d or 12h (default 30d; 0 keeps all)",
-    )
-    parser.add_argument(
-        "--retention-size",
-        metavar="BYTES",
-        type=_byte_size,
-        default=0,
-        help="how many bytes of blocks are kept, as 512MB or 10GB (default 0: all)",
-    )
-    parser.add_argument(
-        "--keep-log",
-        action="store_true",
-        help="keep what blocks cover of the log, as metrics-DATE-NUMBER.jsonl.gz",
-    )
-    parser.add_argument(
-        "--query-timeout",
-        metavar="TIME",
-        type=_duration,
-        default=QUERY_TIMEOUT_S,
-        help="how long a query may take (default 2m)",
-    )
-    parser.add_argument(
-        "--query-memory",
-        metavar="BYTES",
-        type=_byte_size,
-        default=QUERY_MEMORY,
-        help="how much memory a query may take (default 512MB)",
-    )
-    parser.add_argument(
-        "--self-metrics",
-        metavar="TIME",
-        type=_duration,
-        default=OWN_METRICS_S,
-        help="how often the server's own statistics are stored as series (default 15s; 0 = never)",
-    )
-    parser.add_argument(
-        "--clients",
-        metavar="FILE",
+        "0 = a thread a connection)")
+    add("--max-connections", metavar="N", type=number(1), default=MAX_CONNECTIONS,
+        help=f"open connections at most (default {MAX_CONNECTIONS})")
+    add("--max-series", metavar="N", type=number(1), default=MAX_SERIES,
+        help=f"series in memory at most (default {MAX_SERIES})")
+    add("--retention", metavar="TIME", type=_duration, default=RETENTION_S,
+        help="how long blocks are kept, as 30d or 12h (default 30d; 0 keeps all)")
+    add("--retention-size", metavar="BYTES", type=_byte_size, default=0,
+        help="how many bytes of blocks are kept, as 512MB or 10GB (default 0: all)")
+    add("--keep-log", action="store_true",
+        help="keep what blocks cover of the log, as metrics-DATE-NUMBER.jsonl.gz")
+    add("--query-timeout", metavar="TIME", type=_duration, default=QUERY_TIMEOUT_S,
+        help="how long a query may take (default 2m)")
+    add("--query-memory", metavar="BYTES", type=_byte_size, default=QUERY_MEMORY,
+        help="how much memory a query may take (default 512MB)")
+    add("--self-metrics", metavar="TIME", type=_duration, default=OWN_METRICS_S,
+        help="how often the server's own statistics are stored as series (default 15s; 0 = never)")
+    add("--clients", metavar="FILE",
         help="only these clients may write: a line each, 'name sha256-of-key [rate]' "
-        "(default: anyone may, under any id)",
-    )
-    parser.add_argument(
-        "--new-client",
-        metavar="NAME",
-        help="print a line for that file, and its key on stderr; then end",
-    )
-    parser.add_argument(
-        "--allowed-host",
-        metavar="NAME",
-        action="append",
-        default=[],
+        "(default: anyone may, under any id)")
+    add("--new-client", metavar="NAME",
+        help="print a line for that file, and its key on stderr; then end")
+    add("--allowed-host", metavar="NAME", action="append", default=[],
         help="a name, beside localhost and addresses, under which browsers may write here; "
-        "may be repeated",
-    )
-    parser.add_argument(
-        "--tls-cert", metavar="FILE", help="serve HTTPS: the certificate and its chain, as PEM"
-    )
-    parser.add_argument("--tls-key", metavar="FILE", help="its private key, as PEM")
-    parser.add_argument(
-        "--log-level",
-        choices=("debug", "info", "warning", "error"),
-        default="info",
-        help="default info",
-    )
-    parser.add_argument("--version", action="version", version=f"MetricStream {__version__}")
+        "may be repeated")
+    add("--tls-cert", metavar="FILE", help="serve HTTPS: the certificate and its chain, as PEM")
+    add("--tls-key", metavar="FILE", help="its private key, as PEM")
+    add("--log-level", choices=("debug", "info", "warning", "error"), default="info",
+        help="default info")
+    add("--version", action="version", version=f"MetricStream {__version__}")
+    # fmt: on
     return parser
 
 
@@ -10265,13 +10186,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run_server(options: argparse.Namespace, lines: LineWriter) -> int:
+    """Build what a server consists of, run it, and end it; returns the exit status."""
     max_connections = fit_connections(options.max_connections)
     if max_connections < options.max_connections:
-        logger.warning(
-            "the limit on open files allows %d connections, not %d",
-            max_connections,
-            options.max_connections,
-        )
+        wanted = options.max_connections
+        message = "the limit on open files allows %d connections, not %d"
+        logger.warning(message, max_connections, wanted)
     try:
         clients = ClientList.read(options.clients) if options.clients else None
         tls = tls_context(options.tls_cert, options.tls_key) if options.tls_cert else None
@@ -10280,77 +10200,65 @@ def _run_server(options: argparse.Namespace, lines: LineWriter) -> int:
         return _complain(_tls_fault(options, error))
     except (ClientListError, LogError) as error:
         return _complain(str(error))
-    statistics = Statistics()
-    statistics.add(
-        "log_lines_dropped",
-        "counter",
-        "Lines of the server's log that nobody took.",
-        lambda: lines.dropped,
-        "log_lines_dropped_total",
-    )
-    limiter = None
-    if options.rate_limit or clients is not None:  # listed clients may have rates of their own
-        limiter = SlidingWindowLimiter(options.rate_limit, stripes=options.stripes)
-    service = Service(
-        log,
-        limiter,
-        statistics,
-        clients=clients,
-        allowed_hosts=[options.host, *options.allowed_host],
-    )
+    service = _service(options, log, clients, lines)
     try:
-        store = StoreClient(
-            log,
-            statistics,
-            StoreOptions(
-                options.data_dir,
-                max_series=options.max_series,
-                retention_s=options.retention,
-                retention_bytes=options.retention_size,
-                keep_log=options.keep_log,
-                query_timeout_s=options.query_timeout,
-                query_memory=options.query_memory,
-                version=__version__,
-            ),
-        )
-        service.admit = store.admit
-        service.health_facts.append(store.health)
-        service.add_routes({f"{API_PREFIX}*": {"GET": store.ask, "POST": store.ask}})
-        jobs = [(TICK_S, store.look)]
-        if options.self_metrics:
-            jobs.append((options.self_metrics, store.send_own_metrics))
+        store, jobs = _store(options, service)
         try:
             server = Server(
-                (options.host, options.port),
-                service,
-                threads=options.threads,
-                max_connections=max_connections,
-                tls=tls,
-                reload=partial(_reload, options),
-                jobs=jobs,
-            )
+                (options.host, options.port), service, threads=options.threads, tls=tls,
+                max_connections=max_connections, reload=partial(_reload, options), jobs=jobs,
+            )  # fmt: skip
         except OSError as error:
-            return _complain(
-                f"can't listen on {options.host} port {options.port}: {error.strerror or error}"
-            )
-        with server:
-            try:
-                store.look()
-                _serve(options, server, log, lines)
-            finally:
-                store.stop()
+            reason = error.strerror or error
+            return _complain(f"can't listen on {options.host} port {options.port}: {reason}")
+        with server, contextlib.closing(store):
+            store.look()
+            _serve(options, server, log, lines)
     finally:
         kept = log.close(LOG_CLOSE_S)
     lines.say(f"stopped {write_json(service.statistics.snapshot())}")
     if kept:
         return 0
-    unsynced = os.fstat(log.descriptor).st_size - log.position.size_bytes
+    unsynced = max(0, os.fstat(log.descriptor).st_size - log.position.size_bytes)
     lines.say(
-        f"the disk does not answer: {log.path} is not synced, {max(0, unsynced)} bytes of it are "
-        "not acknowledged"
+        f"the disk does not answer: {log.path} is not synced, {unsynced} bytes of it are not "
+        "acknowledged"
     )
     lines.finish(0.5)
     os._exit(1)  # its thread can't be ended while the disk holds it up
+
+
+def _service(
+    options: argparse.Namespace, log: MetricLog, clients: ClientList | None, lines: LineWriter
+) -> Service:
+    statistics = Statistics()
+    statistics.add(
+        "log_lines_dropped", "counter", "Lines of the server's log that nobody took.",
+        lambda: lines.dropped, "log_lines_dropped_total",
+    )  # fmt: skip
+    limiter = None
+    if options.rate_limit or clients is not None:  # listed clients may have rates of their own
+        limiter = SlidingWindowLimiter(options.rate_limit, stripes=options.stripes)
+    hosts = [options.host, *options.allowed_host]
+    return Service(log, limiter, statistics, clients=clients, allowed_hosts=hosts)
+
+
+def _store(
+    options: argparse.Namespace, service: Service
+) -> tuple[StoreClient, list[tuple[float, Callable[[], None]]]]:
+    """The store of a service, and what is to be done for it at which intervals in seconds."""
+    store_options = StoreOptions(
+        options.data_dir, options.max_series, options.retention, options.retention_size,
+        options.keep_log, options.query_timeout, options.query_memory, __version__,
+    )  # fmt: skip
+    store = StoreClient(service.log, service.statistics, store_options)
+    service.admit = store.admit
+    service.health_facts.append(store.health)
+    service.add_routes({f"{API_PREFIX}*": {"GET": store.ask, "POST": store.ask}})
+    jobs = [(TICK_S, store.look)]
+    if options.self_metrics:
+        jobs.append((options.self_metrics, store.send_own_metrics))
+    return store, jobs
 
 
 def _serve(options: argparse.Namespace, server: Server, log: MetricLog, lines: LineWriter) -> None:

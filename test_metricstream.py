@@ -2396,7 +2396,7 @@ def random_usual_body(rng: random.Random) -> bytes:
 
 
 def usual_lines(body: bytes) -> tuple[bytes, int] | None:
-    batch = metricstream.usual_batch(body, NOW_MS)
+    batch = metricstream.fast_batch(body, NOW_MS)
     return batch and (batch.lines, batch.count)
 
 
@@ -2411,7 +2411,7 @@ def test_usual_bodies_become_the_same_lines_as_by_the_plain_way(seed):
         lines = usual_lines(body)
         expected = plain_lines(body, NOW_MS)
         assert lines is None or lines == expected, body
-        assert metricstream._usual_tail.cache_info().currsize <= 4096
+        assert metricstream._line_tail.cache_info().currsize <= 4096
         fast += lines is not None
         refused += expected is None
     assert fast > 300 and refused > 300
