@@ -1442,6 +1442,26 @@ class MetricLog:
 
     At level `os` whoever appends writes. A thread does the rest: it writes (and syncs) what has
     gathered at the other levels, and changes files.
+
+    Here the disk is full after 8 bytes of the second line, and the file shows none of it:
+
+    >>> def full_disk(descriptor, lines):
+    ...     if len(lines) > 8:
+    ...         return os.write(descriptor, lines[:8])
+    ...     raise OSError(errno.ENOSPC, "No space left on device")
+    >>> import tempfile
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> with contextlib.closing(MetricLog(folder.name)) as log:
+    ...     log.append(b'{"first":1}\\n')
+    >>> with contextlib.closing(MetricLog(folder.name, write=full_disk)) as log:
+    ...     try:
+    ...         log.append(b'{"second":2}\\n')
+    ...     except LogError as error:
+    ...         print(str(error).partition(": ")[2])
+    ...     print(open(log.path).read(), end="")
+    No space left on device
+    {"first":1}
+    >>> folder.cleanup()
     """
 
     def __init__(
@@ -2387,6 +2407,26 @@ class Service:
     browser loads may write under addresses, `localhost` and the names in `allowed_hosts`. `admit`
     is called with each batch before it goes to the log, and may raise HTTPError; `health_facts`
     give further members of the answer to `GET /health`.
+
+    It knows nothing of sockets, so the whole way from bytes to bytes fits in a few lines. The
+    second request is over the rate, and the log holds one line:
+
+    >>> import tempfile
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> log, limiter = MetricLog(folder.name), SlidingWindowLimiter(1)
+    >>> service, reader = Service(log, limiter, Statistics()), RequestReader()
+    >>> body = b'{"metrics":[{"name":"cpu","value":1,"timestamp":0}]}'
+    >>> head = f"POST /metrics HTTP/1.1\\r\\nHost: a\\r\\nContent-Length: {len(body)}\\r\\n\\r\\n"
+    >>> reader.feed(2 * (head.encode() + body))
+    >>> for _ in range(2):
+    ...     print(service.answer(reader.next_request(), "10.0.0.7", 0.0).response.status)
+    200
+    429
+    >>> log.close()
+    True
+    >>> print(open(log.path).read(), end="")
+    {"timestamp":"1970-01-01T00:00:00.000Z","name":"cpu","value":1,"type":"gauge"}
+    >>> folder.cleanup()
     """
 
     def __init__(

@@ -7980,27 +7980,6 @@ def test_a_chapter_uses_only_what_stands_above_it():
             assert defined[node.id] <= chapter_of(node.lineno), f"line {node.lineno}: {node.id}"
 
 
-def readme_examples() -> list[tuple[str, str]]:
-    """The experiments of the README that need no server: a command, and what it prints."""
-    blocks = re.findall(r"```console\n\$ (.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
-    examples = []
-    for block in blocks:
-        match = re.fullmatch(r"(python3 -c '[^']*'[^\n]*)\n(.*)", block, re.DOTALL)
-        if match and "8080" not in block:
-            examples.append((match[1], match[2]))
-    return examples
-
-
-@pytest.mark.parametrize("command, printed", readme_examples())
-def test_the_experiments_of_the_readme_print_what_stands_below(command, printed, tmp_path):
-    command = command.replace("python3", sys.executable)
-    environment = {**os.environ, "PYTHONPATH": str(HERE)}
-    ran = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, text=True,
-                         capture_output=True, timeout=30)  # fmt: skip
-    times = re.compile(r'"timestamp":"[^"]*"')  # of the log's lines
-    assert times.sub("", ran.stdout) == times.sub("", printed), ran.stderr
-
-
 def test_the_examples_in_the_module_are_true():
     outcome = doctest.testmod(metricstream)
-    assert outcome.attempted > 15 and outcome.failed == 0
+    assert outcome.attempted > 100 and outcome.failed == 0
