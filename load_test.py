@@ -33,6 +33,7 @@ must account for every metric that it acknowledged. What is missing was lost.
 import argparse
 import bisect
 import contextlib
+import errno
 import gc
 import heapq
 import http.client
@@ -478,14 +479,15 @@ class LoadLoop:
         self.control = control  # anything that comes from the parent means: stop
         self.tally = Tally()
         self.tails = itertools.cycle(request_tails(options.batch, seed=process))
-        self.slots = range(process, options.slots(), options.processes)  # still to send
+        numbers = range(process + 1, options.clients + 1, options.processes)
+        requests = options.requests or sys.maxsize
+        self.clients = [Client(n, request_head(options, n), requests) for n in numbers]
         self.rate_per_s = options.rate_per_s or 0.0
         self.open_model = self.rate_per_s > 0
-        # The open model counts its slots, only the closed one the requests of each client.
-        self.requests = None if self.open_model else options.requests
-        remaining = self.requests or sys.maxsize
-        numbers = range(process + 1, options.clients + 1, options.processes)
-        self.clients = [Client(n, request_head(options, n), remaining) for n in numbers]
+        # The slots of the schedule go round all clients, so each process has those of its own.
+        rounds, rest = divmod(options.slots(), options.clients)
+        self.unsent_slots = rounds * len(numbers) + sum(number <= rest for number in numbers)
+        self.sent_slots = 0
         self.awaiting = 0  # clients that wait for an answer
         self.selector = selectors.DefaultSelector()
         self.known_good: set[bytes] = set()
@@ -516,11 +518,13 @@ class LoadLoop:
 
     def _slot_s(self) -> float:
         """The intended time of the next request of the open model."""
-        return self.start_s + self.slots[0] / self.rate_per_s
+        rounds, turn = divmod(self.sent_slots, len(self.clients))
+        slot = rounds * self.options.clients + self.clients[turn].number - 1
+        return self.start_s + slot / self.rate_per_s
 
     def _next_send_s(self) -> float:
         """When a free client sends the next request; infinity: none is free or nothing is left."""
-        if not self.free or (self.open_model and not self.slots):
+        if not self.free or (self.open_model and not self.unsent_slots):
             return math.inf
         free_s = self.free[0][0]
         return max(free_s, self._slot_s()) if self.open_model else free_s
@@ -529,7 +533,7 @@ class LoadLoop:
         now_s = clock()
         if now_s >= self.end_s:
             self.free.clear()
-        while self._next_send_s() <= now_s:
+        while self.free and self._next_send_s() <= now_s:
             self._send(heapq.heappop(self.free)[2])
 
     def _wait(self) -> list[tuple[selectors.SelectorKey, int]]:
@@ -570,8 +574,8 @@ class LoadLoop:
         self.tally.duration_s = now_s - self.start_s
         self.tally.unanswered = self.awaiting
         if self.tally.gave_up or now_s >= self.end_s:
-            self.tally.unsent = len(self.slots)
-        if self.tally.gave_up and self.requests:
+            self.tally.unsent = self.unsent_slots
+        if self.tally.gave_up and self.options.requests and not self.open_model:
             self.tally.unsent = sum(client.remaining for client in self.clients)
         for client in self.clients:
             self._disconnect(client)
@@ -587,7 +591,8 @@ class LoadLoop:
         client.sent_s = client.intended_s = clock()
         if self.open_model:
             client.intended_s = self._slot_s()
-            self.slots = self.slots[1:]
+            self.sent_slots += 1
+            self.unsent_slots -= 1
             lateness_s = client.sent_s - client.intended_s
             if lateness_s > LATE_S:
                 self.tally.late += 1
@@ -608,8 +613,9 @@ class LoadLoop:
         client.sock.setblocking(False)
         client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.selector.register(client.sock, selectors.EVENT_READ, client)
-        with contextlib.suppress(BlockingIOError):
-            client.sock.connect(self.server.address)
+        error_number = client.sock.connect_ex(self.server.address)
+        if error_number not in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
+            raise OSError(error_number, os.strerror(error_number))
 
     def _transmit(self, client: Client, unsent: bytes | memoryview) -> None:
         """Send what the socket takes now; the rest follows when the socket is writable."""
@@ -763,6 +769,7 @@ class LoadRun:
             theirs.close()  # so that the end of the process is seen as the end of the pipe
             self.controls.append(ours)
         signal.signal(signal.SIGINT, on_interrupt)
+        self.interrupted = False
         self.broken_processes = 0
 
     def start(self) -> None:
@@ -804,7 +811,7 @@ class LoadRun:
 
     def tally(self) -> Tally:
         """Return the sum over all processes, as far as they have told."""
-        tally = Tally(broken_processes=self.broken_processes)
+        tally = Tally(interrupted=self.interrupted, broken_processes=self.broken_processes)
         for part in self.tallies.values():
             tally.add(part)
         return tally
@@ -834,20 +841,17 @@ class Progress:
 def run_load(options: Options, server: Server, progress: Progress | None) -> Tally:
     """Run the whole load and return the sum; Ctrl-C ends it early."""
     run = LoadRun(options, server)
-    interrupted = False
     try:
         run.start()
         while not run.wait(PROGRESS_S):
             if progress:
                 progress.show(run.tally())
     except KeyboardInterrupt:
-        interrupted = True
+        run.interrupted = True
     if progress:
         progress.clear()
     run.stop()
-    tally = run.tally()
-    tally.interrupted = interrupted
-    return tally
+    return run.tally()
 
 
 # ---------------------------------------------------------------------------------------------
