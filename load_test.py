@@ -733,8 +733,8 @@ class LoadLoop:
 # 6. Processes
 #
 # One interpreter sends what one core can. Each process runs a loop with its share of the
-# clients (and of the open model's slots) and sends its tally to the parent once a second, which
-# only adds up and shows. So Ctrl-C loses nothing, not even with a process that hangs.
+# clients (and of the open model's slots) and sends its tally to the parent at every tick. The
+# parent only adds up and shows. So Ctrl-C loses nothing, not even with a process that hangs.
 # ---------------------------------------------------------------------------------------------
 
 
