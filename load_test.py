@@ -36,6 +36,7 @@ import contextlib
 import errno
 import gc
 import heapq
+import http.client
 import itertools
 import json
 import math
@@ -50,10 +51,11 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for_connections
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 clock = time.perf_counter  # the same clock in every process of one machine
@@ -76,21 +78,74 @@ KNOWN_ANSWERS = 1_024
 ERROR_CLASSES = ("connect", "timeout", "reset", "bad_response")
 
 
+# ---------------------------------------------------------------------------------------------
+# 1. Options
+#
+# An option is one row: its name and type in this program, then its name on the command line, the
+# values that it may have, its help, and its default. The command line is made from these rows.
+# ---------------------------------------------------------------------------------------------
+
+
+def number(kind: type, minimum: float, maximum: float = 1e9) -> Callable[[str], Any]:
+    """Return an argparse type: an int or float within these bounds."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not minimum <= value <= maximum:
+            noun = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(
+                f"must be {noun} from {minimum:g} to {maximum:,.0f}, not {text!r}"
+            )
+        return value
+
+    return parse
+
+
+def option(usage: str, parse: Callable[[str], Any], text: str, default: Any = None) -> Any:
+    """Return the row of one option; `usage` is its name, and the name of the value behind it."""
+    return field(default=default, metadata={"row": (usage, parse, text)})
+
+
+COUNT, SECONDS = number(int, 1), number(float, 0.001)
+# Half of the cores, for the server needs some too, and no more than four.
+DEFAULT_PROCESSES = max(1, min(4, (os.cpu_count() or 1) // 2))
+
+
 @dataclass(frozen=True)
 class Options:
-    """What the command line asked for."""
+    """What the command line asked for; without a rate it is the closed model."""
 
-    host: str
-    port: int
-    clients: int
-    requests: int | None  # for each client; None: as many as the duration allows
-    interval_s: float
-    batch: int  # metrics in a request
-    close: bool  # a new connection for each request
-    rate_per_s: float | None  # over all clients; None: closed model
-    duration_s: float | None
-    timeout_s: float
-    processes: int
+    host: str = option("--host HOST", str, "default: %(default)s", "127.0.0.1")
+    port: int = option("port", number(int, 1, 65535), "default: %(default)s", 8080)
+    clients: int = option("clients", COUNT, "default: %(default)s", 10)
+    requests: int | None = option(
+        "requests",
+        COUNT,
+        "for each client (default: 100; without limit where --duration or --rate is given)",
+    )
+    interval_s: float = option(
+        "interval_ms", number(float, 0), "pause of a client after an answer (default: 0)", 0.0
+    )
+    batch: int = option("--batch N", number(int, 1, 100_000), "metrics a request (default: 3)", 3)
+    close: bool = option("--close", bool, "a new connection for each request", False)
+    rate_per_s: float | None = option(
+        "--rate R", SECONDS, "open model: R requests/s over all clients, at times fixed in advance"
+    )
+    duration_s: float | None = option(
+        "--duration S", SECONDS, "end after S seconds (default with --rate and no requests: 10)"
+    )
+    timeout_s: float = option(
+        "--timeout S", SECONDS, "seconds to wait for an answer (default: 10)", 10.0
+    )
+    processes: int = option(
+        "--processes P",
+        number(int, 1, 256),
+        "processes that send (default here: %(default)s)",
+        DEFAULT_PROCESSES,
+    )
 
     @property
     def host_field(self) -> str:
@@ -98,24 +153,45 @@ class Options:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     def slots(self) -> int:
-        """How many requests an open run sends in all: whichever limit comes first."""
-        limits = []
-        if self.rate_per_s is not None and self.duration_s is not None:
+        """How many requests the open model sends in all: whichever limit comes first."""
+        limits = [self.clients * self.requests] if self.requests else []
+        if self.rate_per_s and self.duration_s:
             limits.append(math.ceil(self.rate_per_s * self.duration_s))
-        if self.requests is not None:
-            limits.append(self.clients * self.requests)
-        return min(limits)
+        return min(limits) if self.rate_per_s else 0
 
 
-class Server(NamedTuple):
-    """Where the server listens, as `socket` wants it."""
-
-    family: int
-    address: Any  # (host, port), and two numbers more for IPv6
+def parse_command_line() -> tuple[Options, argparse.Namespace]:
+    """Return the options of the load and all arguments; a mistake ends with exit status 2."""
+    cli = argparse.ArgumentParser(
+        prog="load_test.py",
+        description="Load a metrics server and check that it kept what it acknowledged.",
+        epilog="Exit status 0 only if every request succeeded and nothing was lost.",
+    )
+    add = cli.add_argument
+    for row in fields(Options):
+        usage, parse, text = row.metadata["row"]
+        name, _, value_name = usage.partition(" ")
+        value = {"type": parse, "default": row.default, "help": text}
+        if parse is bool:
+            add(name, action="store_true", help=text)
+        elif value_name:
+            add(name, dest=row.name, metavar=value_name, **value)
+        else:
+            add(row.name, metavar=name, nargs="?", **value)
+    add("--json", action="store_true", help="print one JSON object instead of the report")
+    add("--quiet", action="store_true", help="show no progress")
+    args = cli.parse_args()
+    args.interval_s /= 1e3  # the command line has milliseconds
+    if args.rate_per_s and args.interval_s:
+        cli.error("interval_ms paces the closed model and --rate the open one: give one of them")
+    if args.requests is None and args.duration_s is None:
+        args.duration_s, args.requests = (10.0, None) if args.rate_per_s else (None, 100)
+    args.processes = min(args.processes, args.clients)
+    return Options(**{row.name: getattr(args, row.name) for row in fields(Options)}), args
 
 
 # ---------------------------------------------------------------------------------------------
-# 1. Requests
+# 2. Requests
 #
 # A request is a head, which names the client, and a tail, which is the length and the body.
 # Heads belong to clients and tails are shared, so that 10,000 clients with batches of 1,000
@@ -154,19 +230,16 @@ def request_tails(batch: int, seed: int) -> list[bytes]:
 
 def request_head(options: Options, client_number: int) -> bytes:
     """Return the beginning of every request of one client, up to its Content-Length."""
-    lines = [
-        "POST /metrics HTTP/1.1",
-        f"Host: {options.host_field}",
-        f"Authorization: load_client_{client_number}",
-        "Content-Type: application/json",
-    ]
-    if options.close:
-        lines.append("Connection: close")
-    return "".join(f"{line}\r\n" for line in lines).encode()
+    connection = "Connection: close\r\n" if options.close else ""
+    return (
+        f"POST /metrics HTTP/1.1\r\nHost: {options.host_field}\r\n"
+        f"Authorization: load_client_{client_number}\r\n"
+        f"Content-Type: application/json\r\n{connection}"
+    ).encode()
 
 
 # ---------------------------------------------------------------------------------------------
-# 2. Answers
+# 3. Answers
 #
 # A tester that reads only "200" reports success for answers that were cut short. An answer is
 # read here as RFC 9112 frames it, then judged: success is 200 and the right `metrics_processed`.
@@ -188,16 +261,16 @@ class Answer(NamedTuple):
 
 
 def parse_head(head: bytes) -> tuple[int, int, dict[bytes, bytes]]:
-    """Return minor version, status, and the fields by name, all in lower case."""
+    """Return minor version, status, and the header fields by name, all in lower case."""
     status_line, *field_lines = head.split(b"\r\n")
     match = STATUS_LINE.fullmatch(status_line)
     if not match:
         raise BadResponse(f"not a status line: {status_line[:60]!r}")
-    fields = {}
+    header = {}
     for line in field_lines:
         name, _, value = line.partition(b":")
-        fields[name.lower()] = value.strip().lower()
-    return int(match[1]), int(match[2]), fields
+        header[name.lower()] = value.strip().lower()
+    return int(match[1]), int(match[2]), header
 
 
 def read_answer(received: bytes, ended: bool) -> Answer | None:
@@ -217,13 +290,13 @@ def read_answer(received: bytes, ended: bool) -> Answer | None:
         if ended:
             raise BadResponse(f"the connection ended within the head: {received[-60:]!r}")
         return None
-    minor_version, status, fields = parse_head(head)
+    minor_version, status, header = parse_head(head)
     if status < 200:  # an interim response, RFC 9110 section 15.2: the answer follows
         return read_answer(body, ended)
-    if b"transfer-encoding" in fields:
+    if b"transfer-encoding" in header:
         raise BadResponse("a transfer coding, which this tester does not read")
-    connection = fields.get(b"connection", b"keep-alive" if minor_version else b"close")
-    length = b"0" if status in (204, 304) else fields.get(b"content-length")
+    connection = header.get(b"connection", b"keep-alive" if minor_version else b"close")
+    length = b"0" if status in (204, 304) else header.get(b"content-length")
     if length is None:  # RFC 9112 section 6.3: such a body ends where the connection ends
         return Answer(status, body, keep_alive=False) if ended else None
     if not length.isdigit():
@@ -253,7 +326,7 @@ def acknowledgement_problem(body: bytes, batch: int) -> str | None:
 
 
 # ---------------------------------------------------------------------------------------------
-# 3. Measurements
+# 4. Measurements
 #
 # A histogram holds any number of latencies in constant memory, and those of several processes
 # add up exactly; percentiles of percentiles would not. Its buckets grow by 1 % each, so that a
@@ -338,25 +411,16 @@ class Tally:
     late: int = 0
     worst_lateness_s: float = 0.0
     unsent: int = 0
-    unanswered: int = 0  # still on their way when the run was stopped
+    unanswered: int = 0  # in transit when the run was stopped
     duration_s: float = 0.0
     gave_up: bool = False
+    interrupted: bool = False
+    broken_processes: int = 0  # that ended without a result
 
     @property
     def total(self) -> int:
         """Requests whose fate is known."""
         return self.accepted.total + self.refused.total + self.errors.total()
-
-    @property
-    def statuses(self) -> dict[int, int]:
-        """Answers by status, the good ones included."""
-        good = Counter({200: self.accepted.total} if self.accepted.total else {})
-        return dict(sorted((self.bad_statuses + good).items()))
-
-    def add_error(self, error_class: str, example: str) -> None:
-        """Count a request that got no answer, or not the right one."""
-        self.errors[error_class] += 1
-        self.examples.setdefault(error_class, example)
 
     def add(self, other: "Tally") -> None:
         """Count everything that another process has counted."""
@@ -375,12 +439,19 @@ class Tally:
 
 
 # ---------------------------------------------------------------------------------------------
-# 4. The loop: many clients, one thread
+# 5. The loop: many clients, one thread
 #
 # Every client is in one of two states: it waits for an answer, or it is in the heap `free`,
 # ordered by the time from which it may send. The closed model sends as soon as a client is
 # free; the open model needs a free client and a slot of the schedule that is due.
 # ---------------------------------------------------------------------------------------------
+
+
+class Server(NamedTuple):
+    """Where the server listens, as `socket` wants it."""
+
+    family: int
+    address: Any  # (host, port), and two numbers more for IPv6
 
 
 @dataclass(slots=True, eq=False)
@@ -409,70 +480,65 @@ class LoadLoop:
         self.tally = Tally()
         self.tails = itertools.cycle(request_tails(options.batch, seed=process))
         numbers = range(process + 1, options.clients + 1, options.processes)
-        requests = sys.maxsize if options.requests is None else options.requests
+        requests = options.requests or sys.maxsize
         self.clients = [Client(n, request_head(options, n), requests) for n in numbers]
+        self.rate_per_s = options.rate_per_s or 0.0
+        self.open_model = self.rate_per_s > 0
+        # The slots of the schedule go round all clients, so each process has those of its own.
+        rounds, rest = divmod(options.slots(), options.clients)
+        self.unsent_slots = rounds * len(numbers) + sum(number <= rest for number in numbers)
+        self.sent_slots = 0
         self.awaiting = 0  # clients that wait for an answer
         self.selector = selectors.DefaultSelector()
         self.known_good: set[bytes] = set()
-        self.open_model = options.rate_per_s is not None
-        self.slots = range(0)
-        if self.open_model:
-            self.slots = range(process, options.slots(), options.processes)
+        self.seen_answers = 0
+        self.failing_since_s = math.inf
 
     def run(self, start_s: float) -> Tally:
         """Send everything from `start_s` on and return when the last answer is in."""
         self.start_s = start_s
         self.end_s = start_s + (self.options.duration_s or math.inf)
+        self.end_s += GRACE_S if self.open_model else 0
         self.free = [(start_s, client.number, client) for client in self.clients]
-        self.next_slot = 0
         self.next_tick_s = start_s
-        self.failing_since_s: float | None = None
-        self.seen_answers = self.seen_errors = 0
-        while self.awaiting or self._has_more_to_send():
-            self._send_what_is_due()
+        self._send_what_is_due()
+        while self.awaiting or self._next_send_s() < math.inf:
             for key, events in self._wait():
-                if events & selectors.EVENT_WRITE:
-                    self._send_rest(key.data)
+                if events & selectors.EVENT_WRITE and key.data.unsent:
+                    self._transmit(key.data, key.data.unsent)
                 if events & selectors.EVENT_READ and key.data.sock is key.fileobj:
                     self._receive(key.data)
             if clock() >= self.next_tick_s and not self._tick():
                 break
+            self._send_what_is_due()
         self._finish()
         return self.tally
 
     # -- when to send
 
-    def _has_more_to_send(self) -> bool:
-        return self.next_slot < len(self.slots) if self.open_model else bool(self.free)
-
     def _slot_s(self) -> float:
         """The intended time of the next request of the open model."""
-        assert self.options.rate_per_s is not None
-        return self.start_s + self.slots[self.next_slot] / self.options.rate_per_s
+        rounds, turn = divmod(self.sent_slots, len(self.clients))
+        slot = rounds * self.options.clients + self.clients[turn].number - 1
+        return self.start_s + slot / self.rate_per_s
+
+    def _next_send_s(self) -> float:
+        """When a free client sends the next request; infinity: none is free or nothing is left."""
+        if not self.free or (self.open_model and not self.unsent_slots):
+            return math.inf
+        free_s = self.free[0][0]
+        return max(free_s, self._slot_s()) if self.open_model else free_s
 
     def _send_what_is_due(self) -> None:
         now_s = clock()
-        if now_s >= self.end_s + (GRACE_S if self.open_model else 0):
-            self.tally.unsent += len(self.slots) - self.next_slot
-            self.next_slot = len(self.slots)
+        if now_s >= self.end_s:
             self.free.clear()
-        while self.free and self.free[0][0] <= now_s:
-            intended_s = None
-            if self.open_model:
-                if not self._has_more_to_send() or self._slot_s() > now_s:
-                    return
-                intended_s = self._slot_s()
-                self.next_slot += 1
-            self._send(heapq.heappop(self.free)[2], intended_s)
+        while self.free and self._next_send_s() <= now_s:
+            self._send(heapq.heappop(self.free)[2])
 
     def _wait(self) -> list[tuple[selectors.SelectorKey, int]]:
         """Sleep until a socket is ready, a request is due or a tick; return ready sockets."""
-        wake_s = self.next_tick_s
-        if self.free and self._has_more_to_send():
-            due_s = self.free[0][0]
-            if self.open_model:
-                due_s = max(due_s, self._slot_s())
-            wake_s = min(wake_s, due_s)
+        wake_s = min(self._next_send_s(), self.next_tick_s)
         timeout_s = max(wake_s - clock(), 0)
         if timeout_s > 0 and wake_s < self.next_tick_s and hasattr(self.selector, "fileno"):
             # epoll counts in whole milliseconds, too coarse for a send time. select() takes
@@ -485,107 +551,91 @@ class LoadLoop:
         """Do what need not be done for each request; return whether to go on."""
         now_s = clock()
         self.next_tick_s = now_s + TICK_S
+        timeout_s = self.options.timeout_s
         for client in self.clients:
-            if client.awaiting and now_s - client.sent_s > self.options.timeout_s:
-                what = "answer" if client.connected else "connection"
-                self._fail(
-                    client,
-                    "timeout" if client.connected else "connect",
-                    f"no {what} within {self.options.timeout_s:g} s",
-                )
+            if client.awaiting and now_s - client.sent_s > timeout_s:
+                if client.connected:
+                    self._fail(client, "timeout", f"no answer within {timeout_s:g} s")
+                else:
+                    self._fail(client, "connect", f"no connection within {timeout_s:g} s")
         self.tally.duration_s = now_s - self.start_s
         self.control.send((False, self.tally))
         parent = multiprocessing.parent_process()
         if self.control.poll() or (parent is not None and not parent.is_alive()):
             return False
-        self.tally.gave_up = self._is_server_dead(now_s)
+        answers = self.tally.accepted.total + self.tally.refused.total
+        if answers > self.seen_answers:
+            self.seen_answers, self.failing_since_s = answers, math.inf
+        self.tally.gave_up = now_s - self.failing_since_s > max(GIVE_UP_S, 3 * timeout_s)
         return not self.tally.gave_up
 
-    def _is_server_dead(self, now_s: float) -> bool:
-        """Whether there were only failures for so long that going on is of no use."""
-        answers = self.tally.accepted.total + self.tally.refused.total
-        errors = self.tally.errors.total()
-        if answers > self.seen_answers:
-            self.failing_since_s = None
-        elif errors > self.seen_errors and self.failing_since_s is None:
-            self.failing_since_s = now_s
-        self.seen_answers, self.seen_errors = answers, errors
-        patience_s = max(GIVE_UP_S, 3 * self.options.timeout_s)
-        return self.failing_since_s is not None and now_s - self.failing_since_s > patience_s
-
     def _finish(self) -> None:
-        self.tally.duration_s = clock() - self.start_s
+        now_s = clock()
+        self.tally.duration_s = now_s - self.start_s
         self.tally.unanswered = self.awaiting
-        if self.tally.gave_up:
-            self.tally.unsent += len(self.slots) - self.next_slot
-            if not self.open_model and self.options.requests is not None:
-                self.tally.unsent += sum(client.remaining for client in self.clients)
+        if self.tally.gave_up or now_s >= self.end_s:
+            self.tally.unsent = self.unsent_slots
+        if self.tally.gave_up and self.options.requests and not self.open_model:
+            self.tally.unsent = sum(client.remaining for client in self.clients)
         for client in self.clients:
             self._disconnect(client)
         self.selector.close()
 
     # -- sending
 
-    def _send(self, client: Client, intended_s: float | None) -> None:
-        """Send the next request; without an intended time it is due now."""
+    def _send(self, client: Client) -> None:
+        """Send the next request."""
         client.awaiting = True
         self.awaiting += 1
         client.remaining -= 1
-        client.sent_s = clock()
-        if intended_s is None:
-            client.intended_s = client.sent_s
-        else:
-            client.intended_s = intended_s
-            lateness_s = client.sent_s - intended_s
+        client.sent_s = client.intended_s = clock()
+        if self.open_model:
+            client.intended_s = self._slot_s()
+            self.sent_slots += 1
+            self.unsent_slots -= 1
+            lateness_s = client.sent_s - client.intended_s
             if lateness_s > LATE_S:
                 self.tally.late += 1
                 self.tally.worst_lateness_s = max(self.tally.worst_lateness_s, lateness_s)
         request = client.head + next(self.tails)
         try:
-            sock = client.sock or self._connect(client)
-            # On loopback a connection is often there at once: trying saves a turn of the loop.
-            sent_bytes = sock.send(request)
+            if client.sock is None:
+                self._connect(client)
+        except OSError as error:
+            self._fail_with(client, error)
+        else:
+            self._transmit(client, request)  # a connection on loopback is often there at once
+
+    def _connect(self, client: Client) -> None:
+        """Begin to connect without waiting; raise OSError where that fails at once."""
+        client.connected = False
+        client.sock = socket.socket(self.server.family, socket.SOCK_STREAM)
+        client.sock.setblocking(False)
+        client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.selector.register(client.sock, selectors.EVENT_READ, client)
+        error_number = client.sock.connect_ex(self.server.address)
+        if error_number not in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
+            raise OSError(error_number, os.strerror(error_number))
+
+    def _transmit(self, client: Client, unsent: bytes | memoryview) -> None:
+        """Send what the socket takes now; the rest follows when the socket is writable."""
+        assert client.sock is not None
+        try:
+            sent_bytes = client.sock.send(unsent)
             client.connected = True
         except BlockingIOError:
             sent_bytes = 0
-        except OSError as error:
-            self._fail_with(client, error)
-            return
-        if sent_bytes < len(request):
-            client.unsent = memoryview(request)[sent_bytes:]
-            both = selectors.EVENT_READ | selectors.EVENT_WRITE
-            self.selector.modify(sock, both, client)
-
-    def _connect(self, client: Client) -> socket.socket:
-        """Begin to connect without waiting; raise OSError where that fails at once."""
-        sock = socket.socket(self.server.family, socket.SOCK_STREAM)
-        sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        error_number = sock.connect_ex(self.server.address)
-        client.connected = False
-        if error_number not in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
-            sock.close()
-            raise OSError(error_number, os.strerror(error_number))
-        client.sock = sock
-        self.selector.register(sock, selectors.EVENT_READ, client)
-        return sock
-
-    def _send_rest(self, client: Client) -> None:
-        """Go on with a request that the socket did not take as a whole."""
-        if client.sock is None or client.unsent is None:
-            return
-        try:
-            client.unsent = client.unsent[client.sock.send(client.unsent) :]
-            client.connected = True
-        except BlockingIOError:
-            return
         except OSError as error:
             if not client.connected:
                 self._fail_with(client, error)
                 return
             # The server may have answered (413, say) before it hung up: let _receive see.
-            client.unsent = None
-        if not client.unsent:
+            sent_bytes = len(unsent)
+        if sent_bytes < len(unsent):
+            client.unsent = memoryview(unsent)[sent_bytes:]
+            both = selectors.EVENT_READ | selectors.EVENT_WRITE
+            self.selector.modify(client.sock, both, client)
+        elif client.unsent is not None:
             client.unsent = None
             self.selector.modify(client.sock, selectors.EVENT_READ, client)
 
@@ -610,9 +660,7 @@ class LoadLoop:
         # Judging an answer takes 4 µs, recognising one that was judged before 0.1 µs.
         if received in self.known_good and client.awaiting and not client.received:
             self._accept(client, now_s, keep_alive=not self.options.close)
-        elif not client.awaiting:
-            self._disconnect(client)  # the server ends an idle connection, as it may
-        elif not received and not client.received:
+        elif not client.awaiting or not (received or client.received):
             self._fail(client, "reset", "the connection was closed without an answer")
         else:
             self._read(client, received, now_s)
@@ -635,7 +683,7 @@ class LoadLoop:
             self.tally.bad_statuses[200] += 1
             self._fail(client, "bad_response", problem_text)
         else:
-            if is_whole and keep_alive is not self.options.close:
+            if is_whole and keep_alive != self.options.close:
                 if len(self.known_good) >= KNOWN_ANSWERS:
                     self.known_good.clear()
                 self.known_good.add(received)
@@ -644,9 +692,8 @@ class LoadLoop:
     def _refuse(self, client: Client, answer: Answer, now_s: float, keep_alive: bool) -> None:
         self.tally.bad_statuses[answer.status] += 1
         self.tally.refused.record(now_s - client.intended_s)
-        kind = f"status {answer.status}"
-        if kind not in self.tally.examples:
-            self.tally.examples[kind] = answer.body[:200].decode("utf-8", "replace").strip()
+        example = answer.body[:200].decode("utf-8", "replace").strip()
+        self.tally.examples.setdefault(f"status {answer.status}", example)
         self._release(client, now_s, keep_alive)
 
     def _accept(self, client: Client, now_s: float, keep_alive: bool) -> None:
@@ -659,12 +706,15 @@ class LoadLoop:
         self._fail(client, "reset" if client.connected else "connect", str(error))
 
     def _fail(self, client: Client, error_class: str, example: str) -> None:
-        if not client.awaiting:
+        if not client.awaiting:  # the server ends an idle connection, as it may
             self._disconnect(client)
             return
-        self.tally.add_error(error_class, example)
+        now_s = clock()
+        self.failing_since_s = min(self.failing_since_s, now_s)
+        self.tally.errors[error_class] += 1
+        self.tally.examples.setdefault(error_class, example)
         pause_s = CONNECT_PAUSE_S if error_class == "connect" else 0
-        self._release(client, clock() + pause_s, keep_alive=False)
+        self._release(client, now_s + pause_s, keep_alive=False)
 
     def _release(self, client: Client, free_s: float, keep_alive: bool) -> None:
         """Let the client send again, from `free_s` on."""
@@ -680,11 +730,11 @@ class LoadLoop:
 
 
 # ---------------------------------------------------------------------------------------------
-# 5. Processes
+# 6. Processes
 #
 # One interpreter sends what one core can. Each process runs a loop with its share of the
-# clients (and of the open model's slots) and sends its tally to the parent once a second, which
-# only adds up and shows. So Ctrl-C loses nothing, not even with a process that hangs.
+# clients (and of the open model's slots) and sends its tally to the parent at every tick. The
+# parent only adds up and shows. So Ctrl-C loses nothing, not even with a process that hangs.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -711,25 +761,22 @@ class LoadRun:
         self.controls: list[Connection] = []
         self.tallies: dict[Connection, Tally] = {}
         self.unfinished: list[Connection] = []
-        self.processes = []
         for number in range(options.processes):
             ours, theirs = multiprocessing.Pipe()
-            process = multiprocessing.Process(
+            multiprocessing.Process(
                 target=run_process, args=(options, server, number, theirs), daemon=True
-            )
-            process.start()
+            ).start()
             theirs.close()  # so that the end of the process is seen as the end of the pipe
             self.controls.append(ours)
-            self.processes.append(process)
         signal.signal(signal.SIGINT, on_interrupt)
-        self.broken = 0  # processes that ended without a result
+        self.interrupted = False
+        self.broken_processes = 0
 
     def start(self) -> None:
         """Wait until everything is prepared, then let all processes begin at one moment."""
-        for control in self.controls:
-            self._take(control)
+        prepared = [control for control in self.controls if not self._take(control)]
         start_s = clock() + 0.02
-        for control in list(self.tallies):
+        for control in prepared:
             control.send(start_s)
             self.unfinished.append(control)
 
@@ -748,7 +795,7 @@ class LoadRun:
         try:
             message: tuple[bool, Tally] = control.recv()
         except (EOFError, ConnectionResetError):
-            self.broken += 1
+            self.broken_processes += 1
             return True
         done, self.tallies[control] = message
         return done
@@ -759,12 +806,12 @@ class LoadRun:
             with contextlib.suppress(OSError):  # it may just have ended by itself
                 control.send("stop")
         self.wait(STOP_S)
-        for process in self.processes:
+        for process in multiprocessing.active_children():
             process.kill()
 
     def tally(self) -> Tally:
         """Return the sum over all processes, as far as they have told."""
-        tally = Tally()
+        tally = Tally(interrupted=self.interrupted, broken_processes=self.broken_processes)
         for part in self.tallies.values():
             tally.add(part)
         return tally
@@ -775,57 +822,40 @@ class Progress:
 
     def __init__(self) -> None:
         self.shown = (0.0, 0)  # seconds, requests
-        self.in_place = sys.stderr.isatty()
+        self.start, self.end = ("\r\x1b[K", "") if sys.stderr.isatty() else ("", "\n")
 
     def show(self, tally: Tally) -> None:
         """Show how the last second went."""
         shown_s, shown_total = self.shown
         self.shown = (tally.duration_s, tally.total)
         rate_per_s = (tally.total - shown_total) / max(tally.duration_s - shown_s, 1e-9)
-        line = (
-            f"{tally.duration_s:6.1f} s  {tally.total:,} requests  {rate_per_s:,.0f}/s  "
-            f"{tally.total - tally.accepted.total:,} failed"
-        )
-        print(
-            f"\r{line}\x1b[K" if self.in_place else line,
-            end="" if self.in_place else "\n",
-            file=sys.stderr,
-            flush=True,
-        )
+        failed = tally.total - tally.accepted.total
+        line = f"{tally.duration_s:6.1f} s  {tally.total:,} requests  {rate_per_s:,.0f}/s"
+        print(f"{self.start}{line}  {failed:,} failed", end=self.end, file=sys.stderr, flush=True)
 
     def clear(self) -> None:
         """Leave the terminal's line empty for what follows."""
-        if self.in_place:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        print(end=self.start, file=sys.stderr, flush=True)
 
 
-class Outcome(NamedTuple):
-    """How the run ended."""
-
-    tally: Tally
-    interrupted: bool
-    broken_processes: int
-
-
-def run_load(options: Options, server: Server, progress: Progress | None) -> Outcome:
+def run_load(options: Options, server: Server, progress: Progress | None) -> Tally:
     """Run the whole load and return the sum; Ctrl-C ends it early."""
     run = LoadRun(options, server)
-    interrupted = False
     try:
         run.start()
         while not run.wait(PROGRESS_S):
             if progress:
                 progress.show(run.tally())
     except KeyboardInterrupt:
-        interrupted = True
+        run.interrupted = True
     if progress:
         progress.clear()
     run.stop()
-    return Outcome(run.tally(), interrupted, run.broken)
+    return run.tally()
 
 
 # ---------------------------------------------------------------------------------------------
-# 6. Audit
+# 7. Audit
 #
 # A server that answers 200 and drops the metrics is fast. Its counters, read before and after
 # the run, have to have grown by what it acknowledged. They may have grown by more: other clients
@@ -843,53 +873,44 @@ class Statistics(NamedTuple):
 class Audit(NamedTuple):
     """What the counters say; `lost` and `surplus` are None where they could not be compared."""
 
-    lost: int | None
-    surplus: int | None
     verdict: str
-    passed: bool
+    passed: bool = False
+    lost: int | None = None
+    surplus: int | None = None
 
 
 class NoStatistics(Exception):
     """The server could not be asked, or has no such counters."""
 
 
-def fetch_statistics(options: Options, server: Server) -> Statistics:
+def fetch_statistics(options: Options) -> Statistics:
     """Read the server's counters, or raise NoStatistics with the reason."""
-    request = (
-        f"GET /metrics HTTP/1.1\r\nHost: {options.host_field}\r\n"
-        "Authorization: load_audit\r\nConnection: close\r\n\r\n"
-    )
-    deadline_s = clock() + options.timeout_s
-    received, answer = b"", None
+    connection = http.client.HTTPConnection(options.host, options.port, options.timeout_s)
+    header = {"Authorization": "load_audit", "Connection": "close"}
     try:
-        with socket.socket(server.family, socket.SOCK_STREAM) as sock:
-            sock.settimeout(options.timeout_s)
-            sock.connect(server.address)
-            sock.sendall(request.encode())
-            while answer is None:
-                sock.settimeout(max(deadline_s - clock(), 0.001))
-                chunk = sock.recv(RECEIVE_BYTES)
-                received += chunk
-                answer = read_answer(received, ended=not chunk)
-        counters = json.loads(answer.body) if answer.status == 200 else {}
+        connection.request("GET", "/metrics", headers=header)
+        answer = connection.getresponse()
+        counters = json.loads(answer.read(MAX_ANSWER_BYTES)) if answer.status == 200 else {}
         return Statistics(int(counters["metrics_received"]), int(counters["batches_processed"]))
-    except (OSError, BadResponse) as problem:
+    except (OSError, http.client.HTTPException) as problem:
         raise NoStatistics(f"GET /metrics failed: {problem}") from None
     except (ValueError, KeyError, TypeError):
         raise NoStatistics("GET /metrics gives no metrics_received and batches_processed") from None
+    finally:
+        connection.close()
 
 
-def audit(options: Options, server: Server, before: Statistics | None, tally: Tally) -> Audit:
+def audit(options: Options, before: Statistics | None, tally: Tally) -> Audit:
     """Compare the server's counters with what it acknowledged during the run."""
     if before is None:
-        return Audit(None, None, "not possible: the server showed no statistics", passed=True)
+        return Audit("not possible: the server showed no statistics", passed=True)
     batches = tally.accepted.total
     deadline_s = clock() + SETTLE_S
     while True:
         try:
-            after = fetch_statistics(options, server)
+            after = fetch_statistics(options)
         except NoStatistics as problem:
-            return Audit(None, None, f"not possible after the run: {problem}", passed=False)
+            return Audit(f"not possible after the run: {problem}")
         more_batches = after.batches_processed - before.batches_processed - batches
         more_metrics = after.metrics_received - before.metrics_received - batches * options.batch
         if min(more_batches, more_metrics) >= 0 or clock() >= deadline_s:
@@ -897,28 +918,20 @@ def audit(options: Options, server: Server, before: Statistics | None, tally: Ta
         time.sleep(0.05)
     if after.metrics_received < before.metrics_received:
         return Audit(
-            None,
-            None,
-            "not possible: the counters went back, so the server was restarted during the run",
-            passed=False,
+            "not possible: the counters went back, so the server was restarted during the run"
         )
     acknowledged = f"{batches * options.batch:,} metrics acknowledged"
     lost = max(0, -more_metrics, -more_batches * options.batch)
     if lost:
-        return Audit(lost, 0, f"LOST {lost:,} of {acknowledged}", passed=False)
+        return Audit(f"LOST {lost:,} of {acknowledged}", lost=lost, surplus=0)
+    verdict = f"{acknowledged}, all accounted for"
     if more_metrics:
-        return Audit(
-            0,
-            more_metrics,
-            f"{acknowledged}, all accounted for, and {more_metrics:,} "
-            "more: of other clients, or whose answer did not arrive",
-            passed=True,
-        )
-    return Audit(0, 0, f"{acknowledged}, all accounted for", passed=True)
+        verdict += f", and {more_metrics:,} more: of other clients, or whose answer did not arrive"
+    return Audit(verdict, passed=True, lost=0, surplus=more_metrics)
 
 
 # ---------------------------------------------------------------------------------------------
-# 7. Report
+# 8. Report
 # ---------------------------------------------------------------------------------------------
 
 
@@ -935,11 +948,11 @@ def describe_model(options: Options) -> str:
     return f"{how}\n{clients}, {processes}"
 
 
-def report_figures(options: Options, outcome: Outcome, result: Audit) -> dict[str, Any]:
-    """Return all figures of a run, as `--json` prints them."""
-    tally = outcome.tally
+def report_figures(options: Options, tally: Tally, result: Audit) -> dict[str, Any]:
+    """Return all figures of a run: `--json` prints them, `report_lines` formats them."""
     successful, total = tally.accepted.total, tally.total
     duration_s = max(tally.duration_s, 1e-9)
+    statuses = tally.bad_statuses + Counter({200: successful})
     figures: dict[str, Any] = {
         "model": "closed" if options.rate_per_s is None else "open",
         "options": asdict(options),
@@ -953,7 +966,7 @@ def report_figures(options: Options, outcome: Outcome, result: Audit) -> dict[st
         "metrics_per_second": round(successful * options.batch / duration_s, 1),
         "latency_ms": tally.accepted.summary_ms(),
         "refused_latency_ms": tally.refused.summary_ms(),
-        "statuses": {str(status): count for status, count in tally.statuses.items()},
+        "statuses": {str(status): count for status, count in sorted(statuses.items())},
         "errors": {name: tally.errors[name] for name in ERROR_CLASSES},
         "examples": tally.examples,
         "unsent": tally.unsent,
@@ -962,8 +975,8 @@ def report_figures(options: Options, outcome: Outcome, result: Audit) -> dict[st
         "surplus": result.surplus,
         "audit": result.verdict,
         "gave_up": tally.gave_up,
-        "interrupted": outcome.interrupted,
-        "broken_processes": outcome.broken_processes,
+        "interrupted": tally.interrupted,
+        "broken_processes": tally.broken_processes,
     }
     if options.rate_per_s is not None:
         figures["service_time_ms"] = tally.service.summary_ms()
@@ -972,101 +985,80 @@ def report_figures(options: Options, outcome: Outcome, result: Audit) -> dict[st
     return figures
 
 
-def is_all_well(outcome: Outcome, result: Audit) -> bool:
-    """Whether every request that was due succeeded and nothing is missing."""
-    tally = outcome.tally
-    return (
-        0 < tally.total == tally.accepted.total
-        and not tally.unsent
-        and not outcome.broken_processes
-        and result.passed
-    )
+def format_statuses(statuses: dict[str, int]) -> str:
+    """Format the counts by status: 429 means too fast, another 4xx means wrong."""
+    remarks = {"429": " (over the rate limit)"}
+    parts = [f"{status}: {count:,}{remarks.get(status, '')}" for status, count in statuses.items()]
+    others = sum(statuses[status] for status in statuses if status[0] == "4" and status != "429")
+    if others:
+        parts.append(f"4xx other than 429: {others:,}")
+    return ", ".join(parts) or "none"
 
 
-def format_latencies(title: str, summary_ms: dict[str, float]) -> str:
-    """Format one line of latencies; what the sample does not support is not there."""
-    return f"{title:<18}" + "  ".join(
+def format_errors(errors: dict[str, int], examples: dict[str, str]) -> str:
+    """Format the counts of errors; a line for the first failure of each kind follows."""
+    counts = [f"{kind.replace('_', ' ')}: {count:,}" for kind, count in errors.items() if count]
+    firsts = [f"  first {kind.replace('_', ' ')}: {text}" for kind, text in examples.items()]
+    return "\n".join([", ".join(counts) or "none", *firsts])
+
+
+def format_latencies(summary_ms: dict[str, float]) -> str:
+    """Format latencies in milliseconds; what the sample does not support is not there."""
+    return "  ".join(
         f"{name} {ms:,.3g}" if ms < 100 else f"{name} {ms:,.0f}" for name, ms in summary_ms.items()
     )
 
 
-def format_statuses(statuses: dict[int, int]) -> str:
-    """Format the counts by status: 429 means too fast, another 4xx means wrong."""
-    parts = []
-    for status, count in statuses.items():
-        remark = " (over the rate limit)" if status == 429 else ""
-        parts.append(f"{status}: {count:,}{remark}")
-    other = sum(count for status, count in statuses.items() if 400 <= status < 500 != status)
-    other -= statuses.get(429, 0)
-    if other:
-        parts.append(f"4xx other than 429: {other:,}")
-    return ", ".join(parts) or "none"
+def request_rows(run: SimpleNamespace) -> Iterator[tuple[str, str]]:
+    """Yield label and text of each line about the requests."""
+    yield "duration", f"{run.duration_s:.2f} s"
+    yield "requests", f"{run.total:,} in all, {run.successful:,} successful, {run.failed:,} failed"
+    yield "success rate", f"{run.success_rate:.2%}" if run.total else "none"
+    attempted, accepted = run.attempted_per_second, run.accepted_per_second
+    yield "requests/s", f"{attempted:,.0f} attempted, {accepted:,.0f} accepted"
+    yield "metrics/s", f"{run.metrics_per_second:,.0f}"
+    yield "statuses", format_statuses(run.statuses)
+    yield "errors", format_errors(run.errors, run.examples)
+    if run.model == "open":
+        worst = f", the worst {run.worst_lateness_ms:,.1f} ms" if run.late else ""
+        yield "sent late", f"{run.late:,} by more than {LATE_S * 1e3:g} ms{worst}"
+    if run.unsent:
+        why = "the run was given up" if run.gave_up else "no client was free in time"
+        yield "not sent", f"{run.unsent:,}: {why}, so the latencies flatter the server"
+    yield "audit", run.audit
 
 
-def report_lines(options: Options, outcome: Outcome, figures: dict[str, Any]) -> Iterator[str]:
-    """Yield the report for people."""
-    tally = outcome.tally
-    yield describe_model(options)
-    if outcome.interrupted:
-        yield f"INTERRUPTED: what there is so far; {tally.unanswered:,} requests not yet answered"
-    if tally.gave_up:
-        yield "GAVE UP: for too long there was no answer at all"
-    if outcome.broken_processes:
-        yield f"BROKEN load processes: {outcome.broken_processes}; their last figures are missing"
-    yield ""
-    rate = f"{tally.accepted.total / tally.total:.2%}" if tally.total else "none"
-    yield f"duration          {tally.duration_s:.2f} s"
-    yield (
-        f"requests          {tally.total:,} in all, {figures['successful']:,} successful, "
-        f"{figures['failed']:,} failed"
-    )
-    yield f"success rate      {rate}"
-    yield (
-        f"requests/s        {figures['attempted_per_second']:,.0f} attempted, "
-        f"{figures['accepted_per_second']:,.0f} accepted"
-    )
-    yield f"metrics/s         {figures['metrics_per_second']:,.0f}"
-    yield f"statuses          {format_statuses(tally.statuses)}"
-    counts = ", ".join(
-        f"{name.replace('_', ' ')}: {tally.errors[name]:,}"
-        for name in ERROR_CLASSES
-        if tally.errors[name]
-    )
-    yield f"errors            {counts or 'none'}"
-    for name, example in tally.examples.items():
-        yield f"  first {name.replace('_', ' ')}: {example}"
-    yield from schedule_lines(options, tally)
-    yield f"audit             {figures['audit']}"
-    if tally.accepted.total:
-        yield ""
-        yield from latency_lines(figures)
-        yield ""
-        yield from tally.accepted.bars()
-
-
-def schedule_lines(options: Options, tally: Tally) -> Iterator[str]:
-    """Yield how well the plan was kept."""
-    if options.rate_per_s is not None:
-        worst = f", the worst {tally.worst_lateness_s * 1e3:,.1f} ms" if tally.late else ""
-        yield f"sent late         {tally.late:,} by more than {LATE_S * 1e3:g} ms{worst}"
-    if tally.unsent:
-        why = "the run was given up" if tally.gave_up else "no client was free in time"
-        yield f"not sent          {tally.unsent:,}: {why}, so the latencies flatter the server"
-
-
-def latency_lines(figures: dict[str, Any]) -> Iterator[str]:
-    """Yield the latencies in milliseconds, each kind on a line."""
-    if figures["model"] == "closed":
-        yield format_latencies("latency ms", figures["latency_ms"])
+def latency_rows(run: SimpleNamespace) -> Iterator[tuple[str, str]]:
+    """Yield label and text of each line of latencies."""
+    if run.model == "open":
+        yield "latency ms", format_latencies(run.latency_ms) + "  (from the intended time)"
+        yield "service time ms", format_latencies(run.service_time_ms) + "  (from sending)"
     else:
-        yield format_latencies("latency ms", figures["latency_ms"]) + "  (from the intended time)"
-        yield format_latencies("service time ms", figures["service_time_ms"]) + "  (from sending)"
-    if figures["refused_latency_ms"]:
-        yield format_latencies("refused ms", figures["refused_latency_ms"])
+        yield "latency ms", format_latencies(run.latency_ms)
+    if run.refused_latency_ms:
+        yield "refused ms", format_latencies(run.refused_latency_ms)
+
+
+def report_lines(options: Options, figures: dict[str, Any], bars: Iterator[str]) -> Iterator[str]:
+    """Yield the report for people."""
+    run = SimpleNamespace(**figures)
+    yield describe_model(options)
+    if run.interrupted:
+        yield f"INTERRUPTED: what there is so far; {run.unanswered:,} requests not yet answered"
+    if run.gave_up:
+        yield "GAVE UP: for too long there was no answer at all"
+    if run.broken_processes:
+        yield f"BROKEN load processes: {run.broken_processes}; their last figures are missing"
+    for rows in (request_rows, latency_rows) if run.successful else (request_rows,):
+        yield ""
+        yield from (f"{label:<18}{text}" for label, text in rows(run))
+    if run.successful:
+        yield ""
+        yield from bars
 
 
 # ---------------------------------------------------------------------------------------------
-# 8. Command line
+# 9. Start
 # ---------------------------------------------------------------------------------------------
 
 
@@ -1077,23 +1069,16 @@ def fail(message: str) -> SystemExit:
 
 def find_server(options: Options) -> Server:
     """Return the first address of the host at which something listens."""
-    problem: OSError | None = None
     try:
-        found = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise fail(f"host {options.host} is not known: {error.strerror}") from None
-    for family, _, _, _, address in found:
-        try:
-            with socket.socket(family, socket.SOCK_STREAM) as probe:
-                probe.settimeout(options.timeout_s)
-                probe.connect(address)
-                return Server(family, address)
-        except OSError as error:
-            problem = error
-    raise fail(
-        f"no server at {options.host_field} ({problem}); "
-        f"start one with: python3 metricstream.py {options.port}"
-    )
+        with socket.create_connection((options.host, options.port), options.timeout_s) as probe:
+            return Server(probe.family, probe.getpeername())
+    except socket.gaierror as problem:
+        raise fail(f"host {options.host} is not known: {problem.strerror}") from None
+    except OSError as problem:
+        raise fail(
+            f"no server at {options.host_field} ({problem}); "
+            f"start one with: python3 metricstream.py {options.port}"
+        ) from None
 
 
 def allow_open_files(needed: int) -> None:
@@ -1113,118 +1098,6 @@ def allow_open_files(needed: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
-def number(kind: type, minimum: float, maximum: float = 1e9) -> Any:
-    """Return an argparse type: an int or float within these bounds."""
-
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not minimum <= value <= maximum:
-            noun = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(
-                f"must be {noun} from {minimum:g} to {maximum:,.0f}, not {text!r}"
-            )
-        return value
-
-    return parse
-
-
-def default_processes() -> int:
-    """Half of the cores, for the server needs some too, and no more than four."""
-    return max(1, min(4, (os.cpu_count() or 1) // 2))
-
-
-def argument_parser() -> argparse.ArgumentParser:
-    """Describe the command line."""
-    cli = argparse.ArgumentParser(
-        prog="load_test.py",
-        description="Load a metrics server and check that it kept what it acknowledged.",
-        epilog="Exit status 0 only if every request succeeded and nothing was lost.",
-    )
-    positive, seconds = number(int, 1), number(float, 0.001)
-    add = cli.add_argument
-    add("port", nargs="?", type=number(int, 1, 65535), default=8080, help="default: 8080")
-    add("clients", nargs="?", type=positive, default=10, help="default: 10")
-    add(
-        "requests",
-        nargs="?",
-        type=positive,
-        help="for each client (default: 100; without limit where --duration or --rate is given)",
-    )
-    add(
-        "interval_ms",
-        nargs="?",
-        type=number(float, 0),
-        default=0.0,
-        help="pause of a client after an answer (default: 0)",
-    )
-    add("--host", default="127.0.0.1", help="default: 127.0.0.1")
-    add(
-        "--batch",
-        metavar="N",
-        type=number(int, 1, 100_000),
-        default=3,
-        help="metrics a request (default: 3)",
-    )
-    add("--close", action="store_true", help="a new connection for each request")
-    add(
-        "--rate",
-        metavar="R",
-        type=seconds,
-        help="open model: R requests/s over all clients, at times fixed in advance",
-    )
-    add(
-        "--duration",
-        metavar="S",
-        type=seconds,
-        help="end after S seconds (default with --rate and no requests: 10)",
-    )
-    add(
-        "--timeout",
-        metavar="S",
-        type=seconds,
-        default=10.0,
-        help="seconds to wait for an answer (default: 10)",
-    )
-    add(
-        "--processes",
-        metavar="P",
-        type=number(int, 1, 256),
-        default=default_processes(),
-        help="processes that send (default here: %(default)s)",
-    )
-    add("--json", action="store_true", help="print one JSON object instead of the report")
-    add("--quiet", action="store_true", help="show no progress")
-    return cli
-
-
-def parse_options(cli: argparse.ArgumentParser, args: argparse.Namespace) -> Options:
-    """Turn the command line into options, or end with exit status 2 and the reason."""
-    if args.rate and args.interval_ms:
-        cli.error("interval_ms paces the closed model and --rate the open one: give one of them")
-    requests, duration_s = args.requests, args.duration
-    if requests is None and duration_s is None:
-        if args.rate:
-            duration_s = 10.0
-        else:
-            requests = 100
-    return Options(
-        host=args.host,
-        port=args.port,
-        clients=args.clients,
-        requests=requests,
-        interval_s=args.interval_ms / 1e3,
-        batch=args.batch,
-        close=args.close,
-        rate_per_s=args.rate,
-        duration_s=duration_s,
-        timeout_s=args.timeout,
-        processes=min(args.processes, args.clients),
-    )
-
-
 def say(text: str) -> None:
     """Print; a reader that has left (`| head`) is no error."""
     try:
@@ -1235,22 +1108,22 @@ def say(text: str) -> None:
 
 def main() -> int:
     """Run the test that the command line asks for; return the exit status."""
-    cli = argument_parser()
-    args = cli.parse_args()
-    options = parse_options(cli, args)
+    options, args = parse_command_line()
     allow_open_files(options.clients // options.processes + 100)
     server = find_server(options)
     try:
-        before: Statistics | None = fetch_statistics(options, server)
+        before: Statistics | None = fetch_statistics(options)
     except NoStatistics:
         before = None
-    outcome = run_load(options, server, None if args.quiet else Progress())
-    result = audit(options, server, before, outcome.tally)
-    figures = report_figures(options, outcome, result)
-    say(json.dumps(figures) if args.json else "\n".join(report_lines(options, outcome, figures)))
-    if outcome.interrupted:
+    tally = run_load(options, server, None if args.quiet else Progress())
+    result = audit(options, before, tally)
+    figures = report_figures(options, tally, result)
+    report = report_lines(options, figures, tally.accepted.bars())
+    say(json.dumps(figures) if args.json else "\n".join(report))
+    if tally.interrupted:
         return 130
-    return 0 if is_all_well(outcome, result) else 1
+    all_well = 0 < tally.total == tally.accepted.total and not tally.unsent
+    return 0 if all_well and result.passed and not tally.broken_processes else 1
 
 
 if __name__ == "__main__":
