@@ -1,8 +1,9 @@
 """All tests of MetricStream, in the order of its chapters.
 
 Tables of cases in the domain's own words where the behaviour is known from an RFC; a real server on
-a real port for everything a user does, once for each model of threads. Nothing sleeps to wait for
-something: `eventually` polls until a condition holds.
+a real port for everything a user does, once for each model of threads. Crashes, faults and hostile
+clients meet real processes, which are ended by their own id. Nothing sleeps to wait for something:
+`eventually` polls until a condition holds. What all chapters use stands first.
 """
 
 import ast
@@ -38,8 +39,9 @@ import types
 import unicodedata
 import urllib.parse
 from array import array
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -81,8 +83,16 @@ from metricstream import (
     read_batch,
 )
 
+# ---- what the tests of all chapters use ----
+
 HERE = Path(__file__).resolve().parent
-SHORT = Timeouts(head_s=0.3, body_s=0.3, answer_s=0.3, idle_s=0.3, linger_s=0.3, stop_s=2.0)
+SOURCE = (HERE / "metricstream.py").read_text()
+SOAK_S = float(os.environ.get("METRICSTREAM_SOAK_S", "0"))  # set by `make soak`
+
+
+def scaled(short: int, soak: int) -> int:
+    """A number of clients or rounds, and what it is in a soak test."""
+    return soak if SOAK_S else short
 
 
 def eventually(condition: Callable[[], object], timeout_s: float = 10.0) -> object:
@@ -94,58 +104,109 @@ def eventually(condition: Callable[[], object], timeout_s: float = 10.0) -> obje
     return outcome
 
 
-class RunningServer(NamedTuple):
-    port: int
-    folder: Path
-    server: Server
-    service: Service
+def at_once(values: Iterable[Any] = ((),)) -> Callable[[Callable], Callable]:
+    """Make tests of a scenario of real processes, which takes a folder and one of the values, or
+    the parts of a tuple.
+
+    Processes wait for each other most of the time. So the scenarios run beside the other tests,
+    some at a time, and each of these tests waits for its own.
+    """
+    variants = [value if isinstance(value, tuple) else (value,) for value in values]
+
+    def decorate(scenario: Callable) -> Callable:
+        def test(request: pytest.FixtureRequest, outcomes: dict[str, Future]) -> None:
+            if skipped := outcomes[request.node.nodeid].result():
+                pytest.skip(skipped)
+
+        def test_one(number: int, request: Any, outcomes: dict[str, Future]) -> None:
+            test(request, outcomes)
+
+        test.__doc__ = test_one.__doc__ = scenario.__doc__
+        test.scenario = test_one.scenario = lambda folder, n=0: scenario(folder, *variants[n])
+        names = ["-".join(str(part)[:40] for part in variant) for variant in variants]
+        parametrize = pytest.mark.parametrize("number", range(len(variants)), ids=names)
+        return parametrize(test_one) if variants != [()] else test
+
+    return decorate
 
 
-@contextlib.contextmanager
-def running(folder: Path, *, limit: int = 0, durability: str = "os", log: MetricLog | None = None,
-            **options: object) -> Iterator[RunningServer]:  # fmt: skip
-    """A server of this process on a free port, stopped at the end."""
-    log = log or MetricLog(str(folder), durability)
-    service = Service(log, SlidingWindowLimiter(limit) if limit else None, Statistics())
-    with Server(("127.0.0.1", 0), service, **options) as server:  # type: ignore[arg-type]
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield RunningServer(server.server_address[1], folder, server, service)
-        finally:
-            server.shutdown()
-            thread.join()
-            log.close()
+def play(name: str, folder: Path, *number: int) -> str:
+    """Run the scenario of a test; why it was skipped, or ""."""
+    try:
+        globals()[name].scenario(folder, *number)
+    except pytest.skip.Exception as reason:
+        return str(reason)
+    return ""
 
 
-MODELS = [pytest.param(1, id="worker"), pytest.param(0, id="thread-each")]
+@pytest.fixture(scope="session", autouse=True)
+def outcomes(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Future]]:
+    """Starts the scenarios of the tests that are selected, before any other test; their outcomes by
+    the ids of the tests.
+    """
+    tests = [test for test in request.session.items if hasattr(test.function, "scenario")]
+    # Forks, made before there are threads: what they run need not be imported again. They leave the
+    # processor to the tests beside them.
+    fork = multiprocessing.get_context("fork")
+    pool = ProcessPoolExecutor(4, fork, initializer=os.nice, initargs=(5,))
+    try:
+        yield {
+            test.nodeid: pool.submit(
+                play, test.originalname, tmp_path_factory.mktemp("scenario"),
+                *(test.callspec.params.values() if hasattr(test, "callspec") else ()),
+            )
+            for test in tests
+        }  # fmt: skip
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-@pytest.fixture(scope="session", params=MODELS)
-def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator:
-    """A server with default settings and no rate limit, in both models of threads."""
-    with running(tmp_path_factory.mktemp("data"), threads=request.param) as started:
-        yield started
+def by_name(table: list) -> list:
+    return [pytest.param(*row[1:], id=row[0]) for row in table]
 
 
-@pytest.fixture(params=MODELS)
-def threads(request: pytest.FixtureRequest) -> int:
-    return request.param
+MIB = 1 << 20
+needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="there is no /proc")
+needs_prlimit = pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="needs prlimit")
+SHORT = Timeouts(head_s=0.3, body_s=0.3, answer_s=0.3, idle_s=0.3, linger_s=0.3, stop_s=2.0)
 
 
-# --------------------------------------------------------------------------------------------------
-# 1. HTTP
-# --------------------------------------------------------------------------------------------------
+class Clock:
+    """A clock that stands still until it is told to move."""
 
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def growth(work: Callable[[object], object], small: object, large: object, limit: float) -> float:
+    """How many times as long `work` takes for `large`: the best times of up to 20 rounds.
+
+    Noise only ever adds time, so as soon as the best times keep the limit, they have kept it.
+    """
+    best = [math.inf, math.inf]
+    for _ in range(20):
+        for index, size in enumerate((small, large)):
+            started = time.thread_time()
+            work(size)
+            best[index] = min(best[index], time.thread_time() - started)
+        if best[1] <= limit * best[0]:
+            break
+    return best[1] / best[0]
+
+
+# ---- requests, piece by piece ----
 
 BATCH = b'{"metrics":[{"name":"cpu","value":1}]}'
 BATCH_LENGTH = b"Content-Length: %d" % len(BATCH)
 BODY_LIMIT_BYTES = 1 << 20
 SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: localhost\r\n\r\n"
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
-
-
-# ---- requests, piece by piece ----
+FORM = "application/x-www-form-urlencoded"
 
 
 def head(line: bytes, *fields: bytes, host: bytes | None = b"Host: localhost") -> bytes:
@@ -185,7 +246,20 @@ def gzipped(content: bytes = BATCH, *fields: bytes) -> bytes:
     return post(b"Content-Encoding: gzip", *fields, body=content)
 
 
-# ---- a client that believes nothing ----
+def form_of(**parameters: object) -> bytes:
+    return urllib.parse.urlencode(parameters).encode()
+
+
+def octets_of(raw: bytes) -> list[bytes]:
+    return [raw[position : position + 1] for position in range(len(raw))]
+
+
+def tagged_metrics(count: int, value: bytes) -> bytes:
+    tags = b",".join(b'"t%d":"%b"' % (number, value) for number in range(32))
+    return b'{"metrics":[%b]}' % b",".join([b'{"name":"cpu","value":1,"tags":{%b}}' % tags] * count)
+
+
+# ---- a client that believes nothing, and Python's own ----
 
 
 class Answer(NamedTuple):
@@ -294,6 +368,10 @@ def exchange(port: int, raw: bytes, half_close: bool = False, timeout_s: float =
         return answers[:-1], False
 
 
+def readable(connection: socket.socket) -> bool:
+    return bool(select.select([connection], [], [], 0)[0])
+
+
 def is_healthy(answer: Answer) -> bool:
     """Whether ingestion is well; what the store says of itself may stand beside it."""
     health = {"status": "healthy", "service": "ingestion"}
@@ -305,8 +383,486 @@ def assert_healthy(port: int) -> None:
     assert not closed and is_healthy(answers[0])
 
 
-def by_name(table: list) -> list:
-    return [pytest.param(*row[1:], id=row[0]) for row in table]
+class Client(http.client.HTTPConnection):
+    """Python's own HTTP client, with the few words the tests need."""
+
+    def __init__(self, port: int, timeout_s: float = 10) -> None:
+        super().__init__("127.0.0.1", port, timeout=timeout_s)
+
+    def ask(self, method: str, path: str, body: object = None, **headers: str) -> Answer:
+        if isinstance(body, (dict, list)):
+            body = json.dumps(body).encode()
+        headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        self.request(method, path, body, headers)
+        response = self.getresponse()
+        fields = {name.lower(): value for name, value in response.getheaders()}
+        return Answer(response.status, fields, response.read())
+
+
+# ---- a server of this process ----
+
+
+class RunningServer(NamedTuple):
+    port: int
+    folder: Path
+    server: Server
+    service: Service
+
+
+@contextlib.contextmanager
+def running(folder: Path, *, limit: int = 0, log: MetricLog | None = None,
+            wall_clock: Callable[[], float] = time.time,
+            **options: object) -> Iterator[RunningServer]:  # fmt: skip
+    """A server of this process on a free port, stopped at the end."""
+    log = log or MetricLog(str(folder))
+    service = Service(log, SlidingWindowLimiter(limit) if limit else None, Statistics(), wall_clock)
+    with Server(("127.0.0.1", 0), service, **options) as server:  # type: ignore[arg-type]
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield RunningServer(server.server_address[1], folder, server, service)
+        finally:
+            server.shutdown()
+            thread.join()
+            log.close()
+
+
+MODELS = [pytest.param(1, id="worker"), pytest.param(0, id="thread-each")]
+
+
+@pytest.fixture(scope="session", params=MODELS)
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator:
+    """A server with default settings and no rate limit, in both models of threads."""
+    with running(tmp_path_factory.mktemp("data"), threads=request.param) as started:
+        yield started
+
+
+@pytest.fixture(params=MODELS)
+def threads(request: pytest.FixtureRequest) -> int:
+    return request.param
+
+
+@pytest.fixture
+def client(server: RunningServer) -> Iterator[Client]:
+    with contextlib.closing(Client(server.port)) as connection:
+        yield connection
+
+
+def a_service(folder: Path, limit: int = 0, **options: Any) -> Service:
+    limiter = SlidingWindowLimiter(limit) if limit else None
+    return Service(MetricLog(str(folder)), limiter, Statistics(), **options)
+
+
+def answer_to(service: Service, octets: bytes) -> metricstream.Response:
+    """The answer to one request, without a server."""
+    reader = RequestReader()
+    reader.feed(octets)
+    request = reader.next_request()
+    assert request is not None
+    answer = service.answer(request, "10.0.0.7", 0.0)
+    assert isinstance(answer, metricstream.Answer) and answer.response is not None
+    return answer.response
+
+
+def open_connections(started: RunningServer) -> int:
+    return started.service.statistics.snapshot()["connections_open"]
+
+
+# ---- server processes, and what they hold ----
+
+
+class ServerProcess:
+    """`python3 metricstream.py` as a user starts it."""
+
+    def __init__(self, folder: Path, *options: str, **environment: str) -> None:
+        command = [sys.executable, str(HERE / "metricstream.py"), "0", "--data-dir", str(folder)]
+        self.process = subprocess.Popen([*command, *options], env=os.environ | environment, text=True,
+                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+        assert self.process.stdout
+        self.startup_line = self.process.stdout.readline()
+        found = re.search(r"https?://(\S+):(\d+),", self.startup_line)
+        assert found, (self.startup_line, self.process.communicate(timeout=10))
+        self.port = int(found[2])
+        self.store_is_ready = False
+
+    def wait_for_store(self) -> None:
+        """Wait until the store has read the log."""
+        if not self.store_is_ready:
+            eventually(lambda: self.health().get("store") == "running")
+            self.store_is_ready = True
+
+    def health(self) -> dict:
+        with contextlib.closing(Client(self.port)) as client:
+            return client.ask("GET", "/health").json
+
+    def __enter__(self) -> "ServerProcess":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.communicate(timeout=10)
+
+    def stop(self, number: int = signal.SIGTERM) -> tuple[int, str, str]:
+        self.process.send_signal(number)
+        out, err = self.process.communicate(timeout=5)
+        return self.process.returncode, out, err
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(HERE / "metricstream.py"), *arguments],
+                          capture_output=True, text=True, timeout=20)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ServerProcess, Path]]:
+    """A server process that says all it can say."""
+    folder = tmp_path_factory.mktemp("watched")
+    with ServerProcess(folder, "--log-level", "debug", "--rate-limit", "0") as started:
+        yield started, folder
+
+
+def connections_of(started: ServerProcess) -> int:
+    """How many connections the server says are open, the asking one included."""
+    (answer,), _ = exchange(started.port, get(b"/metrics"))
+    return answer.json["connections_open"]  # type: ignore[index]
+
+
+def crowd(port: int, count: int, sent: bytes, stack: contextlib.ExitStack) -> list[socket.socket]:
+    """So many connections that have sent this, until the stack closes."""
+    connections = []
+    for _ in range(count):
+        connection = stack.enter_context(connect(port))
+        connection.sendall(sent)
+        connections.append(connection)
+    return connections
+
+
+def post_latencies(port: int, count: int, connections: int = 4) -> list[float]:
+    """Post so often, in turn over kept-alive connections; each answer is 200. Seconds, ascending."""
+    request, latencies = post(), []
+    with contextlib.ExitStack() as stack:
+        good = [stack.enter_context(connect(port, 30)) for _ in range(connections)]
+        for connection in itertools.islice(itertools.cycle(good), count):
+            began = time.perf_counter()
+            connection.sendall(request)
+            answer = connection.recv(1000)
+            latencies.append(time.perf_counter() - began)
+            assert answer.startswith(b"HTTP/1.1 200 ") and answer.endswith(b"}"), answer
+    return sorted(latencies)
+
+
+def limit_file_size(process: subprocess.Popen, size: int) -> None:
+    """Let the process write files up to this size and not beyond, as on a full disk."""
+    _, hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, hard))
+
+
+def children_of(pid: int) -> list[int]:
+    """The processes that come from another one, those of its children included."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, parent = path.read_text().rpartition(")")[2].split()[:2]
+            if state != "Z":
+                parents[int(path.parent.name)] = int(parent)
+    found = [child for child, parent in parents.items() if parent == pid]
+    return found + [grandchild for child in found for grandchild in children_of(child)]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+ABORT = struct.pack("ii", 1, 0)  # SO_LINGER: closing sends a reset
+
+
+class Footprint(NamedTuple):
+    """What a process holds now."""
+
+    resident_bytes: int
+    threads: int
+    files: int
+
+    @classmethod
+    def of(cls, pid: int) -> "Footprint":
+        status = Path(f"/proc/{pid}/status").read_text()
+        numbers = dict(re.findall(r"^(VmRSS|Threads):\s+(\d+)", status, re.MULTILINE))
+        files = len(os.listdir(f"/proc/{pid}/fd"))
+        return cls(1024 * int(numbers["VmRSS"]), int(numbers["Threads"]), files)
+
+
+@contextlib.contextmanager
+def leaving_nothing(pid: int) -> Iterator[Footprint]:
+    """Threads and files are again what they were before, memory too but for what malloc keeps."""
+    # without the interpreter lock each thread has a heap of its own, and its pages are given back late
+    has_lock = getattr(sys, "_is_gil_enabled", lambda: True)()
+    spare_bytes = (16 if has_lock else 64) * MIB
+    before = Footprint.of(pid)
+    yield before
+    with contextlib.suppress(AssertionError):  # the next line says what is left
+        eventually(lambda: Footprint.of(pid)[1:] == before[1:])
+    after = Footprint.of(pid)
+    assert after[1:] == before[1:]
+    assert after.resident_bytes - before.resident_bytes < spare_bytes
+
+
+@contextlib.contextmanager
+def besieged(folder: Path, threads: int, *options: str) -> Iterator[ServerProcess]:
+    """A server process that is warm, and is alive and well when the siege is over."""
+    arguments = ("--threads", str(threads), "--rate-limit", "0", *options)
+    with ServerProcess(folder, *arguments) as started:
+        files = len(os.listdir(f"/proc/{started.process.pid}/fd"))
+        with contextlib.ExitStack() as stack:  # first threads, buffers and memos are no leak
+            for connection in crowd(started.port, 40, post(), stack):
+                assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
+        # the housekeeper, the log's, the one that writes lines, and one that works or accepts
+        eventually(lambda: Footprint.of(started.process.pid)[1:] == (4, files))
+        yield started
+        assert_healthy(started.port)
+        status, out, err = started.stop()
+        assert (status, err) == (0, "") and out.startswith("stopped {") and out.count("\n") == 1, (
+            out
+        )
+
+
+# ---- the log, and disks that fail ----
+
+LEVELS = ["memory", "os", "disk"]
+NOW_MS = 1_758_116_723_123
+
+
+def lines_of(folder: Path) -> list[str]:
+    text = (folder / "metrics.jsonl").read_text()
+    assert text == "" or text.endswith("\n")
+    return text.splitlines()
+
+
+def logged(folder: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in lines_of(folder) if f'"name":{json.dumps(name)}' in line]
+
+
+def append_and_wait(log: MetricLog, lines: bytes) -> None:
+    durable = log.append(lines)
+    if durable is not None:
+        durable.result(10)
+
+
+class Disk:
+    """Stands for os.write and os.fsync: does what is planned for the next calls, hangs where it is
+    held, and works otherwise.
+    """
+
+    def __init__(self, *plan: int | Exception) -> None:
+        self.plan = list(plan)  # of each write: a number of bytes to take, or an error to raise
+        self.syncs: list[Exception] = []  # the errors of the next calls of fsync
+        self.sync_count = 0
+        self.stuck = threading.Event()  # set when a call hangs
+        self._held, self._lines, self._released = "", b"", threading.Event()
+
+    def hold(self, call: str = "write", lines: bytes = b"") -> None:
+        """Let these calls hang from now on; of writes only those of such lines."""
+        self._released.clear()
+        self._held, self._lines = call, lines
+
+    def release(self) -> None:
+        self._held = ""
+        self._released.set()
+
+    def _wait(self, call: str, octets: bytes = b"") -> None:
+        if call == self._held and self._lines in octets:
+            self.stuck.set()
+            assert self._released.wait(30)
+
+    def write(self, fd: int, octets: bytes) -> int:
+        self._wait("write", bytes(octets))
+        step = self.plan.pop(0) if self.plan else len(octets)
+        if isinstance(step, Exception):
+            raise step
+        return os.write(fd, octets[:step])
+
+    def fsync(self, fd: int) -> None:
+        self._wait("fsync")
+        self.sync_count += 1
+        if self.syncs:
+            raise self.syncs.pop(0)
+        os.fsync(fd)
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+BROKEN = OSError(errno.EIO, "Input/output error")
+
+
+# ---- writers that know what was acknowledged ----
+
+
+class Writers:
+    """Clients that post batches of uniquely named metrics until they are stopped or the server is
+    gone. They never send anything twice.
+    """
+
+    BATCH = 3
+
+    def __init__(self, port: int, prefix: str, count: int = 4, pause_s: float = 0.0) -> None:
+        self.acknowledged: set[str] = (
+            set()
+        )  # set.update holds no lock of ours: each thread adds its own
+        self.statuses: Counter[int] = Counter()
+        self.faults: list[Exception] = []  # answers that broke off
+        self._stopped = threading.Event()
+        self._pause_s = pause_s
+        self._lock = threading.Lock()  # guards acknowledged and statuses
+        self._threads = [threading.Thread(target=self._write, args=(port, f"{prefix}.{number}"))
+                         for number in range(count)]  # fmt: skip
+        for thread in self._threads:
+            thread.start()
+
+    def _write(self, port: int, prefix: str) -> None:
+        with contextlib.closing(Client(port)) as client:
+            for number in itertools.count():
+                names = [f"{prefix}.{number}.{index}" for index in range(self.BATCH)]
+                batch = {"metrics": [{"name": name, "value": number} for name in names]}
+                try:
+                    status = client.ask("POST", "/metrics", batch).status
+                except ConnectionError:  # refused, or closed without an octet of an answer
+                    return
+                except (http.client.HTTPException, OSError) as error:
+                    self.faults.append(error)
+                    return
+                with self._lock:
+                    self.statuses[status] += 1
+                    if status == 200:
+                        self.acknowledged.update(names)
+                if self._stopped.wait(self._pause_s) if self._pause_s else self._stopped.is_set():
+                    return
+
+    def join(self) -> None:
+        """Wait until all have ended by themselves: the server is gone."""
+        for thread in self._threads:
+            thread.join(30)
+            assert not thread.is_alive()
+        assert not self.faults
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self.join()
+
+
+def names_in(path: Path) -> list[str]:
+    """The names of all metrics in a log of which every line must be whole."""
+    octets = path.read_bytes()
+    assert octets.endswith(b"\n") or not octets
+    return [json.loads(line)["name"] for line in octets.splitlines()]
+
+
+def assert_kept(acknowledged: set[str], folder: Path) -> None:
+    """All that was acknowledged is in the log, and nothing is there twice."""
+    names = names_in(folder / "metrics.jsonl")
+    kept = set(names)
+    assert not acknowledged - kept
+    assert len(kept) == len(names)
+
+
+def assert_whole_batches(folder: Path) -> None:
+    batches = Counter(name.rpartition(".")[0] for name in names_in(folder / "metrics.jsonl"))
+    assert set(batches.values()) <= {Writers.BATCH}
+
+
+# ---- damage at random ----
+
+
+def damaged(
+    rng: random.Random, raw: bytes, tokens: list[bytes], other: Callable[[], bytes] = bytes
+) -> bytes:
+    """`raw` after one to four accidents: a flip, a cut, a repetition, another's end, or a token,
+    anywhere or between two lines.
+    """
+    for _ in range(rng.choice([1, 1, 1, 2, 4])):
+        start = rng.randrange(len(raw) + 1)
+        end = min(len(raw), start + rng.choice([1, 2, 8, 40]))
+        before, piece, after = raw[:start], raw[start:end], raw[end:]
+        accident = rng.randrange(6)
+        if accident == 0:
+            piece = bytes(octet ^ (1 << rng.randrange(8)) for octet in piece)
+        elif accident == 1:
+            piece = b""
+        elif accident == 2:
+            piece *= rng.choice([2, 3, 70])
+        elif accident == 3:
+            another = other()
+            after = another[rng.randrange(len(another) + 1) :]
+        elif accident == 4:
+            piece = rng.choice(tokens) + piece
+        else:  # where lines begin it does most harm
+            lines = raw.split(b"\r\n")
+            where = rng.randrange(len(lines) + 1)
+            lines[where:where] = [rng.choice(tokens).removesuffix(b"\r\n")]
+            before, piece, after = b"\r\n".join(lines), b"", b""
+        raw = before + piece + after
+    return raw
+
+
+def in_random_pieces(rng: random.Random, raw: bytes) -> list[bytes]:
+    cuts = sorted(rng.choices(range(len(raw) + 1), k=rng.choice([1, 3, 10])))
+    return [raw[start:end] for start, end in itertools.pairwise([0, *cuts, len(raw)])]
+
+
+def random_fast_body(rng: random.Random) -> bytes:
+    numbers = ["0", "-0", "-0.0", "7", "75.5", "75.50", "0.5", "-0.25", "0.00001", "1e3", "1E400", "007",
+               "123456789012345678901", "9999999999.99999", "0.1234567890123", "1.0", "-5", "00", "5.",
+               str(rng.randrange(10**12)), f"{rng.uniform(0, 100):.2f}", repr(rng.random())]  # fmt: skip
+    names = [
+        "cpu_usage",
+        "a b",
+        "",
+        "n" * 255,
+        "n" * 256,
+        "a}b",
+        "a{b",
+        "é",
+        "a\\nb",
+        "a,b",
+        "\x7f",
+        '",',
+    ]
+    types = ["gauge", "counter", "histogram", "summary", "rate", ""]
+    tags = ['{}', '{"host":"web1"}', '{"host": "web1", "region":"eu"}', '{"a":"1","a":"2"}', '{"a":1}',
+            '{"é":"ü"}', '{"a":"\\u0041\\n"}', '{"a":"}"}', '{"a":"{"}', '{"a":"\x01"}', '{"a":"b",}', "[]",
+            "{" + ",".join(f'"k{n}":"v"' for n in range(rng.choice((32, 33)))) + "}"]  # fmt: skip
+
+    def usually(usual: str, unusual: list[str]) -> str:
+        return usual if rng.random() < 0.93 else rng.choice(unusual)
+
+    colon, comma = rng.choice([(":", ","), (": ", ", ")])
+
+    def metric() -> str:
+        name = usually("requests_total", names)
+        number = rng.choice(numbers) if rng.random() < 0.5 else str(rng.randrange(100))
+        fields = [f'"name"{colon}"{name}"', f'"value"{colon}{number}']
+        if rng.random() < 0.8:
+            fields.append(f'"type"{colon}"{usually("gauge", types)}"')
+        if rng.random() < 0.8:
+            fields.append(f'"tags"{colon}{usually(tags[1], tags)}')
+        unusual = ['"timestamp":5', '"name":"again"', '"value":9', '"labels":{}', ""]
+        if rng.random() < 0.05:
+            fields.insert(rng.randrange(5), rng.choice(unusual))
+        return "{" + comma.join(fields) + "}"
+
+    metrics = comma.join(metric() for _ in range(rng.randrange(1, 4)))
+    return f'{{"metrics"{colon}[{metrics}]}}'.encode()
+
+
+# ==================================================================================================
+# PART I. INGESTION
+# ==================================================================================================
+
+
+# ==================================================================================================
+# HTTP
+# ==================================================================================================
 
 
 # ---- requests to refuse: name, octets, status (or the statuses the contract leaves open) ----
@@ -789,10 +1345,6 @@ def read_in_pieces(pieces: list[bytes]) -> Outcome:
     return Outcome(requests, None)
 
 
-def octets_of(raw: bytes) -> list[bytes]:
-    return [raw[position : position + 1] for position in range(len(raw))]
-
-
 def is_among(status: int | None, statuses: int | set[int]) -> bool:
     return status in (statuses if isinstance(statuses, set) else {statuses})
 
@@ -890,69 +1442,17 @@ def test_cr_at_the_end_of_a_body_is_no_part_of_the_next_line_end():
 
 
 @pytest.mark.parametrize("pieces, count", [
-    ([HEALTH * 20_000], 20_000),
-    ([post() * 10_000], 10_000),
-    (octets_of(post(body=b" " * 200_000)), 1),
-    ([chunked(in_chunks(b" " * 200_000, 1))], 1),
-    (octets_of(chunked(in_chunks(b" " * 40_000, 1))), 1),
-    (octets_of(get(b"/health", b"X-A: " + b"a" * 15_000) * 10), 10),
-], ids=["20,000 GETs at once", "10,000 POSTs at once", "body by octets", "chunks of an octet",
+    ([HEALTH * 10_000], 10_000),
+    ([post() * 5_000], 5_000),
+    (octets_of(post(body=b" " * 100_000)), 1),
+    ([chunked(in_chunks(b" " * 100_000, 1))], 1),
+    (octets_of(chunked(in_chunks(b" " * 20_000, 1))), 1),
+    (octets_of(get(b"/health", b"X-A: " + b"a" * 15_000) * 5), 5),
+], ids=["10,000 GETs at once", "5,000 POSTs at once", "body by octets", "chunks of an octet",
         "chunks of an octet by octets", "long heads by octets"])  # fmt: skip
 def test_reader_does_not_slow_down_with_what_it_holds(pieces, count):
     outcome = read_in_pieces(pieces)
     assert (len(outcome.requests), outcome.refusal) == (count, None)
-
-
-REFUSALS = {400, 411, 413, 414, 417, 431, 501, 505}
-
-HTTP_FRAGMENTS = [
-    b"\r\n", b"\r", b"\n", b"\r\n\r\n", b" ", b"\t", b"\0", b"\x7f", b"\x80", b":", b",", b";",
-    b"%", b"%41", b"%0a", b"#", b"?", b"*", b"/", b"0", b"5", b"+", b"-", b"_", b"chunked", b"gzip",
-    b"Content-Length: 5\r\n", b"Content-Length: 0\r\n", b"Transfer-Encoding: chunked\r\n",
-    b"Connection: close\r\n", b"Expect: x\r\n", b"Host: a\r\n", b"X: y\r\n", b"HTTP/1.1",
-    b"HTTP/1.0", b"http://a/", b"0\r\n\r\n", b"5\r\nhello\r\n", SMUGGLED,
-]  # fmt: skip
-
-
-def mutated_request(rng: random.Random, raw: bytes) -> bytes:
-    for _ in range(rng.randrange(1, 4)):
-        start = rng.randrange(len(raw) + 1)
-        end = min(len(raw), start + rng.randrange(1, 30))
-        piece = raw[start:end]
-        accident = rng.randrange(5)
-        if accident == 0:
-            piece = bytes(octet ^ (1 << rng.randrange(8)) for octet in piece[:1]) + piece[1:]
-        elif accident == 1:
-            piece = b""
-        elif accident == 2:
-            piece *= 2
-        else:
-            piece = rng.choice(HTTP_FRAGMENTS) + piece
-        raw = raw[:start] + piece + raw[end:]
-    return raw
-
-
-def random_pieces(rng: random.Random, raw: bytes) -> list[bytes]:
-    cuts = sorted(rng.choices(range(len(raw) + 1), k=rng.randrange(1, 12)))
-    return [raw[start:end] for start, end in zip([0, *cuts], [*cuts, len(raw)])]
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_damaged_requests_have_one_outcome_however_they_arrive(seed):
-    rng = random.Random(seed)
-    sound, malformed = ([row[1] for row in table if len(row[1]) < 2000]
-                        for table in (ODD_BUT_VALID, MALFORMED))  # fmt: skip
-    served = refused = 0
-    for _ in range(250):
-        raw = rng.choice(sound) + rng.choice(sound if rng.random() < 0.8 else malformed)
-        raw = mutated_request(rng, raw) + rng.choice([b"", HEALTH, post()])
-        whole = read_in_pieces([raw])
-        assert whole.refusal is None or whole.refusal in REFUSALS, raw
-        pieces = random_pieces(rng, raw)
-        assert read_in_pieces(pieces) == whole, pieces
-        served += len(whole.requests)
-        refused += whole.refusal is not None
-    assert served > 50 and refused > 50, "neither all sound nor all damaged"
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -967,6 +1467,17 @@ def test_a_head_that_was_seen_before_is_read_as_it_was_the_first_time(seed):
             except HTTPError as error:
                 outcomes.append((error.status, str(error)))
         assert outcomes[0] == outcomes[1] == outcomes[2]
+
+
+def test_an_idle_connection_holds_nothing_of_its_last_request():
+    body, reader = post(body=b" " * 1_000_000), RequestReader()
+    tracemalloc.start()
+    try:
+        reader.feed(body)
+        assert reader.next_request() is not None
+        assert tracemalloc.get_traced_memory()[0] < 50_000
+    finally:
+        tracemalloc.stop()
 
 
 # ---- the same over a socket, and what only a server shows ----
@@ -1084,18 +1595,6 @@ def test_sound_framing_keeps_the_connection_whatever_the_status(server, raw, sta
         assert_says_why(answers[0])
 
 
-@pytest.mark.parametrize("content", [
-    gzip.compress(b"\0" * 10_000_000),
-    gzip.compress(BATCH.ljust(BODY_LIMIT_BYTES + 1)),
-    gzip.compress(BATCH + b" " * 50_000_000) + b"garbage",
-], ids=["10 MB of zeros", "one octet beyond the limit", "50 MB of spaces and garbage"])  # fmt: skip
-def test_gzip_bomb_is_refused(server, content):
-    answers, _ = exchange(server.port, gzipped(content))
-    assert [answer.status for answer in answers] == [413]
-    assert_says_why(answers[0])
-    assert_healthy(server.port)
-
-
 def test_415_says_which_header_to_send(server):
     for raw in (post(b"Content-Type: text/plain"), post(b"Content-Encoding: br")):
         answers, _ = exchange(server.port, raw)
@@ -1166,6 +1665,23 @@ def test_request_may_arrive_octet_by_octet(server, raw):
         assert read_answer(stream).status == (400 if b"hello" in raw else 200)
         connection.sendall(HEALTH)
         assert is_healthy(read_answer(stream))
+
+
+@pytest.mark.parametrize("make, behind", [
+    (lambda: b"\0" * 10_000_000, b""), (lambda: BATCH.ljust(BODY_LIMIT_BYTES + 1), b""),
+    (lambda: BATCH + b" " * 20_000_000, b"garbage"), (lambda: b"[" * 20_000_000, b""),
+    (lambda: tagged_metrics(1000, b"v" * 1024), b""),
+], ids=["10 MB of zeros", "one octet beyond the limit", "20 MB of spaces and garbage", "brackets",
+        "a thousand metrics, 32 tags each"])  # fmt: skip
+def test_gzip_that_is_too_large_is_refused(watched, make, behind):
+    (started, _), content = watched, make()
+    packed = gzip.compress(content, 1) + behind
+    assert len(packed) < BODY_LIMIT_BYTES < len(content)
+    (answer,), closed = exchange(started.port, gzipped(packed))
+    assert (answer.status, closed) == (413, False)
+    assert_says_why(answer)
+    assert "gzip body of more than 1048576 bytes decoded" in answer.json["error"]
+    assert_healthy(started.port)
 
 
 # ---- Expect: 100-continue ----
@@ -1302,19 +1818,151 @@ def test_the_tables_hold_more_than_a_hundred_situations():
         assert len({row[0] for row in table}) == len(table), "two rows of one name"
 
 
-# --------------------------------------------------------------------------------------------------
-# 2. Rate limiting
-# --------------------------------------------------------------------------------------------------
+# ---- damaged requests ----
+
+def a_request(rng: random.Random) -> bytes:
+    """One or two whole requests, each sound in itself or a row of the tables."""
+    if rng.random() < 0.4:
+        sound, malformed = ([row[1] for row in table if len(row[1]) < 2000]
+                            for table in (ODD_BUT_VALID, MALFORMED))  # fmt: skip
+        last = rng.choice(sound if rng.random() < 0.8 else malformed)
+        return rng.choice(sound) + last + rng.choice([b"", HEALTH, post()])
+    batch = random_fast_body(rng) if rng.random() < 0.5 else BATCH
+    extended = b"".join(
+        b"%x ; a=b\r\n%b\r\n" % (len(piece), piece) for piece in (batch[:9], batch[9:]) if piece
+    )
+    sound = [
+        lambda: HEALTH,
+        lambda: get(b"/metrics", b"Accept: text/plain;q=0.5, */*;q=0.1"),
+        lambda: get(b"http://localhost:8080/metrics?x=%41"),
+        lambda: get(b"/%68ealth", b"Connection: close"),
+        lambda: head(b"HEAD /health HTTP/1.0", host=None),
+        lambda: head(b"GET /metrics HTTP/1.0", b"Connection: keep-alive"),
+        lambda: head(b"OPTIONS * HTTP/1.1"),
+        lambda: head(b"PUT /metrics HTTP/1.1", b"Content-Length: 0"),
+        lambda: b"\r\n" + post(body=batch),
+        lambda: post(b"Content-Type: application/json; charset=utf-8", b"Authorization: web1", body=batch),
+        lambda: post(b"Expect: 100-continue", b"Origin: http://localhost", body=batch),
+        lambda: gzipped(gzip.compress(batch)),
+        lambda: gzipped(gzip.compress(batch[:20]) + gzip.compress(batch[20:])),
+        lambda: chunked(in_chunks(batch)),
+        lambda: chunked(extended + b"0;last\r\nX-Sum: 1\r\nX-Note: two\r\n\r\n"),
+        lambda: framed(BATCH_LENGTH, version=b"HTTP/1.0"),
+    ]  # fmt: skip
+    return b"".join(rng.choice(sound)() for _ in range(rng.choice([1, 1, 2])))
 
 
-class Clock:
-    """A clock that stands still until it is told to move."""
+HTTP_TOKENS = [
+    b"\r\n", b"\n", b"\r", b"\r\n\r\n", b"\0", b" ", b"\t", b":", b";", b",", b"%", b"%00",
+    b"%0d%0a", b"#", b"?", b"\x7f", b"\x80", b"%41", b"*", b"/", b"0", b"5", b"+", b"-", b"_",
+    b"chunked", b"gzip", b"Content-Length: 5\r\n", b"Expect: x\r\n", b"X: y\r\n", b"HTTP/1.0",
+    b"http://a/", b"5\r\nhello\r\n", SMUGGLED,
+    b"Transfer-Encoding: chunked\r\n", b"Transfer-Encoding: gzip, chunked\r\n",
+    b"Content-Length: +5\r\n",
+    b"Content-Length: 0\r\n", b"Content-Length: 5, 5\r\n",
+    b"Content-Length: 99999999999999999999\r\n",
+    b"Content-Length: -1\r\n", b"Content-Length: 1048577\r\n", b"Expect: 200-maybe\r\n",
+    b"Host: b\r\n",
+    b"Content-Encoding: gzip\r\n", b"Content-Encoding: br\r\n", b"Connection: close\r\n",
+    b"Origin: null\r\n",
+    b"Content-Type: text/plain\r\n", b" folded\r\n", b"no colon\r\n", b"X: \xff\x80\r\n",
+    b"0\r\n\r\n", b"0\r\n",
+    b"ffffffffffffffff\r\n", b"10000000000000000\r\n", b"-1\r\n", b"0x5\r\n", b"5;a=\"\n\"\r\n",
+    b"HTTP/1.1",
+    b"HTTP/2.0", b"HTTP/0.9", b"GET ", b"POST /metrics HTTP/1.1\r\n", b"CONNECT ", b"\x1f\x8b\x08",
+    b"[::1]",
+    b"a" * 9_000, b"X: " + b"a" * 17_000 + b"\r\n", b"X: a\r\n" * 101,
+]  # fmt: skip
 
-    def __init__(self) -> None:
-        self.now = 1000.0
 
-    def __call__(self) -> float:
-        return self.now
+def a_damaged_request(rng: random.Random) -> bytes:
+    return damaged(rng, a_request(rng), HTTP_TOKENS, lambda: a_request(rng))
+
+
+# The README's table of statuses: what the reader may say, and what the service may. 408, 429, 500
+# and 503 would mean more than a bad request.
+READER_STATUSES = {400, 411, 413, 414, 417, 431, 501, 505}
+SERVICE_STATUSES = {200, 400, 403, 404, 405, 413, 415}
+
+
+@pytest.fixture
+def forgetful_service(tmp_path: Path) -> Iterator[Service]:
+    """A service whose log writes to nowhere."""
+    log = MetricLog(str(tmp_path), write=lambda _, lines: len(lines))
+    with contextlib.closing(log):
+        yield Service(log, None, Statistics())
+
+
+@pytest.mark.parametrize("seed", range(scaled(4, 80)))
+def test_damaged_requests_are_read_the_same_in_any_pieces(forgetful_service, seed):
+    """Whole, octet by octet or in between: the same requests and the same end; then an answer."""
+    rng = random.Random(f"requests {seed}")
+    seen: Counter[int | None] = Counter()
+    refused = 0
+    for _ in range(2_000):
+        raw = a_damaged_request(rng)
+        whole = read_in_pieces([raw])
+        pieces = (
+            octets_of(raw) if rng.random() < 0.03 and len(raw) < 999 else in_random_pieces(rng, raw)
+        )
+        cut = read_in_pieces(pieces)
+        # Of several faults the first to be seen is told: that of size can be before the line ends.
+        if {414, 431} & {whole.refusal, cut.refusal} and None not in (whole.refusal, cut.refusal):
+            cut = cut._replace(refusal=whole.refusal)
+        assert cut == whole, raw
+        assert whole.refusal in READER_STATUSES | {None}, raw
+        seen[whole.refusal] += 1
+        refused += whole.refusal is not None
+        reader = RequestReader()
+        reader.feed(raw)
+        for _ in whole.requests:
+            answer = forgetful_service.answer(reader.next_request(), "10.0.0.7", 0.0)
+            assert answer.response.status in SERVICE_STATUSES, raw
+            seen[answer.response.status] += 1
+    assert {None, 200, 400, 403, 404, 405, 411, 415, 417, 431} <= seen.keys(), seen
+    assert seen[200] > 50 and refused > 50, "neither all sound nor all damaged"
+
+
+@at_once([1, 0])
+def test_damaged_requests_over_a_socket_get_an_answer_or_the_end(tmp_path, threads):
+    """Nothing hangs, nothing is a fault of the server's own, and there are as many answers as the
+    reader finds requests and faults.
+    """
+    rng = random.Random(f"socket {threads}")
+    seen: Counter[int] = Counter()
+    with ServerProcess(tmp_path, "--threads", str(threads), "--rate-limit", "0") as started:
+        for _ in range(scaled(1_000, 30_000)):
+            raw = a_damaged_request(rng)
+            outcome = read_in_pieces([raw])
+            heads = [
+                index for index, request in enumerate(outcome.requests) if request[0] == "HEAD"
+            ]
+            answers, closed = exchange(
+                started.port, raw, half_close=True, timeout_s=10, heads=heads
+            )
+            assert closed
+            for answer in answers:
+                assert answer.status in READER_STATUSES | SERVICE_STATUSES, raw
+                seen[answer.status] += 1
+            *_, last = answers or [None]
+            until_close = [index for index, request in enumerate(outcome.requests, 1)
+                           if request[-2] is metricstream.CLOSE]  # fmt: skip
+            if until_close:
+                assert len(answers) == until_close[0], raw
+            elif outcome.refusal:
+                assert len(answers) == len(outcome.requests) + 1, raw
+            else:  # what is left of a request when the client ends it is a 400
+                assert len(answers) - len(outcome.requests) in (0, 1), raw
+                assert len(answers) == len(outcome.requests) or last.status == 400, raw
+        assert_healthy(started.port)
+        status, out, err = started.stop()
+    assert (status, err) == (0, "") and "Traceback" not in out and '"500"' not in out
+    assert {200, 400, 404, 405, 411, 415, 431} <= seen.keys()
+
+
+# ==================================================================================================
+# Rate limiting
+# ==================================================================================================
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 50])
@@ -1459,27 +2107,113 @@ def test_a_report_may_ask_the_limiter_itself():
     assert not reporter.is_alive() and seen == [("a", (1, 0))]
 
 
-def test_the_summary_of_the_limiter_is_one_line_whoever_asks():
-    limiter = SlidingWindowLimiter(1, clock=Clock())
-    for number in range(1000):
-        for _ in range(2 + number // 998):
-            limiter.decide(f"client\n{number} secret")
-    summary = metricstream.limiter_summary(limiter)
-    assert summary.startswith("clients: 1000 with 1000 requests allowed, 1002 refused; busiest ")
-    assert len(re.findall(r"[0-9a-f]{8} 1\+[12]", summary)) == 10 and len(summary) < 1000
-    assert "\n" not in summary and "secret" not in summary
-    assert metricstream.limiter_summary(limiter) == ""
-
-
 @pytest.mark.parametrize("stripes", [0, 3, 100])
 def test_the_number_of_stripes_is_a_power_of_two(stripes):
     with pytest.raises(ValueError, match="power of two"):
         SlidingWindowLimiter(1, stripes=stripes)
 
 
-# --------------------------------------------------------------------------------------------------
-# 3. JSON
-# --------------------------------------------------------------------------------------------------
+def test_a_lowered_rate_names_the_exact_wait():
+    times = iter([0.0, 0.1, 0.2, 0.3, 0.4])
+    limiter = SlidingWindowLimiter(4, clock=times.__next__)
+    for _ in range(4):
+        assert limiter.decide("web1").allowed
+    # of the four, all but one must have left the window: the third does so at 1.2
+    assert limiter.decide("web1", 2) == (False, 0, pytest.approx(0.8))
+
+
+def test_a_million_client_ids_are_remembered_in_bounded_memory():
+    """In this process: what the limiter holds is bounded, and given back when they are idle."""
+    now = [0.0]
+    limiter = SlidingWindowLimiter(10, clock=lambda: now[0])
+    tracemalloc.start()
+    try:
+        most = 0
+        for number in range(scaled(110_000, 1_000_000)):
+            now[0] += 1e-6  # all within the second, as fast as nobody can send
+            assert limiter.decide(f"client {number}").allowed
+            if number % 20_000 == 0:
+                most = max(most, tracemalloc.get_traced_memory()[0])
+        assert limiter.tracked <= metricstream.MAX_TRACKED_CLIENTS
+        assert most < 64 * MIB
+        now[0] += 2
+        assert sum(allowed for tally in limiter.drain() for allowed, _ in tally.values()) > number
+        assert limiter.tracked == 0
+        assert tracemalloc.get_traced_memory()[0] < 2 * MIB
+    finally:
+        tracemalloc.stop()
+
+
+@needs_proc
+@at_once()
+def test_client_ids_without_end_take_less_than_150_mib(tmp_path):
+    options = ("--log-level", "warning", "--rate-limit", "1000")
+    with ServerProcess(tmp_path, *options) as started, connect(started.port, 60) as client:
+        pid = started.process.pid
+        assert len(post_latencies(started.port, 100)) == 100
+        before = Footprint.of(pid).resident_bytes
+        most = before
+        count, step = scaled(12_000, 1_000_000), 200
+        with client.makefile("rb") as answers:
+            for start in range(0, count, step):
+                client.sendall(b"".join(post(b"Authorization: client-%d" % number)
+                                        for number in range(start, start + step)))  # fmt: skip
+                for _ in range(step):
+                    answer = read_answer(answers, False)
+                    assert answer is not None and answer.status == 200
+                most = max(most, Footprint.of(pid).resident_bytes)
+        assert most - before < 150 * MIB
+        # Idle ids are forgotten all along; once a minute the rest of them, and the tallies too.
+        # What stays are the memos and the ring, which are as large after any number of ids.
+        eventually(lambda: Footprint.of(pid).resident_bytes - before < 32 * MIB, 100)
+        assert started.stop()[0] == 0
+
+
+def paced_posts(
+    port: int, clients: int, per_second: float, duration_s: float, flood: int = 0
+) -> tuple[list[int], Counter[int]]:
+    """The statuses of the posts of so many clients at so many a second each, and of those of one
+    more client, which posts so often in each turn.
+    """
+    statuses: list[int] = []
+    flooded: Counter[int] = Counter()
+    with contextlib.ExitStack() as stack:
+        connections = [stack.enter_context(connect(port, 30)) for _ in range(clients)]
+        requests = [post(b"Authorization: good-%d" % number) for number in range(clients)]
+        flooder = stack.enter_context(connect(port, 30))
+        answers = stack.enter_context(flooder.makefile("rb"))
+        began = time.monotonic()
+        for turn in range(int(per_second * duration_s)):
+            threading.Event().wait(max(0.0, began + turn / per_second - time.monotonic()))
+            flooder.sendall(post(b"Authorization: flood") * flood)
+            for connection, request in zip(connections, requests, strict=True):
+                connection.sendall(request)
+            for connection in connections:
+                statuses.append(answer_on(connection).status)
+            for _ in range(flood):
+                answer = read_answer(answers)
+                assert answer is not None
+                flooded[answer.status] += 1
+            if time.monotonic() - began > duration_s:
+                break
+    return statuses, flooded
+
+
+def test_one_client_at_ten_times_its_limit_takes_nothing_from_the_others(tmp_path):
+    limit, others, seconds = 200, 10, 0.6
+    with ServerProcess(tmp_path, "--rate-limit", str(limit), "--log-level", "warning") as started:
+        quiet, _ = paced_posts(started.port, others, limit / 2, seconds)
+        besieged_, flooded = paced_posts(started.port, others, limit / 2, seconds, flood=20)
+        assert set(quiet) == set(besieged_) == {200}
+        assert len(besieged_) > 0.8 * len(quiet) > 0, (len(besieged_), len(quiet))
+        assert flooded[429] > limit and set(flooded) == {200, 429}
+        statistics = answer_once(started.port, get(b"/metrics")).json
+        assert statistics["rate_limited_requests"] == flooded[429]  # only the flooder's
+
+
+# ==================================================================================================
+# JSON
+# ==================================================================================================
 
 
 def nested(levels: int, inner: bytes = b"") -> bytes:
@@ -2009,33 +2743,15 @@ MEGABYTE = 1 << 20
 
 
 @pytest.mark.parametrize("document, value", by_name([
-    ("opening brackets", b"[" * MEGABYTE, JSONError),
-    ("opening braces", b"{" * MEGABYTE, JSONError),
-    ("objects in objects", b'{"a":' * (MEGABYTE // 5), JSONError),
-    ("digits", b"1" * MEGABYTE, JSONError),
-    ("zeros", b"0" * MEGABYTE, JSONError),
-    ("fraction digits", b"0." + b"0" * MEGABYTE, JSONError),
-    ("minus signs", b"-" * MEGABYTE, JSONError),
     ("a string", b'"' + b"a" * MEGABYTE + b'"', "a" * MEGABYTE),
-    ("an unclosed string", b'"' + b"a" * MEGABYTE, JSONError),
     ("escaped quotes", b'"' + b'\\"' * (MEGABYTE // 2) + b'"', '"' * (MEGABYTE // 2)),
     ("escaped pairs", b'"' + rb"\ud83d\ude39" * 87_381 + b'"', "\U0001f639" * 87_381),
-    ("unclosed escapes", b'"' + b"\\\\" * (MEGABYTE // 2), JSONError),
-    ("quotes", b'"' * MEGABYTE, JSONError),
-    ("spaces", b" " * MEGABYTE, JSONError),
     ("spaces and a value", b" " * MEGABYTE + b"1", 1),
-    ("newlines and an error", b"\n" * MEGABYTE + b"x", JSONError),
-    ("small numbers", b"[" + b"1," * (MEGABYTE // 2) + b"1]", [1] * (MEGABYTE // 2 + 1)),
-    ("commas", b"[" + b"," * MEGABYTE, JSONError),
+    ("small numbers", b"[" + b"1," * (MEGABYTE // 8) + b"1]", [1] * (MEGABYTE // 8 + 1)),
     ("one name again and again", b"{" + b'"a":1,' * 170_000 + b'"a":2}', {"a": 2}),
-    ("octets that are no UTF-8", b"\xff" * MEGABYTE, JSONError),
 ]))  # fmt: skip
-def test_a_megabyte_is_answered(document, value):
-    if value is JSONError:
-        with pytest.raises(JSONError):
-            parse_json(document)
-    else:
-        assert parse_json(document) == value
+def test_a_megabyte_is_read(document, value):
+    assert parse_json(document) == value
 
 
 # ---- the standard library as a witness ----
@@ -2105,25 +2821,6 @@ def test_what_the_standard_library_writes_is_read_back(seed):
         assert exact(parse_json(document)) == exact(value), document
 
 
-def mutated(rng: random.Random, document: bytes) -> bytes:
-    """`document` after one to three accidents: a flip, a cut, an insertion, a repetition."""
-    for _ in range(rng.randrange(1, 4)):
-        start = rng.randrange(len(document) + 1)
-        end = min(len(document), start + rng.randrange(1, 6))
-        before, piece, after = document[:start], document[start:end], document[end:]
-        accident = rng.randrange(4)
-        if accident == 0:
-            piece = bytes(octet ^ (1 << rng.randrange(8)) for octet in piece)
-        elif accident == 1:
-            piece = b""
-        elif accident == 2:
-            piece = rng.choice(JSON_FRAGMENTS) + piece
-        else:
-            piece *= rng.choice([2, 3, 70])
-        document = before + piece + after
-    return document
-
-
 JSON_FRAGMENTS = [
     b"[", b"]", b"{", b"}", b",", b":", b'"', b"\\", b"\\u", b"\\ud83d", b"\\ude39", b"0", b"1",
     b"-", b"+", b".", b"e", b"E5", b"1e400", b"null", b"true", b"NaN", b"Infinity", b" ", b"\n",
@@ -2138,7 +2835,7 @@ def test_damaged_documents_are_judged_as_the_standard_library_judges_them(seed):
     corpus = [document for _, document, *_ in ACCEPTED + REJECTED if len(document) < 500]
     for _ in range(300):
         original = rng.choice(corpus) if rng.random() < 0.5 else random_json(rng)[1]
-        document = mutated(rng, original)
+        document = damaged(rng, original, JSON_FRAGMENTS, lambda: random_json(rng)[1])
         try:
             expected = exact(strict_json(document))
         except ValueError:
@@ -2177,11 +2874,9 @@ def test_conformance_documents_through_the_server(server):
                 assert re.search(r"line \d+, column \d+", error), (name, error)
 
 
-# --------------------------------------------------------------------------------------------------
-# 4. Metrics
-# --------------------------------------------------------------------------------------------------
-
-NOW_MS = 1_758_116_723_123
+# ==================================================================================================
+# Metrics
+# ==================================================================================================
 
 
 def batch_of(**fields: object) -> dict:
@@ -2278,23 +2973,418 @@ def test_every_reason_is_told_up_to_ten():
     assert len(refused.value.reasons) == 10
 
 
-# --------------------------------------------------------------------------------------------------
-# 5. Log
-# --------------------------------------------------------------------------------------------------
-
-LEVELS = ["memory", "os", "disk"]
+# ==================================================================================================
+# Log
+# ==================================================================================================
 
 
-def lines_of(folder: Path) -> list[str]:
-    text = (folder / "metrics.jsonl").read_text()
-    assert text == "" or text.endswith("\n")
-    return text.splitlines()
+# ---- a body becomes lines ----
 
 
-def append_and_wait(log: MetricLog, lines: bytes) -> None:
-    durable = log.append(lines)
-    if durable is not None:
-        durable.result(10)
+def plain_lines(body: bytes, now_ms: int) -> tuple[bytes, int] | None:
+    """The lines of a body by the plain way; None where it is refused."""
+    try:
+        samples = read_batch(parse_json(body), now_ms)
+    except (JSONError, BatchError):
+        return None
+    return "".join(map(metricstream.log_line, samples)).encode(), len(samples)
+
+
+def fast_lines(body: bytes) -> tuple[bytes, int] | None:
+    batch = metricstream.fast_batch(body, NOW_MS)
+    return batch and (batch.lines, batch.count)
+
+
+@pytest.mark.parametrize("seed", range(scaled(4, 40)))
+def test_bodies_of_the_fast_path_become_the_same_lines_as_by_the_plain_way(seed):
+    rng = random.Random(seed)
+    fast = refused = 0
+    for count in range(1500):
+        body = random_fast_body(rng)
+        if count % 2:
+            body = damaged(rng, body, JSON_FRAGMENTS, lambda: random_fast_body(rng))
+        lines = fast_lines(body)
+        expected = plain_lines(body, NOW_MS)
+        assert lines is None or lines == expected, body
+        assert metricstream._line_tail.cache_info().currsize <= 4096
+        fast += lines is not None
+        refused += expected is None
+    assert fast > 300 and refused > 300
+
+
+@pytest.mark.parametrize("count", [1, 2, 999, 1000, 1001])
+def test_the_fast_path_keeps_the_bounds_of_a_batch(count):
+    body = json.dumps({"metrics": [{"name": "a", "value": 1.5}] * count}).encode()
+    assert fast_lines(body) == plain_lines(body, NOW_MS)
+
+
+def test_what_the_agents_of_the_readme_send_takes_the_fast_way():
+    for body in (b'{"metrics":[{"name":"cpu_usage","value":75.50,"type":"gauge","tags":{"host":"web1"}}]}',
+                 json.dumps({"metrics": [{"name": "a", "value": 1.25, "tags": {"k": "v"}}] * 3}).encode()):  # fmt: skip
+        assert fast_lines(body) == plain_lines(body, NOW_MS) != None  # noqa: E711
+
+
+# Timestamps as JSON and what the log makes of them; None: refused. The years are 1970 to 2200.
+GRAMMAR_TIMESTAMPS = {
+    "0": "1970-01-01T00:00:00.000Z", "-0.0": "1970-01-01T00:00:00.000Z",
+    "1758116723": "2025-09-17T13:45:23.000Z", "1758116723.123": "2025-09-17T13:45:23.123Z",
+    "1.758116723e9": "2025-09-17T13:45:23.000Z", "7289654399": "2200-12-31T23:59:59.000Z",
+    '"2025-09-17T13:45:23.123Z"': "2025-09-17T13:45:23.123Z",
+    '"2025-09-17 15:45:23+02:00"': "2025-09-17T13:45:23.000Z",
+    '"1969-12-31T23:00:00-01:00"': "1970-01-01T00:00:00.000Z",
+    '"2024-02-29T00:00:00z"': "2024-02-29T00:00:00.000Z",
+    "-1": None, "7289654400": None, "1758116723123": None, "1e300": None, "true": None,
+    "null": None,
+    '"2025-02-29T00:00:00Z"': None, '"2025-09-17T13:45:23"': None, '"1758116723"': None, '""': None,
+    '"1969-12-31T23:59:59Z"': None, '"2200-12-31T23:59:59-00:01"': None, '"2025-09-17"': None,
+    "[0]": None,
+}  # fmt: skip
+
+
+class BatchGrammar:
+    """Batches written rule by rule. Now and then a rule writes something else than it should."""
+
+    NUMBERS = ["0", "-0", "1", "-1.5", "75.50", "1e5", "1E-5", "123456789012345678901234567890",
+               "-1e-400", "1e308",
+               "9" * 995 + "e-900", "0." + "1" * 998, "1" * 300]  # fmt: skip
+    NAMES = ["cpu", "a" * 255, "😀" * 255, "é", 'q"\\/', "\u2028", "\u202e", "{}[],:", " ", "name"]
+    BAD_NAMES = ["", "a" * 256, "a\nb", "\0", "a\x7f", "\x85", "\x1b[31m"]
+    ODDITIES = ["null", "true", "false", "[]", "{}", '""', '"1"', "[[1]]", "{\"a\":{}}",
+                "[" * 61 + "]" * 61,
+                "[" * 62 + "]" * 62, "[" * 70 + "]" * 70, "1e400", "-1e999", "NaN", "Infinity",
+                "01", "+1", ".5",
+                "1.", "1e", "0x1", "1_0", "0." + "1" * 999, "'a'", '"\\ud800"', '"\\x"', '"a\tb"',
+                "", "nul", "\ufeff"]  # fmt: skip
+
+    def __init__(self, rng: random.Random, oddness: float) -> None:
+        self.rng, self.oddness = rng, oddness
+
+    def odd(self) -> bool:
+        return self.rng.random() < self.oddness
+
+    def space(self) -> str:
+        return self.rng.choice(" \t\r\n") * self.rng.randrange(1, 4) if self.odd() else ""
+
+    def punctuation(self, mark: str) -> str:
+        if self.rng.random() < self.oddness / 8:
+            mark = self.rng.choice(["", mark * 2, ",", ":", "\x0b", "\xa0", "}", "]"])
+        return self.space() + mark + self.space()
+
+    def string(self, text: str) -> str:
+        if self.odd():
+            return (
+                '"'
+                + "".join(
+                    f"\\u{unit:04X}" for unit in memoryview(text.encode("utf-16")[2:]).cast("H")
+                )
+                + '"'
+            )
+        return json.dumps(text, ensure_ascii=self.odd())
+
+    def something(self, usual: Callable[[], str]) -> str:
+        return self.rng.choice(self.ODDITIES) if self.rng.random() < self.oddness / 3 else usual()
+
+    def members(self, members: list[tuple[str, Callable[[], str]]]) -> str:
+        if self.odd():
+            self.rng.shuffle(members)
+        if members and self.odd():  # a name twice: the last one counts
+            members.insert(0, self.rng.choice(members))
+        if members and self.rng.random() < self.oddness / 6:
+            members.pop(self.rng.randrange(len(members)))
+        if self.rng.random() < self.oddness / 6:
+            members.append((self.rng.choice(["labels", "Name", "", "metric"]), lambda: "1"))
+        written = [
+            self.string(name) + self.punctuation(":") + self.something(value)
+            for name, value in members
+        ]
+        return "{" + self.space() + self.punctuation(",").join(written) + self.space() + "}"
+
+    def name(self) -> str:
+        return self.string(
+            self.rng.choice(self.BAD_NAMES if self.rng.random() < self.oddness / 3 else self.NAMES)
+        )
+
+    def type(self) -> str:
+        usual = ["gauge", "counter", "histogram", "summary"]
+        return self.string(self.rng.choice([*usual, "Gauge", ""] if self.odd() else usual))
+
+    def tags(self) -> str:
+        count = self.rng.choice([0, 1, 1, 2, 32] if not self.odd() else [31, 33])
+        keys = [f"{number}" for number in range(count)]
+        if keys and self.odd():
+            keys[0] = self.rng.choice(["k" * 128, "k" * 129, "", "😀" * 128, "\0\n"])
+        values = ["", "web1", "😀" * 1_024, "v" * (1_025 if self.odd() else 1_024), "\n\0"]
+        weights = [5, 50, 1, 1, 1]
+        return self.members([
+            (key, lambda: self.string(self.rng.choices(values, weights)[0])) for key in keys
+        ])  # fmt: skip
+
+    def timestamp(self) -> str:
+        valid = [text for text, logged in GRAMMAR_TIMESTAMPS.items() if logged]
+        return self.rng.choice(list(GRAMMAR_TIMESTAMPS) if self.odd() else valid)
+
+    def metric(self) -> str:
+        optional = [("type", self.type), ("tags", self.tags), ("timestamp", self.timestamp)]
+        chosen = [member for member in optional if self.rng.random() < 0.4]
+        return self.members(
+            [("name", self.name), ("value", lambda: self.rng.choice(self.NUMBERS)), *chosen]
+        )
+
+    def metrics(self) -> str:
+        count = self.rng.choice([0, 1, 2, 5] if self.odd() else [1, 1, 2])
+        return (
+            "["
+            + self.punctuation(",").join(self.something(self.metric) for _ in range(count))
+            + "]"
+        )
+
+    def batch(self) -> str:
+        return (
+            self.space()
+            + self.something(lambda: self.members([("metrics", self.metrics)]))
+            + self.space()
+        )
+
+
+def as_the_readme_has_it(body: bytes) -> list[dict] | None:
+    """What the log must say of a batch, by the limits of the README; None: it must be refused."""
+    is_number = lambda value: value is None or type(value) in (int, float)  # noqa: E731
+    try:
+        document = strict_json(body)
+    except ValueError:
+        return None
+    if not isinstance(document, dict) or document.keys() != {"metrics"}:
+        return None
+    metrics = document["metrics"]
+    if not isinstance(metrics, list) or not 1 <= len(metrics) <= 1_000:
+        return None
+    lines = []
+    moments = {exact(json.loads(text)): logged for text, logged in GRAMMAR_TIMESTAMPS.items()}
+    for metric in metrics:
+        if not isinstance(metric, dict) or not metric.keys() <= {
+            "name",
+            "value",
+            "type",
+            "tags",
+            "timestamp",
+        }:
+            return None
+        name, tags, type_ = metric.get("name"), metric.get("tags", {}), metric.get("type", "gauge")
+        if (
+            not isinstance(name, str)
+            or not 1 <= len(name) <= 255
+            or not is_number(metric.get("value", ""))
+        ):
+            return None
+        if any(unicodedata.category(character) == "Cc" for character in name):
+            return None
+        if (
+            type_ not in ("gauge", "counter", "histogram", "summary")
+            or not isinstance(tags, dict)
+            or len(tags) > 32
+        ):
+            return None
+        for key, value in tags.items():
+            if not 1 <= len(key) <= 128 or not isinstance(value, str) or len(value) > 1_024:
+                return None
+        moment = "2025-09-17T13:45:23.123Z"  # NOW_MS
+        if "timestamp" in metric:
+            moment = moments.get(exact(metric["timestamp"]))
+            if moment is None:
+                return None
+        line = {"timestamp": moment, "name": name, "value": metric["value"], "type": type_}
+        lines.append(line | ({"tags": tags} if tags else {}))
+    return lines
+
+
+@pytest.mark.parametrize("seed", range(scaled(3, 80)))
+def test_batches_of_a_grammar_are_judged_as_the_readme_says(seed):
+    rng = random.Random(f"grammar {seed}")
+    verdicts: Counter[bool] = Counter()
+    for _ in range(1_000):
+        body = (
+            BatchGrammar(rng, rng.choice([0.02, 0.1, 0.3])).batch().encode("utf-8", "surrogatepass")
+        )
+        expected = as_the_readme_has_it(body)
+        try:
+            batch = metricstream.read_body(body, NOW_MS)
+            lines, count = batch.lines, batch.count
+        except (JSONError, BatchError):
+            found = None
+        else:
+            found = [json.loads(line) for line in lines.splitlines()]
+            assert count == len(found)
+        assert exact(found) == exact(expected), body
+        verdicts[found is None] += 1
+    assert min(verdicts[True], verdicts[False]) > 200, verdicts
+
+
+def metric_with(member: bytes) -> bytes:
+    return b'{"metrics":[{"name":"cpu","value":1,%b}]}' % member
+
+
+# name, a document of about n octets, status, part of the answer
+WORST_DOCUMENTS: list[tuple[str, Callable[[int], bytes], int, str]] = [
+    ("arrays, never closed", lambda n: b"[" * n, 400, "nesting deeper than 64"),
+    ("arrays, closed", lambda n: b"[" * (n // 2) + b"]" * (n // 2), 400, "nesting deeper than 64"),
+    ("objects", lambda n: b'{"a":' * (n // 5), 400, "nesting deeper than 64"),
+    ("arrays in objects", lambda n: b'{"a":[' * (n // 6), 400, "nesting deeper than 64"),
+    ("arrays in a metric", lambda n: metric_with(b'"tags":' + b"[" * n),
+     400, "nesting deeper than 64"),
+    ("commas", lambda n: b"[" + b"," * (n - 1), 400, "expected a value"),
+    ("braces", lambda n: b"{" * n, 400, "expected a name in double quotes"),
+    ("zeros", lambda n: b"0" * n, 400, "expected the end of the text, found '0'"),
+    ("zeros of a fraction", lambda n: b"0." + b"0" * n, 400, "number of more than 1000 characters"),
+    ("octets that are no UTF-8", lambda n: b"\xff" * n, 400, "invalid UTF-8"),
+    ("arrays side by side", lambda n: b"[" + b"[]," * (n // 3), 400, "expected a value"),
+    ("the deepest, again and again",
+     lambda n: b"[%b]" % b",".join([b"[" * 63 + b"]" * 63] * (n // 127)), 400, "must be an object"),
+    ("integer", lambda n: metric_with(b'"value":' + b"1" * n),
+     400, "number of more than 1000 characters"),
+    ("fraction", lambda n: metric_with(b'"value":0.' + b"1" * n),
+     400, "number of more than 1000 characters"),
+    ("exponent", lambda n: metric_with(b'"value":1e' + b"0" * n),
+     400, "number of more than 1000 characters"),
+    ("negative number alone", lambda n: b"-" + b"9" * n,
+     400, "number of more than 1000 characters"),
+    ("number of zeros", lambda n: metric_with(b'"value":' + b"0" * n),
+     400, "expected ',' or '}', found '0'"),
+    ("longest numbers", lambda n: b"[%b]" % b",".join([b"1" * 300] * (n // 301)),
+     400, "must be an object"),
+    ("minus signs", lambda n: b"-" * n, 400, "expected a value, found '-' at line 1, column 1"),
+    ("numbers", lambda n: b"[%b0]" % (b"0," * (n // 2)), 400, "must be an object"),
+    ("literals", lambda n: b"[%b" % (b"true," * (n // 5)), 400, "expected a value, found the end"),
+    ("string", lambda n: b'"%b"' % (b"a" * n), 400, "must be an object"),
+    ("string, never closed", lambda n: b'{"metrics":"' + b"a" * n,
+     400, "found the end of the text"),
+    ("string, not UTF-8 at its end", lambda n: b'"%b\xff"' % (b"a" * n), 400, "invalid UTF-8"),
+    ("string beyond ASCII", lambda n: b'"%b"' % ("é".encode() * (n // 2)),
+     400, "must be an object"),
+    ("escapes", lambda n: b'"%b"' % (b"\\n" * (n // 2)), 400, "must be an object"),
+    ("escapes in hex", lambda n: b'"%b"' % (b"\\u0041" * (n // 6)), 400, "must be an object"),
+    ("surrogate pairs", lambda n: b'"%b"' % (b"\\ud83d\\ude00" * (n // 12)),
+     400, "must be an object"),
+    ("lone surrogate at the end", lambda n: b'"%b\\ud83d"' % (b"a" * n), 400, "lone surrogate"),
+    ("backslashes", lambda n: b'"' + b"\\\\" * (n // 2), 400, "found the end of the text"),
+    ("backslashes alone", lambda n: b"\\" * n, 400, "expected a value"),
+    ("quotes", lambda n: b'"' * n, 400, "expected the end of the text, found '\"'"),
+    ("quotes in a list", lambda n: b'["",%b' % (b'"",' * (n // 3)),
+     400, "expected a value, found the end"),
+    ("a name repeated", lambda n: metric_with(b",".join([b'"name":"again"'] * (n // 15))),
+     200, "success"),
+    ("metrics repeated",
+     lambda n: b'{%b"metrics":[{"name":"a","value":1}]}' % (b'"metrics":[],' * (n // 13)),
+     200, "success"),
+    ("unknown fields", lambda n: metric_with(b",".join(b'"%06d":0' % i for i in range(n // 11))),
+     400, "unknown field"),
+    ("unknown fields outside",
+     lambda n: b'{"metrics":[],%b}' % b",".join(b'"%06d":0' % i for i in range(n // 11)),
+     400, "unknown field"),
+    ("too many tags",
+     lambda n: metric_with(b'"tags":{%b}' % b",".join(b'"%06d":""' % i for i in range(n // 12))),
+     400, "must be at most 32"),
+    ("bad tags",
+     lambda n: metric_with(b'"tags":{%b}' % b",".join(b'"%06d":0' % i for i in range(n // 11))),
+     400, "must be at most 32, not"),
+    ("metrics of 32 tags each", lambda n: tagged_metrics(n // 1000, b"v" * 21),
+     200, "metrics_processed"),
+    ("usual metrics",
+     lambda n: b'{"metrics":[%b]}' % b",".join([b'{"name":"%b","value":1}' % (b"n" * 200)] * (n // 1000)),
+     200, "metrics_processed"),
+    ("usual metrics, one fault at the end",
+     lambda n: b'{"metrics":[%b{]}' % (b'{"name":"a","value":1},' * (n // 24)),
+     400, "expected a name in double quotes"),
+    ("too many metrics", lambda n: b'{"metrics":[%b0]}' % (b"0," * (n // 2)),
+     400, "must be a list of 1 to 1000 metrics, not"),
+    ("beginnings of a metric", lambda n: b'{"metrics":[' + b'{"name":"a","value":' * (n // 20),
+     400, "nesting deeper than 64"),
+    ("name", lambda n: metric_with(b'"name":"%b"' % (b"a" * n)),
+     400, "must be a string of 1 to 255 characters"),
+    ("name of a field", lambda n: metric_with(b'"%b":1' % (b"a" * n)), 400, "unknown field"),
+    ("type", lambda n: metric_with(b'"type":"%b"' % (b"a" * n)), 400, "must be one of gauge"),
+    ("value of a tag", lambda n: metric_with(b'"tags":{"a":"%b"}' % (b"a" * n)),
+     400, "must have at most 1024 characters"),
+    ("key of a tag", lambda n: metric_with(b'"tags":{"%b":"a"}' % (b"a" * n)),
+     400, "must have 1 to 128 characters"),
+    ("timestamp", lambda n: metric_with(b'"timestamp":"%b"' % (b"1" * n)),
+     400, "must be Unix seconds or an ISO 8601"),
+    ("spaces", lambda n: b'{"metrics":[%b{"name":"a","value":1}]}' % (b" " * n), 200, "success"),
+    ("spaces alone", lambda n: b" " * n,
+     400, "expected a value, found the end of the text at line 1, column"),
+    ("line feeds", lambda n: b"\n" * n + b"x", 400, "expected a value, found 'x' at line"),
+    ("NULs", lambda n: b"\0" * n, 400, "expected a value, found '\\x00'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("document, status, part", by_name(WORST_DOCUMENTS))
+def test_the_worst_json_gets_a_clear_and_short_answer(
+    watched, document, status, part
+):
+    started, _ = watched
+    body = document(scaled(250_000, 1_000_000))
+    assert 50_000 < len(body) <= BODY_LIMIT_BYTES
+    (answer,), closed = exchange(started.port, post(body=body), timeout_s=30)
+    assert answer.status == status and not closed
+    assert part in answer.json.get("error", answer.body.decode())
+    assert len(answer.body) < 3_000
+
+
+@pytest.mark.parametrize("document", [pytest.param(row[1], id=row[0]) for row in WORST_DOCUMENTS])
+def test_the_work_for_json_is_linear(document):
+    """Four times the document is about four times the time: 16 times would be quadratic."""
+
+    def work(body: bytes) -> None:
+        with contextlib.suppress(JSONError, BatchError):
+            metricstream.read_body(body, 0)
+
+    assert growth(work, document(20_000), document(80_000), 8) <= 8
+
+
+NASTY_TEXTS = {
+    "line feed": "a\nb", "carriage return": "a\rb", "CRLF and a line": "\r\n{}",
+    "a whole line": '"}\n{"name":"forged","value":1}\n',
+    "a tally": "x: 9 allowed, 0 refused\nclient y",
+    "a label": '"} 1\nforged{a="', "quote": '"', "apostrophe": "'", "backslash": "a\\",
+    "a \\n": "a\\nb", "an escape": "\\u0041",
+    "colour": "\x1b[31mred\x1b[0m", "title": "\x1b]0;title\x07", "C1 colour": "\x9b31mred",
+    "C1 title": "\x9d0;title\x9c", "next line": "a\x85b", "line separator": "a\u2028b",
+    "paragraph separator": "a\u2029b", "script": "</script><script>alert(1)", "NUL": "a\0b",
+    "DEL": "a\x7fb", "backspace": "abc\b\b\bxyz", "tab": "a\tb",
+    "form feed": "\x0b\x0c\x1c\x1d\x1e",
+    "override": "\u202egnp.exe", "isolate": "\u2066a\u2069", "mark": "\u200fa\u200e\u061c",
+    "BOM": "\ufeffa",
+    "format": "%s %d %(a)s {0} {a}", "beyond the BMP": "😀é",
+}  # fmt: skip
+
+# What a terminal obeys, what ends a line for someone, and what reorders the text around it.
+UNSAFE = re.compile(
+    "[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
+)
+
+
+@pytest.mark.parametrize("ascii_only", [True, False], ids=["escaped", "raw"])
+@pytest.mark.parametrize("text", NASTY_TEXTS.values(), ids=NASTY_TEXTS)
+def test_a_metric_is_one_line_whatever_its_texts(watched, text, ascii_only):
+    started, folder = watched
+    tagged = {"name": "cpu", "value": 1, "tags": {"text": text, text: "x"}}
+    named = {"name": text, "value": 1}
+    for metric in (tagged, named):
+        already = (folder / "metrics.jsonl").read_bytes()
+        body = json.dumps({"metrics": [metric]}, ensure_ascii=ascii_only).encode()
+        ((answer,), closed) = exchange(started.port, post(body=body))
+        new = (folder / "metrics.jsonl").read_bytes().removeprefix(already).decode()
+        control = re.search("[\0-\x1f\x7f-\x9f]", metric["name"])
+        assert (answer.status, closed) == (400 if control else 200, False)
+        assert not UNSAFE.search(answer.body.decode())
+        if control:
+            assert new == ""
+        else:
+            assert new.endswith("\n") and not UNSAFE.search(new[:-1])
+            stored = json.loads(new)
+            assert {name: stored[name] for name in metric} == metric
+
+
+# ---- the file ----
 
 
 @pytest.mark.parametrize("durability", LEVELS)
@@ -2341,122 +3431,9 @@ def test_a_log_that_is_no_regular_file_is_refused(tmp_path, make):
     assert not (tmp_path / "metrics.jsonl").is_file()
 
 
-def plain_lines(body: bytes, now_ms: int) -> tuple[bytes, int] | None:
-    """The lines of a body by the plain way; None where it is refused."""
-    try:
-        samples = read_batch(parse_json(body), now_ms)
-    except (JSONError, BatchError):
-        return None
-    return "".join(map(metricstream.log_line, samples)).encode(), len(samples)
-
-
-def random_usual_body(rng: random.Random) -> bytes:
-    numbers = ["0", "-0", "-0.0", "7", "75.5", "75.50", "0.5", "-0.25", "0.00001", "1e3", "1E400", "007",
-               "123456789012345678901", "9999999999.99999", "0.1234567890123", "1.0", "-5", "00", "5.",
-               str(rng.randrange(10**12)), f"{rng.uniform(0, 100):.2f}", repr(rng.random())]  # fmt: skip
-    names = [
-        "cpu_usage",
-        "a b",
-        "",
-        "n" * 255,
-        "n" * 256,
-        "a}b",
-        "a{b",
-        "é",
-        "a\\nb",
-        "a,b",
-        "\x7f",
-        '",',
-    ]
-    types = ["gauge", "counter", "histogram", "summary", "rate", ""]
-    tags = ['{}', '{"host":"web1"}', '{"host": "web1", "region":"eu"}', '{"a":"1","a":"2"}', '{"a":1}',
-            '{"é":"ü"}', '{"a":"\\u0041\\n"}', '{"a":"}"}', '{"a":"{"}', '{"a":"\x01"}', '{"a":"b",}', "[]",
-            "{" + ",".join(f'"k{n}":"v"' for n in range(rng.choice((32, 33)))) + "}"]  # fmt: skip
-
-    def usually(usual: str, unusual: list[str]) -> str:
-        return usual if rng.random() < 0.93 else rng.choice(unusual)
-
-    colon, comma = rng.choice([(":", ","), (": ", ", ")])
-
-    def metric() -> str:
-        name = usually("requests_total", names)
-        number = rng.choice(numbers) if rng.random() < 0.5 else str(rng.randrange(100))
-        fields = [f'"name"{colon}"{name}"', f'"value"{colon}{number}']
-        if rng.random() < 0.8:
-            fields.append(f'"type"{colon}"{usually("gauge", types)}"')
-        if rng.random() < 0.8:
-            fields.append(f'"tags"{colon}{usually(tags[1], tags)}')
-        unusual = ['"timestamp":5', '"name":"again"', '"value":9', '"labels":{}', ""]
-        if rng.random() < 0.05:
-            fields.insert(rng.randrange(5), rng.choice(unusual))
-        return "{" + comma.join(fields) + "}"
-
-    metrics = comma.join(metric() for _ in range(rng.randrange(1, 4)))
-    return f'{{"metrics"{colon}[{metrics}]}}'.encode()
-
-
-def usual_lines(body: bytes) -> tuple[bytes, int] | None:
-    batch = metricstream.fast_batch(body, NOW_MS)
-    return batch and (batch.lines, batch.count)
-
-
-@pytest.mark.parametrize("seed", range(10))
-def test_usual_bodies_become_the_same_lines_as_by_the_plain_way(seed):
-    rng = random.Random(seed)
-    fast = refused = 0
-    for count in range(1500):
-        body = random_usual_body(rng)
-        if count % 2:
-            body = mutated(rng, body)
-        lines = usual_lines(body)
-        expected = plain_lines(body, NOW_MS)
-        assert lines is None or lines == expected, body
-        assert metricstream._line_tail.cache_info().currsize <= 4096
-        fast += lines is not None
-        refused += expected is None
-    assert fast > 300 and refused > 300
-
-
-@pytest.mark.parametrize("count", [1, 2, 999, 1000, 1001])
-def test_the_usual_way_keeps_the_bounds_of_a_batch(count):
-    body = json.dumps({"metrics": [{"name": "a", "value": 1.5}] * count}).encode()
-    assert usual_lines(body) == plain_lines(body, NOW_MS)
-
-
-def test_what_the_agents_of_the_readme_send_takes_the_fast_way():
-    for body in (b'{"metrics":[{"name":"cpu_usage","value":75.50,"type":"gauge","tags":{"host":"web1"}}]}',
-                 json.dumps({"metrics": [{"name": "a", "value": 1.25, "tags": {"k": "v"}}] * 3}).encode()):  # fmt: skip
-        assert usual_lines(body) == plain_lines(body, NOW_MS) != None  # noqa: E711
-
-
-class FaultyDisk:
-    """Stands for os.write and os.fsync; does what is planned for each call, then works."""
-
-    def __init__(self, *plan: int | OSError) -> None:
-        self.plan = list(plan)  # a number of bytes to take, or an error to raise
-        self.syncs: list[OSError] = []
-        self.sync_count = 0
-
-    def write(self, fd: int, octets: bytes) -> int:
-        step = self.plan.pop(0) if self.plan else len(octets)
-        if isinstance(step, OSError):
-            raise step
-        return os.write(fd, octets[:step])
-
-    def fsync(self, fd: int) -> None:
-        self.sync_count += 1
-        if self.syncs:
-            raise self.syncs.pop(0)
-        os.fsync(fd)
-
-
-FULL = OSError(errno.ENOSPC, "No space left on device")
-BROKEN = OSError(errno.EIO, "Input/output error")
-
-
 @pytest.mark.parametrize("length", range(1, 12))
 def test_short_writes_are_completed(tmp_path, length):
-    disk = FaultyDisk(*[length] * 12)
+    disk = Disk(*[length] * 12)
     log = MetricLog(str(tmp_path), write=disk.write)
     log.append(b"0123456789\n")
     log.append(b"next\n")
@@ -2467,7 +3444,7 @@ def test_short_writes_are_completed(tmp_path, length):
 @pytest.mark.parametrize("error", [FULL, BROKEN], ids=["full", "broken"])
 @pytest.mark.parametrize("taken", range(12))
 def test_what_was_half_written_is_cut_off_again(tmp_path, taken, error):
-    disk = FaultyDisk(11, *([taken] if taken else []), error)
+    disk = Disk(11, *([taken] if taken else []), error)
     log = MetricLog(str(tmp_path), write=disk.write)
     log.append(b"before    \n")
     if taken < 11:
@@ -2488,7 +3465,7 @@ def test_what_was_half_written_is_cut_off_again(tmp_path, taken, error):
 
 
 def test_a_probe_tells_the_reason_for_as_long_as_it_lasts(tmp_path):
-    disk = FaultyDisk(FULL, FULL, 100, FULL)
+    disk = Disk(FULL, FULL, 100, FULL)
     log = MetricLog(str(tmp_path), write=disk.write)
     assert log.probe() == ""
     with pytest.raises(LogError):
@@ -2501,7 +3478,7 @@ def test_a_probe_tells_the_reason_for_as_long_as_it_lasts(tmp_path):
 
 
 def test_a_failed_fsync_refuses_all_who_waited_and_keeps_nothing_of_them(tmp_path):
-    disk = FaultyDisk()
+    disk = Disk()
     log = MetricLog(str(tmp_path), "disk", fsync=disk.fsync)
     append_and_wait(log, b"safe\n")
     disk.syncs = [BROKEN]
@@ -2516,7 +3493,7 @@ def test_a_failed_fsync_refuses_all_who_waited_and_keeps_nothing_of_them(tmp_pat
 
 def test_only_one_thread_asks_the_kernel_whether_the_disk_works(tmp_path):
     asking: set[str] = set()
-    disk = FaultyDisk()
+    disk = Disk()
     disk.syncs = [BROKEN, BROKEN]
 
     def fsync(fd: int) -> None:
@@ -2533,7 +3510,7 @@ def test_only_one_thread_asks_the_kernel_whether_the_disk_works(tmp_path):
 
 
 def test_what_was_refused_is_gone_after_a_stop(tmp_path, monkeypatch):
-    disk = FaultyDisk(5, 4, FULL)
+    disk = Disk(5, 4, FULL)
     log = MetricLog(str(tmp_path), write=disk.write)
     log.append(b"good\n")
     truncate = os.ftruncate
@@ -2550,39 +3527,29 @@ def test_what_was_refused_is_gone_after_a_stop(tmp_path, monkeypatch):
 
 
 def test_one_fsync_serves_all_who_wait(tmp_path):
-    disk, entered, go_on = FaultyDisk(), threading.Event(), threading.Event()
-
-    def slow_fsync(fd: int) -> None:
-        entered.set()
-        assert go_on.wait(10)
-        disk.fsync(fd)
-
-    log = MetricLog(str(tmp_path), "disk", fsync=slow_fsync)
+    disk = Disk()
+    disk.hold("fsync")
+    log = MetricLog(str(tmp_path), "disk", fsync=disk.fsync)
     first = log.append(b"first\n")
-    assert first and entered.wait(10)
+    assert first and disk.stuck.wait(10)
     others = [log.append(b"%d\n" % number) for number in range(50)]  # none of them blocks
     assert not any(durable.done() for durable in (first, *others))
-    go_on.set()
+    disk.release()
     assert [durable.result(10) for durable in (first, *others)] == [None] * 51
     assert disk.sync_count == 2
     log.close()
 
 
 def test_a_full_queue_refuses_rather_than_grows(tmp_path):
-    blocked, go_on = threading.Event(), threading.Event()
-
-    def slow_write(fd: int, octets: bytes) -> int:
-        blocked.set()
-        assert go_on.wait(10)
-        return os.write(fd, octets)
-
-    log = MetricLog(str(tmp_path), "memory", max_queued_bytes=20, write=slow_write)
+    disk = Disk()
+    disk.hold()
+    log = MetricLog(str(tmp_path), "memory", max_queued_bytes=20, write=disk.write)
     log.append(b"0123456789\n")
-    assert blocked.wait(10)
+    assert disk.stuck.wait(10)
     log.append(b"queued\n")
     with pytest.raises(LogError, match="queue of the log is full"):
         log.append(b"too much\n")
-    go_on.set()
+    disk.release()
     eventually(lambda: log.size_bytes == 18)
     log.append(b"fits again\n")
     log.close()
@@ -2591,7 +3558,7 @@ def test_a_full_queue_refuses_rather_than_grows(tmp_path):
 
 def test_the_writer_of_level_memory_keeps_what_the_disk_refuses(tmp_path, monkeypatch):
     monkeypatch.setattr(metricstream, "WRITE_RETRY_S", 0.01)
-    disk = FaultyDisk(FULL, 3, FULL, BROKEN)
+    disk = Disk(FULL, 3, FULL, BROKEN)
     log = MetricLog(str(tmp_path), "memory", write=disk.write)
     log.append(b"first\n")
     log.append(b"second\n")
@@ -2654,7 +3621,7 @@ def test_a_log_that_is_copied_and_emptied_while_in_use_goes_on(tmp_path):
 
 
 def test_without_room_for_a_new_log_nothing_more_is_acknowledged(tmp_path):
-    disk = FaultyDisk()
+    disk = Disk()
     log = MetricLog(str(tmp_path), "os", write=disk.write, fsync=disk.fsync)
     log.recreate_if_deleted()
     os.unlink(log.path)
@@ -2691,9 +3658,177 @@ def test_closing_a_log_ends_it(tmp_path):
     assert lines_of(tmp_path) == ["x"] * 3
 
 
-# --------------------------------------------------------------------------------------------------
-# 6. Statistics
-# --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("durability", ["os", "disk"])
+@pytest.mark.parametrize("error", [FULL, BROKEN, None], ids=["ENOSPC", "EIO", "no-error"])
+def test_a_write_may_stop_anywhere(tmp_path, durability, error):
+    """After every possible number of octets of a batch: an error, or just a short write."""
+    disk = Disk()
+    log = MetricLog(str(tmp_path), durability, write=disk.write, fsync=disk.fsync)
+    kept = []
+    batch = b'{"name":"a","value":1}\n{"name":"b","value":2}\n'
+    for length in range(len(batch) + 1):
+        lines = batch.replace(b"1", b"%d" % length)
+        disk.plan = [length, error] if error else [max(1, length), 1]
+        if error and length < len(lines):
+            with pytest.raises(LogError):
+                append_and_wait(log, lines)
+            assert log.probe() == "" and not disk.plan
+        else:
+            append_and_wait(log, lines)
+            kept.append(lines)
+        disk.plan = []
+    log.close()
+    assert Path(log.path).read_bytes() == b"".join(kept)
+
+
+def test_a_fault_in_the_thread_of_the_log_costs_one_group(tmp_path, caplog):
+    disk = Disk()
+    disk.syncs = [RuntimeError("a fault of ours")]
+    log = MetricLog(str(tmp_path), "disk", fsync=disk.fsync)
+    with running(tmp_path, log=log) as started:
+        failed = answer_once(started.port, post())
+        assert failed.status in (500, 503) and b"internal error in the log" in failed.body
+        eventually(lambda: answer_once(started.port, HEALTH).status == 200)
+        assert answer_once(started.port, post()).status == 200
+    assert len(lines_of(tmp_path)) == 1 and "a fault of ours" in caplog.text
+
+
+# ---- crashes and full disks ----
+
+
+@at_once(["os", "disk"])
+def test_nothing_acknowledged_is_lost_to_kill_9(tmp_path, durability):
+    rng = random.Random(f"kill -9 at level {durability}")
+    acknowledged: set[str] = set()
+    for round_ in range(scaled(4, 100)):
+        with ServerProcess(tmp_path, "--durability", durability, "--rate-limit", "0") as started:
+            writers, most = Writers(started.port, str(round_)), rng.randrange(1, 400)
+            eventually(lambda w=writers, most=most: len(w.acknowledged) >= most)
+            started.process.kill()
+            started.process.wait()
+            writers.join()
+        acknowledged |= writers.acknowledged
+        if rng.random() < 0.5:  # a tear in the middle of a write, which kill -9 itself seldom makes
+            with open(tmp_path / "metrics.jsonl", "ab") as log:
+                log.write(b'{"timestamp":"2025-09-17T13:45:23.123Z","na'[: rng.randrange(1, 43)])
+    with ServerProcess(tmp_path) as started:
+        assert started.stop()[0] == 0
+    assert_kept(acknowledged, tmp_path)
+
+
+@needs_prlimit
+@at_once(LEVELS)
+def test_a_disk_that_is_full_for_a_while_costs_nothing_acknowledged(tmp_path, durability):
+    log = tmp_path / "metrics.jsonl"
+    threads = "0" if durability == "os" else "1"
+    options = ("--durability", durability, "--threads", threads, "--rate-limit", "0")
+    with ServerProcess(tmp_path, *options) as started:
+        with contextlib.closing(Client(started.port)) as client:
+            acknowledged: set[str] = set()
+
+            def post_batch(number: int) -> int:
+                names = [f"w.{number}.{index}" for index in range(Writers.BATCH)]
+                batch = {"metrics": [{"name": name, "value": 1} for name in names]}
+                answer = client.ask("POST", "/metrics", batch)
+                if answer.status == 200:
+                    acknowledged.update(names)
+                else:
+                    assert answer.status == 503 and answer.headers["retry-after"] == "1"
+                    assert "File too large" in answer.json["error"]
+                return answer.status
+
+            assert post_batch(0) == 200
+            size = eventually(lambda: log.stat().st_size)
+            # where in a line the room ends makes no difference; level memory takes 0.5 s for each
+            for room in range(0, 2 * size, 29 if durability != "memory" else 200):
+                end = log.stat().st_size
+                limit_file_size(started.process, end + room)
+                statuses = [post_batch(1000 * (room + 1) + number) for number in range(3)]
+                assert durability == "memory" or statuses[-1] == 503
+                health = eventually(lambda: (a := client.ask("GET", "/health")).status == 503 and a)
+                assert "File too large" in str(health.body)
+                limit_file_size(started.process, resource.RLIM_INFINITY)
+                eventually(lambda: client.ask("GET", "/health").status == 200)
+            assert post_batch(1) == 200
+        status, _, err = started.stop()
+    assert (status, err) == (0, "")
+    assert_kept(acknowledged, tmp_path)
+    assert set(names_in(log)) == acknowledged  # nothing of what was refused
+    assert_whole_batches(tmp_path)
+
+
+@contextlib.contextmanager
+def small_file_system(folder: Path) -> Iterator[None]:
+    """256 KiB of memory, mounted there; skips the test where that is not allowed."""
+    if not hasattr(os, "geteuid") or os.geteuid() != 0:
+        pytest.skip("only root may mount")
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    mounted = subprocess.run(mount, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"may not mount: {mounted.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@at_once()
+def test_a_file_system_that_is_full_is_told_and_got_over(tmp_path):
+    folder = tmp_path / "small"
+    with small_file_system(folder):
+        (folder / "filler").write_bytes(bytes(128 * 1024))
+        with ServerProcess(folder, "--rate-limit", "0") as started:
+            writers = Writers(started.port, "w", count=2)
+            eventually(lambda: writers.statuses[503] > 10)
+            (folder / "filler").unlink()
+            before = len(writers.acknowledged)
+            eventually(lambda: len(writers.acknowledged) > before)
+            writers.stop()
+            assert started.stop()[0] == 0
+        assert set(writers.statuses) == {200, 503}
+        assert_kept(writers.acknowledged, folder)
+        assert_whole_batches(folder)
+
+
+@at_once()
+def test_a_log_that_may_not_be_written_is_refused_at_the_start(tmp_path):
+    log = tmp_path / "small" / "metrics.jsonl"
+    with contextlib.ExitStack() as stack:
+        if os.geteuid() == 0:  # whom modes of files do not stop
+            stack.enter_context(small_file_system(log.parent))
+        else:
+            log.parent.mkdir()
+        log.touch(0o444)
+        if os.geteuid() == 0:
+            subprocess.run(["mount", "-o", "remount,ro", str(log.parent)], check=True)
+        ended = run("0", "--data-dir", str(log.parent))
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert re.fullmatch(r"metricstream.py: error: can't use .*/metrics.jsonl: "
+                        r"(Read-only file system|Permission denied)\n", ended.stderr)  # fmt: skip
+
+
+@at_once(LEVELS)
+def test_a_log_that_is_deleted_under_load_loses_nothing_acknowledged_afterwards(
+    tmp_path, durability
+):
+    with ServerProcess(tmp_path, "--durability", durability, "--rate-limit", "0") as started:
+        with contextlib.closing(Client(started.port)) as client:
+            after = set()
+            for count in range(200):
+                if count == 100:
+                    os.unlink(tmp_path / "metrics.jsonl")
+                metric = {"name": f"n{count}", "value": 1}
+                assert client.ask("POST", "/metrics", {"metrics": [metric]}).status == 200
+                after |= {metric["name"]} if count >= 100 else set()
+        assert started.stop()[0] == 0
+    kept = [json.loads(line)["name"] for line in lines_of(tmp_path)]
+    assert after <= set(kept) and len(set(kept)) == len(kept)
+
+
+# ==================================================================================================
+# Statistics
+# ==================================================================================================
 
 
 def test_a_reader_of_the_ring_knows_what_it_missed():
@@ -2757,26 +3892,40 @@ def test_statistics_count_what_happened():
     }  # fmt: skip
 
 
-def test_prometheus_text_declares_each_family_once_and_before_its_samples():
-    statistics = Statistics()
-    statistics.record(metricstream.Event(time.time(), "a", 200, 0.001, 1))
+def parse_exposition(text: str) -> dict[str, float]:
+    """Prometheus's text format 0.0.4, of which nothing is forgiven: samples by name and labels.
+
+    Each family is declared once, and before its samples.
+    """
     declared: dict[str, str] = {}
-    helped = set()
-    for line in statistics.prometheus().splitlines():
-        if match := re.fullmatch(r"# HELP (\w+) \S.*\.", line):
+    helped: set[str] = set()
+    samples: dict[str, float] = {}
+    assert text.endswith("\n")
+    for line in text[:-1].split("\n"):
+        if match := re.fullmatch(r"# HELP ([a-z_]+) [!-~][ -~]*\.", line):
+            assert match[1] not in helped, line
             helped.add(match[1])
-        elif match := re.fullmatch(r"# TYPE (\w+) (counter|gauge|summary)", line):
-            assert match[1] in helped and match[1] not in declared
+        elif match := re.fullmatch(r"# TYPE ([a-z_]+) (counter|gauge|summary)", line):
+            assert match[1] in helped and match[1] not in declared, line
             declared[match[1]] = match[2]
         else:
             match = re.fullmatch(
-                r'(metricstream_\w+?)(_sum|_count)?(\{\w+="[^"\\\n]*"\})? [0-9.e+-]+', line
+                r'((metricstream_[a-z_]+?)(_sum|_count)?(?:\{[a-z]+="[ !#-\[\]-~]+"\})?) ([0-9.e+-]+)', line
             )
-            assert match, line
-            family = match[1] if match[1] in declared else match[1] + (match[2] or "")
-            assert family in declared
-            assert declared[family] != "counter" or family.endswith("_total")
-    assert declared["metricstream_request_duration_seconds"] == "summary"
+            assert match and match[1] not in samples, line
+            family = match[2] if match[2] in declared else match[2] + (match[3] or "")
+            assert family in declared, line
+            assert declared[family] != "counter" or family.endswith("_total"), line
+            samples[match[1]] = float(match[4])
+    return samples
+
+
+def test_prometheus_text_declares_each_family_once_and_before_its_samples():
+    statistics = Statistics()
+    statistics.record(metricstream.Event(time.time(), "a", 200, 0.001, 1))
+    text = statistics.prometheus()
+    assert parse_exposition(text)["metricstream_request_duration_seconds_count"] == 1
+    assert "# TYPE metricstream_request_duration_seconds summary\n" in text
 
 
 @pytest.mark.parametrize("client, label", [
@@ -2790,9 +3939,1226 @@ def test_a_credential_is_never_shown(client, label):
     assert client.partition(" ")[2] not in shown or " " not in client
 
 
-# --------------------------------------------------------------------------------------------------
-# 10. Regular expressions
-# --------------------------------------------------------------------------------------------------
+def client_ids() -> Iterator[bytes]:
+    """Client ids that HTTP allows to be sent: alone, with a space (a credential), and long."""
+    for text in NASTY_TEXTS.values():
+        octets = re.sub(rb"[\0-\x08\x0a-\x1f\x7f]", b"", text.encode())
+        raw = re.sub(rb"[\0-\x08\x0a-\x1f\x7f]", b"", text.encode("latin-1", "ignore"))
+        for client in (octets, raw):
+            if client:
+                yield from (client, client + b" secret", b"a " + client, client * 70)
+
+
+def test_each_client_id_has_a_label_of_its_own_that_no_terminal_obeys():
+    clients = sorted({client.strip(b" \t").decode("latin-1") for client in client_ids()} - {""})
+    labels = list(map(metricstream.client_label, clients))
+    assert len(set(labels)) == len(labels)
+    for client, label in zip(clients, labels):
+        assert not UNSAFE.search(label), ascii(label)
+        assert "secret" not in label
+        if " " not in client and len(client) <= 64:
+            assert json.loads(f'"{label}"') == client
+
+
+def test_the_summary_of_the_limiter_is_one_line_whoever_asks():
+    limiter = SlidingWindowLimiter(1, clock=Clock())
+    for number in range(1000):
+        for _ in range(2 + number // 998):
+            limiter.decide(f"client\n{number} secret")
+    summary = metricstream.limiter_summary(limiter)
+    assert summary.startswith("clients: 1000 with 1000 requests allowed, 1002 refused; busiest ")
+    assert len(re.findall(r"[0-9a-f]{8} 1\+[12]", summary)) == 10 and len(summary) < 1000
+    assert "\n" not in summary and "secret" not in summary
+    assert metricstream.limiter_summary(limiter) == ""
+
+
+@at_once([1, 0])
+def test_a_client_id_can_forge_nothing(tmp_path, threads):
+    """Neither a line on stdout nor a member of the statistics, and no terminal obeys it."""
+    clients = sorted({client.strip(b" \t") for client in client_ids()} - {b""})
+    options = ("--threads", str(threads), "--log-level", "debug", "--rate-limit", "1000")
+    with ServerProcess(tmp_path, *options) as started:
+        raw = b"".join(post(b"Authorization: " + client) for client in clients)
+        answers, closed = exchange(started.port, raw, expect=len(clients))
+        assert {answer.status for answer in answers} == {200} and not closed
+        (statistics, text), _ = exchange(
+            started.port, get(b"/metrics") + get(b"/metrics", b"Accept: text/plain"), expect=2
+        )
+        numbers = strict_json(statistics.body)
+        samples = parse_exposition(text.body.decode())
+        assert numbers["metrics_received"] == numbers["clients_tracked"] == len(clients)
+        assert samples["metricstream_metrics_received_total"] == len(clients)
+        assert samples["metricstream_clients_tracked"] == len(clients)
+        status, out, err = started.stop()
+    assert (status, err) == (0, "")
+    *tallies, stopped = out.removesuffix("\n").split("\n")
+    for line in (*tallies, stopped):
+        assert not UNSAFE.search(line), ascii(line)
+    (summary,) = (line for line in tallies if " INFO clients: " in line)
+    assert f"clients: {len(clients)} with {len(clients)} requests allowed, 0 refused" in summary
+    assert not re.search("secret", out) and json.loads(stopped.removeprefix("stopped "))
+
+
+# ==================================================================================================
+# Service
+# ==================================================================================================
+
+
+def test_a_posted_metric_is_in_the_log_when_it_is_acknowledged(server, client):
+    metric = {"name": "posted", "value": 75.5, "type": "counter", "tags": {"host": "web1"},
+              "timestamp": "2025-09-17T13:45:23.123Z"}  # fmt: skip
+    already = len(logged(server.folder, "posted"))
+    answer = client.ask("POST", "/metrics", {"metrics": [metric]}, Content_Type="application/json")
+    assert (answer.status, answer.json) == (200, {"success": True, "metrics_processed": 1})
+    assert logged(server.folder, "posted")[already:] == [metric]
+
+
+def test_a_line_of_the_log_can_be_posted_back(server, client):
+    before = client.ask("POST", "/metrics", {"metrics": [{"name": "echo", "value": 1e21}]})
+    line = logged(server.folder, "echo")[-1]
+    again = client.ask("POST", "/metrics", {"metrics": [line]})
+    assert before.status == again.status == 200
+    assert logged(server.folder, "echo")[-1] == line
+
+
+def test_a_bad_metric_rejects_the_whole_batch(server, client):
+    good, bad = {"name": "half", "value": 1}, {"name": "half", "value": "1"}
+    answer = client.ask("POST", "/metrics", {"metrics": [good, good, good, bad]})
+    error = "metrics[3].value: must be a finite number or null, not a string"
+    assert answer.status == 400
+    assert answer.json == {
+        "error": error,
+        "errors": [{"index": 3, "field": "value", "message": error.partition(": ")[2]}],
+    }
+    assert logged(server.folder, "half") == []
+
+
+def test_an_exact_number_of_requests_a_second_is_allowed(tmp_path, threads):
+    with running(tmp_path, threads=threads) as started:
+        clock = Clock()
+        started.service.limiter = SlidingWindowLimiter(3, clock=clock)
+        with contextlib.closing(Client(started.port)) as client:
+            for left in (2, 1, 0):
+                answer = client.ask("POST", "/metrics", BATCH, Authorization="a")
+                assert answer.status == 200
+                assert answer.headers["ratelimit"] == f'"default";r={left};t=1'
+            refused = client.ask("POST", "/metrics", BATCH, Authorization="a")
+            assert refused.status == 429 and "more than 3 requests in 1 s" in refused.json["error"]
+            assert refused.headers["retry-after"] == "1"
+            assert refused.headers["ratelimit-policy"] == '"default";q=3;w=1'
+            assert refused.headers["ratelimit"] == '"default";r=0;t=1'
+            assert client.ask("POST", "/metrics", BATCH, Authorization="b").status == 200
+            for path in ("/health", "/metrics"):  # only POST /metrics counts
+                assert client.ask("GET", path, Authorization="a").status == 200
+            assert client.ask("POST", "/metrics", BATCH, Authorization="a").status == 429
+            clock.now += 1.0
+            assert client.ask("POST", "/metrics", BATCH, Authorization="a").status == 200
+        assert len(lines_of(tmp_path)) == 5
+
+
+@pytest.mark.parametrize("origin, status", [
+    ("http://{host}", 200), ("https://{host}", 200), ("HTTP://{host}", 200), ("null", 403),
+    ("http://evil.example", 403), ("http://{host}.evil.example", 403), ("http://localhost:1", 403),
+    ("{host}", 403), ("", 403),
+])  # fmt: skip
+def test_a_page_of_another_origin_may_not_write(server, client, origin, status):
+    origin = origin.format(host=f"127.0.0.1:{server.port}")
+    answer = client.ask("POST", "/metrics", BATCH, Origin=origin)
+    assert answer.status == status
+    assert client.ask("GET", "/health", Origin=origin).status == 200
+
+
+@pytest.mark.parametrize("host, status", [
+    ("127.0.0.1:{port}", 200), ("[::1]:{port}", 200), ("localhost:{port}", 200), ("LOCALHOST", 200),
+    ("metrics.lan", 200), ("Metrics.LAN:8080", 200), ("evil.example:{port}", 403), ("evil.example", 403),
+    ("localhost.evil.example", 403), ("127.0.0.1.evil.example", 403), ("metrics.lan.evil.example", 403),
+])  # fmt: skip
+def test_a_page_whose_name_was_made_to_resolve_to_this_machine_may_not_write(
+    tmp_path, host, status
+):
+    service = a_service(tmp_path, allowed_hosts=["metrics.LAN"])
+    fields = [b"Host: " + host.format(port=8080).encode()]
+    origin = b"Origin: http://" + host.format(port=8080).encode()
+    assert answer_to(service, post(origin, *fields, host=None)).status == status
+    assert answer_to(service, post(*fields, host=None)).status == 200  # no browser
+    service.log.close()
+
+
+KEY = "k3y-of-web1"
+KEY_LINE = f"web1 {hashlib.sha256(KEY.encode()).hexdigest()}"
+
+
+@pytest.mark.parametrize("authorization, status", [
+    (f"Bearer {KEY}", 200), (f"bearer  {KEY}", 200), (KEY, 200), (None, 401), ("Bearer", 401),
+    (f"Bearer {KEY}x", 401), (f"Basic {KEY}", 401), ("web1", 401), (KEY_LINE.split()[1], 401),
+    ("Bearer \u00fc", 401), (f"Bearer {KEY_LINE.split()[1]}", 401),
+])  # fmt: skip
+def test_only_listed_clients_may_write(tmp_path, authorization, status):
+    service = a_service(tmp_path, clients=ClientList(f"# ours\n\n{KEY_LINE}\n", "list"))
+    fields = [b"Authorization: " + authorization.encode("latin-1")] if authorization else []
+    answer = answer_to(service, post(*fields))
+    assert answer.status == status
+    octets = answer.encode(metricstream.KEEP, b"Date: now\r\n")
+    assert (b"\r\nWWW-Authenticate: Bearer\r\n" in octets) == (status == 401)
+    assert KEY.encode() not in octets
+    assert answer_to(service, get(b"/health", *fields)).status == 200
+    assert answer_to(service, get(b"/metrics", *fields)).status == 200
+    assert KEY not in service.statistics.prometheus() + repr(service.statistics.ring.read()[0])
+    service.log.close()
+
+
+def test_a_listed_client_may_have_a_rate_of_its_own(tmp_path):
+    listed = "".join(f"{name} {hashlib.sha256(name.encode()).hexdigest()} {rate}\n"
+                     for name, rate in [("few", 2), ("many", 50), ("usual", ""), ("free", 0)])  # fmt: skip
+    service = a_service(tmp_path, limit=5, clients=ClientList(listed, "list"))
+    allowed = Counter()
+    for name in ["few", "many", "usual", "free"] * 60:
+        answer = answer_to(service, post(b"Authorization: " + name.encode()))
+        allowed[name] += answer.status == 200
+    assert allowed == {"few": 2, "many": 50, "usual": 5, "free": 60}
+    assert b'"default";q=2;w=1' in answer_to(service, post(b"Authorization: few")).encode(
+        b"", b"Date: now\r\n"
+    )
+    service.log.close()
+
+
+def test_keys_are_compared_in_constant_time_whether_known_or_not(monkeypatch):
+    compared = []
+    monkeypatch.setattr(metricstream.hmac, "compare_digest",
+                        lambda a, b: compared.append((len(a), len(b))) or a == b)  # fmt: skip
+    clients = ClientList(KEY_LINE, "list")
+    assert [clients.identify(key) for key in (KEY, "guess", "")] == ["web1", None, None]
+    assert compared == [(32, 32)] * 3
+
+
+@pytest.mark.parametrize("text, reason", [
+    ("web1", "line 1: expected 'name sha256-of-key"), (f"# list\n{KEY_LINE} fast", "line 2: expected"),
+    ("web1 " + "0" * 63, "line 1: expected"), ("web1 " + "g" * 64, "line 1: expected"),
+    ("10.0.0.7 " + "0" * 64, "line 1: expected"), ("fe80::1 " + "0" * 64, "line 1: expected"),
+    (KEY_LINE + " 1_000", "line 1: expected"), (KEY_LINE + " \u0663", "line 1: expected"),
+    (f"{KEY_LINE}\nweb2 {KEY_LINE.split()[1]}", "line 2: this key stands there twice"),
+    (f"web1 {KEY}", "line 1: expected"),
+])  # fmt: skip
+def test_a_broken_list_of_clients_is_refused_with_its_place_and_without_its_keys(text, reason):
+    with pytest.raises(ClientListError) as caught:
+        ClientList(text, "clients.txt")
+    assert str(caught.value).startswith(f"clients.txt, {reason}") and KEY not in str(caught.value)
+
+
+def test_statistics_account_for_every_request(tmp_path, threads):
+    with running(tmp_path, threads=threads) as started:
+        with contextlib.closing(Client(started.port)) as client:
+            for body in (BATCH, BATCH, b"{", b"{}"):
+                client.ask("POST", "/metrics", body)
+            client.ask("GET", "/nowhere")
+            numbers = client.ask("GET", "/metrics").json
+        assert numbers["requests_total"] == {"200": 2, "400": 2, "404": 1}
+        assert numbers["metrics_received"] == numbers["batches_processed"] == 2
+        assert numbers["validation_errors"] == 2
+        assert numbers["log_bytes"] == (tmp_path / "metrics.jsonl").stat().st_size
+        assert numbers["connections_open"] == 1
+
+
+def test_prometheus_gets_its_text_and_others_get_json(client):
+    accept = (
+        "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3,*/*;q=0.1"
+    )
+    text = client.ask("GET", "/metrics", Accept=accept)
+    assert text.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    assert b"# TYPE metricstream_metrics_received_total counter\n" in text.body
+    assert "metrics_received" in client.ask("GET", "/metrics", Accept="*/*").json
+
+
+def test_level_disk_answers_after_the_sync_and_503_when_it_fails(tmp_path, threads):
+    disk = Disk()
+    log = MetricLog(str(tmp_path), "disk", fsync=disk.fsync)
+    with running(tmp_path, log=log, threads=threads) as started:
+        raw = post() * 5 + get()
+        answers, closed = exchange(started.port, raw, expect=6)
+        assert [answer.status for answer in answers] == [200] * 6 and not closed
+        assert disk.sync_count == 5
+        disk.syncs = [BROKEN]
+        (refused,), closed = exchange(started.port, post())
+        assert refused.status == 503 and "can't sync" in refused.json["error"] and not closed
+        (accepted,), _ = exchange(started.port, post())
+        assert accepted.status == 200
+    assert len(lines_of(tmp_path)) == 6
+
+
+def test_an_unexpected_error_costs_one_connection(tmp_path, threads, caplog):
+    with running(tmp_path, threads=threads) as started:
+
+        def fail() -> float:
+            raise RuntimeError("two\nlines")
+
+        started.service.statistics.add("broken", "gauge", "Never there.", fail)
+        (answer,), closed = exchange(started.port, get(b"/metrics"))
+        assert (answer.status, closed) == (500, True)
+        assert "RuntimeError" not in answer.json["error"]
+        assert_healthy(started.port)
+        assert started.service.statistics.ring.read()[0][0].status == 500
+    assert len(caplog.records) == 1 and "\n" not in caplog.records[0].getMessage()
+    assert "RuntimeError" in caplog.records[0].getMessage()
+
+
+@pytest.mark.parametrize("text", NASTY_TEXTS.values(), ids=NASTY_TEXTS)
+def test_an_error_repeats_nothing_raw(watched, text):
+    """What an error quotes of a request is quoted so that no terminal obeys it."""
+    started, _ = watched
+    octets = text.encode()
+    value = json.dumps(text, ensure_ascii=False).encode()
+    metric = b'{"name":"a","value":1,%b}'
+    requests = [
+        get(b"/" + octets), get(b"/" + b"".join(b"%%%02x" % octet for octet in octets)),
+        head(octets + b" / HTTP/1.1"), get(b"/", b"Host: " + octets), get(b"/", octets + b": a"),
+        get(b"/health", b"Expect: " + octets), post(b"Origin: " + octets),
+        post(b"Content-Type: " + octets), gzipped(BATCH, b"Content-Encoding: " + octets),
+        framed(b"Content-Length: " + octets), chunked(octets + b"\r\n"), chunked(b"",
+        coding=octets),
+        post(body=octets), post(body=b"{" + value + b":1}"),
+        post(body=b'{"metrics":' + value + b"}"),
+        post(body=b'{"metrics":[%b]}' % (metric % (value + b":1"))),
+        post(body=b'{"metrics":[%b]}' % (metric % (b'"type":' + value))),
+        post(body=b'{"metrics":[%b]}' % (metric % (b'"timestamp":' + value))),
+        post(body=b'{"metrics":[%b]}' % (metric % (b'"tags":{%b:1}' % value))),
+        post(body=b'{"metrics":[%b]}' % (metric % (b'"tags":{%b:"a"}' % (b'"%b"' % (value[1:-1] * 129))))),
+    ]  # fmt: skip
+    refused = 0
+    for raw in requests:
+        answers, _ = exchange(started.port, raw, half_close=True)
+        for answer in answers:
+            assert not UNSAFE.search(answer.body.decode()), (raw, answer)
+            assert isinstance(answer.json, dict)
+            refused += 400 <= answer.status < 500 and "error" in answer.json
+    assert refused >= 12
+
+
+# ==================================================================================================
+# Server
+# ==================================================================================================
+
+
+def test_a_server_can_be_started_and_stopped_many_times(tmp_path, threads):
+    threads_before = threading.active_count()
+    files_before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        with running(tmp_path, threads=threads) as started:
+            assert_healthy(started.port)
+    assert threading.active_count() == threads_before
+    assert len(os.listdir("/proc/self/fd")) == files_before
+
+
+def test_accepted_sockets_send_without_delay(tmp_path):
+    with running(tmp_path) as started, connect(started.port) as connection:
+        connection.sendall(HEALTH)
+        assert connection.recv(1000)
+        (served,) = started.server.connections.open.values()
+        assert served.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def test_what_does_not_arrive_in_time_is_ended(tmp_path, threads):
+    """Nothing, a part of a request line, of a head, a body, a chunk, and of a second request."""
+    sent = {
+        b"": [], b"POST /met": [408], get()[:-2]: [408], post()[:-5]: [408],
+        chunked(b"5\r\nhel"): [408], get() + b"GET": [200, 408],
+    }  # fmt: skip
+    with running(tmp_path, threads=threads, timeouts=SHORT) as started:
+        with contextlib.ExitStack() as stack:
+            connections = [stack.enter_context(connect(started.port)) for _ in sent]
+            for connection, part in zip(connections, sent):
+                connection.sendall(part)
+            for connection, part in zip(connections, sent):
+                stream = stack.enter_context(connection.makefile("rb"))
+                for status in sent[part]:
+                    answer = read_answer(stream)
+                    assert answer and answer.status == status, part
+                assert stream.read() == b"", part
+        eventually(lambda: open_connections(started) == 0)
+
+
+def test_an_unread_answer_is_given_up(tmp_path, threads):
+    with running(tmp_path, threads=threads, timeouts=SHORT) as started:
+        started.server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # inherited
+        with socket.socket() as deaf:
+            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            deaf.connect(("127.0.0.1", started.port))
+            deaf.sendall(get(b"/metrics") * 100)
+            assert_healthy(started.port)
+            eventually(lambda: open_connections(started) == 0)
+            received = b""
+            with contextlib.suppress(ConnectionError):
+                while piece := deaf.recv(65536):
+                    received += piece
+            assert received.count(b"HTTP/1.1 200 ") < 100
+
+
+def test_beyond_the_limit_the_connection_idle_longest_makes_room(tmp_path, threads):
+    with running(tmp_path, threads=threads, max_connections=3) as started:
+        with contextlib.ExitStack() as stack:
+            first, *others = [stack.enter_context(connect(started.port)) for _ in range(3)]
+
+            def last_idle() -> object:
+                with started.server.connections.lock:
+                    return next(reversed(started.server.connections.idle.queue)).socket.getpeername()
+
+            eventually(lambda: len(started.server.connections.idle.queue) == 3)
+            for connection in (first, *others):
+                connection.sendall(HEALTH)
+                assert b" 200 " in connection.recv(1000)
+                # the answer may leave before the connection is parked, as the last of the idle
+                name = connection.getsockname()
+                eventually(lambda name=name: last_idle() == name)
+            assert_healthy(started.port)  # a fourth
+            assert first.recv(1) == b""
+            others[-1].sendall(HEALTH)
+            assert b" 200 " in others[-1].recv(1000)
+
+
+def test_a_worker_that_is_held_up_holds_nobody_up(tmp_path):
+    disk = Disk()
+    log = MetricLog(str(tmp_path), write=disk.write)
+    with running(tmp_path, log=log, threads=1) as started, connect(started.port) as slow:
+        assert_healthy(started.port)
+        before = threading.active_count()
+        disk.hold("write", b"slow")
+        slow.sendall(post(body=b'{"metrics":[{"name":"slow","value":1}]}'))
+        assert disk.stuck.wait(10)
+        for _ in range(10):
+            assert_healthy(started.port)
+        assert threading.active_count() == before + 1  # it was replaced
+        disk.release()
+        assert b" 200 OK" in slow.recv(1000)
+        eventually(lambda: threading.active_count() == before)
+
+
+@pytest.mark.parametrize("hanging, durability", [("write", "os"), ("write", "disk"), ("fsync", "disk")])
+def test_a_disk_that_does_not_answer_holds_up_nobody(tmp_path, threads, hanging, durability):
+    """Eighty posts while it hangs: 503 for all but those that wait for it, and health says why;
+    what got a 200, then or later, is in the log.
+    """
+    disk, clock = Disk(), Clock()
+    log = MetricLog(str(tmp_path), durability, write=disk.write, fsync=disk.fsync, clock=clock)
+    with running(tmp_path, log=log, threads=threads) as started, contextlib.ExitStack() as stack:
+        assert answer_once(started.port, post()).status == 200
+        disk.hold(hanging)
+        connections = [stack.enter_context(connect(started.port)) for _ in range(80)]
+        for connection in connections:
+            connection.sendall(post())
+        assert disk.stuck.wait(10)
+        clock.now += metricstream.STALL_S
+        health = eventually(lambda: (a := answer_once(started.port, HEALTH)).status == 503 and a)
+        assert "does not answer" in str(health.body)
+        refused = answer_once(started.port, post())
+        assert refused.status == 503 and b"does not answer" in refused.body
+        if durability == "os":  # at level disk, who has been written waits for the sync
+            eventually(lambda: sum(map(readable, connections)) > 60)
+        disk.release()
+        statuses = Counter(answer_on(connection).status for connection in connections)
+        assert set(statuses) <= {200, 503} and (durability == "disk" or statuses[503] > 60)
+        eventually(lambda: answer_once(started.port, HEALTH).status == 200)
+        assert answer_once(started.port, post()).status == 200
+    assert len(lines_of(tmp_path)) == 2 + statuses[200]
+
+
+def test_posts_on_parked_connections_beside_a_hung_write_stop_nobody(tmp_path):
+    """A worker that takes over is replaced, too, if its first turns are held up."""
+    disk = Disk()
+    log = MetricLog(str(tmp_path), write=disk.write)
+    with running(tmp_path, log=log, threads=1) as started, contextlib.ExitStack() as stack:
+        parked = [stack.enter_context(connect(started.port)) for _ in range(7)]
+        for connection in parked:
+            connection.sendall(HEALTH)
+            assert answer_on(connection).status == 200
+        disk.hold()
+        for connection in parked:
+            connection.sendall(post())
+        assert disk.stuck.wait(10)
+        for _ in range(5):
+            assert answer_once(started.port, get(b"/metrics")).status == 200
+        disk.release()
+        assert {answer_on(connection).status for connection in parked} <= {200, 503}
+
+
+def test_latency_counts_the_wait_for_a_turn(tmp_path):
+    """Many large batches at once: what the server says of their latency is what clients see."""
+    body = json.dumps({"metrics": [{"name": f"m{n}", "value": n / 7} for n in range(1000)]}).encode()
+    with running(tmp_path, threads=1) as started, contextlib.ExitStack() as stack:
+        connections = [stack.enter_context(connect(started.port, 30)) for _ in range(40)]
+        began = time.perf_counter()
+        for connection in connections:
+            connection.sendall(post(body=body))
+        seen_s = 0.0
+        for connection in connections:
+            assert answer_on(connection).status == 200
+            seen_s += time.perf_counter() - began
+        statistics = answer_once(started.port, get(b"/metrics")).json
+    assert isinstance(statistics, dict) and statistics["latency_seconds_sum"] > seen_s / 8
+
+
+def test_a_request_that_has_arrived_is_answered_before_a_stop(tmp_path, threads):
+    with running(tmp_path, threads=threads) as started, contextlib.ExitStack() as stack:
+        connections = [stack.enter_context(connect(started.port)) for _ in range(50)]
+        for connection in connections:
+            connection.sendall(HEALTH)
+            assert b" 200 " in connection.recv(1000)
+        for connection in connections:
+            connection.sendall(post())
+        started.server.stop_soon()
+        for connection in connections:
+            assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
+    assert len(lines_of(tmp_path)) == 50
+
+
+def test_without_a_thread_to_be_had_the_server_goes_on(tmp_path, monkeypatch):
+    disk, refused = Disk(), threading.Event()
+
+    def no_thread(thread: threading.Thread) -> None:
+        refused.set()
+        raise RuntimeError("can't start new thread")
+
+    with running(tmp_path, log=MetricLog(str(tmp_path), write=disk.write)) as started:
+        assert_healthy(started.port)  # its worker has started
+        monkeypatch.setattr(threading.Thread, "start", no_thread)
+        disk.hold()
+        with connect(started.port) as connection:
+            connection.sendall(post())
+            assert disk.stuck.wait(10) and refused.wait(10)
+            disk.release()
+            assert b" 200 OK" in connection.recv(1000)
+        assert_healthy(started.port)
+
+
+def test_a_stuck_connection_keeps_no_room_from_others(tmp_path):
+    disk = Disk()
+    log = MetricLog(str(tmp_path), write=disk.write)
+    with running(tmp_path, log=log, max_connections=3) as started, contextlib.ExitStack() as stack:
+        slow, *idle = [stack.enter_context(connect(started.port)) for _ in range(3)]
+        for connection in (slow, *idle):
+            connection.sendall(HEALTH)
+            assert b" 200 " in connection.recv(1000)
+        disk.hold()
+        slow.sendall(post())
+        assert disk.stuck.wait(10)
+        assert_healthy(started.port)  # a fourth: the first of the idle ones made room
+        assert idle[0].recv(1) == b""
+        disk.release()
+        assert b" 200 OK" in slow.recv(1000)
+
+
+def test_several_workers_share_the_connections(tmp_path):
+    with running(tmp_path, threads=4) as started:
+        for _ in range(3):
+            with contextlib.ExitStack() as stack:
+                connections = [stack.enter_context(connect(started.port)) for _ in range(40)]
+                for _ in range(10):
+                    for connection in connections:
+                        connection.sendall(post())
+                    for connection in connections:
+                        assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
+    assert len(lines_of(tmp_path)) == 1200
+
+
+@at_once(itertools.product([1, 0], LEVELS))
+def test_a_stop_under_load_answers_what_is_in_flight_and_loses_nothing(
+    tmp_path, threads, durability
+):
+    options = ("--durability", durability, "--threads", str(threads), "--rate-limit", "0")
+    with ServerProcess(tmp_path, *options) as started:
+        writers = Writers(started.port, "w", count=8)
+        eventually(lambda: len(writers.acknowledged) > 300)
+        status, out, err = started.stop()  # within 5 s
+        writers.join()
+    assert (status, err) == (0, "")
+    statistics = json.loads(out.splitlines()[-1].removeprefix("stopped "))
+    assert statistics["metrics_received"] == len(writers.acknowledged)
+    assert set(writers.statuses) <= {200, 503}
+    assert_kept(writers.acknowledged, tmp_path)
+    assert_whole_batches(tmp_path)
+
+
+@pytest.mark.parametrize("step_s", [3600, -3600], ids=["forward", "back"])
+def test_a_step_of_the_clock_changes_neither_rates_nor_time_outs(
+    tmp_path, threads, monkeypatch, step_s
+):
+    now, step = time.time, [0]
+    monkeypatch.setattr(time, "time", lambda: now() + step[0])
+    limit = 100
+    clock = lambda: time.time()  # noqa: E731
+    with running(tmp_path, limit=limit, threads=threads, wall_clock=clock) as started:
+        idle, unfinished = connect(started.port), connect(started.port)
+        with contextlib.closing(idle), contextlib.closing(unfinished):
+            idle.sendall(HEALTH)
+            assert b" 200 " in idle.recv(1000)
+            unfinished.sendall(post()[:-1])
+            eventually(lambda: open_connections(started) == 2)
+            statuses = Counter()
+            with contextlib.closing(Client(started.port)) as client:
+                for number in range(3 * limit):
+                    if number == limit // 2:
+                        step[0] = step_s
+                        started.server.expire()
+                    statuses[client.ask("POST", "/metrics", BATCH).status] += 1
+                numbers = json.loads(client.ask("GET", "/metrics").body)
+            spent_s = numbers["uptime_seconds"]
+            assert limit <= statuses[200] <= limit * (1 + spent_s) and statuses[429]
+            assert 0 <= spent_s < 600 and numbers["requests_per_second"] > 0
+            unfinished.sendall(post()[-1:])
+            assert unfinished.recv(1000).startswith(b"HTTP/1.1 ")
+            idle.sendall(HEALTH)
+            assert b" 200 " in idle.recv(1000)
+    stamps = [metric["timestamp"] for metric in map(json.loads, lines_of(tmp_path))]
+    assert (stamps[0] < stamps[limit - 1]) == (step_s > 0)  # the log follows the clock
+
+
+def test_an_unexpected_error_of_the_housekeeper_is_logged_and_the_house_kept_on(tmp_path, caplog):
+    failures = [RuntimeError("no house to keep")] * 3
+
+    def fails() -> None:
+        if failures:
+            raise failures.pop()
+
+    with running(tmp_path, timeouts=SHORT, jobs=[(0.0, fails)]) as started:
+        eventually(lambda: not failures)
+        with connect(started.port) as idle:
+            assert idle.recv(1) == b""  # it is still timed out
+        assert_healthy(started.port)
+    faults = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert len(faults) == 3 and all("no house to keep" in fault for fault in faults)
+    assert not any("\n" in fault for fault in faults)
+
+
+class ReplacedOnReturn:
+    """An epoll that never times out, and that can mark the worker whom it wakes as replaced."""
+
+    def __init__(self, epoll):
+        self.epoll, self.waiting, self.replace_next = epoll, 0, False
+
+    def poll(self, _: float, most: int) -> list[tuple[int, int]]:
+        self.waiting += 1
+        ready = self.epoll.poll(-1, most)
+        self.waiting -= 1
+        if self.replace_next:
+            self.replace_next = False
+            threading.current_thread().replaced = True
+        return ready
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.epoll, name)
+
+
+@pytest.mark.skipif(not hasattr(metricstream.select, "epoll"), reason="has no epoll")
+def test_what_a_worker_claimed_as_it_was_replaced_is_served(tmp_path):
+    """It was left until the successor's wait timed out: a second, now and then, after a long turn."""
+    with running(tmp_path, threads=1) as started, connect(started.port) as connection:
+        started.server.connections.epoll = epoll = ReplacedOnReturn(started.server.connections.epoll)
+        with connection.makefile("rb") as stream:
+            connection.sendall(HEALTH)
+            assert is_healthy(read_answer(stream))
+            started.server._workers.start_one()
+            eventually(lambda: epoll.waiting == 2)
+            epoll.replace_next = True
+            connection.sendall(HEALTH)
+            assert is_healthy(read_answer(stream))
+            eventually(lambda: len(started.server._workers.running) == 1)
+
+
+# ---- TLS ----
+
+# Made for these tests alone; valid until 2120 for localhost and 127.0.0.1.
+TEST_KEY = """-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgODPGcFsskxUmCvsw
+hFRbrv5WTHSGBr1pN3PLsmJ2APuhRANCAARxIu0srKMYe4+L+beRZ8dwwrxQTcJZ
+cenl1uRUMnAQYUAvaClzReYLybtnwZb6c6uEoH62dQLL7qmWWFRPEQF9
+-----END PRIVATE KEY-----
+"""
+
+TEST_CERTIFICATE = """-----BEGIN CERTIFICATE-----
+MIIBejCCASCgAwIBAgIUJ4u1KWI3IDmwCvF4G60goj+E8sgwCgYIKoZIzj0EAwIw
+FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTIwMDEwMTAwMDAwMFoYDzIxMjAwMTAx
+MDAwMDAwWjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
+PQMBBwNCAARxIu0srKMYe4+L+beRZ8dwwrxQTcJZcenl1uRUMnAQYUAvaClzReYL
+ybtnwZb6c6uEoH62dQLL7qmWWFRPEQF9o04wTDAaBgNVHREEEzARgglsb2NhbGhv
+c3SHBH8AAAEwDwYDVR0TAQH/BAUwAwEB/zAdBgNVHQ4EFgQUSkmvTKwL65D5zP+/
+jzL6DXfwjbMwCgYIKoZIzj0EAwIDSAAwRQIhAN376mLg5avraaho8lrAgLaDnmFN
+BHX+avxm6lQMfFteAiAYYGMYXAiTQN1RM/moEuuFgy1jdXLysuoQUgVH1CUbmA==
+-----END CERTIFICATE-----
+"""
+
+
+def pem_files(folder: Path) -> tuple[str, str]:
+    """Paths of the tests' certificate and key."""
+    certificate, key = folder / "cert.pem", folder / "key.pem"
+    certificate.write_text(TEST_CERTIFICATE)
+    key.write_text(TEST_KEY)
+    return str(certificate), str(key)
+
+
+@pytest.fixture
+def tls(tmp_path: Path) -> ssl.SSLContext:
+    return metricstream.tls_context(*pem_files(tmp_path))
+
+
+def trusting() -> ssl.SSLContext:
+    return ssl.create_default_context(cadata=TEST_CERTIFICATE)
+
+
+def over_tls(port: int) -> ssl.SSLSocket:
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # soon full when nobody reads
+    connection.settimeout(10)
+    connection.connect(("127.0.0.1", port))
+    return trusting().wrap_socket(
+        connection, server_hostname="localhost", suppress_ragged_eofs=False
+    )
+
+
+def test_https_serves_what_http_does(tmp_path, threads, tls):
+    with running(tmp_path, threads=threads, tls=tls) as started:
+        connection = http.client.HTTPSConnection("localhost", started.port, context=trusting())
+        value = {"name": "big", "value": 1, "tags": {f"k{i}": "v" * 1000 for i in range(32)}}
+        bodies = [BATCH, json.dumps({"metrics": [value] * 31}).encode(), BATCH]
+        assert max(map(len, bodies)) > 60 * metricstream.RECEIVE_BYTES / 4
+        for body in bodies:
+            connection.request("POST", "/metrics", body)
+            answer = connection.getresponse()
+            assert (answer.status, b'"success":true' in answer.read()) == (200, True)
+        connection.close()
+        assert len(lines_of(tmp_path)) == 33
+
+
+def test_pipelined_requests_in_one_record_are_all_answered(tmp_path, threads, tls):
+    with running(tmp_path, threads=threads, tls=tls) as started, over_tls(started.port) as client:
+        client.sendall(post() * 100 + get(b"/health", b"Connection: close"))
+        received = b"".join(iter(lambda: client.recv(65536), b""))  # to a clean end of TLS
+        assert received.count(b"HTTP/1.1 200 OK") == 101
+        assert len(lines_of(tmp_path)) == 100
+
+
+def test_an_encrypted_answer_that_is_not_read_waits_and_holds_up_nobody(tmp_path, threads, tls):
+    with running(tmp_path, threads=threads, tls=tls) as started, contextlib.ExitStack() as stack:
+        started.server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # inherited
+        client, asked = stack.enter_context(over_tls(started.port)), 1_000
+        client.sendall(get(b"/metrics") * asked)  # the answers have many times the buffers
+        with over_tls(started.port) as other:
+            other.sendall(get())
+            assert other.recv(65536).startswith(b"HTTP/1.1 200")
+        status_line, answers, rest = b"HTTP/1.1 200 OK", 0, b""
+        while answers < asked:
+            rest += client.recv(1 << 20)
+            answers += rest.count(status_line)
+            rest = rest[rest.rfind(status_line) + 1 :]
+
+
+def test_a_client_that_never_shakes_hands_blocks_nobody_and_is_ended(tmp_path, threads, tls):
+    with running(tmp_path, threads=threads, tls=tls, timeouts=SHORT) as started:
+        silent = [
+            socket.create_connection(("127.0.0.1", started.port), timeout=10) for _ in range(50)
+        ]
+        for connection in silent[25:]:
+            connection.sendall(b"\x16\x03\x01\x02\x00")  # the first octets of a ClientHello
+        with over_tls(started.port) as client:
+            client.sendall(get())
+            assert client.recv(65536).startswith(b"HTTP/1.1 200")
+        for connection in silent:
+            assert connection.recv(1) == b""
+            connection.close()
+        eventually(lambda: open_connections(started) == 0)
+
+
+def test_plain_http_to_a_tls_port_is_ended(tmp_path, threads, tls):
+    with running(tmp_path, threads=threads, tls=tls) as started:
+        with socket.create_connection(("127.0.0.1", started.port), timeout=10) as plain:
+            plain.sendall(HEALTH)
+            try:
+                assert b"HTTP/1.1" not in plain.recv(65536)
+            except ConnectionResetError as error:  # as good an end
+                assert error.errno == errno.ECONNRESET
+        with over_tls(started.port) as client:
+            client.sendall(get())
+            assert client.recv(65536).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion.TLSv1_1 is deprecated:DeprecationWarning")
+def test_tls_older_than_1_2_is_refused(tmp_path, tls):
+    assert tls.minimum_version == ssl.TLSVersion.TLSv1_2
+    old = trusting()
+    old.set_ciphers("ALL:@SECLEVEL=0")
+    old.minimum_version = old.maximum_version = ssl.TLSVersion.TLSv1_1
+    with running(tmp_path, tls=tls) as started:
+        with socket.create_connection(("127.0.0.1", started.port), timeout=10) as connection:
+            with pytest.raises(ssl.SSLError):
+                old.wrap_socket(connection, server_hostname="localhost")
+
+
+def has_ended(connection: socket.socket) -> bool:
+    try:
+        return connection.recv(1) == b""
+    except ssl.SSLEOFError:  # as good an end, without a word of TLS
+        return True
+
+
+@pytest.mark.parametrize("encrypted", [False, True], ids=["plain", "tls"])
+def test_a_stop_answers_what_is_in_flight_and_closes_what_is_idle(
+    tmp_path, threads, tls, encrypted
+):
+    enter, options = (over_tls, {"tls": tls}) if encrypted else (connect, {})
+    with running(tmp_path, threads=threads, **options) as started, contextlib.ExitStack() as stack:
+        idle, busy = (stack.enter_context(enter(started.port)) for _ in range(2))
+        for client in (idle, busy):
+            client.sendall(HEALTH)
+            assert is_healthy(answer_on(client))
+        busy.sendall(framed(BATCH_LENGTH, b"Expect: 100-continue", body=b""))
+        assert answer_on(busy).status == 100  # it waits for the body
+        started.server.stop_soon()
+        assert has_ended(idle)
+        busy.sendall(BATCH)
+        answer = answer_on(busy)
+        assert (answer.status, answer.headers["connection"]) == (200, "close")
+        assert has_ended(busy)
+    assert len(lines_of(tmp_path)) == 1
+
+
+# ---- answers of other processes ----
+
+
+class Told:
+    """A route `/api/…` whose answers the test writes: `ends` holds the other end of each."""
+
+    def __init__(self, service: Service) -> None:
+        self.ends: list[socket.socket] = []
+        service.add_routes({"/api/*": {"GET": self.handle, "POST": self.handle}})
+
+    def handle(self, request: Request, client: str) -> metricstream.Answer:
+        ours, theirs = socket.socketpair()
+        self.ends.append(ours)
+        return metricstream.Answer(None, b"", metricstream.Relay(theirs))
+
+    def end(self, index: int = -1) -> socket.socket:
+        eventually(lambda: self.ends)
+        return self.ends[index]
+
+
+def relayed(body: bytes, status: int = 200, length: int | None = None) -> bytes:
+    fields = b"Content-Type: text/plain\r\n"
+    size = len(body) if length is None else length
+    return metricstream.RELAY_HEAD.pack(status, len(fields), size) + fields + body
+
+
+@pytest.fixture(params=["plain", "tls"])
+def told(request, tmp_path, threads, tls) -> Iterator[tuple[Told, Callable[[], socket.socket]]]:
+    encrypted = request.param == "tls"
+    with running(tmp_path, threads=threads, **({"tls": tls} if encrypted else {})) as started:
+        told = Told(started.service)
+
+        def ask(raw: bytes = get(b"/api/x")) -> socket.socket:
+            connection = over_tls(started.port) if encrypted else connect(started.port)
+            connection.sendall(raw)
+            return connection
+
+        yield told, ask
+
+
+def test_an_answer_of_another_process_is_passed_on_as_it_comes(told):
+    told, ask = told
+    with ask() as connection, told.end() as end:
+        whole = relayed(b"x" * 100_000, 422)
+        for piece in (whole[:5], whole[5:20], whole[20:60], whole[60:]):
+            end.sendall(piece)
+        answer = answer_on(connection)
+        assert (answer.status, answer.headers["content-type"]) == (422, "text/plain")
+        assert answer.body == b"x" * 100_000
+        connection.sendall(HEALTH)
+        assert answer_on(connection).status == 200
+
+
+def test_the_head_alone_of_an_answer_of_another_process(told):
+    told, ask = told
+    with ask(head(b"HEAD /api/x HTTP/1.1")) as connection, told.end() as end:
+        end.sendall(relayed(b"a body"))
+        with connection.makefile("rb") as stream:
+            answer = read_answer(stream, to_head=True)
+        assert answer and (answer.status, answer.headers["content-length"]) == (200, "6")
+        connection.sendall(HEALTH)
+        assert answer_on(connection).status == 200
+
+
+def test_requests_behind_one_that_waits_for_another_process_wait(told):
+    told, ask = told
+    with ask(get(b"/api/x") + HEALTH) as connection, told.end() as end, connection.makefile("rb") as stream:
+        end.sendall(relayed(b"first"))
+        first, second = read_answer(stream), read_answer(stream)
+        assert first and second and first.body == b"first" and is_healthy(second)
+
+
+@pytest.mark.parametrize("sent", [b"", relayed(b"", 200)[:7], relayed(b"abc", length=10)])
+def test_another_process_that_ends_too_soon_is_an_error_and_never_half_an_answer(told, sent):
+    told, ask = told
+    with ask() as connection, told.end() as end:
+        end.sendall(sent)
+        end.close()
+        with connection.makefile("rb") as stream:
+            if b"abc" not in sent:
+                answer = read_answer(stream)
+                assert answer and answer.status == 503 and "retry-after" in answer.headers
+            else:
+                received = b""
+                with contextlib.suppress(ssl.SSLEOFError):  # the end without a word of TLS
+                    while piece := connection.recv(4096):
+                        received += piece
+                assert received.endswith(b"\r\n\r\nabc")
+
+
+def test_a_client_that_leaves_tells_the_other_process(told):
+    told, ask = told
+    with ask() as connection:
+        end = told.end()
+        connection.close()
+        end.settimeout(10)
+        assert end.recv(1) == b""
+        end.close()
+
+
+# ---- hostile and clumsy clients ----
+
+
+@needs_proc
+@at_once([1, 0])
+def test_half_closed_connections_are_answered_and_forgotten(tmp_path, threads):
+    with besieged(tmp_path, threads) as started, leaving_nothing(started.process.pid):
+        for sent, status in ((post(), b"200"), (post()[:-1], b"400"), (get()[:-2], b"400")):
+            with contextlib.ExitStack() as stack:
+                halves = crowd(started.port, scaled(200, 2000), sent, stack)
+                for connection in halves:
+                    connection.shutdown(socket.SHUT_WR)
+                for connection in halves:
+                    with connection.makefile("rb") as stream:
+                        assert stream.read().startswith(b"HTTP/1.1 " + status)
+
+
+@needs_proc
+@at_once([1, 0])
+def test_announced_bodies_that_never_come_take_no_memory(tmp_path, threads):
+    with besieged(tmp_path, threads) as started, contextlib.ExitStack() as outer:
+        before = outer.enter_context(leaving_nothing(started.process.pid))
+        with contextlib.ExitStack() as stack:
+            (too_large,) = crowd(
+                started.port, 1, framed(b"Content-Length: 104857600", body=b""), stack
+            )
+            assert too_large.recv(1000).startswith(
+                b"HTTP/1.1 413 "
+            )  # without waiting for any of it
+            crowd(started.port, 200, framed(b"Content-Length: 1048576", body=b"{"), stack)
+            eventually(lambda: connections_of(started) >= 201)
+            assert len(post_latencies(started.port, 100)) == 100
+            grown = Footprint.of(started.process.pid).resident_bytes - before.resident_bytes
+            assert grown < 200 * MIB / 8  # of 200 MiB that were announced
+
+
+@needs_proc
+@at_once([1, 0])
+def test_resets_by_the_thousand_leave_no_trace(tmp_path, threads):
+    with besieged(tmp_path, threads) as started, leaving_nothing(started.process.pid):
+        sent = [b"GET / HT", get(), get(b"/metrics") * 100, post()[:-1], *[b""] * 16]
+        for number in range(scaled(2_000, 100_000)):
+            connection = connect(started.port)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, ABORT)
+            connection.sendall(sent[number % 20])
+            connection.close()
+        eventually(lambda: connections_of(started) == 1)
+
+
+@needs_proc
+@at_once([(1, 2_000), (0, 500)])
+def test_idle_and_dripping_connections_by_the_thousand_cost_no_thread(tmp_path, threads, count):
+    """But one each where every connection has a thread; they are served at once all the same."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < count + 100:
+        pytest.skip(f"only {hard} files may be open")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, count + 1_000), hard))
+    with besieged(tmp_path, threads) as started, leaving_nothing(started.process.pid) as before:
+        with contextlib.ExitStack() as stack:
+            idle = crowd(started.port, count - 3 * (count // 10), post(), stack)
+            for part in (b"", b"GET / HT", post()[:-3]):
+                crowd(started.port, count // 10, part, stack)
+            for connection in idle:
+                assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
+            eventually(lambda: connections_of(started) == count + 1)
+            # the connection that asked may be open for a moment longer
+            there = (before.threads + (0 if threads else count), before.files + count)
+            eventually(lambda: Footprint.of(started.process.pid)[1:] == there)
+            grown = Footprint.of(started.process.pid).resident_bytes - before.resident_bytes
+            assert grown < count * (8 if threads else 64) * 1024
+            for _ in range(20):
+                assert_healthy(started.port)
+            assert len(post_latencies(started.port, 100)) == 100
+            idle[0].sendall(post())  # none was forgotten
+            assert idle[0].recv(1000).startswith(b"HTTP/1.1 200 ")
+    assert len(lines_of(tmp_path)) == 40 + len(idle) + 100 + 1
+
+
+@needs_proc
+@at_once([1, 0])
+def test_beyond_the_limit_idle_ones_make_room_and_busy_ones_do_not(tmp_path, threads):
+    with besieged(tmp_path, threads, "--max-connections", "50") as started:
+        with leaving_nothing(started.process.pid):
+            with contextlib.ExitStack() as stack:
+                crowd(started.port, 200, b"", stack)  # four times as many: the first make room
+                assert len(post_latencies(started.port, 20)) == 20
+            with contextlib.ExitStack() as stack:
+                crowd(started.port, 50, post()[:-1], stack)
+
+                def turned_away() -> bool:
+                    with connect(started.port) as one_more:
+                        one_more.sendall(post())
+                        return one_more.recv(1000).startswith(b"HTTP/1.1 503 ")
+
+                eventually(turned_away)
+                (answer,), closed = exchange(started.port, b"")
+                assert (answer.status, answer.headers["retry-after"], closed) == (503, "1", True)
+            eventually(lambda: not turned_away())
+            assert len(post_latencies(started.port, 20)) == 20
+
+
+class Dripping:
+    """A client that sends its request octet by octet, and starts again when it is timed out."""
+
+    def __init__(self, port: int, octets: bytes) -> None:
+        self.port, self.octets = port, octets
+        self.connection, self.rest = connect(port), iter(octets)
+
+    def drip(self) -> None:
+        try:
+            self.connection.send(bytes((next(self.rest),)))
+        except ConnectionError:
+            self.connection.close()
+            self.connection, self.rest = connect(self.port), iter(self.octets)
+
+
+def drip(port: int, ready: Any, stop: Any) -> None:
+    """A process of slow clients: 200 drip their heads, 200 their bodies, 200 read no answer."""
+    head = b"POST /metrics HTTP/1.1\r\nHost: x\r\n"
+    heads = [Dripping(port, head + b"X-Slow: " + b"a" * 1000) for _ in range(200)]
+    bodies = [
+        Dripping(port, head + b"Content-Length: 1000\r\n\r\n" + b" " * 999) for _ in range(200)
+    ]
+    deaf = []
+    for _ in range(200):
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", port))
+        connection.sendall(get(b"/metrics") * 400)
+        deaf.append(connection)
+    for turn, slow in enumerate(itertools.cycle(heads + bodies)):
+        slow.drip()  # four octets a second each
+        if turn == 400:
+            ready.set()
+        if turn % 8 == 0 and stop.wait(0.005):
+            break
+    for connection in deaf + [slow.connection for slow in heads + bodies]:
+        connection.close()
+
+
+def test_slow_clients_by_the_hundred_slow_nobody_else_down(tmp_path):
+    """The p99 of good clients stays within five times the quiet one: the best of three rounds, as
+    noise only ever adds to either.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    ratios = []
+    with besieged(tmp_path, 1) as started:
+        for _ in range(scaled(3, 10)):
+            quiet = post_latencies(started.port, 500)
+            ready, stop = spawn.Event(), spawn.Event()
+            slow = spawn.Process(target=drip, args=(started.port, ready, stop))
+            slow.start()
+            try:
+                assert ready.wait(30)
+                assert connections_of(started) > 600
+                besieged_ = post_latencies(started.port, 500)
+            finally:
+                stop.set()
+                slow.join(30)
+            assert slow.exitcode == 0
+            ratios.append(besieged_[-5] / quiet[-5])
+            if ratios[-1] <= 5:
+                break
+    assert min(ratios) <= 5, ratios
+
+
+@needs_proc
+@needs_prlimit
+@at_once([1, 0])
+def test_without_file_descriptors_the_server_neither_spins_nor_dies(tmp_path, threads):
+    options = ("--log-level", "error")  # it warns of what it lacks
+    with besieged(tmp_path, threads, *options) as started, contextlib.ExitStack() as stack:
+        pid = started.process.pid
+        crowd(started.port, 20, post()[:-1], stack)  # busy: they can't make room
+        eventually(lambda: connections_of(started) == 21)
+        soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        highest = max(int(name) for name in os.listdir(f"/proc/{pid}/fd"))
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (highest + 1, hard))
+        waiting = crowd(started.port, 50, post(b"Connection: close"), stack)
+        clock_ticks = os.sysconf("SC_CLK_TCK")
+
+        def cpu_s() -> float:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            return (int(fields[11]) + int(fields[12])) / clock_ticks
+
+        began, spent = time.monotonic(), cpu_s()
+        assert not threading.Event().wait(1.0)  # what is measured is how it spends this second
+        assert (cpu_s() - spent) / (time.monotonic() - began) < 0.5
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
+        for connection in waiting:  # they have waited in the backlog
+            assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
+
+
+# ---- part I alone ----
+
+
+def test_part_one_alone_is_a_server(tmp_path):
+    """The text of the module up to the banner of part II, executed."""
+    text = (HERE / "metricstream.py").read_text().partition("# PART II. STORAGE")[0]
+    part = types.ModuleType("part_one")
+    sys.modules["part_one"] = part
+    try:
+        exec(compile(text, "part_one.py", "exec"), vars(part))
+        log = part.MetricLog(str(tmp_path))
+        service = part.Service(log, part.SlidingWindowLimiter(2), part.Statistics())
+        with part.Server(("127.0.0.1", 0), service) as server:
+            thread = threading.Thread(target=server.serve_forever)
+            thread.start()
+            port = server.server_address[1]
+            statuses = [answer_once(port, post()).status for _ in range(3)]
+            health, statistics = answer_once(port, HEALTH), answer_once(port, get(b"/metrics"))
+            queries = answer_once(port, get(b"/api/v1/query"))
+            server.shutdown()
+            thread.join()
+        log.close()
+    finally:
+        del sys.modules["part_one"]
+    assert statuses == [200, 200, 429] and len(lines_of(tmp_path)) == 2
+    assert health.json == {"status": "healthy", "service": "ingestion"}
+    assert statistics.json["metrics_received"] == 2 and queries.status == 404
+
+
+# ==================================================================================================
+# PART II. STORAGE
+# ==================================================================================================
+
+
+# ---- a store, its log, and a dictionary of what was pushed ----
+
+
+class StoreUnderTest:
+    """A store and its log, and a plain dictionary of what was pushed."""
+
+    SERIES = [(f"m{number}", {"host": f"h{number % 3}"}) for number in range(6)]
+
+    def __init__(self, folder: Path, durability: str, **options: Any):
+        self.folder, self.durability = folder, durability
+        self.options = {"retention_s": 0} | options
+        self.pushed: dict[str, dict[int, float]] = {}
+        self.open()
+
+    def open(self) -> None:
+        self.log = MetricLog(str(self.folder), self.durability)
+        self.files: list[tuple[int, int]] = []  # descriptors and final sizes of files to come
+        self.log.on_switch = lambda number, descriptor, size: self.files.append(
+            (os.dup(descriptor), size)
+        )
+        self.store = metricstream.Store(str(self.folder), writes=True, **self.options)
+        for _ in self.store.open():
+            pass
+        self.tail = metricstream.LogTail(os.dup(self.log.descriptor))
+        self.log_bytes = self.log.size_bytes  # when all that was pushed is written
+        self.read()
+
+    def push(self, samples: list[Sample]) -> None:
+        lines = "".join(map(metricstream.log_line, samples)).encode()
+        append_and_wait(self.log, lines)
+        self.log_bytes += len(lines)
+        for sample in samples:
+            series = self.pushed.setdefault(sample.name, {})
+            series[sample.timestamp_ms] = float(sample.value)
+
+    def read(self) -> None:
+        """Have the store read the log to where it is written."""
+        eventually(lambda: self.log.size_bytes == self.log_bytes)
+        while not self.tail.has_reached(self.log.position.size_bytes):
+            self.store.add_lines(self.tail.read(self.log.position.size_bytes))
+
+    def cut(self) -> None:
+        """Have the log begin a new file, and the store a new memtable."""
+        self.read()
+        path = self.store.next_segment()
+        self.log.rotate(path)
+        descriptor, size = eventually(lambda: self.files and self.files.pop())
+        while not self.tail.has_reached(size):
+            self.store.add_lines(self.tail.read(size))
+        inode = os.fstat(self.tail.descriptor).st_ino
+        assert self.store.segment_of(inode) == path
+        os.close(self.tail.descriptor)
+        self.store.freeze(path)
+        self.tail, self.log_bytes = metricstream.LogTail(descriptor), 0
+
+    def maintain(self) -> None:
+        """As the store process does it: in a fork, after which the store looks at the folder."""
+        for _ in self.store.work():
+            pass
+        pid = os.fork()
+        if not pid:
+            try:
+                self.store.maintain()
+                os._exit(0)
+            finally:
+                os._exit(1)
+        assert os.waitpid(pid, 0)[1] == 0
+        self.store.refresh()
+        assert not self.store.needs_maintenance
+
+    def select(self, name: str = "") -> list[Series]:
+        matchers = [Matcher("__name__", "=", name)] if name else []
+        return list(self.store.select(matchers, 0, NOW_MS, metricstream.Budget()))
+
+    def close(self) -> None:
+        self.log.close()
+        os.close(self.tail.descriptor)
+
+    def check(self, start_ms: int = 0, end_ms: int = metricstream.END_OF_TIME_MS - 1) -> None:
+        self.read()
+        matchers = [metricstream.Matcher("__name__", "=~", "m.*")]
+        found = {}
+        budget = metricstream.Budget()
+        for labels, times, values in self.store.select(matchers, start_ms, end_ms, budget):
+            assert list(times) == sorted(set(times))
+            found[labels["__name__"]] = dict(zip(times, values))
+        expected = {
+            name: {time_ms: v for time_ms, v in series.items() if start_ms <= time_ms <= end_ms}
+            for name, series in self.pushed.items()
+        }
+        assert found == {name: series for name, series in expected.items() if series}
+
+
+def opened(folder: Path) -> metricstream.Store:
+    """The store of a folder, which is only read."""
+    store = metricstream.Store(str(folder))
+    for _ in store.open(log=str(folder / "metrics.jsonl")):
+        pass
+    return store
+
+
+def a_store(folder: Path, **options: Any) -> StoreUnderTest:
+    return StoreUnderTest(folder, "os", **options)
+
+
+def block_of(under: StoreUnderTest, *times_ms: int, name: str = "m") -> None:
+    under.push([Sample(name, time_ms / 1000, "gauge", {}, time_ms) for time_ms in times_ms])
+    under.cut()
+    under.maintain()
+
+
+# ==================================================================================================
+# Regular expressions
+# ==================================================================================================
 
 ALL_KINDS = "abxyzAK_09 .-\n\tÉéßσςsſ\u212a"
 
@@ -2815,6 +5181,10 @@ ALL_KINDS = "abxyzAK_09 .-\n\tÉéßσςsſ\u212a"
     ("", "", "a"), ("|a", "", "b"), ("()", "", "a"), (".*", "\n", None), (".+", "\n", ""), ("web.*", "web\n1", "we"), ("web.+", "web1", "web"),
     (".*foo", "xfoo", "foox"), (".+foo", "foofoo", "foo"), (".*foo.*", "xfoox", "fo"), (".+foo.+", "xfoofoox", "foox"), (".*foo.+", "foo1", "xfoo"),
     (r"a\|b|c", "a|b", "a"), (r"\\|a", "\\", "|"), (r"(?:a\.b|c)", "a.b", "axb"), ("^(a|b)$", "b", "c"), ("a||b", "", "c"), ("^.*$", "", None),
+    ("a.c", "a\nc", "xabc"), ("[[:alpha:]_]+", "ab_", "a1"), (r"\Qa.b\E+", "a.b", "axb"), ("(?i)ABC", "abc", "abd"), ("(?<n>x)y", "xy", "x"),
+    (r"a\z", "a", "a\n"), (r"\d+", "12", "\u0661"), ("[]a[]", "[", "b"), ("[^[:digit:]]", "a", "1"), ("(a+|b)c*", "aac", "abab"),
+    ("(?:web|db)[0-9]{1,3}", "db12", "db"), ("(?s:.)", "\n", ""), ("((?i)PRO).*", "production", "xpro"), ("x(?i)a|B", "b", "Xa"),
+    ("(web|db)*", "webdb", "w"), ("a{2}", "aa", "a"), ("(ab){3}", "ababab", "abab"), (".*a.*b.*", "xaxbx", "ba"), ("a??b", "ab", "aab"), ("(?i:a)b", "Ab", "AB"),
     # what real rules ask
     ("(v[0-9]*.[0-9]*.[0-9]*).*", "v1.22.3-gke", "1.22"), (r"^[^@]+:([^@]+)(?:@.+)?$", "repo/image:1.2@sha256:0", "image"),
     (r".+(\d+/\d+(/\d+)?).*", "eth1/2/3.1", "eth1"), (".*(.*ingester.*).*", "my-ingester-0", "my-querier-0"), ("b.*k.*w.*k.*", "bookworks", "bookshop"),
@@ -2894,7 +5264,7 @@ def a_pattern(rng: random.Random, depth: int) -> str:
     )
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(scaled(2, 40)))
 def test_generated_patterns_match_as_those_of_re_do(seed):
     rng = random.Random(f"regular expressions {seed}")
     matched = 0
@@ -2921,15 +5291,15 @@ def test_generated_patterns_match_as_those_of_re_do(seed):
 ])  # fmt: skip
 def test_work_is_linear_in_the_text_whatever_the_pattern(pattern, part):
     def work(count: int) -> int:
-        metricstream._kept_regex.cache_clear()
-        regex = compile_regex(pattern)
+        regex = metricstream.Regex(pattern)
         for _ in range(2):
             regex.matches(part * count)
             regex.groups(part * count)
         return regex.work
 
     assert work(1_000) <= 2.2 * work(500)
-    repeated = compile_regex(pattern)
+    repeated = metricstream.Regex(pattern)
+    repeated.matches(part * 500)
     before = repeated.work
     repeated.matches(part * 1_000)
     assert repeated.work - before <= work(1_000)
@@ -2948,7 +5318,6 @@ def test_states_are_dropped_when_they_take_too_much_and_made_again(monkeypatch):
 
 
 def test_long_patterns_leave_no_memory_behind():
-    metricstream._kept_regex.cache_clear()
     tracemalloc.start()
     try:
         for number in range(5):
@@ -2959,11 +5328,482 @@ def test_long_patterns_leave_no_memory_behind():
         tracemalloc.stop()
 
 
-# --------------------------------------------------------------------------------------------------
-# 8. Query
-# --------------------------------------------------------------------------------------------------
+# ==================================================================================================
+# Chunks
+# ==================================================================================================
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [1.0], [-0.0, 0.0], [1.5] * 1000, [0.1 * n for n in range(1000)],
+        [round(0.01 * n, 2) for n in range(1000)], [2.0**52, -(2.0**52)], [2.0**60, 1.0],
+        [5e-324, 1.7976931348623157e308], [float(n * n) for n in range(2000)],
+        [random.Random(1).random() for _ in range(1000)],
+    ],
+)  # fmt: skip
+def test_values_come_back_to_the_bit(values):
+    values = array("d", values)
+    encoded = metricstream.encode_values(values)
+    assert metricstream.decode_values(encoded).tobytes() == values.tobytes()
+    assert len(encoded) <= 8 * len(values) + 13
+
+
+@pytest.mark.parametrize(
+    "times", [[5], [5, 6], [0, 0, 0], [NOW_MS + 15_000 * n + n % 7 for n in range(1000)], [9, 3, 7]]
+)
+def test_times_come_back(times):
+    times = array("q", times)
+    assert metricstream.decode_times(metricstream.encode_times(times)) == times
+
+
+# ==================================================================================================
+# Memtable
+# ==================================================================================================
+
+
+@pytest.mark.parametrize("line", [
+    '{"timestamp":"2026-13-01T00:00:00.000Z","name":"m","value":1,"type":"gauge"}',
+    '{"timestamp":"2026-01-01T00:00:0a.000Z","name":"m","value":1,"type":"gauge"}',
+    '{"timestamp":"2026-01-01T00:00:00.000Z","name":"m","value":1e999,"type":"gauge"}',
+    '{"timestamp":"2026-01-01T00:00:00.000Z","name":"m","value":01,"type":"gauge"}',
+    '{"timestamp":"2026-01-01T00:00:00.000Z","name":"m","value":1,"type":"rate"}',
+    '{"timestamp":"2026-01-01T00:00:00.000Z","name":"m","value":1,"type":"gauge","tags":{"a":1}}',
+    '{"timestamp":"2026-01-01T00:00:00.000Z","name":"m\\x","value":1,"type":"gauge"}', "[]", "",
+])  # fmt: skip
+def test_a_line_that_is_no_metric_takes_no_other_along(line):
+    good = [metricstream.log_line(Sample("m", n, "gauge", {}, 1000 * n)) for n in range(3)]
+    table = metricstream.Memtable()
+    assert table.add_lines(f"{good[0]}{good[1]}{line}\n{good[2]}".encode()) == 3
+    assert len(table.unreadable) == 1 and len(table.index) == 1
+
+
+def test_extreme_numbers_of_the_log_are_read_to_the_bit():
+    values = [1.7976931348623157e308, 5e-324, -1e22, 10**300, -0.0, 123456.789]
+    table = metricstream.Memtable()
+    for n, value in enumerate(values):
+        line = metricstream.log_line(Sample("m", value, "gauge", {}, n))
+        assert table.add_lines(line.encode()) == 1
+    ((_, (chunk,)),) = table.chunks([0], 0, 100, metricstream.Budget())
+    assert chunk.decoded_values().tobytes() == array("d", map(float, values)).tobytes()
+
+
+def test_lines_of_one_time_are_read_together(tmp_path):
+    """Half a batch would become a group of its own, and its series would stand in two."""
+    path = tmp_path / "log"
+    batches = [
+        "".join(
+            metricstream.log_line(Sample(f"m{n}", time_ms, "gauge", {"host": "h"}, time_ms))
+            for n in range(999)
+        ).encode()
+        for time_ms in range(1000, 13_000, 1000)
+    ]
+    path.write_bytes(b"".join(batches))
+    with open(path, "rb") as file:
+        tail = metricstream.LogTail(file.fileno())
+        pieces = list(iter(lambda: tail.read(path.stat().st_size), b""))
+    assert b"".join(pieces) == path.read_bytes() and 2 < len(pieces) < len(batches)
+    whole = {b"".join(batches[start:end]) for start in range(12) for end in range(13)}
+    assert set(pieces) <= whole
+
+
+@at_once()
+def test_a_million_samples_stay_small_in_memory(tmp_path):
+    """In a process of its own: 1,000 series of 1,000 samples, as 100 clients push them; short of
+    a soak, a quarter of them in a quarter of the memory.
+    """
+    rows = scaled(250, 1000)
+    script = """
+import os, sys
+import metricstream as m
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+store = m.Store(sys.argv[1], writes=True, retention_s=0)
+before, rows = resident(), int(sys.argv[2])
+for row in range(rows):
+    for client in range(100):
+        tags = {"client": f"c{client}"}
+        store.add_lines(b"".join(m.log_line(
+            m.Sample(f"m{n}", (row * n % 997) / 100, "gauge", tags, 15000 * row + client)
+        ).encode() for n in range(10)))
+    for _ in store.work():
+        pass
+print(store.replayed, (resident() - before) >> 20)
+(series,) = store.select([m.Matcher("__name__", "=", "m3"), m.Matcher("client", "=", "c9")], 0,
+                         m.END_OF_TIME_MS, m.Budget())
+assert list(series.values) == [(row * 3 % 997) / 100 for row in range(rows)]
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path), str(rows)],
+        capture_output=True, text=True, cwd=HERE,
+    )  # fmt: skip
+    assert done.stderr == ""
+    pushed, mebibytes = map(int, done.stdout.split())
+    assert pushed == 1_000 * rows and mebibytes < 0.06 * rows
+
+
+# ==================================================================================================
+# Blocks
+# ==================================================================================================
+
+
+def test_the_bytes_of_a_sample_are_less_than_one(tmp_path):
+    """A day of four clients that each push ten series of four kinds: of 100 it would be no other."""
+    rng = random.Random(1)
+    store = metricstream.Store(str(tmp_path), writes=True, retention_s=0)
+    counters = [0.0] * 3
+    for client in range(4):
+        jitter = rng.randrange(15_000)
+        for row in range(5_760):
+            counters = [counter + rng.randrange(100) for counter in counters]
+            values = [
+                *counters, float(rng.randrange(50)), float(rng.randrange(50)),
+                round(20 + rng.uniform(0, 5), 2), round(rng.uniform(0, 5), 2),
+                1.0, 4096.0, 0.5,
+            ]  # fmt: skip
+            time_ms = 15_000 * row + jitter + rng.randrange(8)
+            tags = {"client": str(client)}
+            samples = [Sample(f"m{n}", v, "gauge", tags, time_ms) for n, v in enumerate(values)]
+            store.add_lines("".join(map(metricstream.log_line, samples)).encode())
+    for _ in store.work():
+        pass
+    store.freeze()
+    store.maintain()
+    size = (tmp_path / "blocks" / "00000001-00000001.block").stat().st_size
+    assert size <= 1.0 * 4 * 10 * 5_760
+    found = store.select([], 0, NOW_MS, metricstream.Budget())
+    assert sum(len(series.values) for series in found) == 4 * 10 * 5_760
+
+
+@pytest.mark.parametrize("place", ["value", "time", "index", "meta", "end", "length"])
+def test_a_damaged_block_is_set_aside_and_the_rest_is_served(place, tmp_path, caplog):
+    under = a_store(tmp_path)
+    block_of(under, 1000, 2000)
+    block_of(under, 3000, 4000)
+    under.close()
+    path = tmp_path / "blocks" / "00000001-00000001.block"
+    octets = bytearray(path.read_bytes())
+    meta = json.loads(octets[octets.rindex(b'{"first_ms"') : octets.rindex(b"}") + 1])
+    at = {
+        "value": 8, "time": meta["times_at"], "index": meta["index_at"],
+        "meta": octets.rindex(b"first_ms"), "end": len(octets) - 1, "length": 0,
+    }[place]  # fmt: skip
+    octets[at] ^= 0xFF
+    path.write_bytes(octets[:-5] if place == "length" else octets)
+    under = a_store(tmp_path)
+    under.pushed = {"m": {3000: 3.0, 4000: 4.0}}
+    under.check()
+    assert under.store.damaged == [path.name + ".damaged"] and "damaged block" in caplog.text
+    assert path.name in under.store.warnings[0]
+    assert not path.exists() and path.with_name(path.name + ".damaged").exists()
+    block_of(under, 5000)
+    under.check()
+    under.close()
+
+
+# ==================================================================================================
+# Store
+# ==================================================================================================
+
+
+@pytest.mark.parametrize("seed", range(scaled(9, 200)))
+def test_the_store_answers_what_a_dictionary_answers(seed, tmp_path, monkeypatch):
+    """Rows and single samples, late and repeated ones, across blocks and restarts."""
+    rng = random.Random(seed)
+    monkeypatch.setattr(metricstream, "CHUNK_SAMPLES", rng.choice((8, 64, 1024)))
+    monkeypatch.setattr(metricstream, "WRITER_PAUSE_S", 0.001)
+    durability = ("os", "disk", "memory")[seed % 3]
+    under = StoreUnderTest(tmp_path, durability, keep_log=rng.random() < 0.3)
+    now_ms = NOW_MS
+
+    def sample(name: str, tags: dict[str, str], late_ms: int) -> Sample:
+        value = rng.choice((rng.randrange(100), rng.random(), round(rng.uniform(0, 9), 2), -0.0))
+        return Sample(name, value, "gauge", tags, now_ms - late_ms)
+
+    try:
+        for _ in range(rng.randrange(40, 150)):
+            now_ms += rng.choice((0, 1, 15, 1000))
+            step, late_ms = rng.random(), rng.choice((0, 0, 0, 5, 5000))
+            if step < 0.6:
+                row = under.SERIES[:4] if rng.random() < 0.7 else rng.sample(under.SERIES, 5)
+                under.push([sample(*series, late_ms) for series in row])
+            elif step < 0.7:
+                some = rng.choices(under.SERIES, k=rng.randrange(1, 30))
+                under.push([sample(*series, rng.randrange(4000)) for series in some])
+            elif step < 0.75:
+                under.cut()
+            elif step < 0.85:
+                under.maintain()
+            elif step < 0.9:
+                under.close()
+                under.open()
+            else:
+                start_ms = now_ms - rng.randrange(3000)
+                under.check(start_ms, start_ms + rng.randrange(3000))
+        under.check()
+    finally:
+        under.close()
+
+
+# What is killed at given steps of writing blocks: before or after each call that changes a file. A
+# fork for each of the steps, in a folder of its own; what it acknowledges stands in a file beside.
+DEADLY_STORE = """
+import os, signal, sys, time
+import metricstream as m
+
+folder, keep_log, fatal_steps = sys.argv[1], sys.argv[2] == "keep", map(int, sys.argv[3:])
+steps = fatal = 0
+
+def step():
+    global steps
+    steps += 1
+    if steps == fatal:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def deadly(owner, name):
+    real = getattr(owner, name)
+    def call(*arguments, **options):
+        step()
+        result = real(*arguments, **options)
+        step()
+        return result
+    setattr(owner, name, call)
+
+for name in ("replace", "rename", "unlink", "fsync"):
+    deadly(os, name)
+deadly(m.BlockWriter, "_write")
+
+def write_blocks(folder, out):
+    log = m.MetricLog(folder, "os")
+    store = m.Store(folder, writes=True, retention_s=0, keep_log=keep_log)
+    list(store.open())
+    tail, files = m.LogTail(os.dup(log.descriptor)), []
+    log.on_switch = lambda number, descriptor, size: files.append((os.dup(descriptor), size))
+    for number in range(12):
+        samples = [m.Sample(f"m{n}", number + n / 4, "gauge", {}, 1000 * number) for n in range(3)]
+        log.append("".join(map(m.log_line, samples)).encode())
+        print(number, file=out, flush=True)
+        if number % 2:
+            path = store.next_segment()
+            log.rotate(path)
+            while not files:
+                time.sleep(0.0001)
+            descriptor, size = files.pop()
+            while not tail.has_reached(size):
+                store.add_lines(tail.read(size))
+            store.freeze(path)
+            tail = m.LogTail(descriptor)
+            store.maintain()
+    print("all", steps, file=out, flush=True)
+
+for fatal in fatal_steps:
+    if pid := os.fork():
+        os.waitpid(pid, 0)
+        continue
+    os.mkdir(f"{folder}/{fatal}")
+    with open(f"{folder}/{fatal}.txt", "w") as out:
+        write_blocks(f"{folder}/{fatal}", out)
+    os._exit(0)
+"""
+
+
+@at_once(["keep", "retire"])
+def test_kill_9_at_each_step_of_a_block_loses_nothing_and_doubles_nothing(tmp_path, keep_log):
+    def run(*fatal: int) -> None:
+        command = [sys.executable, "-c", DEADLY_STORE, str(tmp_path), keep_log, *map(str, fatal)]
+        subprocess.run(command, cwd=HERE, check=True)
+
+    run(0)
+    *_, word, steps = (tmp_path / "0.txt").read_text().split()
+    assert word == "all" and int(steps) > 100
+    # each step of the first block, and of the first compaction; of the rest some
+    all_fatal = [*range(1, 30), *range(30, int(steps), scaled(4, 1))]
+    run(*all_fatal)
+    for fatal in all_fatal:
+        folder = tmp_path / str(fatal)
+        acknowledged = (tmp_path / f"{fatal}.txt").read_text().split()
+        assert "all" not in acknowledged
+        under = a_store(folder, keep_log=keep_log == "keep")
+        try:
+            under.read()
+            matcher, budget = Matcher("__name__", "=~", "m."), metricstream.Budget()
+            found = list(under.store.select([matcher], 0, NOW_MS, budget))
+            pushed = len(found[0].times_ms) if found else 0
+            # a batch whose acknowledgement the end prevented may be there
+            assert len(acknowledged) <= pushed <= len(acknowledged) + 1, fatal
+            for series in found:
+                tag = int(series.labels["__name__"][1:]) / 4
+                assert list(series.times_ms) == [1000 * n for n in range(pushed)], fatal
+                assert list(series.values) == [n + tag for n in range(pushed)], fatal
+            in_blocks = sum(block.samples for block in under.store.blocks)
+            assert in_blocks + under.store.replayed == 3 * pushed, fatal  # none was counted twice
+            assert not under.store.damaged and not list(folder.glob("blocks/*.tmp"))
+        finally:
+            under.close()
+
+
+def test_a_folder_is_read_while_a_server_changes_it(tmp_path, monkeypatch):
+    """Between the listing and the reading, the log becomes a segment, a block, a merged block."""
+    under = a_store(tmp_path)
+    for number in range(3):
+        block_of(under, 1000 * number)
+    under.push([Sample("m", 9.0, "gauge", {}, 9000)])
+    changes = [under.cut, under.maintain, lambda: block_of(under, 20_000)]
+    replay = metricstream.Store._replay
+
+    def changing(store: metricstream.Store, path: str, skip_inode: int) -> Iterator[str]:
+        if changes:
+            changes.pop(0)()
+        return replay(store, path, skip_inode)
+
+    monkeypatch.setattr(metricstream.Store, "_replay", changing)
+    reader = opened(tmp_path)
+    assert not changes
+    (series,) = reader.select([], 0, NOW_MS, metricstream.Budget())
+    assert dict(zip(series.times_ms, series.values)) == under.pushed["m"]
+    under.close()
+
+
+def test_blocks_are_compacted_into_larger_ones(tmp_path):
+    under = a_store(tmp_path)
+    for number in range(17):
+        block_of(under, 1000 * number, 1000 * number + 500, 99_000)  # the last one again and again
+        under.check()
+    names = sorted(path.name for path in (tmp_path / "blocks").iterdir())
+    numbers = [tuple(map(int, re.findall(r"\d+", name))) for name in names]
+    assert len(names) < 8 and numbers[0][1] - numbers[0][0] >= 3
+    assert [first for first, _ in numbers] == [1, *(last + 1 for _, last in numbers[:-1])]
+    under.close()
+    under = a_store(tmp_path)
+    under.pushed = {
+        "m": {t: t / 1000 for n in range(17) for t in (1000 * n, 1000 * n + 500, 99_000)}
+    }
+    under.check()
+    under.close()
+
+
+class TwoClocks:
+    """A clock that may step, and one that can't, in seconds."""
+
+    def __init__(self, now_s: float):
+        self.now_s, self.since_s = now_s, 0.0
+
+    def pass_by(self, seconds: float) -> None:
+        self.now_s += seconds
+        self.since_s += seconds
+
+    def options(self) -> dict[str, Any]:
+        return {"clock": lambda: self.now_s, "monotonic": lambda: self.since_s}
+
+
+def stored_names(under: StoreUnderTest) -> list[str]:
+    return sorted(series.labels["__name__"] for series in under.select())
+
+
+def test_blocks_past_their_retention_are_removed(tmp_path):
+    clocks = TwoClocks(10_000_000.0)
+    under = a_store(tmp_path, retention_s=3600, **clocks.options())
+    for age_s in (3000, 2000, 1000, 0):
+        block_of(under, int(clocks.now_s - age_s) * 1000 + 1, name=f"m{age_s}")
+    clocks.pass_by(1500)
+    block_of(under, int(clocks.now_s * 1000), name="now")  # samples move the bound, too
+    assert len(stored_names(under)) == 5  # the bound of an hour ago counts
+    clocks.pass_by(2101)
+    block_of(under, int(clocks.now_s * 1000), name="later")
+    assert stored_names(under) == ["later", "m0", "m1000", "m2000", "now"]  # an hour ago, m2000 was young
+    clocks.pass_by(3601)
+    under.maintain()
+    assert stored_names(under) == ["later", "now"]  # of the newest sample, now is 2,101 s old
+    under.close()
+
+
+def test_a_clock_that_steps_forward_and_back_removes_nothing(tmp_path):
+    clocks = TwoClocks(10_000_000.0)
+    under = a_store(tmp_path, retention_s=30 * 86_400, **clocks.options())
+    for _ in range(3):
+        block_of(under, int(clocks.now_s * 1000), name=f"m{clocks.since_s:.0f}")
+        clocks.pass_by(600)
+        under.maintain()
+    before = stored_names(under)
+    for step_s in (40 * 86_400, -40 * 86_400, 40 * 86_400):
+        clocks.now_s += step_s
+        block_of(under, int(clocks.now_s * 1000), name="new")  # as a push without a timestamp is
+        clocks.pass_by(1200)
+        under.maintain()
+        assert stored_names(under) == sorted({*before, "new"})
+    under.close()
+    under = a_store(tmp_path, retention_s=30 * 86_400, **clocks.options())  # and after a restart
+    under.maintain()
+    assert stored_names(under) == sorted({*before, "new"})
+    under.close()
+
+
+def test_a_sample_of_the_future_alone_makes_no_other_old(tmp_path):
+    """The clock and the newest sample both have to say so."""
+    clocks = TwoClocks(10_000_000.0)
+    under = a_store(tmp_path, retention_s=3600, **clocks.options())
+    block_of(under, int(clocks.now_s * 1000), name="m")
+    block_of(under, int(clocks.now_s * 1000) + 10**9, name="future")
+    for _ in range(3):
+        clocks.pass_by(1000)
+        under.maintain()
+        assert stored_names(under) == ["future", "m"]
+    under.close()
+
+
+def test_the_oldest_blocks_go_when_all_are_too_long(tmp_path):
+    under = a_store(tmp_path, retention_bytes=4_000)
+    rng = random.Random(5)
+    for number in range(3):
+        under.push([Sample("m", rng.random(), "gauge", {}, 1000 * number + n) for n in range(150)])
+        under.cut()
+    assert under.store.block_bytes == 0
+    under.maintain()
+    assert 0 < under.store.block_bytes <= 4_000
+    (series,) = under.select()
+    assert series.times_ms[0] == 1000 and series.times_ms[-1] == 2149
+    under.close()
+
+
+def test_what_a_block_covers_of_the_log_is_retired_or_kept_compressed(tmp_path):
+    under = a_store(tmp_path, keep_log=True)
+    block_of(under, 1000, 2000)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+    (kept,) = tmp_path.glob("metrics-*.jsonl.gz")
+    assert re.fullmatch(r"metrics-\d{8}T\d{6}Z-00000001\.jsonl\.gz", kept.name)
+    lines = [json.loads(line) for line in gzip.decompress(kept.read_bytes()).splitlines()]
+    assert [line["value"] for line in lines] == [1.0, 2.0]
+    under.close()
+    under = a_store(tmp_path)
+    block_of(under, 3000)
+    assert sorted(path.name for path in tmp_path.iterdir() if path != kept) == [
+        "blocks", "metrics.jsonl",
+    ]  # fmt: skip
+    under.close()
+
+
+def test_lines_of_the_log_that_are_no_metrics_are_counted_and_the_rest_is_read(tmp_path, caplog):
+    line = metricstream.log_line(Sample("m", 1, "gauge", {"a": "b"}, 1000))
+    strange = '{"name": "m", "value": 2, "tags": {"a": "b"}, "timestamp": 2}\n'
+    (tmp_path / "metrics.jsonl").write_text(line + "nonsense\n" + strange + '{"name":"m"}\n')
+    store = opened(tmp_path)
+    (series,) = store.select([], 0, NOW_MS, metricstream.Budget())
+    assert dict(zip(series.times_ms, series.values)) == {1000: 1.0, 2000: 2.0}
+    assert (store.replayed, store.unreadable) == (2, 2) and "not a metric" in caplog.text
+
+
+# ==================================================================================================
+# PART III. QUERIES
+# ==================================================================================================
+
+
+# ---- series in memory, given as text ----
 
 MINUTE = 60_000
+INF, NAN = math.inf, math.nan
 
 
 def notated(values: str) -> Iterator[float | None]:
@@ -3059,7 +5899,130 @@ STORED = Stored("""
     holed_bucket{le="+Inf"} 40x60
 """)
 
-INF, NAN = math.inf, math.nan
+
+# ==================================================================================================
+# Query language
+# ==================================================================================================
+
+
+# ---- what can't be asked: query, line and column, why ----
+
+REFUSED = [
+    ("", "1:1", "no expression found"), ("  # nothing", "1:1", "no expression found"), ("1 +", "1:4", "expected an expression"),
+    ("1\n+ + )", "2:5", "expected an expression"), ("(1", "1:3", "expected ')'"), ("foo bar", "1:5", "expected an operator"),
+    ("foo{", "1:5", "expected a label name"), ("foo{a}", "1:6", "expected one of = != =~ !~"), ("foo{a=b}", "1:7", "value in quotes"),
+    ("foo{a:b='c'}", "1:5", "expected a label name"), ("foo{a='b' c='d'}", "1:11", "expected ',' or '}'"), ("sum by ('') (foo)", "1:9", "invalid label name"),
+    ("sum by (inf) (foo)", "1:9", "expected a label name"), ("sum by (NaN) (foo)", "1:9", "expected a label name"),
+    ("sum by (without) (foo)", "1:9", "expected a label name"), ("1e1000", "1:1", "out of range"), ("0xffffffffffffffff", "1:1", "out of range"),
+    ("foo[1e999]", "1:5", "out of range"), ("foo offset 1e999", "1:12", "out of range"), ("foo[0x11111111111111111111]", "1:5", "out of range"),
+    ("foo[5m:1e999]", "1:8", "out of range"), ("foo[1e10]", "1:5", "out of range"), ("foo[5m:0s]", "1:8", "greater than 0"), ("300y", "1:1", "out of range"),
+    ("foo[5m-5m]", "1:5", "greater than 0"), ("foo[1/0]", "1:6", "division by zero"), ("foo[5m % 0s]", "1:8", "modulo by zero"),
+    ("foo[(5m]", "1:8", "expected ')'"), ("foo offset (1m", "1:15", "expected ')'"), ("foo[5m +]", "1:9", "expected a duration"),
+    ("foo[0/0+0^-1-0^-1]", "1:6", "division by zero"), ("foo[2^9999]", "1:5", "out of range"), ("foo @ 1e19", "1:5", "out of bounds"),
+    ("{'a',__name__='b'} @ 1 @ 2", "1:24", "multiple times"), ("foo * on (a) 5", "1:5", "only allowed between"),
+    ("foo{a=~'('}", "1:8", "invalid regular expression"), ("foo{a=~'(?=x)'}", "1:8", "unsupported Perl syntax"),
+    ("foo{a=~'\\\\1'}", "1:8", "invalid escape sequence"), ("foo{a=~'a++'}", "1:8", "invalid nested repetition operator"),
+    ("1 + 0x" + "f" * 20, "1:5", "out of range"), ("m[" + "9" * 5000 + "y]", "1:3", "out of range"), ("{}", "1:1", "non-empty matcher"), ("{a=~'.*',b!='c'}", "1:1", "non-empty"),
+    ("foo{__name__='bar'}", "1:1", 'set twice: "foo" or "bar"'), ("foo{'bar'}", "1:1", "set twice"), ("foo[5m", "1:7", "expected ']'"),
+    ("foo[]", "1:5", "expected a duration"), ("foo[0m]", "1:5", "greater than 0"), ("foo[5x]", "1:6", "bad number or duration"),
+    ("foo[30m1h]", "1:5", "not a duration"), ("foo[5m][5m]", "1:8", "only allowed for vector selectors"), ("foo[300y]", "1:5", "out of range"),
+    ("foo[5m:1m", "1:10", "expected ']'"), ("1[5m:]", "1:1", "got scalar"), ("foo offset 1m [5m]", "1:15", "no offset modifiers"),
+    ("foo @ 1 [5m]", "1:9", "no @ modifiers"), ("foo offset bar", "1:12", "expected a duration"), ("sum(foo) offset 5m", "1:10", "must be preceded by"),
+    ("1 @ 5", "1:3", "must be preceded by"), ("foo @ 1 @ 2", "1:9", "multiple times"), ("foo offset 1m offset 1m", "1:15", "multiple times"),
+    ("foo @ Inf", "1:5", "out of bounds"), ("foo @ start", "1:12", "expected '('"), ("'a\\q'", "1:1", "unknown escape"), ("'abc", "1:1", "unterminated string"),
+    ("'\\ud800'", "1:1", "out of range"), ("1x", "1:2", "bad number"), ("foo $", "1:5", "unexpected character"), ("on", "1:1", "expected an expression"),
+    ("nope(1)", "1:1", 'unknown function with name "nope"'), ("rate(foo)", "1:6", 'expected type range vector in call to function "rate", got instant vector'),
+    ("abs(foo[5m])", "1:5", "expected type instant vector"), ("abs()", "1:1", 'expected 1 argument(s) in call to "abs", got 0'),
+    ("time(1)", "1:1", "expected 0 argument(s)"), ("round()", "1:1", "expected at least 1"), ("round(foo, 1, 2)", "1:1", "expected at most 2"),
+    ("label_join(foo, 'a', 'b', 1)", "1:27", "expected type string"), ("abs(foo,)", "1:9", "expected an expression"), ("abs(foo bar)", "1:9", "expected ',' or ')'"),
+    ("sum()", "1:1", "no arguments"), ("sum(foo, bar)", "1:1", "expected 1, got 2"), ("topk(foo)", "1:1", "expected 2, got 1"), ("topk('a', foo)", "1:6", "expected type scalar"),
+    ("count_values(1, foo)", "1:14", "expected type string"), ("sum(1)", "1:5", "expected type instant vector"), ("sum by foo (bar)", "1:8", "expected '('"),
+    ("sum by (a b) (foo)", "1:11", "expected ',' or ')'"), ("1 == 2", "1:3", "must use BOOL"), ("1 + bool 2", "1:3", "bool modifier"), ("1 and foo", "1:3", "set operator"),
+    ("foo + on (a) 1", "1:5", "only allowed between instant vectors"), ("foo or on (a) group_left bar", "1:5", 'no grouping allowed for "or"'),
+    ("foo + on (a) group_left (a) bar", "1:29", "must not occur in ON and GROUP"), ("'a' + 1", "1:5", "only scalar and instant vector"), ("-'a'", "1:2", 'got "string"'),
+    ("(" * 2000, "1:1", "nested too deeply"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("query, place, reason", REFUSED, ids=lambda value: value[:30])
+def test_a_query_that_is_wrong_is_refused_with_the_place(query, place, reason):
+    with pytest.raises(QueryError) as refused:
+        parse_query(query)
+    assert f"{refused.value.line}:{refused.value.column}" == place
+    assert str(refused.value).startswith(f"{place}: parse error: ") and reason in str(refused.value)
+
+
+# ---- text ----
+
+LONG = (
+    'sum by (host_with_a_long_name, job) (rate(http_requests_total{code=~"5..",method!="GET"}[5m]))'
+)
+
+
+@pytest.mark.parametrize("query, formatted", [
+    ("sum(x)by(a,b)", "sum by (a, b) (x)"), ("sum without()(x)", "sum without () (x)"), ("TOPK(1,x)", "topk(1, x)"),
+    ("a+on(x)group_left(y)b", "a + on (x) group_left (y) b"), ("a==bool ignoring(x)b", "a == bool ignoring (x) b"),
+    ("a AND b", "a and b"), ("x{b='c',a=~\"d\"}[90m]offset 36h@1.5", 'x{a=~"d",b="c"}[1h30m] @ 1.500 offset 1d12h'),
+    ("rate(x[1w])[400d:]@ end()", "rate(x[1w])[400d:] @ end()"), ("x[1y:30s] offset -5m", "x[1y:30s] offset -5m"),
+    ("{'cpu.usage',\"a b\"='c'}", '{"a b"="c",__name__="cpu.usage"}'), ("{__name__='x'}", '{__name__="x"}'), ("x{}", "x"),
+    ("{'x','y'}", '{__name__="x",__name__="y"}'), ("x{''='a'}", 'x{""="a"}'),
+    ("1e6", "1000000"), ("123456.5", "123456.5"), ("0.00001", "0.00001"), ("1e21", "1" + "0" * 21), ("- inf", "-Inf"), ("1.50", "1.5"),
+    ("1.5e1_0", "15000000000"), ("5m", "5m"), ("90m + 300", "1h30m + 300"), ("-5m", "-5m"), ("0s + 1", "0s + 1"), ("1y2w3d4h5m6s7ms", "382d4h5m6s7ms"),
+    ("x[300]", "x[5m]"), ("x[5m + 1m]", "x[5m + 1m]"), ("x[5m:1m*2]", "x[5m:1m * 2]"), ("x[2^3^2]", "x[2 ^ 3 ^ 2]"), ("x[-(-5m)]", "x[5m]"),
+    ("x[((1m+2m))*3]", "x[(1m + 2m) * 3]"), ("x offset (5m)", "x offset 5m"), ("x offset -(5m+1m)", "x offset -(5m + 1m)"),
+    ("x offset (1m)+2", "x offset 1m + 2"), ("x offset -2^2", "x offset -2s ^ 2"), ("x offset --5m", "x offset 5m"), ("x offset 0s", "x"),
+    ("x @ 9007199254740993", "x @ 9007199254740992.000"),
+    ("sum by (a:b, 'a b', 'inf') (x)", 'sum by (a:b, "a b", "inf") (x)'), ("x + on (a:b) y", "x + on (a:b) y"),
+    ("x * on () 5", "x * 5"), ("1 * ignoring () group_left 2", "1 * 2"), ("sum by (bool, on, and, start) (x)", "sum by (bool, on, and, start) (x)"),
+    ("'\\x07\\u200b\\xff\"\\U0001F600\\U000e0001'", '"\\a\\u200b\\xff\\"\U0001f600\\U000e0001"'), ("- (a)", "-(a)"),
+    (f"{LONG}/{LONG}", f"  {LONG}\n/\n  {LONG}"), (f"({LONG}+1000)", f"(\n    {LONG}\n  +\n    1000\n)"),
+    (f"topk(5,{LONG})", f"topk(\n  5,\n  {LONG}\n)"), (f"{LONG}  [1h:]offset 1m", f"{LONG}[1h:] offset 1m"),
+    (f"histogram_quantile(0.9,-{LONG}*1000)", f"histogram_quantile(\n  0.9,\n    -{LONG}\n  *\n    1000\n)"),
+], ids=lambda text: text[:30])  # fmt: skip
+def test_a_query_is_laid_out_as_prometheus_does(query, formatted):
+    assert format_query(query) == formatted
+    assert format_query(formatted) == formatted
+    assert format_query("x[0.0001]") == "x[0s]"
+
+
+@pytest.mark.parametrize("query", ["abs(" * 3000 + "a" + ")" * 3000, "1" + "*1" * 9000, "-" * 9000 + "a",
+                                   "a" + " or a" * 9000, "a[" + "(" * 3000 + "1" + ")" * 3000 + "]"],
+                         ids=lambda text: text[:9])  # fmt: skip
+def test_what_is_nested_too_deeply_is_refused_in_a_sentence(query):
+    for use in (format_query, lambda text: Engine(STORED.select).instant(text, 0)):
+        with pytest.raises((QueryError, ExecutionError), match="nested too deeply"):
+            use(query)
+
+
+def test_the_work_of_parsing_and_layout_grows_with_the_text(monkeypatch):
+    """Calls counted, not time: eight times the operators are about eight times the calls."""
+
+    def calls(operators: int) -> int:
+        count = 0
+
+        def seen(frame: object, event: str, argument: object) -> None:
+            nonlocal count
+            count += event == "call"
+
+        sys.setprofile(seen)
+        try:
+            format_query("1" + "*1" * operators)
+        finally:
+            sys.setprofile(None)
+        return count
+
+    assert calls(400) < 10 * calls(50)
+
+
+def test_values_are_printed_as_go_prints_them():
+    for value, text in ((0.0, "0"), (-0.0, "-0"), (100.0, "100"), (1e-6, "0.000001"), (9.99e-7, "9.99e-07"), (1.5e17, "150000000000000000"),
+                        (123456789.25, "123456789.25"), (-1e300, "-1e+300"), (INF, "+Inf"), (-INF, "-Inf"), (NAN, "NaN")):  # fmt: skip
+        assert format_value(value) == text
+
+
+# ==================================================================================================
+# Evaluation
+# ==================================================================================================
 
 # at ten minutes: what is asked -> what is there, series by series; a scalar has none
 ANSWERS: dict[str, dict[str, float] | float | str] = {
@@ -3361,51 +6324,7 @@ def test_increase_extrapolates_to_the_borders_of_the_window(samples, end_s, incr
     assert result.samples[0][1] == pytest.approx(increase)
 
 
-# ---- what can't be asked: query, line and column, why ----
-
-REFUSED = [
-    ("", "1:1", "no expression found"), ("  # nothing", "1:1", "no expression found"), ("1 +", "1:4", "expected an expression"),
-    ("1\n+ + )", "2:5", "expected an expression"), ("(1", "1:3", "expected ')'"), ("foo bar", "1:5", "expected an operator"),
-    ("foo{", "1:5", "expected a label name"), ("foo{a}", "1:6", "expected one of = != =~ !~"), ("foo{a=b}", "1:7", "value in quotes"),
-    ("foo{a:b='c'}", "1:5", "expected a label name"), ("foo{a='b' c='d'}", "1:11", "expected ',' or '}'"), ("sum by ('') (foo)", "1:9", "invalid label name"),
-    ("sum by (inf) (foo)", "1:9", "expected a label name"), ("sum by (NaN) (foo)", "1:9", "expected a label name"),
-    ("sum by (without) (foo)", "1:9", "expected a label name"), ("1e1000", "1:1", "out of range"), ("0xffffffffffffffff", "1:1", "out of range"),
-    ("foo[1e999]", "1:5", "out of range"), ("foo offset 1e999", "1:12", "out of range"), ("foo[0x11111111111111111111]", "1:5", "out of range"),
-    ("foo[5m:1e999]", "1:8", "out of range"), ("foo[1e10]", "1:5", "out of range"), ("foo[5m:0s]", "1:8", "greater than 0"), ("300y", "1:1", "out of range"),
-    ("foo[5m-5m]", "1:5", "greater than 0"), ("foo[1/0]", "1:6", "division by zero"), ("foo[5m % 0s]", "1:8", "modulo by zero"),
-    ("foo[(5m]", "1:8", "expected ')'"), ("foo offset (1m", "1:15", "expected ')'"), ("foo[5m +]", "1:9", "expected a duration"),
-    ("foo[0/0+0^-1-0^-1]", "1:6", "division by zero"), ("foo[2^9999]", "1:5", "out of range"), ("foo @ 1e19", "1:5", "out of bounds"),
-    ("{'a',__name__='b'} @ 1 @ 2", "1:24", "multiple times"), ("foo * on (a) 5", "1:5", "only allowed between"),
-    ("foo{a=~'('}", "1:8", "invalid regular expression"), ("foo{a=~'(?=x)'}", "1:8", "unsupported Perl syntax"),
-    ("foo{a=~'\\\\1'}", "1:8", "invalid escape sequence"), ("foo{a=~'a++'}", "1:8", "invalid nested repetition operator"),
-    ("1 + 0x" + "f" * 20, "1:5", "out of range"), ("m[" + "9" * 5000 + "y]", "1:3", "out of range"), ("{}", "1:1", "non-empty matcher"), ("{a=~'.*',b!='c'}", "1:1", "non-empty"),
-    ("foo{__name__='bar'}", "1:1", 'set twice: "foo" or "bar"'), ("foo{'bar'}", "1:1", "set twice"), ("foo[5m", "1:7", "expected ']'"),
-    ("foo[]", "1:5", "expected a duration"), ("foo[0m]", "1:5", "greater than 0"), ("foo[5x]", "1:6", "bad number or duration"),
-    ("foo[30m1h]", "1:5", "not a duration"), ("foo[5m][5m]", "1:8", "only allowed for vector selectors"), ("foo[300y]", "1:5", "out of range"),
-    ("foo[5m:1m", "1:10", "expected ']'"), ("1[5m:]", "1:1", "got scalar"), ("foo offset 1m [5m]", "1:15", "no offset modifiers"),
-    ("foo @ 1 [5m]", "1:9", "no @ modifiers"), ("foo offset bar", "1:12", "expected a duration"), ("sum(foo) offset 5m", "1:10", "must be preceded by"),
-    ("1 @ 5", "1:3", "must be preceded by"), ("foo @ 1 @ 2", "1:9", "multiple times"), ("foo offset 1m offset 1m", "1:15", "multiple times"),
-    ("foo @ Inf", "1:5", "out of bounds"), ("foo @ start", "1:12", "expected '('"), ("'a\\q'", "1:1", "unknown escape"), ("'abc", "1:1", "unterminated string"),
-    ("'\\ud800'", "1:1", "out of range"), ("1x", "1:2", "bad number"), ("foo $", "1:5", "unexpected character"), ("on", "1:1", "expected an expression"),
-    ("nope(1)", "1:1", 'unknown function with name "nope"'), ("rate(foo)", "1:6", 'expected type range vector in call to function "rate", got instant vector'),
-    ("abs(foo[5m])", "1:5", "expected type instant vector"), ("abs()", "1:1", 'expected 1 argument(s) in call to "abs", got 0'),
-    ("time(1)", "1:1", "expected 0 argument(s)"), ("round()", "1:1", "expected at least 1"), ("round(foo, 1, 2)", "1:1", "expected at most 2"),
-    ("label_join(foo, 'a', 'b', 1)", "1:27", "expected type string"), ("abs(foo,)", "1:9", "expected an expression"), ("abs(foo bar)", "1:9", "expected ',' or ')'"),
-    ("sum()", "1:1", "no arguments"), ("sum(foo, bar)", "1:1", "expected 1, got 2"), ("topk(foo)", "1:1", "expected 2, got 1"), ("topk('a', foo)", "1:6", "expected type scalar"),
-    ("count_values(1, foo)", "1:14", "expected type string"), ("sum(1)", "1:5", "expected type instant vector"), ("sum by foo (bar)", "1:8", "expected '('"),
-    ("sum by (a b) (foo)", "1:11", "expected ',' or ')'"), ("1 == 2", "1:3", "must use BOOL"), ("1 + bool 2", "1:3", "bool modifier"), ("1 and foo", "1:3", "set operator"),
-    ("foo + on (a) 1", "1:5", "only allowed between instant vectors"), ("foo or on (a) group_left bar", "1:5", 'no grouping allowed for "or"'),
-    ("foo + on (a) group_left (a) bar", "1:29", "must not occur in ON and GROUP"), ("'a' + 1", "1:5", "only scalar and instant vector"), ("-'a'", "1:2", 'got "string"'),
-    ("(" * 2000, "1:1", "nested too deeply"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("query, place, reason", REFUSED, ids=lambda value: value[:30])
-def test_a_query_that_is_wrong_is_refused_with_the_place(query, place, reason):
-    with pytest.raises(QueryError) as refused:
-        parse_query(query)
-    assert f"{refused.value.line}:{refused.value.column}" == place
-    assert str(refused.value).startswith(f"{place}: parse error: ") and reason in str(refused.value)
+# ---- what does not fit the series ----
 
 
 @pytest.mark.parametrize("query, reason", [
@@ -3476,3625 +6395,9 @@ def test_what_is_selected_twice_is_read_once():
     ]
 
 
-# ---- text ----
-
-
-LONG = (
-    'sum by (host_with_a_long_name, job) (rate(http_requests_total{code=~"5..",method!="GET"}[5m]))'
-)
-
-
-@pytest.mark.parametrize("query, formatted", [
-    ("sum(x)by(a,b)", "sum by (a, b) (x)"), ("sum without()(x)", "sum without () (x)"), ("TOPK(1,x)", "topk(1, x)"),
-    ("a+on(x)group_left(y)b", "a + on (x) group_left (y) b"), ("a==bool ignoring(x)b", "a == bool ignoring (x) b"),
-    ("a AND b", "a and b"), ("x{b='c',a=~\"d\"}[90m]offset 36h@1.5", 'x{a=~"d",b="c"}[1h30m] @ 1.500 offset 1d12h'),
-    ("rate(x[1w])[400d:]@ end()", "rate(x[1w])[400d:] @ end()"), ("x[1y:30s] offset -5m", "x[1y:30s] offset -5m"),
-    ("{'cpu.usage',\"a b\"='c'}", '{"a b"="c",__name__="cpu.usage"}'), ("{__name__='x'}", '{__name__="x"}'), ("x{}", "x"),
-    ("{'x','y'}", '{__name__="x",__name__="y"}'), ("x{''='a'}", 'x{""="a"}'),
-    ("1e6", "1000000"), ("123456.5", "123456.5"), ("0.00001", "0.00001"), ("1e21", "1" + "0" * 21), ("- inf", "-Inf"), ("1.50", "1.5"),
-    ("1.5e1_0", "15000000000"), ("5m", "5m"), ("90m + 300", "1h30m + 300"), ("-5m", "-5m"), ("0s + 1", "0s + 1"), ("1y2w3d4h5m6s7ms", "382d4h5m6s7ms"),
-    ("x[300]", "x[5m]"), ("x[5m + 1m]", "x[5m + 1m]"), ("x[5m:1m*2]", "x[5m:1m * 2]"), ("x[2^3^2]", "x[2 ^ 3 ^ 2]"), ("x[-(-5m)]", "x[5m]"),
-    ("x[((1m+2m))*3]", "x[(1m + 2m) * 3]"), ("x offset (5m)", "x offset 5m"), ("x offset -(5m+1m)", "x offset -(5m + 1m)"),
-    ("x offset (1m)+2", "x offset 1m + 2"), ("x offset -2^2", "x offset -2s ^ 2"), ("x offset --5m", "x offset 5m"), ("x offset 0s", "x"),
-    ("x @ 9007199254740993", "x @ 9007199254740992.000"),
-    ("sum by (a:b, 'a b', 'inf') (x)", 'sum by (a:b, "a b", "inf") (x)'), ("x + on (a:b) y", "x + on (a:b) y"),
-    ("x * on () 5", "x * 5"), ("1 * ignoring () group_left 2", "1 * 2"), ("sum by (bool, on, and, start) (x)", "sum by (bool, on, and, start) (x)"),
-    ("'\\x07\\u200b\\xff\"\\U0001F600\\U000e0001'", '"\\a\\u200b\\xff\\"\U0001f600\\U000e0001"'), ("- (a)", "-(a)"),
-    (f"{LONG}/{LONG}", f"  {LONG}\n/\n  {LONG}"), (f"({LONG}+1000)", f"(\n    {LONG}\n  +\n    1000\n)"),
-    (f"topk(5,{LONG})", f"topk(\n  5,\n  {LONG}\n)"), (f"{LONG}  [1h:]offset 1m", f"{LONG}[1h:] offset 1m"),
-    (f"histogram_quantile(0.9,-{LONG}*1000)", f"histogram_quantile(\n  0.9,\n    -{LONG}\n  *\n    1000\n)"),
-], ids=lambda text: text[:30])  # fmt: skip
-def test_a_query_is_laid_out_as_prometheus_does(query, formatted):
-    assert format_query(query) == formatted
-    assert format_query(formatted) == formatted
-    assert format_query("x[0.0001]") == "x[0s]"
-
-
-@pytest.mark.parametrize("query", ["abs(" * 3000 + "a" + ")" * 3000, "1" + "*1" * 30_000, "-" * 9000 + "a",
-                                   "a" + " or a" * 9000, "a[" + "(" * 3000 + "1" + ")" * 3000 + "]"],
-                         ids=lambda text: text[:9])  # fmt: skip
-def test_what_is_nested_too_deeply_is_refused_in_a_sentence(query):
-    for use in (format_query, lambda text: Engine(STORED.select).instant(text, 0)):
-        with pytest.raises((QueryError, ExecutionError), match="nested too deeply"):
-            use(query)
-
-
-def test_the_work_of_parsing_and_layout_grows_with_the_text(monkeypatch):
-    """Calls counted, not time: eight times the operators are about eight times the calls."""
-
-    def calls(operators: int) -> int:
-        count = 0
-
-        def seen(frame: object, event: str, argument: object) -> None:
-            nonlocal count
-            count += event == "call"
-
-        sys.setprofile(seen)
-        try:
-            format_query("1" + "*1" * operators)
-        finally:
-            sys.setprofile(None)
-        return count
-
-    assert calls(400) < 10 * calls(50)
-
-
-@pytest.mark.parametrize("pattern, fits, fits_not", [
-    ("a.c", "a\nc", "xabc"), ("[[:alpha:]_]+", "ab_", "a1"), (r"\Qa.b\E+", "a.b", "axb"), ("(?i)ABC", "abc", "abd"),
-    ("(?<n>x)y", "xy", "x"), (r"a\z", "a", "a\n"), (r"\d+", "12", "\u0661"), ("[]a[]", "[", "b"), ("[^[:digit:]]", "a", "1"),
-    ("(a+|b)c*", "aac", "abab"), ("(?:web|db)[0-9]{1,3}", "db12", "db"), ("(?s:.)", "\n", ""),
-    ("((?i)PRO).*", "production", "xpro"), ("x(?i)a|B", "b", "Xa"), ("(web|db)*", "webdb", "w"), ("a{,2}", "a{,2}", "aa"),
-    ("a{2}", "aa", "a"), ("(ab){3}", "ababab", "abab"), (".*a.*b.*", "xaxbx", "ba"), ("a??b", "ab", "aab"), ("(?i:a)b", "Ab", "AB"),
-])  # fmt: skip
-def test_regular_expressions_are_those_of_re2(pattern, fits, fits_not):
-    regex = metricstream.compile_regex(pattern)
-    assert regex.matches(fits) and not regex.matches(fits_not)
-
-
-def test_values_are_printed_as_go_prints_them():
-    for value, text in ((0.0, "0"), (-0.0, "-0"), (100.0, "100"), (1e-6, "0.000001"), (9.99e-7, "9.99e-07"), (1.5e17, "150000000000000000"),
-                        (123456789.25, "123456789.25"), (-1e300, "-1e+300"), (INF, "+Inf"), (-INF, "-Inf"), (NAN, "NaN")):  # fmt: skip
-        assert format_value(value) == text
-
-
-# --------------------------------------------------------------------------------------------------
-# 12. Service
-# --------------------------------------------------------------------------------------------------
-
-
-class Client(http.client.HTTPConnection):
-    """Python's own HTTP client, with the few words the tests need."""
-
-    def __init__(self, port: int) -> None:
-        super().__init__("127.0.0.1", port, timeout=10)
-
-    def ask(self, method: str, path: str, body: object = None, **headers: str) -> Answer:
-        if isinstance(body, (dict, list)):
-            body = json.dumps(body).encode()
-        headers = {name.replace("_", "-"): value for name, value in headers.items()}
-        self.request(method, path, body, headers)
-        response = self.getresponse()
-        fields = {name.lower(): value for name, value in response.getheaders()}
-        return Answer(response.status, fields, response.read())
-
-
-@pytest.fixture
-def client(server: RunningServer) -> Iterator[Client]:
-    with contextlib.closing(Client(server.port)) as connection:
-        yield connection
-
-
-def a_service(folder: Path, limit: int = 0, **options: Any) -> Service:
-    limiter = SlidingWindowLimiter(limit) if limit else None
-    return Service(MetricLog(str(folder)), limiter, Statistics(), **options)
-
-
-def answer_to(service: Service, octets: bytes) -> metricstream.Response:
-    """The answer to one request, without a server."""
-    reader = RequestReader()
-    reader.feed(octets)
-    request = reader.next_request()
-    assert request is not None
-    answer = service.answer(request, "10.0.0.7", 0.0)
-    assert isinstance(answer, metricstream.Answer) and answer.response is not None
-    return answer.response
-
-
-def logged(folder: Path, name: str) -> list[dict]:
-    return [json.loads(line) for line in lines_of(folder) if f'"name":{json.dumps(name)}' in line]
-
-
-def test_a_posted_metric_is_in_the_log_when_it_is_acknowledged(server, client):
-    metric = {"name": "posted", "value": 75.5, "type": "counter", "tags": {"host": "web1"},
-              "timestamp": "2025-09-17T13:45:23.123Z"}  # fmt: skip
-    already = len(logged(server.folder, "posted"))
-    answer = client.ask("POST", "/metrics", {"metrics": [metric]}, Content_Type="application/json")
-    assert (answer.status, answer.json) == (200, {"success": True, "metrics_processed": 1})
-    assert logged(server.folder, "posted")[already:] == [metric]
-
-
-def test_a_line_of_the_log_can_be_posted_back(server, client):
-    before = client.ask("POST", "/metrics", {"metrics": [{"name": "echo", "value": 1e21}]})
-    line = logged(server.folder, "echo")[-1]
-    again = client.ask("POST", "/metrics", {"metrics": [line]})
-    assert before.status == again.status == 200
-    assert logged(server.folder, "echo")[-1] == line
-
-
-def test_a_bad_metric_rejects_the_whole_batch(server, client):
-    good, bad = {"name": "half", "value": 1}, {"name": "half", "value": "1"}
-    answer = client.ask("POST", "/metrics", {"metrics": [good, good, good, bad]})
-    error = "metrics[3].value: must be a finite number or null, not a string"
-    assert answer.status == 400
-    assert answer.json == {
-        "error": error,
-        "errors": [{"index": 3, "field": "value", "message": error.partition(": ")[2]}],
-    }
-    assert logged(server.folder, "half") == []
-
-
-@pytest.mark.parametrize("text", [
-    "a\nb", "\r\n{}", '"}\n{"name":"forged"', "\x1b[31mred", "\x9b31m", "</script>", "\u2028", "\u202egnp",
-    "\0", "\x7f", "\\u0041", "😀 é",
-], ids=ascii)  # fmt: skip
-def test_no_text_can_forge_a_line_or_reach_a_terminal_raw(server, client, text):
-    already = len(lines_of(server.folder))
-    metric = {"name": "text", "value": 1, "tags": {"text": text, text: "x"}}
-    assert client.ask("POST", "/metrics", {"metrics": [metric]}).status == 200
-    raw = lines_of(server.folder)[already:]
-    assert len(raw) == 1 and json.loads(raw[0])["tags"] == metric["tags"]
-    assert not re.search("[\x00-\x1f\x7f-\x9f\u2028\u202e]", raw[0])
-
-
-def test_an_exact_number_of_requests_a_second_is_allowed(tmp_path, threads):
-    with running(tmp_path, threads=threads) as started:
-        clock = Clock()
-        started.service.limiter = SlidingWindowLimiter(3, clock=clock)
-        with contextlib.closing(Client(started.port)) as client:
-            for left in (2, 1, 0):
-                answer = client.ask("POST", "/metrics", BATCH, Authorization="a")
-                assert answer.status == 200
-                assert answer.headers["ratelimit"] == f'"default";r={left};t=1'
-            refused = client.ask("POST", "/metrics", BATCH, Authorization="a")
-            assert refused.status == 429 and "more than 3 requests in 1 s" in refused.json["error"]
-            assert refused.headers["retry-after"] == "1"
-            assert refused.headers["ratelimit-policy"] == '"default";q=3;w=1'
-            assert refused.headers["ratelimit"] == '"default";r=0;t=1'
-            assert client.ask("POST", "/metrics", BATCH, Authorization="b").status == 200
-            for path in ("/health", "/metrics"):  # only POST /metrics counts
-                assert client.ask("GET", path, Authorization="a").status == 200
-            assert client.ask("POST", "/metrics", BATCH, Authorization="a").status == 429
-            clock.now += 1.0
-            assert client.ask("POST", "/metrics", BATCH, Authorization="a").status == 200
-        assert len(lines_of(tmp_path)) == 5
-
-
-@pytest.mark.parametrize("origin, status", [
-    ("http://{host}", 200), ("https://{host}", 200), ("HTTP://{host}", 200), ("null", 403),
-    ("http://evil.example", 403), ("http://{host}.evil.example", 403), ("http://localhost:1", 403),
-    ("{host}", 403), ("", 403),
-])  # fmt: skip
-def test_a_page_of_another_origin_may_not_write(server, client, origin, status):
-    origin = origin.format(host=f"127.0.0.1:{server.port}")
-    answer = client.ask("POST", "/metrics", BATCH, Origin=origin)
-    assert answer.status == status
-    assert client.ask("GET", "/health", Origin=origin).status == 200
-
-
-@pytest.mark.parametrize("host, status", [
-    ("127.0.0.1:{port}", 200), ("[::1]:{port}", 200), ("localhost:{port}", 200), ("LOCALHOST", 200),
-    ("metrics.lan", 200), ("Metrics.LAN:8080", 200), ("evil.example:{port}", 403), ("evil.example", 403),
-    ("localhost.evil.example", 403), ("127.0.0.1.evil.example", 403), ("metrics.lan.evil.example", 403),
-])  # fmt: skip
-def test_a_page_whose_name_was_made_to_resolve_to_this_machine_may_not_write(
-    tmp_path, host, status
-):
-    service = a_service(tmp_path, allowed_hosts=["metrics.LAN"])
-    fields = [b"Host: " + host.format(port=8080).encode()]
-    origin = b"Origin: http://" + host.format(port=8080).encode()
-    assert answer_to(service, post(origin, *fields, host=None)).status == status
-    assert answer_to(service, post(*fields, host=None)).status == 200  # no browser
-    service.log.close()
-
-
-KEY = "k3y-of-web1"
-KEY_LINE = f"web1 {hashlib.sha256(KEY.encode()).hexdigest()}"
-
-
-@pytest.mark.parametrize("authorization, status", [
-    (f"Bearer {KEY}", 200), (f"bearer  {KEY}", 200), (KEY, 200), (None, 401), ("Bearer", 401),
-    (f"Bearer {KEY}x", 401), (f"Basic {KEY}", 401), ("web1", 401), (KEY_LINE.split()[1], 401),
-    ("Bearer \u00fc", 401), (f"Bearer {KEY_LINE.split()[1]}", 401),
-])  # fmt: skip
-def test_only_listed_clients_may_write(tmp_path, authorization, status):
-    service = a_service(tmp_path, clients=ClientList(f"# ours\n\n{KEY_LINE}\n", "list"))
-    fields = [b"Authorization: " + authorization.encode("latin-1")] if authorization else []
-    answer = answer_to(service, post(*fields))
-    assert answer.status == status
-    octets = answer.encode(metricstream.KEEP, b"Date: now\r\n")
-    assert (b"\r\nWWW-Authenticate: Bearer\r\n" in octets) == (status == 401)
-    assert KEY.encode() not in octets
-    assert answer_to(service, get(b"/health", *fields)).status == 200
-    assert answer_to(service, get(b"/metrics", *fields)).status == 200
-    assert KEY not in service.statistics.prometheus() + repr(service.statistics.ring.read()[0])
-    service.log.close()
-
-
-def test_a_listed_client_may_have_a_rate_of_its_own(tmp_path):
-    listed = "".join(f"{name} {hashlib.sha256(name.encode()).hexdigest()} {rate}\n"
-                     for name, rate in [("few", 2), ("many", 50), ("usual", ""), ("free", 0)])  # fmt: skip
-    service = a_service(tmp_path, limit=5, clients=ClientList(listed, "list"))
-    allowed = Counter()
-    for name in ["few", "many", "usual", "free"] * 60:
-        answer = answer_to(service, post(b"Authorization: " + name.encode()))
-        allowed[name] += answer.status == 200
-    assert allowed == {"few": 2, "many": 50, "usual": 5, "free": 60}
-    assert b'"default";q=2;w=1' in answer_to(service, post(b"Authorization: few")).encode(
-        b"", b"Date: now\r\n"
-    )
-    service.log.close()
-
-
-def test_a_lowered_rate_names_the_exact_wait():
-    times = iter([0.0, 0.1, 0.2, 0.3, 0.4])
-    limiter = SlidingWindowLimiter(4, clock=times.__next__)
-    for _ in range(4):
-        assert limiter.decide("web1").allowed
-    # of the four, all but one must have left the window: the third does so at 1.2
-    assert limiter.decide("web1", 2) == (False, 0, pytest.approx(0.8))
-
-
-def test_keys_are_compared_in_constant_time_whether_known_or_not(monkeypatch):
-    compared = []
-    monkeypatch.setattr(metricstream.hmac, "compare_digest",
-                        lambda a, b: compared.append((len(a), len(b))) or a == b)  # fmt: skip
-    clients = ClientList(KEY_LINE, "list")
-    assert [clients.identify(key) for key in (KEY, "guess", "")] == ["web1", None, None]
-    assert compared == [(32, 32)] * 3
-
-
-@pytest.mark.parametrize("text, reason", [
-    ("web1", "line 1: expected 'name sha256-of-key"), (f"# list\n{KEY_LINE} fast", "line 2: expected"),
-    ("web1 " + "0" * 63, "line 1: expected"), ("web1 " + "g" * 64, "line 1: expected"),
-    ("10.0.0.7 " + "0" * 64, "line 1: expected"), ("fe80::1 " + "0" * 64, "line 1: expected"),
-    (KEY_LINE + " 1_000", "line 1: expected"), (KEY_LINE + " \u0663", "line 1: expected"),
-    (f"{KEY_LINE}\nweb2 {KEY_LINE.split()[1]}", "line 2: this key stands there twice"),
-    (f"web1 {KEY}", "line 1: expected"),
-])  # fmt: skip
-def test_a_broken_list_of_clients_is_refused_with_its_place_and_without_its_keys(text, reason):
-    with pytest.raises(ClientListError) as caught:
-        ClientList(text, "clients.txt")
-    assert str(caught.value).startswith(f"clients.txt, {reason}") and KEY not in str(caught.value)
-
-
-def test_statistics_account_for_every_request(tmp_path, threads):
-    with running(tmp_path, threads=threads) as started:
-        with contextlib.closing(Client(started.port)) as client:
-            for body in (BATCH, BATCH, b"{", b"{}"):
-                client.ask("POST", "/metrics", body)
-            client.ask("GET", "/nowhere")
-            numbers = client.ask("GET", "/metrics").json
-        assert numbers["requests_total"] == {"200": 2, "400": 2, "404": 1}
-        assert numbers["metrics_received"] == numbers["batches_processed"] == 2
-        assert numbers["validation_errors"] == 2
-        assert numbers["log_bytes"] == (tmp_path / "metrics.jsonl").stat().st_size
-        assert numbers["connections_open"] == 1
-
-
-def test_prometheus_gets_its_text_and_others_get_json(client):
-    accept = (
-        "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3,*/*;q=0.1"
-    )
-    text = client.ask("GET", "/metrics", Accept=accept)
-    assert text.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
-    assert b"# TYPE metricstream_metrics_received_total counter\n" in text.body
-    assert "metrics_received" in client.ask("GET", "/metrics", Accept="*/*").json
-
-
-def test_a_full_disk_is_told_and_got_over(tmp_path, threads):
-    disk = FaultyDisk()
-    log = MetricLog(str(tmp_path), write=disk.write)
-    with running(tmp_path, log=log, threads=threads) as started:
-        with contextlib.closing(Client(started.port)) as client:
-            assert client.ask("POST", "/metrics", BATCH).status == 200
-            disk.plan = [10, FULL, FULL]
-            refused = client.ask("POST", "/metrics", BATCH)
-            assert refused.status == 503 and refused.headers["retry-after"] == "1"
-            assert "No space left" in refused.json["error"]
-            sick = client.ask("GET", "/health")
-            assert sick.status == 503 and "No space left" in sick.json["error"]
-            assert len(lines_of(tmp_path)) == 1
-            assert client.ask("GET", "/health").status == 200
-            assert client.ask("POST", "/metrics", BATCH).status == 200
-    assert len(lines_of(tmp_path)) == 2
-
-
-def test_level_disk_answers_after_the_sync_and_503_when_it_fails(tmp_path, threads):
-    disk = FaultyDisk()
-    log = MetricLog(str(tmp_path), "disk", fsync=disk.fsync)
-    with running(tmp_path, log=log, threads=threads) as started:
-        raw = post() * 5 + get()
-        answers, closed = exchange(started.port, raw, expect=6)
-        assert [answer.status for answer in answers] == [200] * 6 and not closed
-        assert disk.sync_count == 5
-        disk.syncs = [BROKEN]
-        (refused,), closed = exchange(started.port, post())
-        assert refused.status == 503 and "can't sync" in refused.json["error"] and not closed
-        (accepted,), _ = exchange(started.port, post())
-        assert accepted.status == 200
-    assert len(lines_of(tmp_path)) == 6
-
-
-def test_an_unexpected_error_costs_one_connection(tmp_path, threads, caplog):
-    with running(tmp_path, threads=threads) as started:
-
-        def fail() -> float:
-            raise RuntimeError("two\nlines")
-
-        started.service.statistics.add("broken", "gauge", "Never there.", fail)
-        (answer,), closed = exchange(started.port, get(b"/metrics"))
-        assert (answer.status, closed) == (500, True)
-        assert "RuntimeError" not in answer.json["error"]
-        assert_healthy(started.port)
-        assert started.service.statistics.ring.read()[0][0].status == 500
-    assert len(caplog.records) == 1 and "\n" not in caplog.records[0].getMessage()
-    assert "RuntimeError" in caplog.records[0].getMessage()
-
-
-# --------------------------------------------------------------------------------------------------
-# 13. Server
-# --------------------------------------------------------------------------------------------------
-
-
-def open_connections(started: RunningServer) -> int:
-    return len(started.server.connections.open)
-
-
-def test_a_server_can_be_started_and_stopped_many_times(tmp_path, threads):
-    threads_before = threading.active_count()
-    files_before = len(os.listdir("/proc/self/fd"))
-    for _ in range(10):
-        with running(tmp_path, threads=threads) as started:
-            assert_healthy(started.port)
-    assert threading.active_count() == threads_before
-    assert len(os.listdir("/proc/self/fd")) == files_before
-
-
-def test_accepted_sockets_send_without_delay(tmp_path):
-    with running(tmp_path) as started, connect(started.port) as connection:
-        connection.sendall(HEALTH)
-        assert connection.recv(1000)
-        (served,) = started.server.connections.open.values()
-        assert served.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-
-
-@pytest.mark.parametrize("sent, status", [
-    (b"", None), (b"POST /met", 408), (get()[:-2], 408), (post()[:-5], 408),
-    (chunked(b"5\r\nhel"), 408), (get() + b"GET", 200),
-], ids=["nothing", "request line", "head", "body", "chunk", "second request"])  # fmt: skip
-def test_what_does_not_arrive_in_time_is_ended(tmp_path, threads, sent, status):
-    with running(tmp_path, threads=threads, timeouts=SHORT) as started:
-        with connect(started.port) as connection, connection.makefile("rb") as stream:
-            connection.sendall(sent)
-            if status:
-                answer = read_answer(stream)
-                assert answer and answer.status == status
-                if status == 200:
-                    answer = read_answer(stream)
-                    assert answer and answer.status == 408
-            assert stream.read() == b""
-        eventually(lambda: open_connections(started) == 0)
-
-
-def test_an_unread_answer_is_given_up(tmp_path, threads):
-    with running(tmp_path, threads=threads, timeouts=SHORT) as started:
-        started.server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # inherited
-        with socket.socket() as deaf:
-            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            deaf.connect(("127.0.0.1", started.port))
-            deaf.sendall(get(b"/metrics") * 100)
-            eventually(lambda: started.server.connections.answering.queue or started.server.connections.ready.queue)
-            assert_healthy(started.port)
-            eventually(lambda: open_connections(started) == 0)
-
-
-def test_idle_and_dripping_clients_cost_no_thread_and_no_time(tmp_path):
-    with running(tmp_path, threads=1) as started, contextlib.ExitStack() as stack:
-        count = threading.active_count()
-        for number in range(600):
-            slow = stack.enter_context(connect(started.port))
-            slow.sendall((b"", b"GET / HT", post()[:-3])[number % 3])
-        eventually(lambda: open_connections(started) == 600)
-        for _ in range(20):
-            assert_healthy(started.port)
-        assert threading.active_count() <= count + 1
-
-
-def test_beyond_the_limit_the_connection_idle_longest_makes_room(tmp_path, threads):
-    with running(tmp_path, threads=threads, max_connections=3) as started:
-        with contextlib.ExitStack() as stack:
-            first, *others = [stack.enter_context(connect(started.port)) for _ in range(3)]
-
-            def last_idle() -> object:
-                with started.server.connections.lock:
-                    return next(reversed(started.server.connections.idle.queue)).socket.getpeername()
-
-            eventually(lambda: len(started.server.connections.idle.queue) == 3)
-            for connection in (first, *others):
-                connection.sendall(HEALTH)
-                assert b" 200 " in connection.recv(1000)
-                # the answer may leave before the connection is parked, as the last of the idle
-                name = connection.getsockname()
-                eventually(lambda name=name: last_idle() == name)
-            assert_healthy(started.port)  # a fourth
-            assert first.recv(1) == b""
-            others[-1].sendall(HEALTH)
-            assert b" 200 " in others[-1].recv(1000)
-
-
-def test_if_none_is_idle_the_new_connection_is_turned_away(tmp_path, threads):
-    with running(tmp_path, threads=threads, max_connections=2) as started:
-        with contextlib.ExitStack() as stack:
-            for _ in range(2):
-                busy = stack.enter_context(connect(started.port))
-                busy.sendall(b"POST ")
-            eventually(lambda: len(started.server.connections.in_head.queue) == 2)
-            answers, closed = exchange(started.port, b"", expect=1)
-            assert (answers[0].status, closed) == (503, True)
-            assert answers[0].headers["retry-after"] == "1"
-        eventually(lambda: open_connections(started) == 0)
-        assert_healthy(started.port)
-
-
-def test_five_hundred_clients_may_connect_at_once(tmp_path, threads):
-    with running(tmp_path, threads=threads) as started, contextlib.ExitStack() as stack:
-        connections = [stack.enter_context(connect(started.port)) for _ in range(500)]
-        for connection in connections:
-            connection.sendall(post())
-        for connection in connections:
-            assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
-    assert len(lines_of(tmp_path)) == 500
-
-
-def test_a_worker_that_is_held_up_holds_nobody_up(tmp_path):
-    stuck, go_on = threading.Event(), threading.Event()
-
-    def slow_write(fd: int, octets: bytes) -> int:
-        if b"slow" in octets:
-            stuck.set()
-            assert go_on.wait(20)
-        return os.write(fd, octets)
-
-    log = MetricLog(str(tmp_path), write=slow_write)
-    with running(tmp_path, log=log, threads=1) as started, connect(started.port) as slow:
-        slow.sendall(post(body=b'{"metrics":[{"name":"slow","value":1}]}'))
-        assert stuck.wait(10)
-        for _ in range(10):
-            assert_healthy(started.port)
-        assert started.server._workers.running and len(started.server._workers.running) == 2
-        go_on.set()
-        assert b" 200 OK" in slow.recv(1000)
-        eventually(lambda: len(started.server._workers.running) == 1)
-
-
-class HeldUpDisk:
-    """Stands for os.write and os.fsync; what is told to hang does so until `go_on`."""
-
-    def __init__(self, hanging: str) -> None:
-        self.hanging, self.go_on, self.stuck = hanging, threading.Event(), threading.Event()
-        self.go_on.set()
-
-    def wait(self, name: str) -> None:
-        if name == self.hanging and not self.go_on.is_set():
-            self.stuck.set()
-            assert self.go_on.wait(30)
-
-    def write(self, fd: int, octets: bytes) -> int:
-        self.wait("write")
-        return os.write(fd, octets)
-
-    def fsync(self, fd: int) -> None:
-        self.wait("fsync")
-        os.fsync(fd)
-
-
-@pytest.mark.parametrize("hanging, durability", [("write", "os"), ("write", "disk"), ("fsync", "disk")])
-def test_a_disk_that_does_not_answer_holds_up_nobody(tmp_path, threads, hanging, durability):
-    """Eighty posts while it hangs: 503 for all but those that wait for it, and health says why;
-    what got a 200, then or later, is in the log.
-    """
-    disk = HeldUpDisk(hanging)
-    log = MetricLog(str(tmp_path), durability, write=disk.write, fsync=disk.fsync)
-    with running(tmp_path, log=log, threads=threads) as started, contextlib.ExitStack() as stack:
-        assert answer_once(started.port, post()).status == 200
-        disk.go_on.clear()
-        connections = [stack.enter_context(connect(started.port)) for _ in range(80)]
-        for connection in connections:
-            connection.sendall(post())
-        assert disk.stuck.wait(10)
-        health = eventually(lambda: (a := answer_once(started.port, HEALTH)).status == 503 and a)
-        assert "does not answer" in str(health.body)
-        refused = answer_once(started.port, post())
-        assert refused.status == 503 and b"does not answer" in refused.body
-        disk.go_on.set()
-        statuses = Counter(answer_on(connection).status for connection in connections)
-        assert set(statuses) <= {200, 503} and (durability == "disk" or statuses[503] > 60)
-        eventually(lambda: answer_once(started.port, HEALTH).status == 200)
-        assert answer_once(started.port, post()).status == 200
-    assert len(lines_of(tmp_path)) == 2 + statuses[200]
-
-
-def test_posts_on_parked_connections_beside_a_hung_write_stop_nobody(tmp_path):
-    """A worker that takes over is replaced, too, if its first turns are held up."""
-    disk = HeldUpDisk("write")
-    log = MetricLog(str(tmp_path), write=disk.write)
-    with running(tmp_path, log=log, threads=1) as started, contextlib.ExitStack() as stack:
-        parked = [stack.enter_context(connect(started.port)) for _ in range(7)]
-        for connection in parked:
-            connection.sendall(HEALTH)
-            assert answer_on(connection).status == 200
-        disk.go_on.clear()
-        for connection in parked:
-            connection.sendall(post())
-        assert disk.stuck.wait(10)
-        for _ in range(5):
-            assert answer_once(started.port, get(b"/metrics")).status == 200
-        disk.go_on.set()
-        assert {answer_on(connection).status for connection in parked} <= {200, 503}
-
-
-def test_a_fault_in_the_thread_of_the_log_costs_one_group(tmp_path, caplog):
-    faults = [RuntimeError("a fault of ours")]
-
-    def fsync(fd: int) -> None:
-        if faults:
-            raise faults.pop()
-        os.fsync(fd)
-
-    log = MetricLog(str(tmp_path), "disk", fsync=fsync)
-    with running(tmp_path, log=log) as started:
-        failed = answer_once(started.port, post())
-        assert failed.status in (500, 503) and b"internal error in the log" in failed.body
-        eventually(lambda: answer_once(started.port, HEALTH).status == 200)
-        assert answer_once(started.port, post()).status == 200
-    assert len(lines_of(tmp_path)) == 1 and "a fault of ours" in caplog.text
-
-
-def test_a_stop_does_not_wait_for_a_disk_that_does_not_answer(tmp_path):
-    """In a process of its own: it ends with a line that says what was not synced."""
-    program = f"""
-import os, sys, threading
-import metricstream as m
-hang = lambda fd, octets: threading.Event().wait(60)
-real = m.MetricLog.__init__
-m.MetricLog.__init__ = lambda self, *a, **k: real(self, *a, **{{**k, "write": hang}})
-m.LOG_CLOSE_S = 0.5
-sys.exit(m.main(["0", "--data-dir", {str(tmp_path)!r}]))
-"""
-    process = subprocess.Popen([sys.executable, "-c", program], cwd=HERE, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
-    assert process.stdout
-    try:
-        port = int(re.search(r":(\d+),", process.stdout.readline())[1])  # type: ignore[index]
-        with connect(port) as connection:
-            connection.sendall(post())
-            health = eventually(lambda: (a := answer_once(port, HEALTH)).status == 503 and a)
-            assert "does not answer" in str(health.body)
-            process.send_signal(signal.SIGTERM)
-            out, err = process.communicate(timeout=10)
-    finally:
-        process.kill()
-        process.communicate()
-    assert process.returncode == 1 and "disk" in (out + err).splitlines()[-1], (out, err)
-
-
-@pytest.mark.parametrize("stdout", ["full disk", "a pipe that nobody reads"])
-def test_a_stdout_that_takes_nothing_neither_stops_nor_ends_the_server(tmp_path, stdout):
-    with contextlib.ExitStack() as stack:
-        if stdout == "full disk":
-            out = stack.enter_context(open("/dev/full", "wb"))
-        else:
-            reader, writer = os.pipe()
-            stack.callback(os.close, reader)
-            out = stack.enter_context(os.fdopen(writer, "wb"))
-            os.set_blocking(writer, False)
-            with contextlib.suppress(BlockingIOError):
-                while True:
-                    os.write(writer, b"x" * 4096)
-            os.set_blocking(writer, True)
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        command = [sys.executable, str(HERE / "metricstream.py"), str(port), "--data-dir", str(tmp_path)]
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.PIPE, text=True)
-        try:
-
-            def posted() -> bool:
-                with contextlib.suppress(OSError):
-                    return exchange(port, post())[0][0].status == 200
-                return False
-
-            eventually(posted)
-            assert exchange(port, HEALTH)[0][0].status == 200
-            process.send_signal(signal.SIGTERM)
-            _, err = process.communicate(timeout=8)
-        finally:
-            process.kill()
-            process.communicate()
-    assert process.returncode == 0 and "Traceback" not in err, err
-    assert len(lines_of(tmp_path)) == 1
-
-
-def test_latency_counts_the_wait_for_a_turn(tmp_path):
-    """Many large batches at once: what the server says of their latency is what clients see."""
-    body = json.dumps({"metrics": [{"name": f"m{n}", "value": n / 7} for n in range(1000)]}).encode()
-    with running(tmp_path, threads=1) as started, contextlib.ExitStack() as stack:
-        connections = [stack.enter_context(connect(started.port, 30)) for _ in range(40)]
-        began = time.perf_counter()
-        for connection in connections:
-            connection.sendall(post(body=body))
-        seen_s = 0.0
-        for connection in connections:
-            assert answer_on(connection).status == 200
-            seen_s += time.perf_counter() - began
-        statistics = answer_once(started.port, get(b"/metrics")).json
-    assert isinstance(statistics, dict) and statistics["latency_seconds_sum"] > seen_s / 8
-
-
-def test_part_one_alone_is_a_server(tmp_path):
-    """The text of the module up to the banner of part II, executed."""
-    text = (HERE / "metricstream.py").read_text().partition("# PART II. STORAGE")[0]
-    part = types.ModuleType("part_one")
-    sys.modules["part_one"] = part
-    try:
-        exec(compile(text, "part_one.py", "exec"), vars(part))
-        log = part.MetricLog(str(tmp_path))
-        service = part.Service(log, part.SlidingWindowLimiter(2), part.Statistics())
-        with part.Server(("127.0.0.1", 0), service) as server:
-            thread = threading.Thread(target=server.serve_forever)
-            thread.start()
-            port = server.server_address[1]
-            statuses = [answer_once(port, post()).status for _ in range(3)]
-            health, statistics = answer_once(port, HEALTH), answer_once(port, get(b"/metrics"))
-            queries = answer_once(port, get(b"/api/v1/query"))
-            server.shutdown()
-            thread.join()
-        log.close()
-    finally:
-        del sys.modules["part_one"]
-    assert statuses == [200, 200, 429] and len(lines_of(tmp_path)) == 2
-    assert health.json == {"status": "healthy", "service": "ingestion"}
-    assert statistics.json["metrics_received"] == 2 and queries.status == 404
-
-
-def test_a_request_that_has_arrived_is_answered_before_a_stop(tmp_path, threads):
-    with running(tmp_path, threads=threads) as started, contextlib.ExitStack() as stack:
-        connections = [stack.enter_context(connect(started.port)) for _ in range(50)]
-        for connection in connections:
-            connection.sendall(HEALTH)
-            assert b" 200 " in connection.recv(1000)
-        for connection in connections:
-            connection.sendall(post())
-        started.server.stop_soon()
-        for connection in connections:
-            assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
-    assert len(lines_of(tmp_path)) == 50
-
-
-def test_an_idle_connection_holds_nothing_of_its_last_request():
-    reader = RequestReader()
-    reader.feed(post(body=b" " * 1_000_000))
-    assert reader.next_request() is not None
-    assert len(reader._buffer) == 0
-
-
-def test_without_a_thread_to_be_had_the_server_goes_on(tmp_path, monkeypatch):
-    stuck, go_on, refused = threading.Event(), threading.Event(), threading.Event()
-
-    def slow_write(fd: int, octets: bytes) -> int:
-        stuck.set()
-        assert go_on.wait(20)
-        return os.write(fd, octets)
-
-    def no_thread(worker: threading.Thread) -> None:
-        refused.set()
-        raise RuntimeError("can't start new thread")
-
-    with running(tmp_path, log=MetricLog(str(tmp_path), write=slow_write)) as started:
-        assert_healthy(started.port)  # its worker has started
-        monkeypatch.setattr(metricstream._Worker, "start", no_thread)
-        with connect(started.port) as connection:
-            connection.sendall(post())
-            assert stuck.wait(10) and refused.wait(10)
-            go_on.set()
-            assert b" 200 OK" in connection.recv(1000)
-        assert_healthy(started.port)
-
-
-def test_a_stuck_connection_keeps_no_room_from_others(tmp_path):
-    stuck, go_on = threading.Event(), threading.Event()
-
-    def slow_write(fd: int, octets: bytes) -> int:
-        stuck.set()
-        assert go_on.wait(20)
-        return os.write(fd, octets)
-
-    log = MetricLog(str(tmp_path), write=slow_write)
-    with running(tmp_path, log=log, max_connections=3) as started, contextlib.ExitStack() as stack:
-        slow, *idle = [stack.enter_context(connect(started.port)) for _ in range(3)]
-        for connection in (slow, *idle):
-            connection.sendall(HEALTH)
-            assert b" 200 " in connection.recv(1000)
-        slow.sendall(post())
-        assert stuck.wait(10)
-        assert_healthy(started.port)  # a fourth: the first of the idle ones made room
-        assert idle[0].recv(1) == b""
-        go_on.set()
-        assert b" 200 OK" in slow.recv(1000)
-
-
-def test_clients_that_reset_leave_no_trace(tmp_path, threads, caplog):
-    with running(tmp_path, threads=threads) as started:
-        for sent in (b"", b"GET / HT", get(), get(b"/metrics") * 100, post()[:-1]) * 20:
-            connection = connect(started.port)
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            connection.sendall(sent)
-            connection.close()
-        assert_healthy(started.port)
-        eventually(lambda: open_connections(started) == 0)
-    assert caplog.records == []
-
-
-def test_running_out_of_file_descriptors_is_survived(tmp_path, threads):
-    with running(tmp_path, threads=threads, timeouts=SHORT) as started:
-        accept = started.server.socket.accept
-        refusals = iter([OSError(errno.EMFILE, "Too many open files")] * 3)
-
-        class Exhausted:
-            """The listening socket, out of descriptors for a while."""
-
-            def accept(self) -> tuple[socket.socket, object]:
-                for error in refusals:
-                    raise error
-                return accept()
-
-            def __getattr__(self, name: str) -> object:
-                return getattr(listener, name)
-
-        listener, started.server.socket = started.server.socket, Exhausted()  # type: ignore[assignment]
-        try:
-            assert_healthy(started.port)
-        finally:
-            started.server.socket = listener
-
-
-def test_a_stop_answers_what_is_in_flight_and_closes_what_is_idle(tmp_path, threads):
-    with running(tmp_path, threads=threads) as started, contextlib.ExitStack() as stack:
-        idle, busy = (stack.enter_context(connect(started.port)) for _ in range(2))
-        idle.sendall(HEALTH)
-        assert b" 200 " in idle.recv(1000)
-        busy.sendall(post()[:-1])
-        eventually(lambda: len(started.server.connections.in_body.queue) == 1)
-        started.server.stop_soon()
-        assert idle.recv(1) == b""
-        busy.sendall(post()[-1:])
-        answer = busy.recv(1000)
-        assert b" 200 OK" in answer and b"Connection: close" in answer
-        assert busy.recv(1) == b""
-    assert len(lines_of(tmp_path)) == 1
-
-
-@pytest.mark.parametrize("durability", LEVELS)
-def test_many_clients_at_once_lose_nothing(tmp_path, threads, durability):
-    def push(number: int) -> None:
-        with contextlib.closing(Client(started.port)) as client:
-            for count in range(25):
-                metric = {"name": f"{number}/{count}", "value": count}
-                assert client.ask("POST", "/metrics", {"metrics": [metric] * 2}).status == 200
-
-    with running(tmp_path, threads=threads, durability=durability) as started:
-        pushers = [threading.Thread(target=push, args=(number,)) for number in range(16)]
-        for pusher in pushers:
-            pusher.start()
-        for pusher in pushers:
-            pusher.join(30)
-        with contextlib.closing(Client(started.port)) as client:
-            statistics = client.ask("GET", "/metrics").json
-        assert statistics["metrics_received"] == 16 * 25 * 2
-    names = Counter(json.loads(line)["name"] for line in lines_of(tmp_path))
-    assert names == {f"{number}/{count}": 2 for number in range(16) for count in range(25)}
-
-
-def test_several_workers_share_the_connections(tmp_path):
-    with running(tmp_path, threads=4) as started:
-        for _ in range(3):
-            with contextlib.ExitStack() as stack:
-                connections = [stack.enter_context(connect(started.port)) for _ in range(40)]
-                for _ in range(10):
-                    for connection in connections:
-                        connection.sendall(post())
-                    for connection in connections:
-                        assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
-    assert len(lines_of(tmp_path)) == 1200
-
-
-# Made for these tests alone; valid until 2120 for localhost and 127.0.0.1.
-TEST_KEY = """-----BEGIN PRIVATE KEY-----
-MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgODPGcFsskxUmCvsw
-hFRbrv5WTHSGBr1pN3PLsmJ2APuhRANCAARxIu0srKMYe4+L+beRZ8dwwrxQTcJZ
-cenl1uRUMnAQYUAvaClzReYLybtnwZb6c6uEoH62dQLL7qmWWFRPEQF9
------END PRIVATE KEY-----
-"""
-TEST_CERTIFICATE = """-----BEGIN CERTIFICATE-----
-MIIBejCCASCgAwIBAgIUJ4u1KWI3IDmwCvF4G60goj+E8sgwCgYIKoZIzj0EAwIw
-FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTIwMDEwMTAwMDAwMFoYDzIxMjAwMTAx
-MDAwMDAwWjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
-PQMBBwNCAARxIu0srKMYe4+L+beRZ8dwwrxQTcJZcenl1uRUMnAQYUAvaClzReYL
-ybtnwZb6c6uEoH62dQLL7qmWWFRPEQF9o04wTDAaBgNVHREEEzARgglsb2NhbGhv
-c3SHBH8AAAEwDwYDVR0TAQH/BAUwAwEB/zAdBgNVHQ4EFgQUSkmvTKwL65D5zP+/
-jzL6DXfwjbMwCgYIKoZIzj0EAwIDSAAwRQIhAN376mLg5avraaho8lrAgLaDnmFN
-BHX+avxm6lQMfFteAiAYYGMYXAiTQN1RM/moEuuFgy1jdXLysuoQUgVH1CUbmA==
------END CERTIFICATE-----
-"""
-
-
-def pem_files(folder: Path) -> tuple[str, str]:
-    """Paths of the tests' certificate and key."""
-    certificate, key = folder / "cert.pem", folder / "key.pem"
-    certificate.write_text(TEST_CERTIFICATE)
-    key.write_text(TEST_KEY)
-    return str(certificate), str(key)
-
-
-@pytest.fixture
-def tls(tmp_path: Path) -> ssl.SSLContext:
-    return metricstream.tls_context(*pem_files(tmp_path))
-
-
-def trusting() -> ssl.SSLContext:
-    return ssl.create_default_context(cadata=TEST_CERTIFICATE)
-
-
-def over_tls(port: int) -> ssl.SSLSocket:
-    connection = socket.socket()
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # soon full when nobody reads
-    connection.settimeout(10)
-    connection.connect(("127.0.0.1", port))
-    return trusting().wrap_socket(
-        connection, server_hostname="localhost", suppress_ragged_eofs=False
-    )
-
-
-def test_https_serves_what_http_does(tmp_path, threads, tls):
-    with running(tmp_path, threads=threads, tls=tls) as started:
-        connection = http.client.HTTPSConnection("localhost", started.port, context=trusting())
-        value = {"name": "big", "value": 1, "tags": {f"k{i}": "v" * 1000 for i in range(32)}}
-        bodies = [BATCH, json.dumps({"metrics": [value] * 31}).encode(), BATCH]
-        assert max(map(len, bodies)) > 60 * metricstream.RECEIVE_BYTES / 4
-        for body in bodies:
-            connection.request("POST", "/metrics", body)
-            answer = connection.getresponse()
-            assert (answer.status, b'"success":true' in answer.read()) == (200, True)
-        connection.close()
-        assert len(lines_of(tmp_path)) == 33
-
-
-def test_pipelined_requests_in_one_record_are_all_answered(tmp_path, threads, tls):
-    with running(tmp_path, threads=threads, tls=tls) as started, over_tls(started.port) as client:
-        client.sendall(post() * 100 + get(b"/health", b"Connection: close"))
-        received = b"".join(iter(lambda: client.recv(65536), b""))  # to a clean end of TLS
-        assert received.count(b"HTTP/1.1 200 OK") == 101
-        assert len(lines_of(tmp_path)) == 100
-
-
-def test_an_encrypted_answer_that_is_not_read_waits_and_holds_up_nobody(tmp_path, threads, tls):
-    with running(tmp_path, threads=threads, tls=tls) as started, over_tls(started.port) as client:
-        asked = 0
-        while not started.server.connections.answering.queue and asked < 20_000:  # until it can't send
-            client.sendall(get(b"/metrics") * 16)
-            asked += 16
-        with over_tls(started.port) as other:
-            other.sendall(get())
-            assert other.recv(65536).startswith(b"HTTP/1.1 200")
-        status_line, answers, rest = b"HTTP/1.1 200 OK", 0, b""
-        while answers < asked:
-            rest += client.recv(1 << 20)
-            answers += rest.count(status_line)
-            rest = rest[rest.rfind(status_line) + 1 :]
-
-
-def test_a_client_that_never_shakes_hands_blocks_nobody_and_is_ended(tmp_path, threads, tls):
-    with running(tmp_path, threads=threads, tls=tls, timeouts=SHORT) as started:
-        silent = [
-            socket.create_connection(("127.0.0.1", started.port), timeout=10) for _ in range(50)
-        ]
-        for connection in silent[25:]:
-            connection.sendall(b"\x16\x03\x01\x02\x00")  # the first octets of a ClientHello
-        with over_tls(started.port) as client:
-            client.sendall(get())
-            assert client.recv(65536).startswith(b"HTTP/1.1 200")
-        for connection in silent:
-            assert connection.recv(1) == b""
-            connection.close()
-        eventually(lambda: open_connections(started) == 0)
-
-
-def test_plain_http_to_a_tls_port_is_ended(tmp_path, threads, tls):
-    with running(tmp_path, threads=threads, tls=tls) as started:
-        with socket.create_connection(("127.0.0.1", started.port), timeout=10) as plain:
-            plain.sendall(HEALTH)
-            try:
-                assert b"HTTP/1.1" not in plain.recv(65536)
-            except ConnectionResetError as error:  # as good an end
-                assert error.errno == errno.ECONNRESET
-        with over_tls(started.port) as client:
-            client.sendall(get())
-            assert client.recv(65536).startswith(b"HTTP/1.1 200")
-
-
-@pytest.mark.filterwarnings("ignore:ssl.TLSVersion.TLSv1_1 is deprecated:DeprecationWarning")
-def test_tls_older_than_1_2_is_refused(tmp_path, tls):
-    assert tls.minimum_version == ssl.TLSVersion.TLSv1_2
-    old = trusting()
-    old.set_ciphers("ALL:@SECLEVEL=0")
-    old.minimum_version = old.maximum_version = ssl.TLSVersion.TLSv1_1
-    with running(tmp_path, tls=tls) as started:
-        with socket.create_connection(("127.0.0.1", started.port), timeout=10) as connection:
-            with pytest.raises(ssl.SSLError):
-                old.wrap_socket(connection, server_hostname="localhost")
-
-
-def test_a_stop_ends_encrypted_connections_and_answers_what_has_arrived(tmp_path, threads, tls):
-    with running(tmp_path, threads=threads, tls=tls, timeouts=SHORT) as started:
-        idle, busy = over_tls(started.port), over_tls(started.port)
-        for client in (idle, busy):
-            client.sendall(get())
-            assert client.recv(65536).startswith(b"HTTP/1.1 200")
-        busy.sendall(post()[:-1])
-        eventually(lambda: any(c.reader.in_request for c in list(started.server.connections.open.values())))
-        started.server.stop_soon()
-        eventually(lambda: started.service.stopping)
-        busy.sendall(post()[-1:])
-        assert busy.recv(65536).startswith(b"HTTP/1.1 200")
-        for client in (idle, busy):
-            client.close()
-
-
-# ---- answers of other processes ----
-
-
-class Told:
-    """A route `/api/…` whose answers the test writes: `ends` holds the other end of each."""
-
-    def __init__(self, service: Service) -> None:
-        self.ends: list[socket.socket] = []
-        service.add_routes({"/api/*": {"GET": self.handle, "POST": self.handle}})
-
-    def handle(self, request: Request, client: str) -> metricstream.Answer:
-        ours, theirs = socket.socketpair()
-        self.ends.append(ours)
-        return metricstream.Answer(None, b"", metricstream.Relay(theirs))
-
-    def end(self, index: int = -1) -> socket.socket:
-        eventually(lambda: self.ends)
-        return self.ends[index]
-
-
-def relayed(body: bytes, status: int = 200, length: int | None = None) -> bytes:
-    fields = b"Content-Type: text/plain\r\n"
-    size = len(body) if length is None else length
-    return metricstream.RELAY_HEAD.pack(status, len(fields), size) + fields + body
-
-
-@pytest.fixture(params=["plain", "tls"])
-def told(request, tmp_path, threads, tls) -> Iterator[tuple[Told, Callable[[], socket.socket]]]:
-    encrypted = request.param == "tls"
-    with running(tmp_path, threads=threads, **({"tls": tls} if encrypted else {})) as started:
-        told = Told(started.service)
-
-        def ask(raw: bytes = get(b"/api/x")) -> socket.socket:
-            connection = over_tls(started.port) if encrypted else connect(started.port)
-            connection.sendall(raw)
-            return connection
-
-        yield told, ask
-
-
-def test_an_answer_of_another_process_is_passed_on_as_it_comes(told):
-    told, ask = told
-    with ask() as connection, told.end() as end:
-        whole = relayed(b"x" * 100_000, 422)
-        for piece in (whole[:5], whole[5:20], whole[20:60], whole[60:]):
-            end.sendall(piece)
-        answer = answer_on(connection)
-        assert (answer.status, answer.headers["content-type"]) == (422, "text/plain")
-        assert answer.body == b"x" * 100_000
-        connection.sendall(HEALTH)
-        assert answer_on(connection).status == 200
-
-
-def test_the_head_alone_of_an_answer_of_another_process(told):
-    told, ask = told
-    with ask(head(b"HEAD /api/x HTTP/1.1")) as connection, told.end() as end:
-        end.sendall(relayed(b"a body"))
-        with connection.makefile("rb") as stream:
-            answer = read_answer(stream, to_head=True)
-        assert answer and (answer.status, answer.headers["content-length"]) == (200, "6")
-        connection.sendall(HEALTH)
-        assert answer_on(connection).status == 200
-
-
-def test_requests_behind_one_that_waits_for_another_process_wait(told):
-    told, ask = told
-    with ask(get(b"/api/x") + HEALTH) as connection, told.end() as end, connection.makefile("rb") as stream:
-        end.sendall(relayed(b"first"))
-        first, second = read_answer(stream), read_answer(stream)
-        assert first and second and first.body == b"first" and is_healthy(second)
-
-
-@pytest.mark.parametrize("sent", [b"", relayed(b"", 200)[:7], relayed(b"abc", length=10)])
-def test_another_process_that_ends_too_soon_is_an_error_and_never_half_an_answer(told, sent):
-    told, ask = told
-    with ask() as connection, told.end() as end:
-        end.sendall(sent)
-        end.close()
-        with connection.makefile("rb") as stream:
-            if b"abc" not in sent:
-                answer = read_answer(stream)
-                assert answer and answer.status == 503 and "retry-after" in answer.headers
-            else:
-                received = b""
-                with contextlib.suppress(ssl.SSLEOFError):  # the end without a word of TLS
-                    while piece := connection.recv(4096):
-                        received += piece
-                assert received.endswith(b"\r\n\r\nabc")
-
-
-def test_a_client_that_leaves_tells_the_other_process(told):
-    told, ask = told
-    with ask() as connection:
-        end = told.end()
-        connection.close()
-        end.settimeout(10)
-        assert end.recv(1) == b""
-        end.close()
-
-
-# --------------------------------------------------------------------------------------------------
-# 14. Command line
-# --------------------------------------------------------------------------------------------------
-
-
-class ServerProcess:
-    """`python3 metricstream.py` as a user starts it."""
-
-    def __init__(self, folder: Path, *options: str) -> None:
-        command = [sys.executable, str(HERE / "metricstream.py"), "0", "--data-dir", str(folder)]
-        self.process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE,
-                                        stderr=subprocess.PIPE, text=True)  # fmt: skip
-        assert self.process.stdout
-        self.startup_line = self.process.stdout.readline()
-        found = re.search(r"https?://(\S+):(\d+),", self.startup_line)
-        assert found, (self.startup_line, self.process.communicate(timeout=10))
-        self.port = int(found[2])
-        self.store_is_ready = False
-
-    def wait_for_store(self) -> None:
-        """Wait until the store has read the log."""
-        if not self.store_is_ready:
-            eventually(lambda: self.health().get("store") == "running")
-            self.store_is_ready = True
-
-    def health(self) -> dict:
-        with contextlib.closing(Client(self.port)) as client:
-            return client.ask("GET", "/health").json
-
-    def __enter__(self) -> "ServerProcess":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.communicate(timeout=10)
-
-    def stop(self, number: int = signal.SIGTERM) -> tuple[int, str, str]:
-        self.process.send_signal(number)
-        out, err = self.process.communicate(timeout=5)
-        return self.process.returncode, out, err
-
-
-def test_the_startup_line_says_what_is_in_force(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"torn')
-    with ServerProcess(tmp_path, "--rate-limit", "7", "--durability", "disk") as started:
-        line = started.startup_line
-        assert f"on http://127.0.0.1:{started.port}, log {tmp_path / 'metrics.jsonl'}, " in line
-        assert "7 requests/s a client" in line and "durability disk" in line
-        assert "cut a torn line of 6 bytes off the log" in line
-
-
-def test_a_stdout_without_unicode_and_a_folder_with_a_line_end_break_no_line(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONIOENCODING", "ascii")  # what is written is UTF-8 all the same
-    with ServerProcess(tmp_path / "Messdaten\nü") as started:
-        assert "Messdaten\\nü/metrics.jsonl, " in started.startup_line
-        with contextlib.closing(Client(started.port)) as client:
-            assert client.ask("POST", "/metrics", BATCH, Authorization="büro").status == 200
-        status, out, err = started.stop()
-    assert (status, err) == (0, "") and "busiest bü" in out
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("durability", LEVELS)
-def test_a_signal_ends_it_with_everything_on_disk(tmp_path, number, durability):
-    with ServerProcess(tmp_path, "--durability", durability) as started:
-        with contextlib.closing(Client(started.port)) as client:
-            for _ in range(10):
-                assert client.ask("POST", "/metrics", BATCH).status == 200
-        status, out, err = started.stop(number)
-    assert (status, err) == (0, "")
-    stopped = out.splitlines()[-1]
-    assert stopped.startswith("stopped {") and '"metrics_received":10,' in stopped
-    assert "1 with 10 requests allowed, 0 refused; busiest 127.0.0.1 10+0" in out
-    assert len(lines_of(tmp_path)) == 10
-
-
-def test_a_reader_of_stdout_that_leaves_is_no_error(tmp_path):
-    with ServerProcess(tmp_path, "--log-level", "error") as started:
-        assert started.process.stdout and started.process.stderr
-        started.process.stdout.close()
-        started.process.terminate()
-        assert started.process.wait(10) == 0
-        assert started.process.stderr.read() == ""
-        started.process.stdout = None
-
-
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(HERE / "metricstream.py"), *arguments],
-                          capture_output=True, text=True, timeout=20)  # fmt: skip
-
-
-def test_mistakes_are_one_clear_line_and_a_status(tmp_path):
-    readable = tmp_path / "file"
-    readable.write_text("")
-    with ServerProcess(tmp_path / "data") as started:
-        for arguments, status, reason in [
-            ([str(started.port), "--data-dir", str(tmp_path / "b")], 1, "Address already in use"),
-            (["0", "--data-dir", str(tmp_path / "data")], 1, "in use by another server"),
-            (["0", "--data-dir", str(readable)], 1, "can't use the data folder"),
-            (["0", "--data-dir", str(tmp_path), "--host", "203.0.113.1"], 1, "can't listen on"),
-            (["0", "--data-dir", str(tmp_path), "--host", "no such host"], 1, "can't listen on"),
-            (["65536"], 2, "not a whole number from 0 to 65535"),
-            (["-1"], 2, "-1"),
-            (["٨٠"], 2, "not a whole number"),
-            (["0", "--rate-limit", "1.5"], 2, "not a whole number"),
-            (["0", "--stripes", "12"], 2, "12 is not a power of two"),
-            (["0", "--durability", "ram"], 2, "choose from"),
-            (["0", "--nonsense"], 2, "--nonsense"),
-            (["0", "--clients", str(tmp_path / "none")], 1, "can't read"),
-            (["0", "--tls-cert", str(readable)], 2, "--tls-cert and --tls-key go together"),
-            (
-                ["0", "--tls-cert", str(readable), "--tls-key", str(readable)],
-                1,
-                "can't use certificate",
-            ),
-            (["0", "--tls-cert", "none", "--tls-key", "none"], 1, "No such file"),
-            (["--new-client", "10.0.0.7"], 2, "must be a letter and"),
-        ]:
-            ended = run(*arguments)
-            assert (ended.returncode, ended.stdout) == (status, ""), ended
-            assert reason in ended.stderr.splitlines()[-1] and "Traceback" not in ended.stderr
-            assert len(ended.stderr.splitlines()) == 1
-
-
-def test_the_limit_on_open_files_lowers_the_connections(tmp_path):
-    command = (
-        f"ulimit -n 256; exec {sys.executable} {HERE / 'metricstream.py'} 0 --data-dir {tmp_path}"
-    )
-    process = subprocess.Popen(["bash", "-c", command], stdout=subprocess.PIPE, text=True)
-    assert process.stdout
-    warning, startup = process.stdout.readline(), process.stdout.readline()
-    process.terminate()
-    process.communicate(timeout=10)
-    assert "the limit on open files allows 192 connections, not 10000" in warning
-    assert "192 connections" in startup
-
-
-def test_version_and_help():
-    assert run("--version").stdout == f"MetricStream {metricstream.__version__}\n"
-    shown = run("--help").stdout
-    for option in ("--host", "--data-dir", "--rate-limit", "--stripes", "--durability", "--threads",
-                   "--max-connections", "--log-level", "--clients", "--new-client", "--allowed-host",
-                   "--tls-cert", "--tls-key"):  # fmt: skip
-        assert option in shown
-
-
-def test_a_new_client_may_write_and_its_key_appears_nowhere(tmp_path):
-    made = run("--new-client", "web1")
-    key = made.stderr.split()[-1]
-    assert made.returncode == 0 and re.fullmatch(r"web1 [0-9a-f]{64}\n", made.stdout)
-    assert key not in made.stdout and run("--new-client", "web1").stderr.split()[-1] != key
-    listed = tmp_path / "clients"
-    listed.write_text(made.stdout)
-    with ServerProcess(tmp_path, "--clients", str(listed), "--log-level", "debug") as started:
-        assert "clients listed: 1" in started.startup_line
-        with contextlib.closing(Client(started.port)) as client:
-            for authorization, status in [
-                (f"Bearer {key}", 200),
-                (key, 200),
-                (f"Bearer {key}x", 401),
-            ]:
-                answer = client.ask("POST", "/metrics", BATCH, Authorization=authorization)
-                assert (answer.status, key in str(answer)) == (status, False)
-            assert client.ask("POST", "/metrics", b"{", Authorization=key).status == 400
-            assert key not in str(client.ask("GET", "/metrics", Authorization=key))
-        command_line = Path(f"/proc/{started.process.pid}/cmdline")
-        assert not command_line.exists() or key not in command_line.read_text()
-        status, out, err = started.stop()
-    assert (status, err) == (0, "") and key not in out
-    assert "busiest web1 3+0" in out
-
-
-def test_sighup_reads_again_what_others_have_changed(tmp_path):
-    listed, (certificate, key_file) = tmp_path / "clients", pem_files(tmp_path)
-    listed.write_text(KEY_LINE)
-    options = ["--clients", str(listed), "--tls-cert", certificate, "--tls-key", key_file]
-    with ServerProcess(tmp_path, *options) as started:
-        assert started.process.stdout and "on https://" in started.startup_line
-
-        def hang_up() -> list[str]:
-            started.process.send_signal(signal.SIGHUP)
-            return [started.process.stdout.readline() for _ in range(3)]
-
-        def posted(key: str) -> int:
-            with contextlib.closing(http.client.HTTPSConnection("localhost", started.port, timeout=10,
-                                                                context=trusting())) as client:  # fmt: skip
-                client.request("POST", "/metrics", BATCH, {"Authorization": key})
-                return client.getresponse().status
-
-        assert [posted(KEY), posted("other")] == [200, 401]
-        os.rename(tmp_path / "metrics.jsonl", tmp_path / "moved")
-        listed.write_text(f"web2 {hashlib.sha256(b'other').hexdigest()}\n")
-        assert all("is opened again" in line for line in hang_up())
-        assert [posted(KEY), posted("other")] == [401, 200]
-        assert len(lines_of(tmp_path)) == (tmp_path / "moved").read_bytes().count(b"\n") == 1
-
-        listed.write_text("web2 what?\n")  # whoever writes such a file is told, and keeps the old
-        Path(certificate).write_text("no certificate")
-        _, *faults = hang_up()
-        assert "clients, line 1: expected" in faults[0] and "stays in force" in faults[0]
-        assert "can't use certificate" in faults[1] and "stays in force" in faults[1]
-        assert [posted(KEY), posted("other")] == [401, 200]
-        assert started.stop()[::2] == (0, "")
-
-
-@pytest.mark.parametrize("durability", LEVELS)
-def test_a_log_that_is_deleted_under_load_loses_nothing_acknowledged_afterwards(
-    tmp_path, durability
-):
-    with ServerProcess(tmp_path, "--durability", durability, "--rate-limit", "0") as started:
-        with contextlib.closing(Client(started.port)) as client:
-            after = set()
-            for count in range(200):
-                if count == 100:
-                    os.unlink(tmp_path / "metrics.jsonl")
-                metric = {"name": f"n{count}", "value": 1}
-                assert client.ask("POST", "/metrics", {"metrics": [metric]}).status == 200
-                after |= {metric["name"]} if count >= 100 else set()
-        assert started.stop()[0] == 0
-    kept = [json.loads(line)["name"] for line in lines_of(tmp_path)]
-    assert after <= set(kept) and len(set(kept)) == len(kept)
-
-
-def test_to_be_reached_from_elsewhere_without_a_list_of_clients_is_warned_of(tmp_path):
-    def first_line(*options: str) -> str:
-        command = [sys.executable, str(HERE / "metricstream.py"), "0", "--data-dir", str(tmp_path)]
-        with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True) as process:
-            line = process.stdout.readline()
-            process.terminate()
-            process.communicate(timeout=10)
-        return line
-
-    (tmp_path / "clients").write_text(KEY_LINE)
-    assert "WARNING whoever reaches 0.0.0.0 may write: see --clients" in first_line(
-        "--host", "0.0.0.0"
-    )
-    for options in [
-        ["--host", "127.0.0.2"],
-        ["--host", "0.0.0.0", "--clients", str(tmp_path / "clients")],
-    ]:
-        assert first_line(*options).startswith("MetricStream ")
-
-
-# --------------------------------------------------------------------------------------------------
-# Under fire
-# --------------------------------------------------------------------------------------------------
-#
-# What the chapters promise, under the conditions that break promises: crashes, faults, hostile
-# clients. Real server processes, ended by their own process id.
-
-
-# ---- crashes and faults ----
-
-
-SOAK_S = float(os.environ.get("METRICSTREAM_SOAK_S", "0"))  # set by `make soak`
-
-
-class Writers:
-    """Clients that post batches of uniquely named metrics until they are stopped or the server is
-    gone. They never send anything twice.
-    """
-
-    BATCH = 3
-
-    def __init__(self, port: int, prefix: str, count: int = 4, pause_s: float = 0.0) -> None:
-        self.acknowledged: set[str] = (
-            set()
-        )  # set.update holds no lock of ours: each thread adds its own
-        self.statuses: Counter[int] = Counter()
-        self.faults: list[Exception] = []  # answers that broke off
-        self._stopped = threading.Event()
-        self._pause_s = pause_s
-        self._lock = threading.Lock()  # guards acknowledged and statuses
-        self._threads = [threading.Thread(target=self._write, args=(port, f"{prefix}.{number}"))
-                         for number in range(count)]  # fmt: skip
-        for thread in self._threads:
-            thread.start()
-
-    def _write(self, port: int, prefix: str) -> None:
-        with contextlib.closing(Client(port)) as client:
-            for number in itertools.count():
-                names = [f"{prefix}.{number}.{index}" for index in range(self.BATCH)]
-                batch = {"metrics": [{"name": name, "value": number} for name in names]}
-                try:
-                    status = client.ask("POST", "/metrics", batch).status
-                except ConnectionError:  # refused, or closed without an octet of an answer
-                    return
-                except (http.client.HTTPException, OSError) as error:
-                    self.faults.append(error)
-                    return
-                with self._lock:
-                    self.statuses[status] += 1
-                    if status == 200:
-                        self.acknowledged.update(names)
-                if self._stopped.wait(self._pause_s) if self._pause_s else self._stopped.is_set():
-                    return
-
-    def join(self) -> None:
-        """Wait until all have ended by themselves: the server is gone."""
-        for thread in self._threads:
-            thread.join(30)
-            assert not thread.is_alive()
-        assert not self.faults
-
-    def stop(self) -> None:
-        self._stopped.set()
-        self.join()
-
-
-def names_in(path: Path) -> list[str]:
-    """The names of all metrics in a log of which every line must be whole."""
-    octets = path.read_bytes()
-    assert octets.endswith(b"\n") or not octets
-    return [json.loads(line)["name"] for line in octets.splitlines()]
-
-
-def assert_kept(acknowledged: set[str], folder: Path) -> None:
-    """All that was acknowledged is in the log, and nothing is there twice."""
-    names = names_in(folder / "metrics.jsonl")
-    kept = set(names)
-    assert not acknowledged - kept
-    assert len(kept) == len(names)
-
-
-def assert_whole_batches(folder: Path) -> None:
-    batches = Counter(name.rpartition(".")[0] for name in names_in(folder / "metrics.jsonl"))
-    assert set(batches.values()) <= {Writers.BATCH}
-
-
-@pytest.mark.parametrize("durability", ["os", "disk"])
-def test_nothing_acknowledged_is_lost_to_kill_9(tmp_path, durability):
-    rng = random.Random(f"kill -9 at level {durability}")
-    acknowledged: set[str] = set()
-    for round_ in range(100 if SOAK_S else 10):
-        with ServerProcess(tmp_path, "--durability", durability, "--rate-limit", "0") as started:
-            writers, most = Writers(started.port, str(round_)), rng.randrange(1, 400)
-            eventually(lambda w=writers, most=most: len(w.acknowledged) >= most)
-            started.process.kill()
-            started.process.wait()
-            writers.join()
-        acknowledged |= writers.acknowledged
-        if rng.random() < 0.5:  # a tear in the middle of a write, which kill -9 itself seldom makes
-            with open(tmp_path / "metrics.jsonl", "ab") as log:
-                log.write(b'{"timestamp":"2025-09-17T13:45:23.123Z","na'[: rng.randrange(1, 43)])
-    with ServerProcess(tmp_path) as started:
-        assert started.stop()[0] == 0
-    assert_kept(acknowledged, tmp_path)
-
-
-@pytest.mark.parametrize("durability", LEVELS)
-def test_a_stop_under_load_answers_what_is_in_flight_and_loses_nothing(
-    tmp_path, threads, durability
-):
-    options = ("--durability", durability, "--threads", str(threads), "--rate-limit", "0")
-    with ServerProcess(tmp_path, *options) as started:
-        writers = Writers(started.port, "w", count=8)
-        eventually(lambda: len(writers.acknowledged) > 300)
-        status, _, err = started.stop()  # within 5 s
-        writers.join()
-    assert (status, err) == (0, "")
-    assert set(writers.statuses) <= {200, 503}
-    assert_kept(writers.acknowledged, tmp_path)
-    assert_whole_batches(tmp_path)
-
-
-needs_prlimit = pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="needs prlimit")
-
-
-def limit_file_size(process: subprocess.Popen, size: int) -> None:
-    """Let the process write files up to this size and not beyond, as on a full disk."""
-    _, hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, hard))
-
-
-@needs_prlimit
-@pytest.mark.parametrize("durability", LEVELS)
-def test_a_disk_that_is_full_for_a_while_costs_nothing_acknowledged(tmp_path, durability):
-    log = tmp_path / "metrics.jsonl"
-    with ServerProcess(tmp_path, "--durability", durability, "--rate-limit", "0") as started:
-        with contextlib.closing(Client(started.port)) as client:
-            acknowledged: set[str] = set()
-
-            def post_batch(number: int) -> int:
-                names = [f"w.{number}.{index}" for index in range(Writers.BATCH)]
-                batch = {"metrics": [{"name": name, "value": 1} for name in names]}
-                answer = client.ask("POST", "/metrics", batch)
-                if answer.status == 200:
-                    acknowledged.update(names)
-                else:
-                    assert "File too large" in str(answer.body) and answer.headers["retry-after"]
-                return answer.status
-
-            assert post_batch(0) == 200
-            size = eventually(lambda: log.stat().st_size)
-            # where in a line the room ends makes no difference; level memory takes 0.5 s for each
-            for room in range(0, 2 * size, 29 if durability != "memory" else 150):
-                end = log.stat().st_size
-                limit_file_size(started.process, end + room)
-                statuses = [post_batch(1000 * (room + 1) + number) for number in range(3)]
-                assert durability == "memory" or statuses[-1] == 503
-                health = eventually(lambda: (a := client.ask("GET", "/health")).status == 503 and a)
-                assert "File too large" in str(health.body)
-                limit_file_size(started.process, resource.RLIM_INFINITY)
-                eventually(lambda: client.ask("GET", "/health").status == 200)
-            assert post_batch(1) == 200
-        status, _, err = started.stop()
-    assert (status, err) == (0, "")
-    assert_kept(acknowledged, tmp_path)
-    assert_whole_batches(tmp_path)
-
-
-@contextlib.contextmanager
-def small_file_system(folder: Path) -> Iterator[None]:
-    """256 KiB of memory, mounted there; skips the test where that is not allowed."""
-    if not hasattr(os, "geteuid") or os.geteuid() != 0:
-        pytest.skip("only root may mount")
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
-    mounted = subprocess.run(mount, capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"may not mount: {mounted.stderr.strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
-
-
-def test_a_file_system_that_is_full_is_told_and_got_over(tmp_path):
-    folder = tmp_path / "small"
-    with small_file_system(folder):
-        (folder / "filler").write_bytes(bytes(128 * 1024))
-        with ServerProcess(folder, "--rate-limit", "0") as started:
-            writers = Writers(started.port, "w", count=2)
-            eventually(lambda: writers.statuses[503] > 10)
-            (folder / "filler").unlink()
-            before = len(writers.acknowledged)
-            eventually(lambda: len(writers.acknowledged) > before)
-            writers.stop()
-            assert started.stop()[0] == 0
-        assert set(writers.statuses) == {200, 503}
-        assert_kept(writers.acknowledged, folder)
-        assert_whole_batches(folder)
-
-
-def test_a_log_that_may_not_be_written_is_refused_at_the_start(tmp_path):
-    log = tmp_path / "small" / "metrics.jsonl"
-    with contextlib.ExitStack() as stack:
-        if os.geteuid() == 0:  # whom modes of files do not stop
-            stack.enter_context(small_file_system(log.parent))
-        else:
-            log.parent.mkdir()
-        log.touch(0o444)
-        if os.geteuid() == 0:
-            subprocess.run(["mount", "-o", "remount,ro", str(log.parent)], check=True)
-        ended = run("0", "--data-dir", str(log.parent))
-    assert (ended.returncode, ended.stdout) == (1, "")
-    assert re.fullmatch(r"metricstream.py: error: can't use .*/metrics.jsonl: "
-                        r"(Read-only file system|Permission denied)\n", ended.stderr)  # fmt: skip
-
-
-@pytest.mark.parametrize("durability", ["os", "disk"])
-@pytest.mark.parametrize("error", [FULL, BROKEN, None], ids=["ENOSPC", "EIO", "no-error"])
-def test_a_write_may_stop_anywhere(tmp_path, durability, error):
-    """After every possible number of octets of a batch: an error, or just a short write."""
-    disk = FaultyDisk()
-    log = MetricLog(str(tmp_path), durability, write=disk.write, fsync=disk.fsync)
-    kept = []
-    batch = b'{"name":"a","value":1}\n{"name":"b","value":2}\n'
-    for length in range(len(batch) + 1):
-        lines = batch.replace(b"1", b"%d" % length)
-        disk.plan = [length, error] if error else [max(1, length), 1]
-        if error and length < len(lines):
-            with pytest.raises(LogError):
-                append_and_wait(log, lines)
-            assert log.probe() == "" and not disk.plan
-        else:
-            append_and_wait(log, lines)
-            kept.append(lines)
-        disk.plan = []
-    log.close()
-    assert Path(log.path).read_bytes() == b"".join(kept)
-
-
-@pytest.mark.parametrize("step_s", [3600, -3600], ids=["forward", "back"])
-def test_a_step_of_the_clock_changes_neither_rates_nor_time_outs(
-    tmp_path, threads, monkeypatch, step_s
-):
-    now, step = time.time, [0]
-    monkeypatch.setattr(time, "time", lambda: now() + step[0])
-    limit = 100
-    with running(tmp_path, limit=limit, threads=threads) as started:
-        started.service._clock = lambda: time.time()
-        idle, unfinished = connect(started.port), connect(started.port)
-        with contextlib.closing(idle), contextlib.closing(unfinished):
-            idle.sendall(HEALTH)
-            assert b" 200 " in idle.recv(1000)
-            unfinished.sendall(post()[:-1])
-            eventually(lambda: open_connections(started) == 2)
-            statuses = Counter()
-            with contextlib.closing(Client(started.port)) as client:
-                for number in range(3 * limit):
-                    if number == limit // 2:
-                        step[0] = step_s
-                        started.server.expire()
-                    statuses[client.ask("POST", "/metrics", BATCH).status] += 1
-                numbers = json.loads(client.ask("GET", "/metrics").body)
-            spent_s = numbers["uptime_seconds"]
-            assert limit <= statuses[200] <= limit * (1 + spent_s) and statuses[429]
-            assert 0 <= spent_s < 600 and numbers["requests_per_second"] > 0
-            unfinished.sendall(post()[-1:])
-            assert unfinished.recv(1000).startswith(b"HTTP/1.1 ")
-            idle.sendall(HEALTH)
-            assert b" 200 " in idle.recv(1000)
-    stamps = [metric["timestamp"] for metric in map(json.loads, lines_of(tmp_path))]
-    assert (stamps[0] < stamps[limit - 1]) == (step_s > 0)  # the log follows the clock
-
-
-def test_an_unexpected_error_of_the_housekeeper_is_logged_and_the_house_kept_on(tmp_path, caplog):
-    failures = [RuntimeError("no house to keep")] * 3
-    with running(tmp_path, timeouts=SHORT) as started:
-        recreate_if_deleted = started.service.log.recreate_if_deleted
-
-        def fails() -> None:
-            if failures:
-                raise failures.pop()
-            recreate_if_deleted()
-
-        jobs = started.server._jobs
-        jobs[:] = [(s, fails if job == recreate_if_deleted else job) for s, job in jobs]
-        eventually(lambda: not failures)
-        with connect(started.port) as idle:
-            assert idle.recv(1) == b""  # it is still timed out
-        assert_healthy(started.port)
-    faults = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
-    assert len(faults) == 3 and all("no house to keep" in fault for fault in faults)
-    assert not any("\n" in fault for fault in faults)
-
-
-def process_figures(pid: int) -> dict[str, int]:
-    """Resident memory in KiB, threads and open files of a process."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    figures = {
-        name: int(re.search(rf"^{name}:\s+(\d+)", status, re.M)[1]) for name in ("VmRSS", "Threads")
-    }
-    return figures | {"files": len(os.listdir(f"/proc/{pid}/fd"))}
-
-
-def pester(port: int, rng: random.Random, held: list[socket.socket]) -> None:
-    """One hostile or clumsy client; some of them stay, in `held`."""
-    client = socket.create_connection(("127.0.0.1", port), timeout=5)
-    deed = rng.randrange(7)
-    client.sendall([
-        b"POST /metrics HTTP/1.1\r\nHost: x\r\nX-Drip: " + b"a" * rng.randrange(2000),
-        post()[: rng.randrange(1, len(post()))],
-        get(b"/metrics") * 500,  # and never read
-        bytes(rng.randrange(256) for _ in range(300)),
-        framed(b"Content-Length: 104857600"),
-        post(body=b"[" * 100_000),
-        HEALTH,
-    ][deed])  # fmt: skip
-    if rng.random() < 0.3:  # a reset
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        client.close()
-    else:
-        held.append(client)
-    while len(held) > 300:
-        held.pop(rng.randrange(len(held))).close()
-
-
-@pytest.mark.skipif(not SOAK_S, reason="`make soak` runs it")
-def test_soak(tmp_path, capsys):
-    """Mixed load with kills, clean stops, a full disk and hostile clients; nothing may be lost."""
-    rng = random.Random("soak")
-    began, events = time.monotonic(), Counter()
-    acknowledged, requests = set(), Counter()
-    held: list[socket.socket] = []
-    figures: list[dict[str, int]] = []
-    pause = threading.Event()  # never set: its wait paces what happens
-    while (left_s := SOAK_S - (time.monotonic() - began)) > 0:
-        last = left_s < SOAK_S / 4  # one server lives long, so that its figures can be compared
-        lives_s = left_s if last else min(left_s, rng.uniform(1, SOAK_S / 20))
-        with ServerProcess(tmp_path, "--rate-limit", "0", "--max-connections", "500") as started:
-            writers = Writers(started.port, str(events["servers"]), count=6, pause_s=0.02)
-            events["servers"] += 1
-            eventually(lambda w=writers: len(w.acknowledged) > 100)
-            if last:
-                figures.append(process_figures(started.process.pid))
-            ends_at = time.monotonic() + lives_s
-            while time.monotonic() < ends_at:
-                with contextlib.suppress(ConnectionError):  # such clients are refused and reset
-                    pester(started.port, rng, held)
-                events["hostile clients"] += 1
-                if rng.random() < 0.005:
-                    events["full disks"] += 1
-                    limit_file_size(
-                        started.process, (tmp_path / "metrics.jsonl").stat().st_size + 100
-                    )
-                    pause.wait(rng.uniform(0.1, 1))
-                    limit_file_size(started.process, resource.RLIM_INFINITY)
-                pause.wait(0.02)
-            if last:
-                for client in held:
-                    client.close()
-                held.clear()
-                with contextlib.closing(Client(started.port)) as client:
-                    most = 6 + 1  # the writers, and who asks
-                    eventually(lambda c=client: json.loads(c.ask("GET", "/metrics").body)
-                               ["connections_open"] <= most, 30)  # fmt: skip
-                figures.append(process_figures(started.process.pid))
-            if last or rng.random() < 0.3:
-                events["clean stops"] += 1
-                assert started.stop()[::2] == (0, "")
-            else:
-                events["kills"] += 1
-                started.process.kill()
-                started.process.wait()
-            writers.join()
-        acknowledged |= writers.acknowledged
-        requests += writers.statuses
-    for client in held:
-        client.close()
-    damaged, kept = 0, set()
-    with open(tmp_path / "metrics.jsonl", "rb") as log:
-        for line in log:
-            try:
-                kept.add(json.loads(line)["name"])
-            except ValueError:
-                damaged += 1
-    lost = len(acknowledged - kept)
-    start, end = figures
-    with capsys.disabled():
-        print(f"""
-soak of {time.monotonic() - began:,.0f} s
-  requests         {requests.total():,} ({requests[200]:,} answered 200, {requests[503]:,} 503)
-  metrics          {len(acknowledged):,} acknowledged
-  survived         {events["kills"]} kills, {events["clean stops"]} clean stops, {events["full disks"]} full disks
-  hostile clients  {events["hostile clients"]:,}
-  lost             {lost}
-  damaged lines    {damaged}
-  last server      memory {start["VmRSS"] / 1024:.1f} -> {end["VmRSS"] / 1024:.1f} MiB, threads {start["Threads"]} -> {end["Threads"]}, open files {start["files"]} -> {end["files"]}""")  # fmt: skip
-    assert (lost, damaged) == (0, 0)
-    assert set(requests) <= {200, 503}
-    assert end["Threads"] <= start["Threads"] + 1 and end["files"] <= start["files"] + 1
-    assert end["VmRSS"] < start["VmRSS"] + 64 * 1024
-
-
-# ---- hostile and clumsy clients ----
-
-
-MIB = 1 << 20
-ABORT = struct.pack("ii", 1, 0)  # SO_LINGER: closing sends a reset
-needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="there is no /proc")
-
-
-def scaled(short: int, soak: int) -> int:
-    """A number of clients or rounds, and what it is in a soak test."""
-    return soak if SOAK_S else short
-
-
-class Footprint(NamedTuple):
-    """What a process holds now."""
-
-    resident_bytes: int
-    threads: int
-    files: int
-
-    @classmethod
-    def of(cls, pid: int) -> "Footprint":
-        status = Path(f"/proc/{pid}/status").read_text()
-        numbers = dict(re.findall(r"^(VmRSS|Threads):\s+(\d+)", status, re.MULTILINE))
-        files = len(os.listdir(f"/proc/{pid}/fd"))
-        return cls(1024 * int(numbers["VmRSS"]), int(numbers["Threads"]), files)
-
-
-@contextlib.contextmanager
-def leaving_nothing(pid: int) -> Iterator[Footprint]:
-    """Threads and files are again what they were before, memory too but for what malloc keeps."""
-    # without the interpreter lock each thread has a heap of its own, and its pages are given back late
-    has_lock = getattr(sys, "_is_gil_enabled", lambda: True)()
-    spare_bytes = (16 if has_lock else 64) * MIB
-    before = Footprint.of(pid)
-    yield before
-    with contextlib.suppress(AssertionError):  # the next line says what is left
-        eventually(lambda: Footprint.of(pid)[1:] == before[1:])
-    after = Footprint.of(pid)
-    assert after[1:] == before[1:]
-    assert after.resident_bytes - before.resident_bytes < spare_bytes
-
-
-@contextlib.contextmanager
-def besieged(folder: Path, threads: int, *options: str) -> Iterator[ServerProcess]:
-    """A server process that is warm, and is alive and well when the siege is over."""
-    arguments = ("--threads", str(threads), "--rate-limit", "0", *options)
-    with ServerProcess(folder, *arguments) as started:
-        files = len(os.listdir(f"/proc/{started.process.pid}/fd"))
-        with contextlib.ExitStack() as stack:  # first threads, buffers and memos are no leak
-            for connection in crowd(started.port, 40, post(), stack):
-                assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
-        # the housekeeper, the log's, the one that writes lines, and one that works or accepts
-        eventually(lambda: Footprint.of(started.process.pid)[1:] == (4, files))
-        yield started
-        assert_healthy(started.port)
-        status, out, err = started.stop()
-        assert (status, err) == (0, "") and out.startswith("stopped {") and out.count("\n") == 1, (
-            out
-        )
-
-
-def connections_of(started: ServerProcess) -> int:
-    """How many connections the server says are open, the asking one included."""
-    (answer,), _ = exchange(started.port, get(b"/metrics"))
-    return answer.json["connections_open"]  # type: ignore[index]
-
-
-def crowd(port: int, count: int, sent: bytes, stack: contextlib.ExitStack) -> list[socket.socket]:
-    """So many connections that have sent this, until the stack closes."""
-    connections = []
-    for _ in range(count):
-        connection = stack.enter_context(connect(port))
-        connection.sendall(sent)
-        connections.append(connection)
-    return connections
-
-
-def post_latencies(port: int, count: int, connections: int = 4) -> list[float]:
-    """Post so often, in turn over kept-alive connections; each answer is 200. Seconds, ascending."""
-    request, latencies = post(), []
-    with contextlib.ExitStack() as stack:
-        good = [stack.enter_context(connect(port, 30)) for _ in range(connections)]
-        for connection in itertools.islice(itertools.cycle(good), count):
-            began = time.perf_counter()
-            connection.sendall(request)
-            answer = connection.recv(1000)
-            latencies.append(time.perf_counter() - began)
-            assert answer.startswith(b"HTTP/1.1 200 ") and answer.endswith(b"}"), answer
-    return sorted(latencies)
-
-
-@needs_proc
-def test_half_closed_connections_are_answered_and_forgotten(tmp_path, threads):
-    with besieged(tmp_path, threads) as started, leaving_nothing(started.process.pid):
-        for sent, status in ((post(), b"200"), (post()[:-1], b"400"), (get()[:-2], b"400")):
-            with contextlib.ExitStack() as stack:
-                halves = crowd(started.port, scaled(200, 2000), sent, stack)
-                for connection in halves:
-                    connection.shutdown(socket.SHUT_WR)
-                for connection in halves:
-                    with connection.makefile("rb") as stream:
-                        assert stream.read().startswith(b"HTTP/1.1 " + status)
-
-
-@needs_proc
-def test_announced_bodies_that_never_come_take_no_memory(tmp_path, threads):
-    with besieged(tmp_path, threads) as started, contextlib.ExitStack() as outer:
-        before = outer.enter_context(leaving_nothing(started.process.pid))
-        with contextlib.ExitStack() as stack:
-            (too_large,) = crowd(
-                started.port, 1, framed(b"Content-Length: 104857600", body=b""), stack
-            )
-            assert too_large.recv(1000).startswith(
-                b"HTTP/1.1 413 "
-            )  # without waiting for any of it
-            crowd(started.port, 200, framed(b"Content-Length: 1048576", body=b"{"), stack)
-            eventually(lambda: connections_of(started) >= 201)
-            assert len(post_latencies(started.port, 100)) == 100
-            grown = Footprint.of(started.process.pid).resident_bytes - before.resident_bytes
-            assert grown < 200 * MIB / 8  # of 200 MiB that were announced
-
-
-@needs_proc
-def test_resets_by_the_thousand_leave_no_trace(tmp_path, threads):
-    with besieged(tmp_path, threads) as started, leaving_nothing(started.process.pid):
-        for _ in range(scaled(10_000 if threads else 2_000, 100_000)):
-            connection = connect(started.port)
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, ABORT)
-            connection.close()
-        assert connections_of(started) == 1  # it has seen them all: they came before this one
-
-
-@needs_proc
-def test_two_thousand_idle_connections_cost_no_thread(tmp_path):
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    count = 2_000
-    if hard != resource.RLIM_INFINITY and hard < count + 100:
-        pytest.skip(f"only {hard} files may be open")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, count + 100), hard))
-    with besieged(tmp_path, 1) as started, leaving_nothing(started.process.pid) as before:
-        with contextlib.ExitStack() as stack:
-            idle = crowd(started.port, count, post(), stack)
-            for connection in idle:
-                assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
-            eventually(lambda: connections_of(started) == count + 1)
-            now = Footprint.of(started.process.pid)
-            assert now.threads == before.threads and now.files - before.files == count
-            assert now.resident_bytes - before.resident_bytes < count * 8 * 1024
-            assert len(post_latencies(started.port, 100)) == 100
-            idle[0].sendall(post())  # none was forgotten
-            assert idle[0].recv(1000).startswith(b"HTTP/1.1 200 ")
-
-
-@needs_proc
-def test_beyond_the_limit_idle_ones_make_room_and_busy_ones_do_not(tmp_path, threads):
-    with besieged(tmp_path, threads, "--max-connections", "50") as started:
-        with leaving_nothing(started.process.pid):
-            with contextlib.ExitStack() as stack:
-                crowd(started.port, 200, b"", stack)  # four times as many: the first make room
-                assert len(post_latencies(started.port, 20)) == 20
-            with contextlib.ExitStack() as stack:
-                crowd(started.port, 50, post()[:-1], stack)
-
-                def turned_away() -> bool:
-                    with connect(started.port) as one_more:
-                        one_more.sendall(post())
-                        return one_more.recv(1000).startswith(b"HTTP/1.1 503 ")
-
-                eventually(turned_away)
-            eventually(lambda: not turned_away())
-            assert len(post_latencies(started.port, 20)) == 20
-
-
-class Dripping:
-    """A client that sends its request octet by octet, and starts again when it is timed out."""
-
-    def __init__(self, port: int, octets: bytes) -> None:
-        self.port, self.octets = port, octets
-        self.connection, self.rest = connect(port), iter(octets)
-
-    def drip(self) -> None:
-        try:
-            self.connection.send(bytes((next(self.rest),)))
-        except ConnectionError:
-            self.connection.close()
-            self.connection, self.rest = connect(self.port), iter(self.octets)
-
-
-def drip(port: int, ready: Any, stop: Any) -> None:
-    """A process of slow clients: 200 drip their heads, 200 their bodies, 200 read no answer."""
-    head = b"POST /metrics HTTP/1.1\r\nHost: x\r\n"
-    heads = [Dripping(port, head + b"X-Slow: " + b"a" * 1000) for _ in range(200)]
-    bodies = [
-        Dripping(port, head + b"Content-Length: 1000\r\n\r\n" + b" " * 999) for _ in range(200)
-    ]
-    deaf = []
-    for _ in range(200):
-        connection = socket.socket()
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        connection.connect(("127.0.0.1", port))
-        connection.sendall(get(b"/metrics") * 400)
-        deaf.append(connection)
-    for turn, slow in enumerate(itertools.cycle(heads + bodies)):
-        slow.drip()  # four octets a second each
-        if turn == 400:
-            ready.set()
-        if turn % 8 == 0 and stop.wait(0.005):
-            break
-    for connection in deaf + [slow.connection for slow in heads + bodies]:
-        connection.close()
-
-
-def test_slow_clients_by_the_hundred_slow_nobody_else_down(tmp_path):
-    """The p99 of good clients stays within five times the quiet one: the best of three rounds, as
-    noise only ever adds to either.
-    """
-    spawn = multiprocessing.get_context("spawn")
-    ratios = []
-    with besieged(tmp_path, 1) as started:
-        for _ in range(scaled(3, 10)):
-            quiet = post_latencies(started.port, 1_000)
-            ready, stop = spawn.Event(), spawn.Event()
-            slow = spawn.Process(target=drip, args=(started.port, ready, stop))
-            slow.start()
-            try:
-                assert ready.wait(30)
-                assert connections_of(started) > 600
-                besieged_ = post_latencies(started.port, 1_000)
-            finally:
-                stop.set()
-                slow.join(30)
-            assert slow.exitcode == 0
-            ratios.append(besieged_[-10] / quiet[-10])
-            if ratios[-1] <= 5:
-                break
-    assert min(ratios) <= 5, ratios
-
-
-@needs_proc
-@needs_prlimit
-def test_without_file_descriptors_the_server_neither_spins_nor_dies(tmp_path, threads):
-    options = ("--log-level", "error")  # it warns of what it lacks
-    with besieged(tmp_path, threads, *options) as started, contextlib.ExitStack() as stack:
-        pid = started.process.pid
-        crowd(started.port, 20, post()[:-1], stack)  # busy: they can't make room
-        eventually(lambda: connections_of(started) == 21)
-        soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-        highest = max(int(name) for name in os.listdir(f"/proc/{pid}/fd"))
-        resource.prlimit(pid, resource.RLIMIT_NOFILE, (highest + 1, hard))
-        waiting = crowd(started.port, 50, post(b"Connection: close"), stack)
-        clock_ticks = os.sysconf("SC_CLK_TCK")
-
-        def cpu_s() -> float:
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            return (int(fields[11]) + int(fields[12])) / clock_ticks
-
-        began, spent = time.monotonic(), cpu_s()
-        assert not threading.Event().wait(1.0)  # what is measured is how it spends this second
-        assert (cpu_s() - spent) / (time.monotonic() - began) < 0.5
-        resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
-        for connection in waiting:  # they have waited in the backlog
-            assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
-
-
-def test_a_million_client_ids_are_remembered_in_bounded_memory():
-    """In this process: what the limiter holds is bounded, and given back when they are idle."""
-    now = [0.0]
-    limiter = SlidingWindowLimiter(10, clock=lambda: now[0])
-    tracemalloc.start()
-    try:
-        most = 0
-        for number in range(scaled(130_000, 1_000_000)):
-            now[0] += 1e-6  # all within the second, as fast as nobody can send
-            assert limiter.decide(f"client {number}").allowed
-            if number % 20_000 == 0:
-                most = max(most, tracemalloc.get_traced_memory()[0])
-        assert limiter.tracked <= metricstream.MAX_TRACKED_CLIENTS
-        assert most < 64 * MIB
-        now[0] += 2
-        assert sum(allowed for tally in limiter.drain() for allowed, _ in tally.values()) > number
-        assert limiter.tracked == 0
-        assert tracemalloc.get_traced_memory()[0] < 2 * MIB
-    finally:
-        tracemalloc.stop()
-
-
-@needs_proc
-def test_client_ids_without_end_take_less_than_150_mib(tmp_path):
-    options = ("--log-level", "warning", "--rate-limit", "1000")
-    with ServerProcess(tmp_path, *options) as started, connect(started.port, 60) as client:
-        pid = started.process.pid
-        assert len(post_latencies(started.port, 100)) == 100
-        before = Footprint.of(pid).resident_bytes
-        most = before
-        count, step = scaled(30_000, 1_000_000), 200
-        with client.makefile("rb") as answers:
-            for start in range(0, count, step):
-                client.sendall(b"".join(post(b"Authorization: client-%d" % number)
-                                        for number in range(start, start + step)))  # fmt: skip
-                for _ in range(step):
-                    answer = read_answer(answers, False)
-                    assert answer is not None and answer.status == 200
-                most = max(most, Footprint.of(pid).resident_bytes)
-        assert most - before < 150 * MIB
-        # Idle ids are forgotten all along; once a minute the rest of them, and the tallies too.
-        # What stays are the memos and the ring, which are as large after any number of ids.
-        eventually(lambda: Footprint.of(pid).resident_bytes - before < 32 * MIB, 100)
-        assert started.stop()[0] == 0
-
-
-def flood(port: int, request: bytes, per_second: float, duration_s: float, refused: Any) -> None:
-    """A process that sends at a fixed rate whatever it is answered, and counts what is refused."""
-    began, sent, count = time.monotonic(), 0, 0
-    with connect(port, 30) as connection, connection.makefile("rb") as answers:
-        while (elapsed_s := time.monotonic() - began) < duration_s:
-            due = int(elapsed_s * per_second) - sent
-            connection.sendall(request * due)
-            for _ in range(due):
-                answer = read_answer(answers, False)
-                assert answer is not None
-                count += answer.status == 429
-            sent += due
-    refused.value = count
-
-
-def paced_posts(port: int, clients: int, per_second: float, duration_s: float) -> int:
-    """How many of the posts of so many clients at so many a second each are answered with 200."""
-    accepted = 0
-    with contextlib.ExitStack() as stack:
-        connections = [stack.enter_context(connect(port, 30)) for _ in range(clients)]
-        requests = [post(b"Authorization: good-%d" % number) for number in range(clients)]
-        began = time.monotonic()
-        for turn in range(int(per_second * duration_s)):
-            threading.Event().wait(max(0.0, began + turn / per_second - time.monotonic()))
-            for connection, request in zip(connections, requests, strict=True):
-                connection.sendall(request)
-            for connection in connections:
-                accepted += connection.recv(1000).startswith(b"HTTP/1.1 200 ")
-            if time.monotonic() - began > duration_s:
-                break
-    return accepted
-
-
-def test_one_client_at_ten_times_its_limit_takes_nothing_from_the_others(tmp_path):
-    spawn = multiprocessing.get_context("spawn")
-    limit, others, seconds = 200, 10, 0.6
-    with ServerProcess(tmp_path, "--rate-limit", str(limit), "--log-level", "warning") as started:
-        quiet = paced_posts(started.port, others, limit / 2, seconds)
-        refused = spawn.Value("i", -1)
-        flooder = spawn.Process(target=flood, args=(
-            started.port, post(b"Authorization: flood"), 10 * limit, seconds + 1, refused))  # fmt: skip
-        flooder.start()
-        statistics = lambda: json.loads(exchange(started.port, get(b"/metrics"))[0][0].body)  # noqa: E731
-        try:
-            eventually(lambda: statistics()["rate_limited_requests"] > limit)
-            besieged_ = paced_posts(started.port, others, limit / 2, seconds)
-        finally:
-            flooder.join(30)
-        assert flooder.exitcode == 0 and refused.value > limit
-        assert besieged_ > 0.8 * quiet > 0, (besieged_, quiet)
-        assert statistics()["rate_limited_requests"] == refused.value  # only the flooder's
-
-
-# ---- fuzzing, worst inputs, forgery ----
-
-
-def a_request(rng: random.Random) -> bytes:
-    """One or two whole requests, each sound in itself."""
-    batch = random_usual_body(rng) if rng.random() < 0.5 else BATCH
-    extended = b"".join(
-        b"%x ; a=b\r\n%b\r\n" % (len(piece), piece) for piece in (batch[:9], batch[9:]) if piece
-    )
-    sound = [
-        lambda: HEALTH,
-        lambda: get(b"/metrics", b"Accept: text/plain;q=0.5, */*;q=0.1"),
-        lambda: get(b"http://localhost:8080/metrics?x=%41"),
-        lambda: get(b"/%68ealth", b"Connection: close"),
-        lambda: head(b"HEAD /health HTTP/1.0", host=None),
-        lambda: head(b"GET /metrics HTTP/1.0", b"Connection: keep-alive"),
-        lambda: head(b"OPTIONS * HTTP/1.1"),
-        lambda: head(b"PUT /metrics HTTP/1.1", b"Content-Length: 0"),
-        lambda: b"\r\n" + post(body=batch),
-        lambda: post(b"Content-Type: application/json; charset=utf-8", b"Authorization: web1", body=batch),
-        lambda: post(b"Expect: 100-continue", b"Origin: http://localhost", body=batch),
-        lambda: gzipped(gzip.compress(batch)),
-        lambda: gzipped(gzip.compress(batch[:20]) + gzip.compress(batch[20:])),
-        lambda: chunked(in_chunks(batch)),
-        lambda: chunked(extended + b"0;last\r\nX-Sum: 1\r\nX-Note: two\r\n\r\n"),
-        lambda: framed(BATCH_LENGTH, version=b"HTTP/1.0"),
-    ]  # fmt: skip
-    return b"".join(rng.choice(sound)() for _ in range(rng.choice([1, 1, 2])))
-
-
-NASTY_TOKENS = [
-    b"\r\n", b"\n", b"\r", b"\r\n\r\n", b"\0", b" ", b"\t", b":", b";", b",", b"%", b"%00",
-    b"%0d%0a", b"#", b"?",
-    b"Transfer-Encoding: chunked\r\n", b"Transfer-Encoding: gzip, chunked\r\n",
-    b"Content-Length: +5\r\n",
-    b"Content-Length: 0\r\n", b"Content-Length: 5, 5\r\n",
-    b"Content-Length: 99999999999999999999\r\n",
-    b"Content-Length: -1\r\n", b"Content-Length: 1048577\r\n", b"Expect: 200-maybe\r\n",
-    b"Host: b\r\n",
-    b"Content-Encoding: gzip\r\n", b"Content-Encoding: br\r\n", b"Connection: close\r\n",
-    b"Origin: null\r\n",
-    b"Content-Type: text/plain\r\n", b" folded\r\n", b"no colon\r\n", b"X: \xff\x80\r\n",
-    b"0\r\n\r\n", b"0\r\n",
-    b"ffffffffffffffff\r\n", b"10000000000000000\r\n", b"-1\r\n", b"0x5\r\n", b"5;a=\"\n\"\r\n",
-    b"HTTP/1.1",
-    b"HTTP/2.0", b"HTTP/0.9", b"GET ", b"POST /metrics HTTP/1.1\r\n", b"CONNECT ", b"\x1f\x8b\x08",
-    b"[::1]",
-    b"a" * 9_000, b"X: " + b"a" * 17_000 + b"\r\n", b"X: a\r\n" * 101,
-]  # fmt: skip
-
-
-def damaged(rng: random.Random, raw: bytes) -> bytes:
-    """`raw` after one to four accidents: a flip, a cut, a repetition, a splice, a nasty token."""
-    for _ in range(rng.choice([1, 1, 1, 2, 4])):
-        start = rng.randrange(len(raw) + 1)
-        end = min(len(raw), start + rng.choice([1, 2, 8, 40]))
-        before, piece, after = raw[:start], raw[start:end], raw[end:]
-        accident = rng.randrange(6)
-        if accident == 0:
-            piece = bytes(octet ^ (1 << rng.randrange(8)) for octet in piece)
-        elif accident == 1:
-            piece = b""
-        elif accident == 2:
-            piece *= rng.choice([2, 3, 50])
-        elif accident == 3:
-            other = a_request(rng)
-            after = other[rng.randrange(len(other)) :]
-        elif accident == 4:
-            piece = rng.choice(NASTY_TOKENS) + piece
-        else:  # where lines begin it does most harm
-            lines = raw.split(b"\r\n")
-            where = rng.randrange(len(lines))
-            lines[where:where] = [rng.choice(NASTY_TOKENS).removesuffix(b"\r\n")]
-            before, piece, after = b"\r\n".join(lines), b"", b""
-        raw = before + piece + after
-    return raw
-
-
-def in_random_pieces(rng: random.Random, raw: bytes) -> list[bytes]:
-    cuts = sorted(rng.choices(range(len(raw) + 1), k=rng.choice([1, 3, 10])))
-    return [raw[start:end] for start, end in itertools.pairwise([0, *cuts, len(raw)])]
-
-
-# The README's table of statuses: what the reader may say, and what the service may. 408, 429, 500
-# and 503 would mean more than a bad request.
-READER_STATUSES = {400, 411, 413, 414, 417, 431, 501, 505}
-SERVICE_STATUSES = {200, 400, 403, 404, 405, 413, 415}
-
-
-@pytest.fixture
-def forgetful_service(tmp_path: Path) -> Iterator[Service]:
-    """A service whose log writes to nowhere."""
-    log = MetricLog(str(tmp_path), write=lambda _, lines: len(lines))
-    with contextlib.closing(log):
-        yield Service(log, None, Statistics())
-
-
-@pytest.mark.parametrize("seed", range(80 if SOAK_S else 12))
-def test_damaged_requests_are_read_the_same_in_any_pieces(forgetful_service, seed):
-    """Whole, octet by octet or in between: the same requests and the same end; then an answer."""
-    rng = random.Random(f"requests {seed}")
-    seen: Counter[int | None] = Counter()
-    for _ in range(2_000):
-        raw = damaged(rng, a_request(rng))
-        whole = read_in_pieces([raw])
-        pieces = (
-            octets_of(raw) if rng.random() < 0.03 and len(raw) < 999 else in_random_pieces(rng, raw)
-        )
-        cut = read_in_pieces(pieces)
-        # Of several faults the first to be seen is told: that of size can be before the line ends.
-        if {414, 431} & {whole.refusal, cut.refusal} and None not in (whole.refusal, cut.refusal):
-            cut = cut._replace(refusal=whole.refusal)
-        assert cut == whole, raw
-        assert whole.refusal in READER_STATUSES | {None}, raw
-        seen[whole.refusal] += 1
-        reader = RequestReader()
-        reader.feed(raw)
-        for _ in whole.requests:
-            answer = forgetful_service.answer(reader.next_request(), "10.0.0.7", 0.0)
-            assert answer.response.status in SERVICE_STATUSES, raw
-            seen[answer.response.status] += 1
-    assert {None, 200, 400, 403, 404, 405, 411, 415, 417, 431} <= seen.keys(), seen
-
-
-def test_damaged_requests_over_a_socket_get_an_answer_or_the_end(tmp_path, threads):
-    """Nothing hangs, nothing is a fault of the server's own, and there are as many answers as the
-    reader finds requests and faults.
-    """
-    rng = random.Random(f"socket {threads}")
-    seen: Counter[int] = Counter()
-    with ServerProcess(tmp_path, "--threads", str(threads), "--rate-limit", "0") as started:
-        for _ in range(3_000):
-            raw = damaged(rng, a_request(rng))
-            outcome = read_in_pieces([raw])
-            heads = [
-                index for index, request in enumerate(outcome.requests) if request[0] == "HEAD"
-            ]
-            answers, closed = exchange(
-                started.port, raw, half_close=True, timeout_s=10, heads=heads
-            )
-            assert closed
-            for answer in answers:
-                assert answer.status in READER_STATUSES | SERVICE_STATUSES, raw
-                seen[answer.status] += 1
-            *_, last = answers or [None]
-            until_close = [index for index, request in enumerate(outcome.requests, 1)
-                           if request[-2] is metricstream.CLOSE]  # fmt: skip
-            if until_close:
-                assert len(answers) == until_close[0], raw
-            elif outcome.refusal:
-                assert len(answers) == len(outcome.requests) + 1, raw
-            else:  # what is left of a request when the client ends it is a 400
-                assert len(answers) - len(outcome.requests) in (0, 1), raw
-                assert len(answers) == len(outcome.requests) or last.status == 400, raw
-        assert_healthy(started.port)
-        status, out, err = started.stop()
-    assert (status, err) == (0, "") and "Traceback" not in out and '"500"' not in out
-    assert {200, 400, 404, 405, 411, 415, 431} <= seen.keys()
-
-
-@pytest.fixture(scope="module")
-def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ServerProcess, Path]]:
-    """A server process that says all it can say."""
-    folder = tmp_path_factory.mktemp("watched")
-    with ServerProcess(folder, "--log-level", "debug", "--rate-limit", "0") as started:
-        yield started, folder
-
-
-def growth(work: Callable[[object], object], small: object, large: object, limit: float) -> float:
-    """How many times as long `work` takes for `large`: the best times of up to 20 rounds.
-
-    Noise only ever adds time, so as soon as the best times keep the limit, they have kept it.
-    """
-    best = [math.inf, math.inf]
-    for _ in range(20):
-        for index, size in enumerate((small, large)):
-            started = time.thread_time()
-            work(size)
-            best[index] = min(best[index], time.thread_time() - started)
-        if best[1] <= limit * best[0]:
-            break
-    return best[1] / best[0]
-
-
-# What makes each pattern work hardest: near matches, as (beginning, what is repeated, end). Those
-# that are searched for or split at get beginnings that fail late, again and again. Patterns without
-# a name stand here by their text.
-LOG_TIME = "2026-01-01T00:00:00.000Z"
-WORST_INPUTS: dict[str, list[tuple[str, str, str]]] = {
-    "_REQUEST_LINE": [("", "A", " /"), ("GET ", "a", ""), ("GET ", "HTTP/1.1", "x"),
-                      ("GET ", "a ", "HTTP/1.1")],
-    "_FIELD_LINE": [("", "a", ""), ("a:", " ", "\0"), ("", "a:", "\n"), ("", ":", "\x7f")],
-    "_CHUNK_SIZE": [("", "f", "g"), ("1", " ", "x"), ("1", " \t;", "\0"), ("1;", ";", "\n"),
-                    ("1", "; ", "\0")],
-    "_CONTENT_LENGTH": [("", "1", "x")],
-    "_HOST": [("[", "0:", ""), ("[", "::1.", "]x"), ("", "a", "/"), ("", "%41", "%4"),
-              ("", "a:", "1"),
-              ("", "%", ""), ("a:", "1", "x"), ("", "%41a", ":x")],
-    # a target has no line end, which alone could make ".*" fail
-    "_ABSOLUTE_FORM": [("http://", "a", "/"), ("http://", "/?", ""), ("", "http://", ""),
-                       ("http", "s", "")],
-    "_BAD_PERCENT": [("", "%41", ""), ("", "a", "%"), ("", "%4a%", "")],
-    "_PERCENT": [("", "%", ""), ("", "%4", ""), ("", "%41", ""), ("", "%4g", "")],
-    "_CONTROL": [("", "a", ""), ("", "\xa0", "\0")],
-    "_NEVER_IN_A_LINE": [("", "\r\n", ""), ("", "\r\n", "\r"), ("", "a", "\n"),
-                         ("", "a\r\n", "\0")],
-    "_SPACE": [("", " ", "x"), ("", " \t\r\n", "")],
-    "_NUMBER": [("", "1", ""), ("-", "1", "."), ("1.", "1", "e"), ("1.", "0", "e+"),
-                ("1e", "1", "."),
-                ("", "1.1e1", ""), ("", "-", ""), ("", "0", "")],
-    "_PLAIN_STRING": [('"', "a", ""), ('"', "a", "\\"), ("", '"', ""), ('"', "é", "\n")],
-    "_UNESCAPED": [("", "a", ""), ("", "é", "\\")],
-    "_UNICODE_ESCAPE": [("", "\\u", ""), ("", "\\u004", ""), ("", "\\", "")],
-    "_SURROGATE": [("", "\ud7ff", ""), ("", "\ue000", "\udfff")],
-    "_MUST_ESCAPE": [("", '"', ""), ("", "\0", ""), ("", "a", "\ud800"), ("", "\u2027\u202f", "")],
-    "_ISO_8601": [("", "1", ""), ("2025-09-17T13:45:23.", "1", "Z"),
-                  ("", "2025-09-17T13:45:23Z", "")],
-    "_USUAL_METRIC": [
-        ("", '{"name":"', ""), ("", '{"name": "' + "{" * 255, ""), ("", '{"name":"a","value":', ""),
-        ("", '{"name":"' + "a" * 254 + '","value":-', ""), ("", '{"name":"a","value":0.000', ""),
-        ("", '{"name":"a","value":' + "1" * 18 + "." + "1" * 18, ""),
-        ("", '{"name":"a","value":1111111111.00000,', ""),
-        ("", '{"name":"a","value":1,' + "a" * 63, ""),
-        ("", '{"name":"a","value":1,' + "a" * 63 + "{" + "a" * 512, ""),
-        ("", '{"name":"a","value":1,"tags":{' + "a" * 511 + "}", ""), ("{", '"name":"{', ""),
-        ("", '{"name":"a","value":1},', ""), ("", "{", ""),
-    ],
-    "_CLIENT_NAME": [("", "a", "/")],
-    "_CLIENT_LINE": [("", "a", ""), ("a", " ", "x"), ("a", " \t", "0" * 64), ("a " + "0" * 64, " ", "x"),
-                     ("a ", "0", ""), ("a " + "0" * 64 + " ", "1", "")],
-    f"[^{metricstream._TCHAR.decode()}]": [("", "a", ""), ("", "a", "@")],
-    r"q=[01](\.[0-9]{0,3})?": [("q=0.", "0", ""), ("", "q=0", "")],
-    r"[0-9]{1,10}": [("", "1", "")],
-    "_REPEAT": [("{", "1", ""), ("{1,", "1", ""), ("", "{1", "")],
-    "_GROUP_NAME": [("(?P<", "a", ""), ("", "(?<", "")],
-    "[A-Za-z0-9_]+": [("", "a", "-")],
-    "_ESCAPED": [(r"\x{", "0", ""), (r"\x{", "f", ""), ("", "\\", ""), (r"\0", "7", "")],
-    "_BAD_ESCAPE": [(r"\x{", "f", ""), ("", "\\", "")],
-    "_RANGE": [("-", "a", ""), ("", "-", "")],
-    "_LITERAL_SET": [("", "a", "("), ("", "a|", "*"), ("(", "a|", ""), ("", "\\", ""), ("", r"\.", "."), ("(?:", "|", "")],
-    "_ALTERNATIVE": [("", "a|", ""), ("", r"\||", "\\")],
-    "_AROUND_LITERAL": [("", "a", "("), (".*", r"\.", ".*x"), ("", ".*", "")],
-    "_BACKSLASH": [("", "\\", ""), ("", r"\.", "")],
-    "_TEMPLATE_NUMBER": [("", "1", "x")],
-    "_BLOCK_NAME": [("", "0", ""), ("00000000-", "0", ".block")],
-    "_SEGMENT_NAME": [("metrics.", "0", ".jsonl")],
-    "_LOG_LINE": [
-        ("", '{"timestamp":"', ""), ('{"timestamp":"' + LOG_TIME + '","name":"', "a", ""),
-        ('{"timestamp":"' + LOG_TIME + '","name":"', "\\a", ""),
-        ('{"timestamp":"' + LOG_TIME + '","name":"', '\\"', ""),
-        ('{"timestamp":"' + LOG_TIME + '","name":"a","value":', "1", ","),
-        ('{"timestamp":"' + LOG_TIME + '","name":"a","value":1,"type":', "}", ""),
-        ("", '{"timestamp":"' + LOG_TIME + '","name":"a","value":1,"type":\n', ""),
-    ],
-    "_TOKEN": [("", "1", "_"), ("", "1_", "_"), ("1.", "1", "_"), ("1e", "1", "x"), ("0x", "f", "_"),
-               ("", "1h", "x"), ("", "1m", "1"), ("", "a", "."), ('"', "a", ""), ('"', "\\", ""),
-               ("'", "\\'", ""), ("`", "a", ""), ("#", "a", "\n"), ("", " ", "x")],
-    "_DURATION": [("", "1", ""), ("1y", "1", "y"), ("", "1h", "")],
-    "_DURATION_PART": [("", "1", "h"), ("", "1m", ""), ("", "1ms", "1")],
-    "_WORD_CHARACTER": [("", "a", "")],
-    "_STRING_ESCAPE": [("", "\\", ""), ("", "\\x4", ""), ("", "\\U0000", ""), ("", "\\01", "")],
-    "0[0-7]+": [("", "0", "8")],
-    "PLAIN_NAME": [("", "a", ".")],
-    "GO_FLOAT": [("", "1", "x"), (".", "1", "x"), ("1e", "1", "x"), ("", "inf", "")],
-    "_RFC_3339": [("2025-09-17T13:45:23.", "1", "x"), ("", "2025-09-17T13:45:23Z", ""), ("", "1", "")],
-    "_ESCAPED_NAME": [("U__", "a", "_"), ("U__", "_", ""), ("U__", "_a_", "_"), ("", "U__", "")],
-    "_([^_]*)_": [("", "_", ""), ("", "a", "_"), ("_", "a", "")],
-    "_JSON_ESCAPE": [("", "\\", ""), ("", "\\ud8", ""), ("", "\\ud800", "")],
-    "_LABEL_VALUES": [("label/", "a", ""), ("label/", "/values", "/value")],
-    "[-+]?[0-9]{1,19}": [("", "1", ""), ("", "-", "")],
-    "([0-9]{1,15})(?:([KMGT])B|B)?": [("", "1", ""), ("1K", "B", "")],
-}  # fmt: skip
-
-
-@functools.cache
-def uses_of_patterns() -> dict[str, tuple[re.Pattern, set[str]]]:
-    """Each pattern of the module with the methods by which the module uses it."""
-    names = vars(metricstream)
-    used = {name: (value, set()) for name, value in names.items() if isinstance(value, re.Pattern)}
-    for node in ast.walk(ast.parse((HERE / "metricstream.py").read_text())):
-        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
-            continue
-        owner, method = getattr(node.func.value, "id", None), node.func.attr
-        if owner == "re" and method not in ("compile", "escape"):
-            text = eval(ast.unparse(node.args[0]), dict(names))
-            name = text.decode() if isinstance(text, bytes) else text
-            used.setdefault(name, (re.compile(text), set()))[1].add(method)
-        elif owner in used:
-            used[owner][1].add(method)
-    return used
-
-
-def test_each_pattern_has_its_worst_inputs_and_a_known_use():
-    used = uses_of_patterns()
-    assert used.keys() == WORST_INPUTS.keys()
-    for name, (_, methods) in used.items():
-        uses = {"match", "fullmatch", "search", "split", "sub", "findall", "finditer"}
-        assert methods and methods <= uses, name
-
-
-def of_about(size: int, beginning: str, unit: str, end: str) -> str:
-    return beginning + unit * (size // len(unit)) + end
-
-
-@pytest.mark.parametrize("name", WORST_INPUTS)
-def test_no_pattern_backtracks_beyond_its_input(name):
-    """Eight times the input is about eight times the time: 64 times would be quadratic."""
-    pattern, methods = uses_of_patterns()[name]
-    for method, parts in itertools.product(methods, WORST_INPUTS[name]):
-        small, large = of_about(4_000, *parts), of_about(32_000, *parts)
-        if isinstance(pattern.pattern, bytes):
-            small, large = small.encode("latin-1"), large.encode("latin-1")
-        use = getattr(pattern, method)
-        work = {
-            "sub": lambda text: use(text[:0], text),
-            "finditer": lambda text: list(use(text)),
-        }.get(method, use)
-        assert growth(work, small, large, 24) <= 24, (method, parts)
-
-
-def test_the_measure_of_growth_knows_a_quadratic_pattern():
-    assert growth(re.compile("a*b").search, "a" * 1_000, "a" * 8_000, 24) > 24
-
-
-# Timestamps as JSON and what the log makes of them; None: refused. The years are 1970 to 2200.
-GRAMMAR_TIMESTAMPS = {
-    "0": "1970-01-01T00:00:00.000Z", "-0.0": "1970-01-01T00:00:00.000Z",
-    "1758116723": "2025-09-17T13:45:23.000Z", "1758116723.123": "2025-09-17T13:45:23.123Z",
-    "1.758116723e9": "2025-09-17T13:45:23.000Z", "7289654399": "2200-12-31T23:59:59.000Z",
-    '"2025-09-17T13:45:23.123Z"': "2025-09-17T13:45:23.123Z",
-    '"2025-09-17 15:45:23+02:00"': "2025-09-17T13:45:23.000Z",
-    '"1969-12-31T23:00:00-01:00"': "1970-01-01T00:00:00.000Z",
-    '"2024-02-29T00:00:00z"': "2024-02-29T00:00:00.000Z",
-    "-1": None, "7289654400": None, "1758116723123": None, "1e300": None, "true": None,
-    "null": None,
-    '"2025-02-29T00:00:00Z"': None, '"2025-09-17T13:45:23"': None, '"1758116723"': None, '""': None,
-    '"1969-12-31T23:59:59Z"': None, '"2200-12-31T23:59:59-00:01"': None, '"2025-09-17"': None,
-    "[0]": None,
-}  # fmt: skip
-
-
-class BatchGrammar:
-    """Batches written rule by rule. Now and then a rule writes something else than it should."""
-
-    NUMBERS = ["0", "-0", "1", "-1.5", "75.50", "1e5", "1E-5", "123456789012345678901234567890",
-               "-1e-400", "1e308",
-               "9" * 995 + "e-900", "0." + "1" * 998, "1" * 300]  # fmt: skip
-    NAMES = ["cpu", "a" * 255, "😀" * 255, "é", 'q"\\/', "\u2028", "\u202e", "{}[],:", " ", "name"]
-    BAD_NAMES = ["", "a" * 256, "a\nb", "\0", "a\x7f", "\x85", "\x1b[31m"]
-    ODDITIES = ["null", "true", "false", "[]", "{}", '""', '"1"', "[[1]]", "{\"a\":{}}",
-                "[" * 61 + "]" * 61,
-                "[" * 62 + "]" * 62, "[" * 70 + "]" * 70, "1e400", "-1e999", "NaN", "Infinity",
-                "01", "+1", ".5",
-                "1.", "1e", "0x1", "1_0", "0." + "1" * 999, "'a'", '"\\ud800"', '"\\x"', '"a\tb"',
-                "", "nul", "\ufeff"]  # fmt: skip
-
-    def __init__(self, rng: random.Random, oddness: float) -> None:
-        self.rng, self.oddness = rng, oddness
-
-    def odd(self) -> bool:
-        return self.rng.random() < self.oddness
-
-    def space(self) -> str:
-        return self.rng.choice(" \t\r\n") * self.rng.randrange(1, 4) if self.odd() else ""
-
-    def punctuation(self, mark: str) -> str:
-        if self.rng.random() < self.oddness / 8:
-            mark = self.rng.choice(["", mark * 2, ",", ":", "\x0b", "\xa0", "}", "]"])
-        return self.space() + mark + self.space()
-
-    def string(self, text: str) -> str:
-        if self.odd():
-            return (
-                '"'
-                + "".join(
-                    f"\\u{unit:04X}" for unit in memoryview(text.encode("utf-16")[2:]).cast("H")
-                )
-                + '"'
-            )
-        return json.dumps(text, ensure_ascii=self.odd())
-
-    def something(self, usual: Callable[[], str]) -> str:
-        return self.rng.choice(self.ODDITIES) if self.rng.random() < self.oddness / 3 else usual()
-
-    def members(self, members: list[tuple[str, Callable[[], str]]]) -> str:
-        if self.odd():
-            self.rng.shuffle(members)
-        if members and self.odd():  # a name twice: the last one counts
-            members.insert(0, self.rng.choice(members))
-        if members and self.rng.random() < self.oddness / 6:
-            members.pop(self.rng.randrange(len(members)))
-        if self.rng.random() < self.oddness / 6:
-            members.append((self.rng.choice(["labels", "Name", "", "metric"]), lambda: "1"))
-        written = [
-            self.string(name) + self.punctuation(":") + self.something(value)
-            for name, value in members
-        ]
-        return "{" + self.space() + self.punctuation(",").join(written) + self.space() + "}"
-
-    def name(self) -> str:
-        return self.string(
-            self.rng.choice(self.BAD_NAMES if self.rng.random() < self.oddness / 3 else self.NAMES)
-        )
-
-    def type(self) -> str:
-        usual = ["gauge", "counter", "histogram", "summary"]
-        return self.string(self.rng.choice([*usual, "Gauge", ""] if self.odd() else usual))
-
-    def tags(self) -> str:
-        count = self.rng.choice([0, 1, 1, 2, 32] if not self.odd() else [31, 33])
-        keys = [f"{number}" for number in range(count)]
-        if keys and self.odd():
-            keys[0] = self.rng.choice(["k" * 128, "k" * 129, "", "😀" * 128, "\0\n"])
-        values = ["", "web1", "😀" * 1_024, "v" * (1_025 if self.odd() else 1_024), "\n\0"]
-        weights = [5, 50, 1, 1, 1]
-        return self.members([
-            (key, lambda: self.string(self.rng.choices(values, weights)[0])) for key in keys
-        ])  # fmt: skip
-
-    def timestamp(self) -> str:
-        valid = [text for text, logged in GRAMMAR_TIMESTAMPS.items() if logged]
-        return self.rng.choice(list(GRAMMAR_TIMESTAMPS) if self.odd() else valid)
-
-    def metric(self) -> str:
-        optional = [("type", self.type), ("tags", self.tags), ("timestamp", self.timestamp)]
-        chosen = [member for member in optional if self.rng.random() < 0.4]
-        return self.members(
-            [("name", self.name), ("value", lambda: self.rng.choice(self.NUMBERS)), *chosen]
-        )
-
-    def metrics(self) -> str:
-        count = self.rng.choice([0, 1, 2, 5] if self.odd() else [1, 1, 2])
-        return (
-            "["
-            + self.punctuation(",").join(self.something(self.metric) for _ in range(count))
-            + "]"
-        )
-
-    def batch(self) -> str:
-        return (
-            self.space()
-            + self.something(lambda: self.members([("metrics", self.metrics)]))
-            + self.space()
-        )
-
-
-def as_the_readme_has_it(body: bytes) -> list[dict] | None:
-    """What the log must say of a batch, by the limits of the README; None: it must be refused."""
-    is_number = lambda value: value is None or type(value) in (int, float)  # noqa: E731
-    try:
-        document = strict_json(body)
-    except ValueError:
-        return None
-    if not isinstance(document, dict) or document.keys() != {"metrics"}:
-        return None
-    metrics = document["metrics"]
-    if not isinstance(metrics, list) or not 1 <= len(metrics) <= 1_000:
-        return None
-    lines = []
-    moments = {exact(json.loads(text)): logged for text, logged in GRAMMAR_TIMESTAMPS.items()}
-    for metric in metrics:
-        if not isinstance(metric, dict) or not metric.keys() <= {
-            "name",
-            "value",
-            "type",
-            "tags",
-            "timestamp",
-        }:
-            return None
-        name, tags, type_ = metric.get("name"), metric.get("tags", {}), metric.get("type", "gauge")
-        if (
-            not isinstance(name, str)
-            or not 1 <= len(name) <= 255
-            or not is_number(metric.get("value", ""))
-        ):
-            return None
-        if any(unicodedata.category(character) == "Cc" for character in name):
-            return None
-        if (
-            type_ not in ("gauge", "counter", "histogram", "summary")
-            or not isinstance(tags, dict)
-            or len(tags) > 32
-        ):
-            return None
-        for key, value in tags.items():
-            if not 1 <= len(key) <= 128 or not isinstance(value, str) or len(value) > 1_024:
-                return None
-        moment = "2025-09-17T13:45:23.123Z"  # NOW_MS
-        if "timestamp" in metric:
-            moment = moments.get(exact(metric["timestamp"]))
-            if moment is None:
-                return None
-        line = {"timestamp": moment, "name": name, "value": metric["value"], "type": type_}
-        lines.append(line | ({"tags": tags} if tags else {}))
-    return lines
-
-
-@pytest.mark.parametrize("seed", range(80 if SOAK_S else 12))
-def test_batches_of_a_grammar_are_judged_as_the_readme_says(seed):
-    rng = random.Random(f"grammar {seed}")
-    verdicts: Counter[bool] = Counter()
-    for _ in range(1_000):
-        body = (
-            BatchGrammar(rng, rng.choice([0.02, 0.1, 0.3])).batch().encode("utf-8", "surrogatepass")
-        )
-        expected = as_the_readme_has_it(body)
-        try:
-            batch = metricstream.read_body(body, NOW_MS)
-            lines, count = batch.lines, batch.count
-        except (JSONError, BatchError):
-            found = None
-        else:
-            found = [json.loads(line) for line in lines.splitlines()]
-            assert count == len(found)
-        assert exact(found) == exact(expected), body
-        verdicts[found is None] += 1
-    assert min(verdicts[True], verdicts[False]) > 200, verdicts
-
-
-def metric_with(member: bytes) -> bytes:
-    return b'{"metrics":[{"name":"cpu","value":1,%b}]}' % member
-
-
-def tagged_metrics(count: int, value: bytes) -> bytes:
-    tags = b",".join(b'"t%d":"%b"' % (number, value) for number in range(32))
-    return b'{"metrics":[%b]}' % b",".join([b'{"name":"cpu","value":1,"tags":{%b}}' % tags] * count)
-
-
-# name, a document of about n octets, status, part of the answer
-WORST_DOCUMENTS: list[tuple[str, Callable[[int], bytes], int, str]] = [
-    ("arrays, never closed", lambda n: b"[" * n, 400, "nesting deeper than 64"),
-    ("arrays, closed", lambda n: b"[" * (n // 2) + b"]" * (n // 2), 400, "nesting deeper than 64"),
-    ("objects", lambda n: b'{"a":' * (n // 5), 400, "nesting deeper than 64"),
-    ("arrays in objects", lambda n: b'{"a":[' * (n // 6), 400, "nesting deeper than 64"),
-    ("arrays in a metric", lambda n: metric_with(b'"tags":' + b"[" * n),
-     400, "nesting deeper than 64"),
-    ("arrays side by side", lambda n: b"[" + b"[]," * (n // 3), 400, "expected a value"),
-    ("the deepest, again and again",
-     lambda n: b"[%b]" % b",".join([b"[" * 63 + b"]" * 63] * (n // 127)), 400, "must be an object"),
-    ("integer", lambda n: metric_with(b'"value":' + b"1" * n),
-     400, "number of more than 1000 characters"),
-    ("fraction", lambda n: metric_with(b'"value":0.' + b"1" * n),
-     400, "number of more than 1000 characters"),
-    ("exponent", lambda n: metric_with(b'"value":1e' + b"0" * n),
-     400, "number of more than 1000 characters"),
-    ("negative number alone", lambda n: b"-" + b"9" * n,
-     400, "number of more than 1000 characters"),
-    ("number of zeros", lambda n: metric_with(b'"value":' + b"0" * n),
-     400, "expected ',' or '}', found '0'"),
-    ("longest numbers", lambda n: b"[%b]" % b",".join([b"1" * 300] * (n // 301)),
-     400, "must be an object"),
-    ("minus signs", lambda n: b"-" * n, 400, "expected a value, found '-' at line 1, column 1"),
-    ("numbers", lambda n: b"[%b0]" % (b"0," * (n // 2)), 400, "must be an object"),
-    ("literals", lambda n: b"[%b" % (b"true," * (n // 5)), 400, "expected a value, found the end"),
-    ("string", lambda n: b'"%b"' % (b"a" * n), 400, "must be an object"),
-    ("string, never closed", lambda n: b'{"metrics":"' + b"a" * n,
-     400, "found the end of the text"),
-    ("string, not UTF-8 at its end", lambda n: b'"%b\xff"' % (b"a" * n), 400, "invalid UTF-8"),
-    ("string beyond ASCII", lambda n: b'"%b"' % ("é".encode() * (n // 2)),
-     400, "must be an object"),
-    ("escapes", lambda n: b'"%b"' % (b"\\n" * (n // 2)), 400, "must be an object"),
-    ("escapes in hex", lambda n: b'"%b"' % (b"\\u0041" * (n // 6)), 400, "must be an object"),
-    ("surrogate pairs", lambda n: b'"%b"' % (b"\\ud83d\\ude00" * (n // 12)),
-     400, "must be an object"),
-    ("lone surrogate at the end", lambda n: b'"%b\\ud83d"' % (b"a" * n), 400, "lone surrogate"),
-    ("backslashes", lambda n: b'"' + b"\\\\" * (n // 2), 400, "found the end of the text"),
-    ("backslashes alone", lambda n: b"\\" * n, 400, "expected a value"),
-    ("quotes", lambda n: b'"' * n, 400, "expected the end of the text, found '\"'"),
-    ("quotes in a list", lambda n: b'["",%b' % (b'"",' * (n // 3)),
-     400, "expected a value, found the end"),
-    ("a name repeated", lambda n: metric_with(b",".join([b'"name":"again"'] * (n // 15))),
-     200, "success"),
-    ("metrics repeated",
-     lambda n: b'{%b"metrics":[{"name":"a","value":1}]}' % (b'"metrics":[],' * (n // 13)),
-     200, "success"),
-    ("unknown fields", lambda n: metric_with(b",".join(b'"%06d":0' % i for i in range(n // 11))),
-     400, "unknown field"),
-    ("unknown fields outside",
-     lambda n: b'{"metrics":[],%b}' % b",".join(b'"%06d":0' % i for i in range(n // 11)),
-     400, "unknown field"),
-    ("too many tags",
-     lambda n: metric_with(b'"tags":{%b}' % b",".join(b'"%06d":""' % i for i in range(n // 12))),
-     400, "must be at most 32"),
-    ("bad tags",
-     lambda n: metric_with(b'"tags":{%b}' % b",".join(b'"%06d":0' % i for i in range(n // 11))),
-     400, "must be at most 32, not"),
-    ("a thousand metrics, 32 tags each", lambda n: tagged_metrics(n // 1000, b"v" * 21),
-     200, "metrics_processed"),
-    ("a thousand usual metrics",
-     lambda n: b'{"metrics":[%b]}' % b",".join([b'{"name":"%b","value":1}' % (b"n" * 200)] * (n // 1000)),
-     200, "metrics_processed"),
-    ("usual metrics, one fault at the end",
-     lambda n: b'{"metrics":[%b{]}' % (b'{"name":"a","value":1},' * (n // 24)),
-     400, "expected a name in double quotes"),
-    ("too many metrics", lambda n: b'{"metrics":[%b0]}' % (b"0," * (n // 2)),
-     400, "must be a list of 1 to 1000 metrics, not"),
-    ("beginnings of a metric", lambda n: b'{"metrics":[' + b'{"name":"a","value":' * (n // 20),
-     400, "nesting deeper than 64"),
-    ("name", lambda n: metric_with(b'"name":"%b"' % (b"a" * n)),
-     400, "must be a string of 1 to 255 characters"),
-    ("name of a field", lambda n: metric_with(b'"%b":1' % (b"a" * n)), 400, "unknown field"),
-    ("type", lambda n: metric_with(b'"type":"%b"' % (b"a" * n)), 400, "must be one of gauge"),
-    ("value of a tag", lambda n: metric_with(b'"tags":{"a":"%b"}' % (b"a" * n)),
-     400, "must have at most 1024 characters"),
-    ("key of a tag", lambda n: metric_with(b'"tags":{"%b":"a"}' % (b"a" * n)),
-     400, "must have 1 to 128 characters"),
-    ("timestamp", lambda n: metric_with(b'"timestamp":"%b"' % (b"1" * n)),
-     400, "must be Unix seconds or an ISO 8601"),
-    ("spaces", lambda n: b'{"metrics":[%b{"name":"a","value":1}]}' % (b" " * n), 200, "success"),
-    ("spaces alone", lambda n: b" " * n,
-     400, "expected a value, found the end of the text at line 1, column"),
-    ("line feeds", lambda n: b"\n" * n + b"x", 400, "expected a value, found 'x' at line"),
-    ("NULs", lambda n: b"\0" * n, 400, "expected a value, found '\\x00'"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("document, status, part", by_name(WORST_DOCUMENTS))
-def test_the_worst_json_of_a_megabyte_gets_a_clear_and_short_answer(
-    watched, document, status, part
-):
-    started, _ = watched
-    body = document(1_000_000)
-    assert 200_000 < len(body) <= BODY_LIMIT_BYTES
-    (answer,), closed = exchange(started.port, post(body=body), timeout_s=30)
-    assert answer.status == status and not closed
-    assert part in answer.json.get("error", answer.body.decode())
-    assert len(answer.body) < 3_000
-
-
-@pytest.mark.parametrize("document", [pytest.param(row[1], id=row[0]) for row in WORST_DOCUMENTS])
-def test_the_work_for_json_is_linear(document):
-    """Four times the document is about four times the time: 16 times would be quadratic."""
-
-    def work(body: bytes) -> None:
-        with contextlib.suppress(JSONError, BatchError):
-            metricstream.read_body(body, 0)
-
-    assert growth(work, document(20_000), document(80_000), 8) <= 8
-
-
-@pytest.mark.parametrize("content", [
-    tagged_metrics(1000, b"v" * 1024), b" " * (BODY_LIMIT_BYTES + 1), b"[" * 50_000_000,
-], ids=["a thousand metrics, 32 tags each", "one octet too many", "brackets"])  # fmt: skip
-def test_gzip_that_is_too_large_is_refused(watched, content):
-    started, _ = watched
-    packed = gzip.compress(content, 1)
-    assert len(packed) < BODY_LIMIT_BYTES < len(content)
-    (answer,), closed = exchange(started.port, gzipped(packed))
-    assert (answer.status, closed) == (413, False)
-    assert "gzip body of more than 1048576 bytes decoded" in answer.json["error"]
-
-
-class ReplacedOnReturn:
-    """An epoll that never times out, and that can mark the worker whom it wakes as replaced."""
-
-    def __init__(self, epoll):
-        self.epoll, self.waiting, self.replace_next = epoll, 0, False
-
-    def poll(self, _: float, most: int) -> list[tuple[int, int]]:
-        self.waiting += 1
-        ready = self.epoll.poll(-1, most)
-        self.waiting -= 1
-        if self.replace_next:
-            self.replace_next = False
-            threading.current_thread().replaced = True
-        return ready
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.epoll, name)
-
-
-@pytest.mark.skipif(not hasattr(metricstream.select, "epoll"), reason="has no epoll")
-def test_what_a_worker_claimed_as_it_was_replaced_is_served(tmp_path):
-    """It was left until the successor's wait timed out: a second, now and then, after a long turn."""
-    with running(tmp_path, threads=1) as started, connect(started.port) as connection:
-        started.server.connections.epoll = epoll = ReplacedOnReturn(started.server.connections.epoll)
-        with connection.makefile("rb") as stream:
-            connection.sendall(HEALTH)
-            assert is_healthy(read_answer(stream))
-            started.server._workers.start_one()
-            eventually(lambda: epoll.waiting == 2)
-            epoll.replace_next = True
-            connection.sendall(HEALTH)
-            assert is_healthy(read_answer(stream))
-            eventually(lambda: len(started.server._workers.running) == 1)
-
-
-NASTY_TEXTS = {
-    "line feed": "a\nb", "carriage return": "a\rb", "CRLF and a line": "\r\n{}",
-    "a whole line": '"}\n{"name":"forged","value":1}\n',
-    "a tally": "x: 9 allowed, 0 refused\nclient y",
-    "a label": '"} 1\nforged{a="', "quote": '"', "apostrophe": "'", "backslash": "a\\",
-    "a \\n": "a\\nb",
-    "colour": "\x1b[31mred\x1b[0m", "title": "\x1b]0;title\x07", "C1 colour": "\x9b31mred",
-    "C1 title": "\x9d0;title\x9c", "next line": "a\x85b", "line separator": "a\u2028b",
-    "paragraph separator": "a\u2029b", "script": "</script><script>alert(1)", "NUL": "a\0b",
-    "DEL": "a\x7fb", "backspace": "abc\b\b\bxyz", "tab": "a\tb",
-    "form feed": "\x0b\x0c\x1c\x1d\x1e",
-    "override": "\u202egnp.exe", "isolate": "\u2066a\u2069", "mark": "\u200fa\u200e\u061c",
-    "BOM": "\ufeffa",
-    "format": "%s %d %(a)s {0} {a}", "beyond the BMP": "😀é",
-}  # fmt: skip
-# What a terminal obeys, what ends a line for someone, and what reorders the text around it.
-UNSAFE = re.compile(
-    "[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
-)
-
-
-@pytest.mark.parametrize("ascii_only", [True, False], ids=["escaped", "raw"])
-@pytest.mark.parametrize("text", NASTY_TEXTS.values(), ids=NASTY_TEXTS)
-def test_a_metric_is_one_line_whatever_its_texts(watched, text, ascii_only):
-    started, folder = watched
-    tagged = {"name": "cpu", "value": 1, "tags": {"text": text, text: "x"}}
-    named = {"name": text, "value": 1}
-    for metric in (tagged, named):
-        already = (folder / "metrics.jsonl").read_bytes()
-        body = json.dumps({"metrics": [metric]}, ensure_ascii=ascii_only).encode()
-        ((answer,), closed) = exchange(started.port, post(body=body))
-        new = (folder / "metrics.jsonl").read_bytes().removeprefix(already).decode()
-        control = re.search("[\0-\x1f\x7f-\x9f]", metric["name"])
-        assert (answer.status, closed) == (400 if control else 200, False)
-        assert not UNSAFE.search(answer.body.decode())
-        if control:
-            assert new == ""
-        else:
-            assert new.endswith("\n") and not UNSAFE.search(new[:-1])
-            stored = json.loads(new)
-            assert {name: stored[name] for name in metric} == metric
-
-
-@pytest.mark.parametrize("text", NASTY_TEXTS.values(), ids=NASTY_TEXTS)
-def test_an_error_repeats_nothing_raw(watched, text):
-    """What an error quotes of a request is quoted so that no terminal obeys it."""
-    started, _ = watched
-    octets = text.encode()
-    value = json.dumps(text, ensure_ascii=False).encode()
-    metric = b'{"name":"a","value":1,%b}'
-    requests = [
-        get(b"/" + octets), get(b"/" + b"".join(b"%%%02x" % octet for octet in octets)),
-        head(octets + b" / HTTP/1.1"), get(b"/", b"Host: " + octets), get(b"/", octets + b": a"),
-        get(b"/health", b"Expect: " + octets), post(b"Origin: " + octets),
-        post(b"Content-Type: " + octets), gzipped(BATCH, b"Content-Encoding: " + octets),
-        framed(b"Content-Length: " + octets), chunked(octets + b"\r\n"), chunked(b"",
-        coding=octets),
-        post(body=octets), post(body=b"{" + value + b":1}"),
-        post(body=b'{"metrics":' + value + b"}"),
-        post(body=b'{"metrics":[%b]}' % (metric % (value + b":1"))),
-        post(body=b'{"metrics":[%b]}' % (metric % (b'"type":' + value))),
-        post(body=b'{"metrics":[%b]}' % (metric % (b'"timestamp":' + value))),
-        post(body=b'{"metrics":[%b]}' % (metric % (b'"tags":{%b:1}' % value))),
-        post(body=b'{"metrics":[%b]}' % (metric % (b'"tags":{%b:"a"}' % (b'"%b"' % (value[1:-1] * 129))))),
-    ]  # fmt: skip
-    refused = 0
-    for raw in requests:
-        answers, _ = exchange(started.port, raw, half_close=True)
-        for answer in answers:
-            assert not UNSAFE.search(answer.body.decode()), (raw, answer)
-            assert isinstance(answer.json, dict)
-            refused += 400 <= answer.status < 500 and "error" in answer.json
-    assert refused >= 12
-
-
-def client_ids() -> Iterator[bytes]:
-    """Client ids that HTTP allows to be sent: alone, with a space (a credential), and long."""
-    for text in NASTY_TEXTS.values():
-        octets = re.sub(rb"[\0-\x08\x0a-\x1f\x7f]", b"", text.encode())
-        raw = re.sub(rb"[\0-\x08\x0a-\x1f\x7f]", b"", text.encode("latin-1", "ignore"))
-        for client in (octets, raw):
-            if client:
-                yield from (client, client + b" secret", b"a " + client, client * 70)
-
-
-def parse_exposition(text: str) -> dict[str, float]:
-    """Prometheus's text format 0.0.4, of which nothing is forgiven: samples by name and labels."""
-    families: set[str] = set()
-    samples: dict[str, float] = {}
-    assert text.endswith("\n")
-    for line in text[:-1].split("\n"):
-        comment = re.fullmatch(
-            r"# (?:HELP ([a-z_]+) [ -~]+|TYPE ([a-z_]+) (?:counter|gauge|summary))", line
-        )
-        if comment:
-            families |= {comment[2]} - {None}
-            continue
-        sample = re.fullmatch(
-            r'(([a-z_]+?)(?:_sum|_count)?(?:\{[a-z]+="[ !#-\[\]-~]+"\})?) ([0-9.e+-]+)', line
-        )
-        assert sample and (sample[2] in families or sample[1] in families), line
-        assert sample[1] not in samples, line
-        samples[sample[1]] = float(sample[3])
-    return samples
-
-
-def test_a_client_id_can_forge_nothing(tmp_path, threads):
-    """Neither a line on stdout nor a member of the statistics, and no terminal obeys it."""
-    clients = sorted({client.strip(b" \t") for client in client_ids()} - {b""})
-    options = ("--threads", str(threads), "--log-level", "debug", "--rate-limit", "1000")
-    with ServerProcess(tmp_path, *options) as started:
-        raw = b"".join(post(b"Authorization: " + client) for client in clients)
-        answers, closed = exchange(started.port, raw, expect=len(clients))
-        assert {answer.status for answer in answers} == {200} and not closed
-        (statistics, text), _ = exchange(
-            started.port, get(b"/metrics") + get(b"/metrics", b"Accept: text/plain"), expect=2
-        )
-        numbers = strict_json(statistics.body)
-        samples = parse_exposition(text.body.decode())
-        assert numbers["metrics_received"] == numbers["clients_tracked"] == len(clients)
-        assert samples["metricstream_metrics_received_total"] == len(clients)
-        assert samples["metricstream_clients_tracked"] == len(clients)
-        status, out, err = started.stop()
-    assert (status, err) == (0, "")
-    *tallies, stopped = out.removesuffix("\n").split("\n")
-    for line in (*tallies, stopped):
-        assert not UNSAFE.search(line), ascii(line)
-    (summary,) = (line for line in tallies if " INFO clients: " in line)
-    assert f"clients: {len(clients)} with {len(clients)} requests allowed, 0 refused" in summary
-    assert not re.search("secret", out) and json.loads(stopped.removeprefix("stopped "))
-
-
-def test_each_client_id_has_a_label_of_its_own_that_no_terminal_obeys():
-    clients = sorted({client.strip(b" \t").decode("latin-1") for client in client_ids()} - {""})
-    labels = list(map(metricstream.client_label, clients))
-    assert len(set(labels)) == len(labels)
-    for client, label in zip(clients, labels):
-        assert not UNSAFE.search(label), ascii(label)
-        assert "secret" not in label
-        if " " not in client and len(client) <= 64:
-            assert json.loads(f'"{label}"') == client
-
-
-# --------------------------------------------------------------------------------------------------
-# The load tester and the performance run
-# --------------------------------------------------------------------------------------------------
-
-
-def load(port: int, *arguments: str) -> tuple[int, dict]:
-    command = [sys.executable, str(HERE / "load_test.py"), str(port), *arguments]
-    ended = subprocess.run(
-        [*command, "--json", "--quiet"], capture_output=True, text=True, timeout=50
-    )
-    assert ended.stderr == "" and ended.stdout.count("\n") == 1, ended
-    return ended.returncode, json.loads(ended.stdout)
-
-
-@pytest.mark.parametrize("arguments, total", [
-    (["20", "15"], 300), (["20", "15", "--close"], 300), (["3", "5", "10"], 15),
-    (["8", "5", "--batch", "7"], 40), (["10", "20", "--processes", "2"], 200),
-    (["5", "--rate", "200", "--duration", "0.5"], 100),
-], ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip
-def test_the_load_tester_counts_what_the_server_counts(tmp_path, arguments, total):
-    with running(tmp_path) as started:
-        status, figures = load(started.port, *arguments)
-        stored = started.service.statistics.snapshot()["metrics_received"]
-    assert status == 0
-    assert (figures["total"], figures["successful"], figures["failed"]) == (total, total, 0)
-    assert figures["success_rate"] == 1.0 and figures["lost"] == figures["unsent"] == 0
-    assert figures["statuses"] == {"200": total} and set(figures["errors"].values()) == {0}
-    assert stored == total * figures["options"]["batch"] == len(lines_of(tmp_path))
-    assert 0 < figures["latency_ms"]["p50"] <= figures["latency_ms"]["max"]
-    assert ("p99" in figures["latency_ms"]) == (total >= 100)  # only if the sample supports it
-    assert ("service_time_ms" in figures) == ("--rate" in arguments)
-
-
-def test_each_load_client_has_an_id_of_its_own(tmp_path):
-    with running(tmp_path, limit=1000) as started:
-        load(started.port, "6", "2")
-        seen: dict[str, int] = {}
-        for tallies in started.service.limiter.drain():
-            seen |= {client: allowed for client, (allowed, _) in tallies.items()}
-    assert sorted(seen.values()) == [2] * 6
-    assert all(re.fullmatch(r"load_client_\d+", client) for client in seen)
-
-
-def test_refusals_are_failures_of_their_own_kind(tmp_path):
-    with running(tmp_path, limit=2) as started:
-        status, figures = load(started.port, "4", "5")
-    assert status == 1 and figures["lost"] == 0
-    assert figures["successful"] < figures["total"] and figures["statuses"]["429"] >= 4
-    assert figures["refused_latency_ms"]["max"] > 0
-
-
-def test_the_load_tester_finds_out_a_server_that_forgets(tmp_path):
-    with running(tmp_path) as started:
-        record = started.service.statistics.record
-
-        def forgetful(event: metricstream.Event, invalid: bool = False) -> None:
-            record(event._replace(metrics=event.metrics and 2), invalid)
-
-        started.service.statistics.record = forgetful  # type: ignore[method-assign]
-        status, figures = load(started.port, "5", "4")
-    assert (status, figures["success_rate"], figures["lost"]) == (1, 1.0, 20)
-
-
-def test_an_acknowledgement_of_the_wrong_number_is_no_success(tmp_path, monkeypatch):
-    monkeypatch.setattr(metricstream, "accepted", lambda metrics: metricstream.json_response(
-        200, {"success": True, "metrics_processed": metrics + 1}))  # fmt: skip
-    with running(tmp_path) as started:
-        status, figures = load(started.port, "2", "3")
-    assert (status, figures["successful"], figures["errors"]["bad_response"]) == (1, 0, 6)
-
-
-def test_latency_counts_from_the_intended_time(tmp_path):
-    """A server that stops for half a second delays all that was due meanwhile: no coordinated omission."""
-    paused = threading.Event()
-
-    def pausing_write(fd: int, octets: bytes) -> int:
-        if not paused.is_set() and os.fstat(fd).st_size > 5000:
-            paused.set()
-            threading.Event().wait(0.5)  # what is tested is the measuring of this wait
-        return os.write(fd, octets)
-
-    with running(tmp_path, log=MetricLog(str(tmp_path), write=pausing_write)) as started:
-        status, figures = load(started.port, "1", "--rate", "200", "--duration", "1.5")
-    assert status == 0 and paused.is_set()
-    assert figures["latency_ms"]["p90"] > 5 * figures["service_time_ms"]["p90"]
-    assert figures["late"] > 50
-
-
-def test_a_server_that_is_not_there_is_one_clear_line():
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port = str(unused.getsockname()[1])
-        ended = subprocess.run([sys.executable, str(HERE / "load_test.py"), port, "1", "1"],
-                               capture_output=True, text=True, timeout=20)  # fmt: skip
-    assert ended.returncode == 1 and ended.stdout == ""
-    assert len(ended.stderr.splitlines()) == 1 and f"no server at 127.0.0.1:{port}" in ended.stderr
-
-
-def test_an_interrupted_load_prints_what_there_is(tmp_path):
-    with running(tmp_path) as started:
-        process = subprocess.Popen(
-            [sys.executable, str(HERE / "load_test.py"), str(started.port), "4", "--duration", "30",
-             "--json", "--quiet"], stdout=subprocess.PIPE, text=True)  # fmt: skip
-        eventually(lambda: started.service.statistics.snapshot()["metrics_received"] > 100)
-        process.send_signal(signal.SIGINT)
-        out = process.communicate(timeout=10)[0]
-    figures = json.loads(out)
-    assert process.returncode in (1, 130)
-    assert figures["interrupted"] and figures["successful"] > 0
-
-
-def test_a_reader_that_leaves_the_load_tester_is_no_error(tmp_path):
-    with running(tmp_path) as started:
-        command = [sys.executable, str(HERE / "load_test.py"), str(started.port), "2", "5", "--quiet"]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        assert process.stdout
-        process.stdout.close()
-        process.stdout = None
-        _, err = process.communicate(timeout=30)
-    assert (process.returncode, err) == (0, "")
-
-
-def test_the_load_tester_is_alone():
-    imported = {node.module or "" for node in ast.walk(ast.parse((HERE / "load_test.py").read_text()))
-                if isinstance(node, ast.ImportFrom)}  # fmt: skip
-    names = {alias.name for node in ast.walk(ast.parse((HERE / "load_test.py").read_text()))
-             if isinstance(node, ast.Import) for alias in node.names}  # fmt: skip
-    assert {name.partition(".")[0] for name in imported | names} <= sys.stdlib_module_names
-
-
-# --------------------------------------------------------------------------------------------------
-# The shape of the module
-# --------------------------------------------------------------------------------------------------
-
-SOURCE = (HERE / "metricstream.py").read_text()
-
-
-def chapter_of(line: int) -> int:
-    banners = [(number, int(match[1])) for number, text in enumerate(SOURCE.splitlines(), 1)
-               if (match := re.match(r"# (\d+)\. ", text))]  # fmt: skip
-    assert [chapter for _, chapter in banners] == sorted({chapter for _, chapter in banners})
-    return max((chapter for first, chapter in banners if first <= line), default=0)
-
-
-def test_only_the_standard_library_is_imported_and_json_is_not():
-    imported = set()
-    for node in ast.walk(ast.parse(SOURCE)):
-        if isinstance(node, ast.Import):
-            imported |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            imported.add((node.module or "").partition(".")[0])
-    assert imported <= sys.stdlib_module_names
-    assert "json" not in imported and "socketserver" in imported
-
-
-# ---- the time-series store ----
-
-
-def test_lines_of_one_time_are_read_together(tmp_path):
-    """Half a batch would become a group of its own, and its series would stand in two."""
-    path = tmp_path / "log"
-    batches = [
-        "".join(
-            metricstream.log_line(Sample(f"m{n}", time_ms, "gauge", {"host": "h"}, time_ms))
-            for n in range(999)
-        ).encode()
-        for time_ms in range(1000, 13_000, 1000)
-    ]
-    path.write_bytes(b"".join(batches))
-    with open(path, "rb") as file:
-        tail = metricstream.LogTail(file.fileno())
-        pieces = list(iter(lambda: tail.read(path.stat().st_size), b""))
-    assert b"".join(pieces) == path.read_bytes() and 2 < len(pieces) < len(batches)
-    whole = {b"".join(batches[start:end]) for start in range(12) for end in range(13)}
-    assert set(pieces) <= whole
-
-
-class StoreUnderTest:
-    """A store and its log, and a plain dictionary of what was pushed."""
-
-    SERIES = [(f"m{number}", {"host": f"h{number % 3}"}) for number in range(6)]
-
-    def __init__(self, folder: Path, durability: str, **options: Any):
-        self.folder, self.durability = folder, durability
-        self.options = {"retention_s": 0} | options
-        self.pushed: dict[str, dict[int, float]] = {}
-        self.open()
-
-    def open(self) -> None:
-        self.log = MetricLog(str(self.folder), self.durability)
-        self.files: list[tuple[int, int]] = []  # descriptors and final sizes of files to come
-        self.log.on_switch = lambda number, descriptor, size: self.files.append(
-            (os.dup(descriptor), size)
-        )
-        self.store = metricstream.Store(str(self.folder), writes=True, **self.options)
-        for _ in self.store.open():
-            pass
-        self.tail = metricstream.LogTail(os.dup(self.log.descriptor))
-        self.read()
-
-    def push(self, samples: list[Sample]) -> None:
-        durable = self.log.append("".join(map(metricstream.log_line, samples)).encode())
-        if durable is not None:
-            durable.result(10)
-        for sample in samples:
-            series = self.pushed.setdefault(sample.name, {})
-            series[sample.timestamp_ms] = float(sample.value)
-
-    def read(self) -> None:
-        """Have the store read the log to where it is written."""
-        eventually(lambda: self.durability != "memory" or not self.log._queued_bytes)
-        while not self.tail.has_reached(self.log.position.size_bytes):
-            self.store.add_lines(self.tail.read(self.log.position.size_bytes))
-
-    def cut(self) -> None:
-        """Have the log begin a new file, and the store a new memtable."""
-        self.read()
-        path = self.store.next_segment()
-        self.log.rotate(path)
-        descriptor, size = eventually(lambda: self.files and self.files.pop())
-        while not self.tail.has_reached(size):
-            self.store.add_lines(self.tail.read(size))
-        inode = os.fstat(self.tail.descriptor).st_ino
-        assert self.store.segment_of(inode) == path
-        os.close(self.tail.descriptor)
-        self.store.freeze(path)
-        self.tail = metricstream.LogTail(descriptor)
-
-    def maintain(self) -> None:
-        """As the store process does it: in a fork, after which the store looks at the folder."""
-        for _ in self.store.work():
-            pass
-        pid = os.fork()
-        if not pid:
-            try:
-                self.store.maintain()
-                os._exit(0)
-            finally:
-                os._exit(1)
-        assert os.waitpid(pid, 0)[1] == 0
-        self.store.refresh()
-        assert not self.store.needs_maintenance
-
-    def select(self, name: str = "") -> list[Series]:
-        matchers = [Matcher("__name__", "=", name)] if name else []
-        return list(self.store.select(matchers, 0, NOW_MS, metricstream.Budget()))
-
-    def close(self) -> None:
-        self.log.close()
-        os.close(self.tail.descriptor)
-
-    def check(self, start_ms: int = 0, end_ms: int = metricstream.END_OF_TIME_MS - 1) -> None:
-        self.read()
-        matchers = [metricstream.Matcher("__name__", "=~", "m.*")]
-        found = {}
-        budget = metricstream.Budget()
-        for labels, times, values in self.store.select(matchers, start_ms, end_ms, budget):
-            assert list(times) == sorted(set(times))
-            found[labels["__name__"]] = dict(zip(times, values))
-        expected = {
-            name: {time_ms: v for time_ms, v in series.items() if start_ms <= time_ms <= end_ms}
-            for name, series in self.pushed.items()
-        }
-        assert found == {name: series for name, series in expected.items() if series}
-
-
-@pytest.mark.parametrize("seed", range(40))
-def test_the_store_answers_what_a_dictionary_answers(seed, tmp_path, monkeypatch):
-    """Rows and single samples, late and repeated ones, across blocks and restarts."""
-    rng = random.Random(seed)
-    monkeypatch.setattr(metricstream, "CHUNK_SAMPLES", rng.choice((8, 64, 1024)))
-    durability = ("os", "disk", "memory")[seed % 3]
-    under = StoreUnderTest(tmp_path, durability, keep_log=rng.random() < 0.3)
-    now_ms = NOW_MS
-
-    def sample(name: str, tags: dict[str, str], late_ms: int) -> Sample:
-        value = rng.choice((rng.randrange(100), rng.random(), round(rng.uniform(0, 9), 2), -0.0))
-        return Sample(name, value, "gauge", tags, now_ms - late_ms)
-
-    try:
-        for _ in range(rng.randrange(40, 150)):
-            now_ms += rng.choice((0, 1, 15, 1000))
-            step, late_ms = rng.random(), rng.choice((0, 0, 0, 5, 5000))
-            if step < 0.6:
-                row = under.SERIES[:4] if rng.random() < 0.7 else rng.sample(under.SERIES, 5)
-                under.push([sample(*series, late_ms) for series in row])
-            elif step < 0.7:
-                some = rng.choices(under.SERIES, k=rng.randrange(1, 30))
-                under.push([sample(*series, rng.randrange(4000)) for series in some])
-            elif step < 0.75:
-                under.cut()
-            elif step < 0.85:
-                under.maintain()
-            elif step < 0.9:
-                under.close()
-                under.open()
-            else:
-                start_ms = now_ms - rng.randrange(3000)
-                under.check(start_ms, start_ms + rng.randrange(3000))
-        under.check()
-    finally:
-        under.close()
-
-
-# What is killed at a given step of writing blocks: before or after each call that changes a file.
-DEADLY_STORE = """
-import os, signal, sys, time
-import metricstream as m
-
-folder, fatal, keep_log = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "keep"
-steps = 0
-
-def step():
-    global steps
-    steps += 1
-    if steps == fatal:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-def deadly(owner, name):
-    real = getattr(owner, name)
-    def call(*arguments, **options):
-        step()
-        result = real(*arguments, **options)
-        step()
-        return result
-    setattr(owner, name, call)
-
-for name in ("replace", "rename", "unlink", "fsync"):
-    deadly(os, name)
-deadly(m.BlockWriter, "_write")
-log = m.MetricLog(folder, "os")
-store = m.Store(folder, writes=True, retention_s=0, keep_log=keep_log)
-list(store.open())
-tail, files = m.LogTail(os.dup(log.descriptor)), []
-log.on_switch = lambda number, descriptor, size: files.append((os.dup(descriptor), size))
-
-def read(end):
-    while not tail.has_reached(end):
-        store.add_lines(tail.read(end))
-
-for number in range(12):
-    samples = [m.Sample(f"m{n}", number + n / 4, "gauge", {}, 1000 * number) for n in range(3)]
-    log.append("".join(map(m.log_line, samples)).encode())
-    print(number, flush=True)
-    if number % 2:
-        path = store.next_segment()
-        log.rotate(path)
-        while not files:
-            time.sleep(0.0001)
-        descriptor, size = files.pop()
-        read(size)
-        store.freeze(path)
-        tail = m.LogTail(descriptor)
-        store.maintain()
-print("all", steps, flush=True)
-"""
-
-
-@pytest.mark.parametrize("keep_log", ["keep", "retire"])
-def test_kill_9_at_each_step_of_a_block_loses_nothing_and_doubles_nothing(keep_log, tmp_path):
-    def run(folder: Path, fatal: int) -> list[str]:
-        folder.mkdir()
-        command = [sys.executable, "-c", DEADLY_STORE, str(folder), str(fatal), keep_log]
-        return subprocess.run(command, capture_output=True, text=True, cwd=HERE).stdout.split()
-
-    *_, word, steps = run(tmp_path / "whole", 0)
-    assert word == "all" and int(steps) > 100
-    # each step of the first block, and of the first compaction; of the rest some
-    for fatal in [*range(1, 30), *range(30, int(steps), 5)]:
-        folder = tmp_path / str(fatal)
-        acknowledged = run(folder, fatal)
-        assert "all" not in acknowledged
-        under = a_store(folder, keep_log=keep_log == "keep")
-        try:
-            under.read()
-            matcher, budget = Matcher("__name__", "=~", "m."), metricstream.Budget()
-            found = list(under.store.select([matcher], 0, NOW_MS, budget))
-            pushed = len(found[0].times_ms) if found else 0
-            # a batch whose acknowledgement the end prevented may be there
-            assert len(acknowledged) <= pushed <= len(acknowledged) + 1, fatal
-            for series in found:
-                tag = int(series.labels["__name__"][1:]) / 4
-                assert list(series.times_ms) == [1000 * n for n in range(pushed)], fatal
-                assert list(series.values) == [n + tag for n in range(pushed)], fatal
-            in_blocks = sum(block.samples for block in under.store.blocks)
-            assert in_blocks + under.store.replayed == 3 * pushed, fatal  # none was counted twice
-            assert not under.store.damaged and not list(folder.glob("blocks/*.tmp"))
-        finally:
-            under.close()
-
-
-def opened(folder: Path) -> metricstream.Store:
-    """The store of a folder, which is only read."""
-    store = metricstream.Store(str(folder))
-    for _ in store.open(log=str(folder / "metrics.jsonl")):
-        pass
-    return store
-
-
-def test_a_folder_is_read_while_a_server_changes_it(tmp_path, monkeypatch):
-    """Between the listing and the reading, the log becomes a segment, a block, a merged block."""
-    under = a_store(tmp_path)
-    for number in range(3):
-        block_of(under, 1000 * number)
-    under.push([Sample("m", 9.0, "gauge", {}, 9000)])
-    changes = [under.cut, under.maintain, lambda: block_of(under, 20_000)]
-    replay = metricstream.Store._replay
-
-    def changing(store: metricstream.Store, path: str, skip_inode: int) -> Iterator[str]:
-        if changes:
-            changes.pop(0)()
-        return replay(store, path, skip_inode)
-
-    monkeypatch.setattr(metricstream.Store, "_replay", changing)
-    reader = opened(tmp_path)
-    assert not changes
-    (series,) = reader.select([], 0, NOW_MS, metricstream.Budget())
-    assert dict(zip(series.times_ms, series.values)) == under.pushed["m"]
-    under.close()
-
-
-def a_store(folder: Path, **options: Any) -> StoreUnderTest:
-    return StoreUnderTest(folder, "os", **options)
-
-
-def block_of(under: StoreUnderTest, *times_ms: int, name: str = "m") -> None:
-    under.push([Sample(name, time_ms / 1000, "gauge", {}, time_ms) for time_ms in times_ms])
-    under.cut()
-    under.maintain()
-
-
-@pytest.mark.parametrize("place", ["value", "time", "index", "meta", "end", "length"])
-def test_a_damaged_block_is_set_aside_and_the_rest_is_served(place, tmp_path, caplog):
-    under = a_store(tmp_path)
-    block_of(under, 1000, 2000)
-    block_of(under, 3000, 4000)
-    under.close()
-    path = tmp_path / "blocks" / "00000001-00000001.block"
-    octets = bytearray(path.read_bytes())
-    meta = json.loads(octets[octets.rindex(b'{"first_ms"') : octets.rindex(b"}") + 1])
-    at = {
-        "value": 8, "time": meta["times_at"], "index": meta["index_at"],
-        "meta": octets.rindex(b"first_ms"), "end": len(octets) - 1, "length": 0,
-    }[place]  # fmt: skip
-    octets[at] ^= 0xFF
-    path.write_bytes(octets[:-5] if place == "length" else octets)
-    under = a_store(tmp_path)
-    under.pushed = {"m": {3000: 3.0, 4000: 4.0}}
-    under.check()
-    assert under.store.damaged == [path.name + ".damaged"] and "damaged block" in caplog.text
-    assert path.name in under.store.warnings[0]
-    assert not path.exists() and path.with_name(path.name + ".damaged").exists()
-    block_of(under, 5000)
-    under.check()
-    under.close()
-
-
-def test_blocks_are_compacted_into_larger_ones(tmp_path):
-    under = a_store(tmp_path)
-    for number in range(17):
-        block_of(under, 1000 * number, 1000 * number + 500, 99_000)  # the last one again and again
-        under.check()
-    names = sorted(path.name for path in (tmp_path / "blocks").iterdir())
-    numbers = [tuple(map(int, re.findall(r"\d+", name))) for name in names]
-    assert len(names) < 8 and numbers[0][1] - numbers[0][0] >= 3
-    assert [first for first, _ in numbers] == [1, *(last + 1 for _, last in numbers[:-1])]
-    under.close()
-    under = a_store(tmp_path)
-    under.pushed = {
-        "m": {t: t / 1000 for n in range(17) for t in (1000 * n, 1000 * n + 500, 99_000)}
-    }
-    under.check()
-    under.close()
-
-
-class TwoClocks:
-    """A clock that may step, and one that can't, in seconds."""
-
-    def __init__(self, now_s: float):
-        self.now_s, self.since_s = now_s, 0.0
-
-    def pass_by(self, seconds: float) -> None:
-        self.now_s += seconds
-        self.since_s += seconds
-
-    def options(self) -> dict[str, Any]:
-        return {"clock": lambda: self.now_s, "monotonic": lambda: self.since_s}
-
-
-def stored_names(under: StoreUnderTest) -> list[str]:
-    return sorted(series.labels["__name__"] for series in under.select())
-
-
-def test_blocks_past_their_retention_are_removed(tmp_path):
-    clocks = TwoClocks(10_000_000.0)
-    under = a_store(tmp_path, retention_s=3600, **clocks.options())
-    for age_s in (3000, 2000, 1000, 0):
-        block_of(under, int(clocks.now_s - age_s) * 1000 + 1, name=f"m{age_s}")
-    clocks.pass_by(1500)
-    block_of(under, int(clocks.now_s * 1000), name="now")  # samples move the bound, too
-    assert len(stored_names(under)) == 5  # the bound of an hour ago counts
-    clocks.pass_by(2101)
-    block_of(under, int(clocks.now_s * 1000), name="later")
-    assert stored_names(under) == ["later", "m0", "m1000", "m2000", "now"]  # an hour ago, m2000 was young
-    clocks.pass_by(3601)
-    under.maintain()
-    assert stored_names(under) == ["later", "now"]  # of the newest sample, now is 2,101 s old
-    under.close()
-
-
-def test_a_clock_that_steps_forward_and_back_removes_nothing(tmp_path):
-    clocks = TwoClocks(10_000_000.0)
-    under = a_store(tmp_path, retention_s=30 * 86_400, **clocks.options())
-    for _ in range(3):
-        block_of(under, int(clocks.now_s * 1000), name=f"m{clocks.since_s:.0f}")
-        clocks.pass_by(600)
-        under.maintain()
-    before = stored_names(under)
-    for step_s in (40 * 86_400, -40 * 86_400, 40 * 86_400):
-        clocks.now_s += step_s
-        block_of(under, int(clocks.now_s * 1000), name="new")  # as a push without a timestamp is
-        clocks.pass_by(1200)
-        under.maintain()
-        assert stored_names(under) == sorted({*before, "new"})
-    under.close()
-    under = a_store(tmp_path, retention_s=30 * 86_400, **clocks.options())  # and after a restart
-    under.maintain()
-    assert stored_names(under) == sorted({*before, "new"})
-    under.close()
-
-
-def test_a_sample_of_the_future_alone_makes_no_other_old(tmp_path):
-    """The clock and the newest sample both have to say so."""
-    clocks = TwoClocks(10_000_000.0)
-    under = a_store(tmp_path, retention_s=3600, **clocks.options())
-    block_of(under, int(clocks.now_s * 1000), name="m")
-    block_of(under, int(clocks.now_s * 1000) + 10**9, name="future")
-    for _ in range(3):
-        clocks.pass_by(1000)
-        under.maintain()
-        assert stored_names(under) == ["future", "m"]
-    under.close()
-
-
-def test_the_oldest_blocks_go_when_all_are_too_long(tmp_path):
-    under = a_store(tmp_path, retention_bytes=4_000)
-    rng = random.Random(5)
-    for number in range(3):
-        under.push([Sample("m", rng.random(), "gauge", {}, 1000 * number + n) for n in range(150)])
-        under.cut()
-    assert under.store.block_bytes == 0
-    under.maintain()
-    assert 0 < under.store.block_bytes <= 4_000
-    (series,) = under.select()
-    assert series.times_ms[0] == 1000 and series.times_ms[-1] == 2149
-    under.close()
-
-
-def test_what_a_block_covers_of_the_log_is_retired_or_kept_compressed(tmp_path):
-    under = a_store(tmp_path, keep_log=True)
-    block_of(under, 1000, 2000)
-    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
-    (kept,) = tmp_path.glob("metrics-*.jsonl.gz")
-    assert re.fullmatch(r"metrics-\d{8}T\d{6}Z-00000001\.jsonl\.gz", kept.name)
-    lines = [json.loads(line) for line in gzip.decompress(kept.read_bytes()).splitlines()]
-    assert [line["value"] for line in lines] == [1.0, 2.0]
-    under.close()
-    under = a_store(tmp_path)
-    block_of(under, 3000)
-    assert sorted(path.name for path in tmp_path.iterdir() if path != kept) == [
-        "blocks", "metrics.jsonl",
-    ]  # fmt: skip
-    under.close()
-
-
-def test_a_batch_of_new_series_is_refused_while_there_is_no_room(tmp_path):
-    with ServerProcess(tmp_path, "--max-series", "3", "--self-metrics", "0") as started:
-        with contextlib.closing(Client(started.port)) as client:
-
-            def push(*names: str) -> Answer:
-                metrics = [{"name": name, "value": 1} for name in names]
-                return client.ask("POST", "/metrics", {"metrics": metrics})
-
-            def series_in_memory() -> int:
-                return client.ask("GET", "/metrics").json["series_in_memory"]
-
-            assert push("a", "b").status == 200
-            eventually(lambda: series_in_memory() == 2)
-            assert push("a", "b").status == push("c").status == 200
-            eventually(lambda: series_in_memory() == 3)
-            assert push("a", "b").status == push("c").status == 200
-            refused = push("d")
-            assert refused.status == 400 and "--max-series is 3" in refused.json["error"]
-        log = (tmp_path / "metrics.jsonl").read_text()
-        assert log.count("\n") == 8 and '"d"' not in log
-
-
-def test_lines_of_the_log_that_are_no_metrics_are_counted_and_the_rest_is_read(tmp_path, caplog):
-    line = metricstream.log_line(Sample("m", 1, "gauge", {"a": "b"}, 1000))
-    strange = '{"name": "m", "value": 2, "tags": {"a": "b"}, "timestamp": 2}\n'
-    (tmp_path / "metrics.jsonl").write_text(line + "nonsense\n" + strange + '{"name":"m"}\n')
-    store = opened(tmp_path)
-    (series,) = store.select([], 0, NOW_MS, metricstream.Budget())
-    assert dict(zip(series.times_ms, series.values)) == {1000: 1.0, 2000: 2.0}
-    assert (store.replayed, store.unreadable) == (2, 2) and "not a metric" in caplog.text
-
-
-@pytest.mark.parametrize("line", [
-    '{"timestamp":"2026-13-01T00:00:00.000Z","name":"m","value":1,"type":"gauge"}',
-    '{"timestamp":"2026-01-01T00:00:0a.000Z","name":"m","value":1,"type":"gauge"}',
-    '{"timestamp":"2026-01-01T00:00:00.000Z","name":"m","value":1e999,"type":"gauge"}',
-    '{"timestamp":"2026-01-01T00:00:00.000Z","name":"m","value":01,"type":"gauge"}',
-    '{"timestamp":"2026-01-01T00:00:00.000Z","name":"m","value":1,"type":"rate"}',
-    '{"timestamp":"2026-01-01T00:00:00.000Z","name":"m","value":1,"type":"gauge","tags":{"a":1}}',
-    '{"timestamp":"2026-01-01T00:00:00.000Z","name":"m\\x","value":1,"type":"gauge"}', "[]", "",
-])  # fmt: skip
-def test_a_line_that_is_no_metric_takes_no_other_along(line):
-    good = [metricstream.log_line(Sample("m", n, "gauge", {}, 1000 * n)) for n in range(3)]
-    table = metricstream.Memtable()
-    assert table.add_lines(f"{good[0]}{good[1]}{line}\n{good[2]}".encode()) == 3
-    assert len(table.unreadable) == 1 and len(table.index) == 1
-
-
-def test_extreme_numbers_of_the_log_are_read_to_the_bit():
-    values = [1.7976931348623157e308, 5e-324, -1e22, 10**300, -0.0, 123456.789]
-    table = metricstream.Memtable()
-    for n, value in enumerate(values):
-        line = metricstream.log_line(Sample("m", value, "gauge", {}, n))
-        assert table.add_lines(line.encode()) == 1
-    ((_, (chunk,)),) = table.chunks([0], 0, 100, metricstream.Budget())
-    assert chunk.decoded_values().tobytes() == array("d", map(float, values)).tobytes()
-
-
-def test_a_million_samples_stay_small_in_memory(tmp_path):
-    """In a process of its own: 1,000 series of 1,000 samples, as 100 clients push them."""
-    script = """
-import os, sys
-import metricstream as m
-
-def resident():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-store = m.Store(sys.argv[1], writes=True, retention_s=0)
-before = resident()
-for row in range(1000):
-    for client in range(100):
-        tags = {"client": f"c{client}"}
-        store.add_lines(b"".join(m.log_line(
-            m.Sample(f"m{n}", (row * n % 997) / 100, "gauge", tags, 15000 * row + client)
-        ).encode() for n in range(10)))
-    for _ in store.work():
-        pass
-print(store.replayed, (resident() - before) >> 20)
-(series,) = store.select([m.Matcher("__name__", "=", "m3"), m.Matcher("client", "=", "c9")], 0,
-                         m.END_OF_TIME_MS, m.Budget())
-assert list(series.values) == [(row * 3 % 997) / 100 for row in range(1000)]
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, cwd=HERE
-    )
-    assert done.stderr == ""
-    pushed, mebibytes = map(int, done.stdout.split())
-    assert pushed == 1_000_000 and mebibytes < 60
-
-
-def test_the_bytes_of_a_sample_are_less_than_one(tmp_path):
-    """A day of 20 clients that each push ten series of four kinds: of 100 it would be no other."""
-    rng = random.Random(1)
-    store = metricstream.Store(str(tmp_path), writes=True, retention_s=0)
-    counters = [0.0] * 3
-    for client in range(20):
-        jitter = rng.randrange(15_000)
-        for row in range(5_760):
-            counters = [counter + rng.randrange(100) for counter in counters]
-            values = [
-                *counters, float(rng.randrange(50)), float(rng.randrange(50)),
-                round(20 + rng.uniform(0, 5), 2), round(rng.uniform(0, 5), 2),
-                1.0, 4096.0, 0.5,
-            ]  # fmt: skip
-            time_ms = 15_000 * row + jitter + rng.randrange(8)
-            tags = {"client": str(client)}
-            samples = [Sample(f"m{n}", v, "gauge", tags, time_ms) for n, v in enumerate(values)]
-            store.add_lines("".join(map(metricstream.log_line, samples)).encode())
-    for _ in store.work():
-        pass
-    store.freeze()
-    store.maintain()
-    size = (tmp_path / "blocks" / "00000001-00000001.block").stat().st_size
-    assert size <= 1.0 * 20 * 10 * 5_760
-    found = store.select([], 0, NOW_MS, metricstream.Budget())
-    assert sum(len(series.values) for series in found) == 20 * 10 * 5_760
-
-
-# ---- the HTTP API ----
+# ==================================================================================================
+# Query API
+# ==================================================================================================
 
 
 @pytest.fixture(scope="module")
@@ -7118,7 +6421,7 @@ def asked(started: ServerProcess, path: str, method: str = "GET", **parameters: 
     """(status, the answer as JSON) of the API, its parameters in the target or as a form."""
     started.wait_for_store()
     form = urllib.parse.urlencode(parameters, doseq=True)
-    with contextlib.closing(Client(started.port)) as client:
+    with contextlib.closing(Client(started.port, 30)) as client:
         if method == "GET":
             answer = client.ask("GET", f"/api/v1/{path}?{form}")
         else:
@@ -7268,6 +6571,39 @@ def test_grafana_saves_tests_and_draws(queried):
     hosts = [series["metric"]["host"] for series in answer["data"]["result"]]
     assert status == 200 and hosts == ["web0", "web1"]
     assert answer["data"]["result"][1]["values"][-1] == [600, "240"]
+
+
+def test_other_bodies_and_paths_are_no_queries(queried):
+    with contextlib.closing(Client(queried.port)) as client:
+        assert (
+            client.ask(
+                "POST", "/api/v1/query", {"query": "up"}, Content_Type="application/json"
+            ).status
+            == 415
+        )
+        assert client.ask("GET", "/api/v1/nothing").status == 404
+        assert client.ask("DELETE", "/api/v1/query").headers["allow"] == "GET, POST, HEAD, OPTIONS"
+        kind = "application/x-www-form-urlencoded"
+        assert client.ask("POST", "/api/v1/query", b"query=\xff", Content_Type=kind).status == 400
+
+
+def test_an_answer_that_misses_data_says_so(tmp_path):
+    under = a_store(tmp_path)
+    try:
+        block_of(under, 1000)
+        under.push([Sample("m", 9.0, "gauge", {}, 9000)])
+        under.read()
+        (block,) = (tmp_path / "blocks").glob("*.block")
+        os.truncate(block, 20)
+        api = metricstream.QueryAPI(under.store)
+        under.store.refresh()
+        form = form_of(query="m[1h]", time=10).decode()
+        status, body = api.answer("/api/v1/query", form, metricstream.Budget())
+        answer = json.loads(body)
+        assert status == 200 and block.name in answer["warnings"][0]
+        assert answer["data"]["result"][0]["values"][-1] == [9, "9"]
+    finally:
+        under.close()
 
 
 # ---- beside a real Prometheus ----
@@ -7508,6 +6844,7 @@ DOCUMENTED = (
     ("topk|bottomk", "which of equal values is the greatest is nobody's promise"),
     ("[<>=!]=|<|>", "many-to-one hidden by a comparison: refused by Prometheus since 3.14"),
 )
+
 DOCUMENTED_OF_PROMETHEUS_2 = (
     ("atan2", "atan2 keeps the name of the metric in Prometheus 2"),
     ("predict_linear.*@", "predict_linear with @ is of the first step only in Prometheus 2"),
@@ -7523,9 +6860,10 @@ def documented(query: str, version: str) -> str:
 
 
 @needs("prometheus", "promtool")
+@at_once()
 def test_generated_queries_are_answered_as_prometheus_does(tmp_path):
     """`make queries-diff` asks ten thousand."""
-    number = int(os.environ.get("METRICSTREAM_QUERIES", "600"))
+    number = int(os.environ.get("METRICSTREAM_QUERIES", "400"))
     (tmp_path / "metricstream").mkdir()
     options = ("--rate-limit", "0", "--retention", "0", "--self-metrics", "0")
     reasons: Counter[str] = Counter()
@@ -7614,23 +6952,14 @@ def test_queries_beside_prometheus(series, tmp_path):
                   f"{sorted(other)[2] * 1000:.1f}")  # fmt: skip
 
 
-def test_other_bodies_and_paths_are_no_queries(queried):
-    with contextlib.closing(Client(queried.port)) as client:
-        assert (
-            client.ask(
-                "POST", "/api/v1/query", {"query": "up"}, Content_Type="application/json"
-            ).status
-            == 415
-        )
-        assert client.ask("GET", "/api/v1/nothing").status == 404
-        assert client.ask("DELETE", "/api/v1/query").headers["allow"] == "GET, POST, HEAD, OPTIONS"
-        kind = "application/x-www-form-urlencoded"
-        assert client.ask("POST", "/api/v1/query", b"query=\xff", Content_Type=kind).status == 400
-
+# ==================================================================================================
+# Store process
+# ==================================================================================================
 
 HEAVY = "max_over_time(max_over_time(vector(1)[9h:1s])[9h:1s])"  # takes half a minute
 
 
+@at_once()
 def test_a_query_ends_when_the_server_stops(tmp_path):
     with ServerProcess(tmp_path, "--rate-limit", "0") as started:
         started.wait_for_store()
@@ -7642,25 +6971,6 @@ def test_a_query_ends_when_the_server_stops(tmp_path):
             status, _, err = started.stop()
     assert (status, err) == (0, "")
     assert not any(map(is_alive, pids))
-
-
-def children_of(pid: int) -> list[int]:
-    """The processes that come from another one, those of its children included."""
-    parents = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            state, parent = path.read_text().rpartition(")")[2].split()[:2]
-            if state != "Z":
-                parents[int(path.parent.name)] = int(parent)
-    found = [child for child, parent in parents.items() if parent == pid]
-    return found + [grandchild for child in found for grandchild in children_of(child)]
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 ATTACKS = (
@@ -7679,11 +6989,10 @@ ATTACKS = (
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def attacked(tmp_path_factory) -> Iterator[ServerProcess]:
-    """A server with a few hundred series, whose queries get little memory."""
-    options = ("--rate-limit", "0", "--query-memory", "96MB")
-    with ServerProcess(tmp_path_factory.mktemp("attacked"), *options) as started:
+@contextlib.contextmanager
+def of_few_hundred_series(folder: Path) -> Iterator[ServerProcess]:
+    """A server of a few hundred series, whose queries get little memory."""
+    with ServerProcess(folder, "--rate-limit", "0", "--query-memory", "96MB") as started:
         now_s = time.time()
         push(started.port, (
             ({"__name__": name, "h": "x" * 24 + str(n), "i": str(n)}, n, now_s - 60)
@@ -7696,40 +7005,33 @@ def attacked(tmp_path_factory) -> Iterator[ServerProcess]:
         yield started
 
 
-def form_of(**parameters: object) -> bytes:
-    return urllib.parse.urlencode(parameters).encode()
-
-
-FORM = "application/x-www-form-urlencoded"
-
-
-@pytest.mark.parametrize("first", range(0, len(ATTACKS), 6))
-def test_no_query_stops_ingestion_or_outlives_its_time_out(attacked, first):
+@at_once()
+def test_no_query_stops_ingestion_or_outlives_its_time_out(tmp_path):
     """Six at a time; each wait for an answer is bounded by the client's ten seconds."""
-    answers: dict[str, Answer] = {}
 
-    def ask(query: str) -> None:
-        with contextlib.closing(Client(attacked.port)) as client:
-            form = form_of(query=query, timeout="2")
-            answers[query] = client.ask("POST", "/api/v1/query", form, Content_Type=FORM)
+    def ask(query: str) -> Answer:
+        with contextlib.closing(Client(started.port)) as client:
+            form = form_of(query=query, timeout="1")
+            return client.ask("POST", "/api/v1/query", form, Content_Type=FORM)
 
-    queries = ATTACKS[first : first + 6]
-    threads = [threading.Thread(target=ask, args=(query,)) for query in queries]
-    for thread in threads:
-        thread.start()
-    slowest_s = 0.0
-    with contextlib.closing(Client(attacked.port)) as client:
-        while any(thread.is_alive() for thread in threads):
-            began = time.monotonic()
-            assert client.ask("POST", "/metrics", BATCH).status == 200
-            assert client.ask("GET", "/health").status == 200
-            slowest_s = max(slowest_s, time.monotonic() - began)
-    print(f"slowest round of a post and /health: {slowest_s * 1000:.0f} ms")
-    assert answers.keys() == set(queries)
-    for query, answer in answers.items():
-        assert answer.status in (200, 400, 422, 503), (query[:60], answer)
-        json.loads(answer.body.decode())
-    assert asked(attacked, "query", query="count(x)", time=time.time() - 30)[0] == 200
+    with of_few_hundred_series(tmp_path) as started, ThreadPoolExecutor(6) as pool:
+        for first in range(0, len(ATTACKS), 6):
+            queries = ATTACKS[first : first + 6]
+            answers = [pool.submit(ask, query) for query in queries]
+            with contextlib.closing(Client(started.port)) as client:
+                while wait(answers, 0.01).not_done:
+                    assert client.ask("POST", "/metrics", BATCH).status == 200
+                    assert client.ask("GET", "/health").status == 200
+            for query, answer in zip(queries, answers):
+                assert answer.result().status in (200, 400, 422, 503), (query[:60], answer.result())
+                json.loads(answer.result().body.decode())
+            assert asked(started, "query", query="count(x)", time=time.time() - 30)[0] == 200
+
+
+@pytest.fixture(scope="module")
+def attacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    with of_few_hundred_series(tmp_path_factory.mktemp("attacked")) as started:
+        yield started
 
 
 @pytest.mark.parametrize("path", ["series", "labels", "label/h/values"])
@@ -7746,66 +7048,68 @@ def test_a_query_that_takes_too_much_memory_ends_with_prometheus_sentence(attack
     assert (status, answer["errorType"], answer["error"]) == (422, "execution", reason)
 
 
-def test_more_queries_than_may_wait_are_refused_and_the_rest_times_out_in_the_queue(attacked):
+@at_once()
+def test_more_queries_than_may_wait_are_refused_and_the_rest_times_out_in_the_queue(tmp_path):
     """The time-out counts from the arrival, waiting included."""
-    with contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(contextlib.closing(Client(attacked.port))) for _ in range(90)]
-        form = form_of(query=HEAVY, timeout="2")
-        for client in clients:
-            client.request("POST", "/api/v1/query", form, {"Content-Type": FORM})
-        reasons: Counter[str] = Counter()
-        for client in clients:
-            response = client.getresponse()
-            assert response.status == 503 and response.getheader("Retry-After") == "1"
-            reasons[json.loads(response.read())["error"]] += 1
-    assert reasons["query timed out in query queue"] > 30
-    assert reasons["64 queries wait already"] > 10
-    assert asked(attacked, "query", query="count(x)", time=time.time() - 30)[0] == 200
+    with of_few_hundred_series(tmp_path) as attacked:
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(contextlib.closing(Client(attacked.port))) for _ in range(90)]
+            form = form_of(query=HEAVY, timeout="1")
+            for client in clients:
+                client.request("POST", "/api/v1/query", form, {"Content-Type": FORM})
+            reasons: Counter[str] = Counter()
+            for client in clients:
+                response = client.getresponse()
+                assert response.status == 503 and response.getheader("Retry-After") == "1"
+                reasons[json.loads(response.read())["error"]] += 1
+        assert reasons["query timed out in query queue"] > 30
+        assert reasons["64 queries wait already"] > 10
+        assert asked(attacked, "query", query="count(x)", time=time.time() - 30)[0] == 200
 
 
-def test_queries_that_nobody_waits_for_any_more_are_ended(attacked):
-    with contextlib.ExitStack() as stack:
-        for _ in range(40):
-            client = stack.enter_context(contextlib.closing(Client(attacked.port)))
-            form = form_of(query=HEAVY, timeout="60")
-            client.request("POST", "/api/v1/query", form, {"Content-Type": FORM})
-        eventually(lambda: len(children_of(attacked.process.pid)) > 2)  # some run
-    eventually(lambda: len(children_of(attacked.process.pid)) == 1)  # the store alone
-    status, answer = asked(attacked, "query", query="max_over_time(vector(1)[9h:1s])", timeout="8")
-    assert status == 200 and answer["data"]["result"]
-
-
-def readable(connection: socket.socket) -> bool:
-    return bool(select.select([connection], [], [], 0)[0])
-
-
-def test_an_answer_that_nobody_reads_takes_little_of_the_front(attacked):
-    """Answers of 8 MB leave the store in pieces, as their clients take them."""
-    front = attacked.process.pid
-
-    def resident_bytes() -> int:
-        pages = int(Path(f"/proc/{front}/statm").read_text().split()[1])
-        return pages * resource.getpagesize()
-
-    before = resident_bytes()
-    with contextlib.ExitStack() as stack:
-        connections = [stack.enter_context(connect(attacked.port)) for _ in range(4)]
-        target = urllib.parse.urlencode({"query": "vector(1)[400s:1ms]", "timeout": "20"})
-        for connection in connections:
-            connection.sendall(get(f"/api/v1/query?{target}".encode()))
-        eventually(lambda: any(connection.recv(12, socket.MSG_DONTWAIT | socket.MSG_PEEK)
-                               for connection in connections if readable(connection)))  # fmt: skip
-        assert resident_bytes() - before < 8 << 20
-        # who waits behind those that do not read is served all the same
-        query = "count_over_time(vector(1)[9h:1s])"
-        status, answer = asked(attacked, "query", query=query, timeout="9")
+@at_once()
+def test_queries_that_nobody_waits_for_any_more_are_ended(tmp_path):
+    with of_few_hundred_series(tmp_path) as attacked:
+        with contextlib.ExitStack() as stack:
+            for _ in range(40):
+                client = stack.enter_context(contextlib.closing(Client(attacked.port)))
+                form = form_of(query=HEAVY, timeout="60")
+                client.request("POST", "/api/v1/query", form, {"Content-Type": FORM})
+            eventually(lambda: len(children_of(attacked.process.pid)) > 2)  # some run
+        eventually(lambda: len(children_of(attacked.process.pid)) == 1)  # the store alone
+        status, answer = asked(attacked, "query", query="max_over_time(vector(1)[9h:1s])", timeout="8")
         assert status == 200 and answer["data"]["result"]
+
+
+@at_once()
+def test_an_answer_that_nobody_reads_takes_little_of_the_front(tmp_path):
+    """Answers of 8 MB leave the store in pieces, as their clients take them."""
+    with of_few_hundred_series(tmp_path) as attacked:
+        front = attacked.process.pid
+
+        def resident_bytes() -> int:
+            pages = int(Path(f"/proc/{front}/statm").read_text().split()[1])
+            return pages * resource.getpagesize()
+
+        before = resident_bytes()
+        with contextlib.ExitStack() as stack:
+            connections = [stack.enter_context(connect(attacked.port)) for _ in range(4)]
+            target = urllib.parse.urlencode({"query": "vector(1)[400s:1ms]", "timeout": "60"})
+            for connection in connections:
+                connection.sendall(get(f"/api/v1/query?{target}".encode()))
+            eventually(lambda: any(connection.recv(12, socket.MSG_DONTWAIT | socket.MSG_PEEK)
+                                   for connection in connections if readable(connection)), 30)  # fmt: skip
+            assert resident_bytes() - before < 8 << 20
+            # who waits behind those that do not read is served all the same
+            query = "count_over_time(vector(1)[9h:1s])"
+            status, answer = asked(attacked, "query", query=query, timeout="25")
+            assert status == 200 and answer["data"]["result"]
 
 
 def test_fuzzed_queries_and_parameters_are_never_a_fault(attacked):
     """Pieces of queries put together at random; the soak asks ten thousand."""
     rng = random.Random(int(os.environ.get("METRICSTREAM_SEED", "1")))
-    number = 10_000 if "METRICSTREAM_SOAK_S" in os.environ else 1500
+    number = scaled(1_000, 10_000)
     pieces = [query for query, _, _ in REFUSED if len(query) < 60] + list(ANSWERS)
     words = [
         *"()[]{},:+-*/%^@#", "==", "=~", "!~", "<=", "bool", "and", "or", "unless", "on", "by", "without",
@@ -7839,11 +7143,13 @@ def test_fuzzed_queries_and_parameters_are_never_a_fault(attacked):
             json.loads(answer.body.decode())
 
 
+@at_once()
 def test_kill_9_of_the_store_costs_queries_a_replay_and_ingestion_nothing(tmp_path):
     with ServerProcess(tmp_path, "--rate-limit", "0") as started:
         writers = Writers(started.port, "w", count=2)
         rng = random.Random(1)
-        for _ in range(4):
+        kills = scaled(2, 10)  # after each the store begins later
+        for _ in range(kills):
             started.wait_for_store()
             (store,) = eventually(lambda: children_of(started.process.pid))  # type: ignore[misc]
             wanted = len(writers.acknowledged) + rng.randrange(200)
@@ -7864,10 +7170,11 @@ def test_kill_9_of_the_store_costs_queries_a_replay_and_ingestion_nothing(tmp_pa
 
         eventually(lambda: names() >= wanted_names)
         with contextlib.closing(Client(started.port)) as client:
-            assert client.ask("GET", "/metrics").json["store_restarts_total"] >= 4
+            assert client.ask("GET", "/metrics").json["store_restarts_total"] >= kills
         assert started.stop()[0] == 0
 
 
+@at_once()
 def test_kill_9_of_the_front_leaves_no_process_behind(tmp_path):
     with ServerProcess(tmp_path, "--rate-limit", "0") as started:
         started.wait_for_store()
@@ -7881,25 +7188,7 @@ def test_kill_9_of_the_front_leaves_no_process_behind(tmp_path):
         eventually(lambda: not any(map(is_alive, pids)))
 
 
-def test_an_answer_that_misses_data_says_so(tmp_path):
-    under = a_store(tmp_path)
-    try:
-        block_of(under, 1000)
-        under.push([Sample("m", 9.0, "gauge", {}, 9000)])
-        under.read()
-        (block,) = (tmp_path / "blocks").glob("*.block")
-        os.truncate(block, 20)
-        api = metricstream.QueryAPI(under.store)
-        under.store.refresh()
-        form = form_of(query="m[1h]", time=10).decode()
-        status, body = api.answer("/api/v1/query", form, metricstream.Budget())
-        answer = json.loads(body)
-        assert status == 200 and block.name in answer["warnings"][0]
-        assert answer["data"]["result"][0]["values"][-1] == [9, "9"]
-    finally:
-        under.close()
-
-
+@at_once()
 def test_the_servers_own_statistics_are_series(tmp_path):
     with ServerProcess(tmp_path, "--self-metrics", "1") as started:
         with contextlib.closing(Client(started.port)) as client:
@@ -7911,6 +7200,295 @@ def test_the_servers_own_statistics_are_series(tmp_path):
     # they are in no log: a block keeps them
     matcher, budget = Matcher("__name__", "=", query), metricstream.Budget()
     assert list(opened(tmp_path).select([matcher], 0, 2**62, budget))
+
+
+@at_once()
+def test_a_batch_of_new_series_is_refused_while_there_is_no_room(tmp_path):
+    with ServerProcess(tmp_path, "--max-series", "3", "--self-metrics", "0") as started:
+        with contextlib.closing(Client(started.port)) as client:
+
+            def push(*names: str) -> Answer:
+                metrics = [{"name": name, "value": 1} for name in names]
+                return client.ask("POST", "/metrics", {"metrics": metrics})
+
+            def series_in_memory() -> int:
+                return client.ask("GET", "/metrics").json["series_in_memory"]
+
+            assert push("a", "b").status == 200
+            eventually(lambda: series_in_memory() == 2)
+            assert push("a", "b").status == push("c").status == 200
+            eventually(lambda: series_in_memory() == 3)
+            assert push("a", "b").status == push("c").status == 200
+            refused = push("d")
+            assert refused.status == 400 and "--max-series is 3" in refused.json["error"]
+        log = (tmp_path / "metrics.jsonl").read_text()
+        assert log.count("\n") == 8 and '"d"' not in log
+
+
+# ==================================================================================================
+# PART VI. COMMAND LINE
+# ==================================================================================================
+
+
+# ==================================================================================================
+# Command line
+# ==================================================================================================
+
+
+@at_once()
+def test_the_startup_line_says_what_is_in_force(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"torn')
+    with ServerProcess(tmp_path, "--rate-limit", "7", "--durability", "disk") as started:
+        line = started.startup_line
+        assert f"on http://127.0.0.1:{started.port}, log {tmp_path / 'metrics.jsonl'}, " in line
+        assert "7 requests/s a client" in line and "durability disk" in line
+        assert "cut a torn line of 6 bytes off the log" in line
+
+
+@at_once()
+def test_a_stdout_without_unicode_and_a_folder_with_a_line_end_break_no_line(tmp_path):
+    # what is written is UTF-8 all the same
+    with ServerProcess(tmp_path / "Messdaten\nü", PYTHONIOENCODING="ascii") as started:
+        assert "Messdaten\\nü/metrics.jsonl, " in started.startup_line
+        with contextlib.closing(Client(started.port)) as client:
+            assert client.ask("POST", "/metrics", BATCH, Authorization="büro").status == 200
+        status, out, err = started.stop()
+    assert (status, err) == (0, "") and "busiest bü" in out
+
+
+@at_once(itertools.product([signal.SIGTERM, signal.SIGINT], LEVELS))
+def test_a_signal_ends_it_with_everything_on_disk(tmp_path, number, durability):
+    with ServerProcess(tmp_path, "--durability", durability) as started:
+        with contextlib.closing(Client(started.port)) as client:
+            for _ in range(10):
+                assert client.ask("POST", "/metrics", BATCH).status == 200
+        status, out, err = started.stop(number)
+    assert (status, err) == (0, "")
+    stopped = out.splitlines()[-1]
+    assert stopped.startswith("stopped {") and '"metrics_received":10,' in stopped
+    assert "1 with 10 requests allowed, 0 refused; busiest 127.0.0.1 10+0" in out
+    assert len(lines_of(tmp_path)) == 10
+
+
+@at_once()
+def test_a_reader_of_stdout_that_leaves_is_no_error(tmp_path):
+    with ServerProcess(tmp_path, "--log-level", "error") as started:
+        assert started.process.stdout and started.process.stderr
+        started.process.stdout.close()
+        started.process.terminate()
+        assert started.process.wait(10) == 0
+        assert started.process.stderr.read() == ""
+        started.process.stdout = None
+
+
+@at_once()
+def test_mistakes_are_one_clear_line_and_a_status(tmp_path):
+    readable = tmp_path / "file"
+    readable.write_text("")
+    with ServerProcess(tmp_path / "data") as started, ThreadPoolExecutor(4) as pool:
+        mistakes = [
+            ([str(started.port), "--data-dir", str(tmp_path / "b")], 1, "Address already in use"),
+            (["0", "--data-dir", str(tmp_path / "data")], 1, "in use by another server"),
+            (["0", "--data-dir", str(readable)], 1, "can't use the data folder"),
+            (["0", "--data-dir", str(tmp_path), "--host", "203.0.113.1"], 1, "can't listen on"),
+            (["0", "--data-dir", str(tmp_path / "c"), "--host", "no such host"], 1, "can't listen on"),
+            (["65536"], 2, "not a whole number from 0 to 65535"),
+            (["-1"], 2, "-1"),
+            (["٨٠"], 2, "not a whole number"),
+            (["0", "--rate-limit", "1.5"], 2, "not a whole number"),
+            (["0", "--stripes", "12"], 2, "12 is not a power of two"),
+            (["0", "--durability", "ram"], 2, "choose from"),
+            (["0", "--nonsense"], 2, "--nonsense"),
+            (["0", "--clients", str(tmp_path / "none")], 1, "can't read"),
+            (["0", "--tls-cert", str(readable)], 2, "--tls-cert and --tls-key go together"),
+            (["0", "--tls-cert", str(readable), "--tls-key", str(readable)], 1, "can't use certificate"),
+            (["0", "--tls-cert", "none", "--tls-key", "none"], 1, "No such file"),
+            (["--new-client", "10.0.0.7"], 2, "must be a letter and"),
+        ]  # fmt: skip
+        outcomes = list(pool.map(lambda mistake: run(*mistake[0]), mistakes))
+        for (_, status, reason), ended in zip(mistakes, outcomes):
+            assert (ended.returncode, ended.stdout) == (status, ""), ended
+            assert reason in ended.stderr.splitlines()[-1] and "Traceback" not in ended.stderr
+            assert len(ended.stderr.splitlines()) == 1
+
+
+@at_once()
+def test_the_limit_on_open_files_lowers_the_connections(tmp_path):
+    command = (
+        f"ulimit -n 256; exec {sys.executable} {HERE / 'metricstream.py'} 0 --data-dir {tmp_path}"
+    )
+    process = subprocess.Popen(["bash", "-c", command], stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    warning, startup = process.stdout.readline(), process.stdout.readline()
+    process.terminate()
+    process.communicate(timeout=10)
+    assert "the limit on open files allows 192 connections, not 10000" in warning
+    assert "192 connections" in startup
+
+
+@at_once()
+def test_version_and_help(_):
+    assert run("--version").stdout == f"MetricStream {metricstream.__version__}\n"
+    shown = run("--help").stdout
+    for option in ("--host", "--data-dir", "--rate-limit", "--stripes", "--durability", "--threads",
+                   "--max-connections", "--log-level", "--clients", "--new-client", "--allowed-host",
+                   "--tls-cert", "--tls-key"):  # fmt: skip
+        assert option in shown
+
+
+@at_once()
+def test_a_new_client_may_write_and_its_key_appears_nowhere(tmp_path):
+    made = run("--new-client", "web1")
+    key = made.stderr.split()[-1]
+    assert made.returncode == 0 and re.fullmatch(r"web1 [0-9a-f]{64}\n", made.stdout)
+    assert key not in made.stdout and run("--new-client", "web1").stderr.split()[-1] != key
+    listed = tmp_path / "clients"
+    listed.write_text(made.stdout)
+    with ServerProcess(tmp_path, "--clients", str(listed), "--log-level", "debug") as started:
+        assert "clients listed: 1" in started.startup_line
+        with contextlib.closing(Client(started.port)) as client:
+            for authorization, status in [
+                (f"Bearer {key}", 200),
+                (key, 200),
+                (f"Bearer {key}x", 401),
+            ]:
+                answer = client.ask("POST", "/metrics", BATCH, Authorization=authorization)
+                assert (answer.status, key in str(answer)) == (status, False)
+            assert client.ask("POST", "/metrics", b"{", Authorization=key).status == 400
+            assert key not in str(client.ask("GET", "/metrics", Authorization=key))
+        command_line = Path(f"/proc/{started.process.pid}/cmdline")
+        assert not command_line.exists() or key not in command_line.read_text()
+        status, out, err = started.stop()
+    assert (status, err) == (0, "") and key not in out
+    assert "busiest web1 3+0" in out
+
+
+@at_once()
+def test_sighup_reads_again_what_others_have_changed(tmp_path):
+    listed, (certificate, key_file) = tmp_path / "clients", pem_files(tmp_path)
+    log = tmp_path / "metrics.jsonl"
+    listed.write_text(KEY_LINE)
+    options = ["--clients", str(listed), "--tls-cert", certificate, "--tls-key", key_file]
+    with ServerProcess(tmp_path, *options) as started:
+        assert started.process.stdout and "on https://" in started.startup_line
+
+        def hang_up() -> list[str]:
+            started.process.send_signal(signal.SIGHUP)
+            return [started.process.stdout.readline() for _ in range(3)]
+
+        def posted(key: str) -> int:
+            with contextlib.closing(http.client.HTTPSConnection("localhost", started.port, timeout=10,
+                                                                context=trusting())) as client:  # fmt: skip
+                client.request("POST", "/metrics", BATCH, {"Authorization": key})
+                statuses.append(client.getresponse().status)
+            return statuses[-1]
+
+        statuses: list[int] = []
+        assert [posted(KEY), posted("other")] == [200, 401]
+        os.rename(log, tmp_path / "moved")
+        listed.write_text(f"web2 {hashlib.sha256(b'other').hexdigest()}\n")
+        assert all("is opened again" in line for line in hang_up())
+        assert [posted(KEY), posted("other")] == [401, 200]
+        # the thread of the log does it, a moment after it is said
+        eventually(lambda: posted("other") == 200 and log.exists() and lines_of(tmp_path))
+        moved = (tmp_path / "moved").read_bytes()
+        assert moved.count(b"\n") + len(lines_of(tmp_path)) == statuses.count(200)
+
+        listed.write_text("web2 what?\n")  # whoever writes such a file is told, and keeps the old
+        Path(certificate).write_text("no certificate")
+        _, *faults = hang_up()
+        assert "clients, line 1: expected" in faults[0] and "stays in force" in faults[0]
+        assert "can't use certificate" in faults[1] and "stays in force" in faults[1]
+        assert [posted(KEY), posted("other")] == [401, 200]
+        assert started.stop()[::2] == (0, "")
+
+
+@at_once()
+def test_to_be_reached_from_elsewhere_without_a_list_of_clients_is_warned_of(tmp_path):
+    def first_line(number: int, options: list[str]) -> str:
+        folder = str(tmp_path / str(number))
+        command = [sys.executable, str(HERE / "metricstream.py"), "0", "--data-dir", folder]
+        with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True) as process:
+            line = process.stdout.readline()
+            process.terminate()
+            process.communicate(timeout=10)
+        return line
+
+    (tmp_path / "clients").write_text(KEY_LINE)
+    starts = [
+        ["--host", "0.0.0.0"],
+        ["--host", "127.0.0.2"],
+        ["--host", "0.0.0.0", "--clients", str(tmp_path / "clients")],
+    ]
+    with ThreadPoolExecutor() as pool:
+        warned, *silent = pool.map(first_line, range(3), starts)
+    assert "WARNING whoever reaches 0.0.0.0 may write: see --clients" in warned
+    assert all(line.startswith("MetricStream ") for line in silent)
+
+
+@at_once(["full disk", "a pipe that nobody reads"])
+def test_a_stdout_that_takes_nothing_neither_stops_nor_ends_the_server(tmp_path, stdout):
+    with contextlib.ExitStack() as stack:
+        if stdout == "full disk":
+            out = stack.enter_context(open("/dev/full", "wb"))
+        else:
+            reader, writer = os.pipe()
+            stack.callback(os.close, reader)
+            out = stack.enter_context(os.fdopen(writer, "wb"))
+            os.set_blocking(writer, False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    os.write(writer, b"x" * 4096)
+            os.set_blocking(writer, True)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        command = [sys.executable, str(HERE / "metricstream.py"), str(port), "--data-dir", str(tmp_path)]
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.PIPE, text=True)
+        try:
+
+            def posted() -> bool:
+                with contextlib.suppress(OSError):
+                    return exchange(port, post())[0][0].status == 200
+                return False
+
+            eventually(posted)
+            assert exchange(port, HEALTH)[0][0].status == 200
+            process.send_signal(signal.SIGTERM)
+            _, err = process.communicate(timeout=8)
+        finally:
+            process.kill()
+            process.communicate()
+    assert process.returncode == 0 and "Traceback" not in err, err
+    assert len(lines_of(tmp_path)) == 1
+
+
+@at_once()
+def test_a_stop_does_not_wait_for_a_disk_that_does_not_answer(tmp_path):
+    """In a process of its own: it ends with a line that says what was not synced."""
+    program = f"""
+import os, sys, threading
+import metricstream as m
+hang = lambda fd, octets: threading.Event().wait(60)
+real = m.MetricLog.__init__
+m.MetricLog.__init__ = lambda self, *a, **k: real(self, *a, **{{**k, "write": hang}})
+m.LOG_CLOSE_S, m.STALL_S = 0.5, 0.3
+sys.exit(m.main(["0", "--data-dir", {str(tmp_path)!r}]))
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=HERE, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    assert process.stdout
+    try:
+        port = int(re.search(r":(\d+),", process.stdout.readline())[1])  # type: ignore[index]
+        with connect(port) as connection:
+            connection.sendall(post())
+            health = eventually(lambda: (a := answer_once(port, HEALTH)).status == 503 and a)
+            assert "does not answer" in str(health.body)
+            process.send_signal(signal.SIGTERM)
+            out, err = process.communicate(timeout=10)
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == 1 and "disk" in (out + err).splitlines()[-1], (out, err)
 
 
 def test_queries_on_the_command_line(tmp_path, capsys):
@@ -7941,45 +7519,468 @@ def test_queries_on_the_command_line(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["blocks", "metrics.jsonl"]
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
-        [1.0], [-0.0, 0.0], [1.5] * 1000, [0.1 * n for n in range(1000)],
-        [round(0.01 * n, 2) for n in range(1000)], [2.0**52, -(2.0**52)], [2.0**60, 1.0],
-        [5e-324, 1.7976931348623157e308], [float(n * n) for n in range(2000)],
-        [random.Random(1).random() for _ in range(1000)],
-    ],
-)  # fmt: skip
-def test_values_come_back_to_the_bit(values):
-    values = array("d", values)
-    encoded = metricstream.encode_values(values)
-    assert metricstream.decode_values(encoded).tobytes() == values.tobytes()
-    assert len(encoded) <= 8 * len(values) + 13
+# ---- all of it for ten minutes, with kills, full disks and hostile clients: make soak ----
 
 
-@pytest.mark.parametrize(
-    "times", [[5], [5, 6], [0, 0, 0], [NOW_MS + 15_000 * n + n % 7 for n in range(1000)], [9, 3, 7]]
-)
-def test_times_come_back(times):
-    times = array("q", times)
-    assert metricstream.decode_times(metricstream.encode_times(times)) == times
+def pester(port: int, rng: random.Random, held: list[socket.socket]) -> None:
+    """One hostile or clumsy client; some of them stay, in `held`."""
+    client = socket.create_connection(("127.0.0.1", port), timeout=5)
+    deed = rng.randrange(7)
+    client.sendall([
+        b"POST /metrics HTTP/1.1\r\nHost: x\r\nX-Drip: " + b"a" * rng.randrange(2000),
+        post()[: rng.randrange(1, len(post()))],
+        get(b"/metrics") * 500,  # and never read
+        bytes(rng.randrange(256) for _ in range(300)),
+        framed(b"Content-Length: 104857600"),
+        post(body=b"[" * 100_000),
+        HEALTH,
+    ][deed])  # fmt: skip
+    if rng.random() < 0.3:  # a reset
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
+    else:
+        held.append(client)
+    while len(held) > 300:
+        held.pop(rng.randrange(len(held))).close()
+
+
+@pytest.mark.skipif(not SOAK_S, reason="`make soak` runs it")
+def test_soak(tmp_path, capsys):
+    """Mixed load with kills, clean stops, a full disk and hostile clients; nothing may be lost."""
+    rng = random.Random("soak")
+    began, events = time.monotonic(), Counter()
+    acknowledged, requests = set(), Counter()
+    held: list[socket.socket] = []
+    footprints: list[Footprint] = []
+    pause = threading.Event()  # never set: its wait paces what happens
+    while (left_s := SOAK_S - (time.monotonic() - began)) > 0:
+        last = left_s < SOAK_S / 4  # one server lives long, so that its figures can be compared
+        lives_s = left_s if last else min(left_s, rng.uniform(1, SOAK_S / 20))
+        with ServerProcess(tmp_path, "--rate-limit", "0", "--max-connections", "500") as started:
+            writers = Writers(started.port, str(events["servers"]), count=6, pause_s=0.02)
+            events["servers"] += 1
+            eventually(lambda w=writers: len(w.acknowledged) > 100)
+            if last:
+                footprints.append(Footprint.of(started.process.pid))
+            ends_at = time.monotonic() + lives_s
+            while time.monotonic() < ends_at:
+                with contextlib.suppress(ConnectionError):  # such clients are refused and reset
+                    pester(started.port, rng, held)
+                events["hostile clients"] += 1
+                if rng.random() < 0.005:
+                    events["full disks"] += 1
+                    limit_file_size(
+                        started.process, (tmp_path / "metrics.jsonl").stat().st_size + 100
+                    )
+                    pause.wait(rng.uniform(0.1, 1))
+                    limit_file_size(started.process, resource.RLIM_INFINITY)
+                pause.wait(0.02)
+            if last:
+                for client in held:
+                    client.close()
+                held.clear()
+                with contextlib.closing(Client(started.port)) as client:
+                    most = 6 + 1  # the writers, and who asks
+                    eventually(lambda c=client: json.loads(c.ask("GET", "/metrics").body)
+                               ["connections_open"] <= most, 30)  # fmt: skip
+                footprints.append(Footprint.of(started.process.pid))
+            if last or rng.random() < 0.3:
+                events["clean stops"] += 1
+                assert started.stop()[::2] == (0, "")
+            else:
+                events["kills"] += 1
+                started.process.kill()
+                started.process.wait()
+            writers.join()
+        acknowledged |= writers.acknowledged
+        requests += writers.statuses
+    for client in held:
+        client.close()
+    damaged, kept = 0, set()
+    with open(tmp_path / "metrics.jsonl", "rb") as log:
+        for line in log:
+            try:
+                kept.add(json.loads(line)["name"])
+            except ValueError:
+                damaged += 1
+    lost = len(acknowledged - kept)
+    start, end = footprints
+    with capsys.disabled():
+        print(f"""
+soak of {time.monotonic() - began:,.0f} s
+  requests         {requests.total():,} ({requests[200]:,} answered 200, {requests[503]:,} 503)
+  metrics          {len(acknowledged):,} acknowledged
+  survived         {events["kills"]} kills, {events["clean stops"]} clean stops, {events["full disks"]} full disks
+  hostile clients  {events["hostile clients"]:,}
+  lost             {lost}
+  damaged lines    {damaged}
+  last server      memory {start.resident_bytes / MIB:.1f} -> {end.resident_bytes / MIB:.1f} MiB, threads {start.threads} -> {end.threads}, open files {start.files} -> {end.files}""")  # fmt: skip
+    assert (lost, damaged) == (0, 0)
+    assert set(requests) <= {200, 503}
+    assert end.threads <= start.threads + 1 and end.files <= start.files + 1
+    assert end.resident_bytes < start.resident_bytes + 64 * MIB
+
+
+# ==================================================================================================
+# THE MODULE AS A WHOLE
+# ==================================================================================================
+
+
+def test_the_tests_stand_in_the_order_of_the_chapters():
+    chapters = re.findall(r"^# ((?:PART [IVX]+|\d+)\. .+)$", SOURCE, re.MULTILINE)
+    titles = [re.sub(r"^\d+\. ", "", chapter) for chapter in chapters]
+    banners = re.findall(r"^# =+\n# (.+)\n# =+$", Path(__file__).read_text(), re.MULTILINE)
+    *tested, module, load_tester = banners
+    assert (module, load_tester) == ("THE MODULE AS A WHOLE", "THE LOAD TESTER")
+    assert len(tested) > 15 and tested == [title for title in titles if title in tested]
+
+
+def test_only_the_standard_library_is_imported_and_json_is_not():
+    imported = set()
+    for node in ast.walk(ast.parse(SOURCE)):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add((node.module or "").partition(".")[0])
+    assert imported <= sys.stdlib_module_names
+    assert "json" not in imported and "socketserver" in imported
+
+
+def in_annotations(tree: ast.AST) -> Iterator[ast.AST]:
+    """The nodes of a tree, and those of the annotations that are written as strings."""
+    for node in ast.walk(tree):
+        yield node
+        annotations = [getattr(node, name, None) for name in ("annotation", "returns")]
+        for annotation in filter(None, annotations):
+            for part in ast.walk(annotation):
+                if isinstance(part, ast.Constant) and isinstance(part.value, str):
+                    with contextlib.suppress(SyntaxError):  # the words of a Literal are no names
+                        for inner in ast.walk(ast.parse(part.value, mode="eval")):
+                            yield ast.copy_location(inner, part)
+
+
+def names_used_below(source: str) -> tuple[dict[int, set[int]], list[str]]:
+    """Which chapters each chapter uses, and the names that are used above the chapter they are of."""
+    banners = [(number, int(match[1])) for number, text in enumerate(source.splitlines(), 1)
+               if (match := re.match(r"# (\d+)\. ", text))]  # fmt: skip
+    lines, chapters = [0, *(line for line, _ in banners)], [0, *(chapter for _, chapter in banners)]
+    assert chapters == sorted(set(chapters))
+
+    def chapter_of(line: int) -> int:
+        return chapters[bisect.bisect_right(lines, line) - 1]
+
+    tree = ast.parse(source)
+    defined: dict[str, int] = {}
+    for node in tree.body:
+        targets = {ast.Assign: "targets", ast.AnnAssign: "target"}.get(type(node), "")
+        named = getattr(node, targets) if targets else node
+        for target in named if isinstance(named, list) else [named]:
+            for part in ast.walk(target) if targets else [target]:
+                if found := getattr(part, "id", None) or getattr(part, "name", None):
+                    defined.setdefault(found, chapter_of(node.lineno))
+    uses, wrong = defaultdict(set), []
+    for node in in_annotations(tree):
+        if isinstance(node, ast.Name) and node.id in defined:
+            chapter = chapter_of(node.lineno)
+            uses[chapter].add(defined[node.id])
+            if defined[node.id] > chapter:
+                wrong.append(f"line {node.lineno}: {node.id}")
+    return uses, wrong
 
 
 def test_a_chapter_uses_only_what_stands_above_it():
-    tree = ast.parse(SOURCE)
-    defined: dict[str, int] = {}
-    for node in tree.body:
-        targets = node.targets if isinstance(node, ast.Assign) else [node]
-        for target in targets:
-            for name in ast.walk(target) if isinstance(node, ast.Assign) else [target]:
-                if found := getattr(name, "id", None) or getattr(name, "name", None):
-                    defined.setdefault(found, chapter_of(node.lineno))
-    assert len(defined) > 100
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Name) and node.id in defined:
-            assert defined[node.id] <= chapter_of(node.lineno), f"line {node.lineno}: {node.id}"
+    uses, wrong = names_used_below(SOURCE)
+    print({chapter: sorted(used - {chapter}) for chapter, used in sorted(uses.items())})
+    assert not wrong
+    assert len(uses) > 15 and sum(map(len, uses.values())) > 60
+
+
+def test_a_name_that_is_used_above_its_chapter_is_found_wherever_it_stands():
+    chapters = "# 1. One\n{}\n# 2. Two\nclass Below: pass\nbelow: int = 1\n"
+    for use in ("print(Below)", "def f(x: 'Below'): pass", "def f() -> 'list[Below] | None': pass",
+                "x: dict[str, 'Below']", "x: Below", "def f(): return below"):  # fmt: skip
+        assert len(names_used_below(chapters.format(use))[1]) == 1, use
+    assert not names_used_below(chapters.format("def f(x: 'str' = 'Below'): pass"))[1]
 
 
 def test_the_examples_in_the_module_are_true():
     outcome = doctest.testmod(metricstream)
-    assert outcome.attempted > 100 and outcome.failed == 0
+    assert outcome.attempted > 80 and outcome.failed == 0
+
+
+# ---- no pattern backtracks beyond its input ----
+
+# What makes each pattern work hardest: near matches, as (beginning, what is repeated, end). Those
+# that are searched for or split at get beginnings that fail late, again and again. Patterns without
+# a name stand here by their text.
+LOG_TIME = "2026-01-01T00:00:00.000Z"
+
+WORST_INPUTS: dict[str, list[tuple[str, str, str]]] = {
+    "_REQUEST_LINE": [("", "A", " /"), ("GET ", "a", ""), ("GET ", "HTTP/1.1", "x"),
+                      ("GET ", "a ", "HTTP/1.1")],
+    "_FIELD_LINE": [("", "a", ""), ("a:", " ", "\0"), ("", "a:", "\n"), ("", ":", "\x7f")],
+    "_CHUNK_SIZE": [("", "f", "g"), ("1", " ", "x"), ("1", " \t;", "\0"), ("1;", ";", "\n"),
+                    ("1", "; ", "\0")],
+    "_CONTENT_LENGTH": [("", "1", "x")],
+    "_HOST": [("[", "0:", ""), ("[", "::1.", "]x"), ("", "a", "/"), ("", "%41", "%4"),
+              ("", "a:", "1"),
+              ("", "%", ""), ("a:", "1", "x"), ("", "%41a", ":x")],
+    # a target has no line end, which alone could make ".*" fail
+    "_ABSOLUTE_FORM": [("http://", "a", "/"), ("http://", "/?", ""), ("", "http://", ""),
+                       ("http", "s", "")],
+    "_BAD_PERCENT": [("", "%41", ""), ("", "a", "%"), ("", "%4a%", "")],
+    "_PERCENT": [("", "%", ""), ("", "%4", ""), ("", "%41", ""), ("", "%4g", "")],
+    "_CONTROL": [("", "a", ""), ("", "\xa0", "\0")],
+    "_NEVER_IN_A_LINE": [("", "\r\n", ""), ("", "\r\n", "\r"), ("", "a", "\n"),
+                         ("", "a\r\n", "\0")],
+    "_SPACE": [("", " ", "x"), ("", " \t\r\n", "")],
+    "_NUMBER": [("", "1", ""), ("-", "1", "."), ("1.", "1", "e"), ("1.", "0", "e+"),
+                ("1e", "1", "."),
+                ("", "1.1e1", ""), ("", "-", ""), ("", "0", "")],
+    "_PLAIN_STRING": [('"', "a", ""), ('"', "a", "\\"), ("", '"', ""), ('"', "é", "\n")],
+    "_UNESCAPED": [("", "a", ""), ("", "é", "\\")],
+    "_UNICODE_ESCAPE": [("", "\\u", ""), ("", "\\u004", ""), ("", "\\", "")],
+    "_SURROGATE": [("", "\ud7ff", ""), ("", "\ue000", "\udfff")],
+    "_MUST_ESCAPE": [("", '"', ""), ("", "\0", ""), ("", "a", "\ud800"), ("", "\u2027\u202f", "")],
+    "_ISO_8601": [("", "1", ""), ("2025-09-17T13:45:23.", "1", "Z"),
+                  ("", "2025-09-17T13:45:23Z", "")],
+    "_USUAL_METRIC": [
+        ("", '{"name":"', ""), ("", '{"name": "' + "{" * 255, ""), ("", '{"name":"a","value":', ""),
+        ("", '{"name":"' + "a" * 254 + '","value":-', ""), ("", '{"name":"a","value":0.000', ""),
+        ("", '{"name":"a","value":' + "1" * 18 + "." + "1" * 18, ""),
+        ("", '{"name":"a","value":1111111111.00000,', ""),
+        ("", '{"name":"a","value":1,' + "a" * 63, ""),
+        ("", '{"name":"a","value":1,' + "a" * 63 + "{" + "a" * 512, ""),
+        ("", '{"name":"a","value":1,"tags":{' + "a" * 511 + "}", ""), ("{", '"name":"{', ""),
+        ("", '{"name":"a","value":1},', ""), ("", "{", ""),
+    ],
+    "_CLIENT_NAME": [("", "a", "/")],
+    "_CLIENT_LINE": [("", "a", ""), ("a", " ", "x"), ("a", " \t", "0" * 64), ("a " + "0" * 64, " ", "x"),
+                     ("a ", "0", ""), ("a " + "0" * 64 + " ", "1", "")],
+    f"[^{metricstream._TCHAR.decode()}]": [("", "a", ""), ("", "a", "@")],
+    r"q=[01](\.[0-9]{0,3})?": [("q=0.", "0", ""), ("", "q=0", "")],
+    r"[0-9]{1,10}": [("", "1", "")],
+    "_REPEAT": [("{", "1", ""), ("{1,", "1", ""), ("", "{1", "")],
+    "_GROUP_NAME": [("(?P<", "a", ""), ("", "(?<", "")],
+    "[A-Za-z0-9_]+": [("", "a", "-")],
+    "_ESCAPED": [(r"\x{", "0", ""), (r"\x{", "f", ""), ("", "\\", ""), (r"\0", "7", "")],
+    "_BAD_ESCAPE": [(r"\x{", "f", ""), ("", "\\", "")],
+    "_RANGE": [("-", "a", ""), ("", "-", "")],
+    "_LITERAL_SET": [("", "a", "("), ("", "a|", "*"), ("(", "a|", ""), ("", "\\", ""), ("", r"\.", "."), ("(?:", "|", "")],
+    "_ALTERNATIVE": [("", "a|", ""), ("", r"\||", "\\")],
+    "_AROUND_LITERAL": [("", "a", "("), (".*", r"\.", ".*x"), ("", ".*", "")],
+    "_BACKSLASH": [("", "\\", ""), ("", r"\.", "")],
+    "_TEMPLATE_NUMBER": [("", "1", "x")],
+    "_BLOCK_NAME": [("", "0", ""), ("00000000-", "0", ".block")],
+    "_SEGMENT_NAME": [("metrics.", "0", ".jsonl")],
+    "_LOG_LINE": [
+        ("", '{"timestamp":"', ""), ('{"timestamp":"' + LOG_TIME + '","name":"', "a", ""),
+        ('{"timestamp":"' + LOG_TIME + '","name":"', "\\a", ""),
+        ('{"timestamp":"' + LOG_TIME + '","name":"', '\\"', ""),
+        ('{"timestamp":"' + LOG_TIME + '","name":"a","value":', "1", ","),
+        ('{"timestamp":"' + LOG_TIME + '","name":"a","value":1,"type":', "}", ""),
+        ("", '{"timestamp":"' + LOG_TIME + '","name":"a","value":1,"type":\n', ""),
+    ],
+    "_TOKEN": [("", "1", "_"), ("", "1_", "_"), ("1.", "1", "_"), ("1e", "1", "x"), ("0x", "f", "_"),
+               ("", "1h", "x"), ("", "1m", "1"), ("", "a", "."), ('"', "a", ""), ('"', "\\", ""),
+               ("'", "\\'", ""), ("`", "a", ""), ("#", "a", "\n"), ("", " ", "x")],
+    "_DURATION": [("", "1", ""), ("1y", "1", "y"), ("", "1h", "")],
+    "_DURATION_PART": [("", "1", "h"), ("", "1m", ""), ("", "1ms", "1")],
+    "_WORD_CHARACTER": [("", "a", "")],
+    "_STRING_ESCAPE": [("", "\\", ""), ("", "\\x4", ""), ("", "\\U0000", ""), ("", "\\01", "")],
+    "0[0-7]+": [("", "0", "8")],
+    "PLAIN_NAME": [("", "a", ".")],
+    "GO_FLOAT": [("", "1", "x"), (".", "1", "x"), ("1e", "1", "x"), ("", "inf", "")],
+    "_RFC_3339": [("2025-09-17T13:45:23.", "1", "x"), ("", "2025-09-17T13:45:23Z", ""), ("", "1", "")],
+    "_ESCAPED_NAME": [("U__", "a", "_"), ("U__", "_", ""), ("U__", "_a_", "_"), ("", "U__", "")],
+    "_([^_]*)_": [("", "_", ""), ("", "a", "_"), ("_", "a", "")],
+    "_JSON_ESCAPE": [("", "\\", ""), ("", "\\ud8", ""), ("", "\\ud800", "")],
+    "_LABEL_VALUES": [("label/", "a", ""), ("label/", "/values", "/value")],
+    "[-+]?[0-9]{1,19}": [("", "1", ""), ("", "-", "")],
+    "([0-9]{1,15})(?:([KMGT])B|B)?": [("", "1", ""), ("1K", "B", "")],
+}  # fmt: skip
+
+
+@functools.cache
+def uses_of_patterns() -> dict[str, tuple[re.Pattern, set[str]]]:
+    """Each pattern of the module with the methods by which the module uses it."""
+    names = vars(metricstream)
+    used = {name: (value, set()) for name, value in names.items() if isinstance(value, re.Pattern)}
+    for node in ast.walk(ast.parse((HERE / "metricstream.py").read_text())):
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+            continue
+        owner, method = getattr(node.func.value, "id", None), node.func.attr
+        if owner == "re" and method not in ("compile", "escape"):
+            text = eval(ast.unparse(node.args[0]), dict(names))
+            name = text.decode() if isinstance(text, bytes) else text
+            used.setdefault(name, (re.compile(text), set()))[1].add(method)
+        elif owner in used:
+            used[owner][1].add(method)
+    return used
+
+
+def test_each_pattern_has_its_worst_inputs_and_a_known_use():
+    used = uses_of_patterns()
+    assert used.keys() == WORST_INPUTS.keys()
+    for name, (_, methods) in used.items():
+        uses = {"match", "fullmatch", "search", "split", "sub", "findall", "finditer"}
+        assert methods and methods <= uses, name
+
+
+def of_about(size: int, beginning: str, unit: str, end: str) -> str:
+    return beginning + unit * (size // len(unit)) + end
+
+
+@pytest.mark.parametrize("name", WORST_INPUTS)
+def test_no_pattern_backtracks_beyond_its_input(name):
+    """Eight times the input is about eight times the time: 64 times would be quadratic."""
+    pattern, methods = uses_of_patterns()[name]
+    for method, parts in itertools.product(methods, WORST_INPUTS[name]):
+        small, large = of_about(4_000, *parts), of_about(32_000, *parts)
+        if isinstance(pattern.pattern, bytes):
+            small, large = small.encode("latin-1"), large.encode("latin-1")
+        use = getattr(pattern, method)
+        work = {
+            "sub": lambda text: use(text[:0], text),
+            "finditer": lambda text: list(use(text)),
+        }.get(method, use)
+        assert growth(work, small, large, 24) <= 24, (method, parts)
+
+
+def test_the_measure_of_growth_knows_a_quadratic_pattern():
+    assert growth(re.compile("a*b").search, "a" * 1_000, "a" * 8_000, 24) > 24
+
+
+# ==================================================================================================
+# THE LOAD TESTER
+# ==================================================================================================
+
+
+def load(port: int, *arguments: str) -> tuple[int, dict]:
+    command = [sys.executable, str(HERE / "load_test.py"), str(port), *arguments]
+    ended = subprocess.run(
+        [*command, "--json", "--quiet"], capture_output=True, text=True, timeout=50
+    )
+    assert ended.stderr == "" and ended.stdout.count("\n") == 1, ended
+    return ended.returncode, json.loads(ended.stdout)
+
+
+@at_once([
+    ("20 15", 300), ("20 15 --close", 300), ("3 5 10", 15), ("8 5 --batch 7", 40),
+    ("10 20 --processes 2", 200), ("5 --rate 200 --duration 0.5", 100),
+])  # fmt: skip
+def test_the_load_tester_counts_what_the_server_counts(tmp_path, arguments, total):
+    with running(tmp_path) as started:
+        status, figures = load(started.port, *arguments.split())
+        stored = started.service.statistics.snapshot()["metrics_received"]
+    assert status == 0
+    assert (figures["total"], figures["successful"], figures["failed"]) == (total, total, 0)
+    assert figures["success_rate"] == 1.0 and figures["lost"] == figures["unsent"] == 0
+    assert figures["statuses"] == {"200": total} and set(figures["errors"].values()) == {0}
+    assert stored == total * figures["options"]["batch"] == len(lines_of(tmp_path))
+    assert 0 < figures["latency_ms"]["p50"] <= figures["latency_ms"]["max"]
+    assert ("p99" in figures["latency_ms"]) == (total >= 100)  # only if the sample supports it
+    assert ("service_time_ms" in figures) == ("--rate" in arguments)
+
+
+@at_once()
+def test_each_load_client_has_an_id_of_its_own(tmp_path):
+    with running(tmp_path, limit=1000) as started:
+        load(started.port, "6", "2")
+        seen: dict[str, int] = {}
+        for tallies in started.service.limiter.drain():
+            seen |= {client: allowed for client, (allowed, _) in tallies.items()}
+    assert sorted(seen.values()) == [2] * 6
+    assert all(re.fullmatch(r"load_client_\d+", client) for client in seen)
+
+
+@at_once()
+def test_refusals_are_failures_of_their_own_kind(tmp_path):
+    with running(tmp_path, limit=2) as started:
+        status, figures = load(started.port, "4", "5")
+    assert status == 1 and figures["lost"] == 0
+    assert figures["successful"] < figures["total"] and figures["statuses"]["429"] >= 4
+    assert figures["refused_latency_ms"]["max"] > 0
+
+
+@at_once()
+def test_the_load_tester_finds_out_a_server_that_forgets(tmp_path):
+    with running(tmp_path) as started:
+        record = started.service.statistics.record
+
+        def forgetful(event: metricstream.Event, invalid: bool = False) -> None:
+            record(event._replace(metrics=event.metrics and 2), invalid)
+
+        started.service.statistics.record = forgetful  # type: ignore[method-assign]
+        status, figures = load(started.port, "5", "4")
+    assert (status, figures["success_rate"], figures["lost"]) == (1, 1.0, 20)
+
+
+def test_an_acknowledgement_of_the_wrong_number_is_no_success(tmp_path, monkeypatch):
+    monkeypatch.setattr(metricstream, "accepted", lambda metrics: metricstream.json_response(
+        200, {"success": True, "metrics_processed": metrics + 1}))  # fmt: skip
+    with running(tmp_path) as started:
+        status, figures = load(started.port, "2", "3")
+    assert (status, figures["successful"], figures["errors"]["bad_response"]) == (1, 0, 6)
+
+
+def test_latency_counts_from_the_intended_time(tmp_path):
+    """A server that stops for half a second delays all that was due meanwhile: no coordinated omission."""
+    disk = Disk()
+
+    def pausing_write(fd: int, octets: bytes) -> int:
+        if not disk.stuck.is_set() and os.fstat(fd).st_size > 5000:
+            disk.hold()
+            threading.Timer(0.5, disk.release).start()  # the measuring of this wait is tested
+        return disk.write(fd, octets)
+
+    with running(tmp_path, log=MetricLog(str(tmp_path), write=pausing_write)) as started:
+        status, figures = load(started.port, "1", "--rate", "200", "--duration", "1.2")
+    assert status == 0 and disk.stuck.is_set()
+    assert figures["latency_ms"]["p90"] > 5 * figures["service_time_ms"]["p90"]
+    assert figures["late"] > 50
+
+
+@at_once()
+def test_a_server_that_is_not_there_is_one_clear_line(_):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = str(unused.getsockname()[1])
+        ended = subprocess.run([sys.executable, str(HERE / "load_test.py"), port, "1", "1"],
+                               capture_output=True, text=True, timeout=20)  # fmt: skip
+    assert ended.returncode == 1 and ended.stdout == ""
+    assert len(ended.stderr.splitlines()) == 1 and f"no server at 127.0.0.1:{port}" in ended.stderr
+
+
+@at_once()
+def test_an_interrupted_load_prints_what_there_is(tmp_path):
+    with running(tmp_path) as started:
+        process = subprocess.Popen(
+            [sys.executable, str(HERE / "load_test.py"), str(started.port), "4", "--duration", "30",
+             "--json", "--quiet"], stdout=subprocess.PIPE, text=True)  # fmt: skip
+        eventually(lambda: started.service.statistics.snapshot()["metrics_received"] > 100)
+        process.send_signal(signal.SIGINT)
+        out = process.communicate(timeout=10)[0]
+    figures = json.loads(out)
+    assert process.returncode in (1, 130)
+    assert figures["interrupted"] and figures["successful"] > 0
+
+
+@at_once()
+def test_a_reader_that_leaves_the_load_tester_is_no_error(tmp_path):
+    with running(tmp_path) as started:
+        command = [sys.executable, str(HERE / "load_test.py"), str(started.port), "2", "5", "--quiet"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert process.stdout
+        process.stdout.close()
+        process.stdout = None
+        _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (0, "")
+
+
+def test_the_load_tester_is_alone():
+    imported = {node.module or "" for node in ast.walk(ast.parse((HERE / "load_test.py").read_text()))
+                if isinstance(node, ast.ImportFrom)}  # fmt: skip
+    names = {alias.name for node in ast.walk(ast.parse((HERE / "load_test.py").read_text()))
+             if isinstance(node, ast.Import) for alias in node.names}  # fmt: skip
+    assert {name.partition(".")[0] for name in imported | names} <= sys.stdlib_module_names
