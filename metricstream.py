@@ -9,23 +9,23 @@
 
 The way of one POST, from the socket to the disk and back, with the chapter of each step:
 
-    8  Connections.claim_ready           epoll names a readable connection; it gets one turn
+    9  Connections.claim_ready           epoll names a readable connection; it gets one turn
     1    RequestReader.next_request      bytes → a whole Request, or None: wait for more
-    7    Service.answer                  whose request it is, and which route
-    7      Service.ingest                the pipeline: read this function first
+    8    Service.answer                  whose request it is, and which route
+    8      Service.ingest                the pipeline: read this function first
     2        SlidingWindowLimiter.decide   allowed?
     5        read_body                     JSON → a Batch of lines, by one of two ways:
     5          fast_batch                   fast: one regular expression for the usual shape
     3          parse_json                    plain: values
     4          read_batch                    then samples, or every reason why not
     5          log_line                      then a line for each
-    5        MetricLog.append              durable, or LogError
+    6        MetricLog.append              durable, or LogError
     1    Response.encode                 an answer → bytes
-    8    Server._send_answers            to all that were ready
-    6    Statistics.record               one event for each
+   10    Turns.send_answers              to all that were ready
+    7    Statistics.record               one event for each
 
 That is part I, a complete server by itself. The log is the seam: a second process follows it, keeps
-series, and answers queries (parts II and III); no query can hold up who takes in.
+series, and answers queries (parts II and III); no query can hold up ingestion.
 
 A chapter uses only what stands above it, so the order of reading is the order of the flow is the
 order of dependency. `grep -nE '^# (PART|[0-9]+\\.)' metricstream.py` prints the table of contents.
