@@ -71,10 +71,11 @@ import traceback
 import unicodedata
 import urllib.parse
 import zlib
+import zoneinfo
 from array import array
 from bisect import bisect_left, bisect_right
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for_futures
 from functools import partial
@@ -9994,12 +9995,1802 @@ _STORE_STATISTICS = (
 
 
 # ==================================================================================================
+# PART IV. WATCHING
+# ==================================================================================================
+
+
+# ==================================================================================================
+# 29. Values of templates
+# ==================================================================================================
+#
+# The problem: what a template prints must not differ by a character from what Go prints, for
+# numbers, lists, maps, times and everything that `printf` can ask for. The idea: a template sees
+# values of Python that stand for Go's types, and objects made for it, never an attribute of Python;
+# each type carries the name that Go has for it, so that a mistake is told in the words that people
+# find when they search for it. What it costs: Go's verbs and layouts, written once more.
+#
+# Sources: https://pkg.go.dev/fmt and https://pkg.go.dev/time.
+
+MAX_TEMPLATE_STEPS = 200_000  # of one execution: nodes, arguments, and every 16 characters
+MAX_TEMPLATE_DEPTH = 64  # of parentheses, of blocks, and of templates that call templates
+MAX_TEMPLATE_OUTPUT = 1 << 20  # characters
+QUERY_STEPS = 1_000  # what a call of `query` counts for
+REGEX_STEPS = 50
+
+# Prometheus puts this in front of every template of a rule; places in its errors count it.
+ALERT_VARIABLES = (
+    "{{$labels := .Labels}}{{$externalLabels := .ExternalLabels}}"
+    "{{$externalURL := .ExternalURL}}{{$value := .Value}}"
+)
+
+
+class TemplateError(ValueError):
+    """A template that can't be parsed or executed: where, and why, in the words of Go."""
+
+
+class TemplateFunction(NamedTuple):
+    """What a template may call; the same for methods, whose first argument is the object."""
+
+    takes: str  # names of types as Go has them; `any`, and `...any` for any number of them
+    call: Callable[..., Any]
+    steps: int = 1
+
+
+class TemplateStruct:
+    """An object with fields, and methods if a subclass has some.
+
+    A dict or a list can have methods, too, and a name of its own: a subclass has the same two
+    attributes, `type_name` and `methods`.
+    """
+
+    methods: ClassVar[Mapping[str, TemplateFunction]] = {}
+
+    def __init__(self, type_name: str, fields: Mapping[str, Any]) -> None:
+        self.type_name = type_name  # as Go has it
+        self.fields = fields
+
+
+class _AnyMap(dict[str, Any]):
+    type_name = "map[string]interface {}"
+
+
+class _QueryResult(list[TemplateStruct]):
+    type_name = "template.queryResult"
+
+
+class _HTML(str):
+    type_name = "template.HTML"
+
+
+_TYPE_NAMES = {
+    type(None): "<nil>", bool: "bool", int: "int", float: "float64", str: "string",
+    dict: "map[string]string", list: "[]string",
+    datetime.datetime: "time.Time", datetime.timedelta: "time.Duration",
+}  # fmt: skip
+
+
+def _type_name(value: Any) -> str:
+    return getattr(value, "type_name", None) or _TYPE_NAMES.get(type(value), "interface {}")
+
+
+def _is_true(value: Any) -> bool:
+    return isinstance(value, TemplateStruct | datetime.datetime) or bool(value)
+
+
+def _entry(mapping: dict[str, Any], key: str) -> Any:
+    """What a map has at a key; without one the zero of its type."""
+    return mapping.get(key, None if isinstance(mapping, _AnyMap) else "")
+
+
+# ---- what Go's fmt prints ----
+
+
+class _Verb(NamedTuple):
+    """What stands behind a % sign."""
+
+    letter: str
+    flags: str = ""
+    width: int = 0
+    precision: int | None = None
+
+
+_AS_V = _Verb("v")
+
+
+class _Output:
+    """Collects what is printed, bounded in its size and in the depth of values."""
+
+    def __init__(self) -> None:
+        self.pieces: list[str] = []
+        self.room = MAX_TEMPLATE_OUTPUT
+
+    def add(self, text: str) -> None:
+        self.room -= len(text)
+        if self.room < 0:
+            raise ValueError(f"more than {MAX_TEMPLATE_OUTPUT} characters")
+        self.pieces.append(text)
+
+    def value(self, value: Any, form: _Verb = _AS_V, depth: int = 0) -> None:
+        if depth > MAX_TEMPLATE_DEPTH:
+            raise ValueError("value nested too deeply")
+        if form.letter == "T":
+            self.add(_padded(_type_name(value), form))
+        elif isinstance(value, dict):
+            self.composite(value, "map[", value.items(), "]", form, depth)
+        elif isinstance(value, list):
+            self.composite(value, "[", ((None, item) for item in value), "]", form, depth)
+        elif isinstance(value, TemplateStruct):
+            named = "+" in form.flags or "#" in form.flags
+            fields = ((name if named else None, item) for name, item in value.fields.items())
+            self.composite(value, "{", fields, "}", form, depth)
+        else:
+            text = _scalar_text(value, form)
+            if text is None:
+                self.add(f"%!{form.letter}({_type_name(value)}")
+                if value is not None:
+                    self.add("=")
+                    self.value(value, form._replace(letter="v"), depth)
+                text = ")"
+            self.add(text)
+
+    def composite(
+        self, value: Any, begin: str, items: Iterable[tuple[Any, Any]], end: str, form: _Verb,
+        depth: int,
+    ) -> None:  # fmt: skip
+        separator, is_go = " ", form.letter == "v" and "#" in form.flags
+        if is_go:
+            begin, separator, end = f"{_type_name(value)}{{".lstrip("*"), ", ", "}"
+        if isinstance(value, dict):
+            items = sorted(items)
+        self.add(begin)
+        for index, (name, item) in enumerate(items):
+            self.add(separator if index else "")
+            if isinstance(value, dict):
+                self.value(name, form, depth + 1)
+                self.add(":")
+            elif name is not None:
+                self.add(f"{name}:")
+            self.value(item, form, depth + 1)
+        self.add(end)
+
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+
+def _scalar_text(value: Any, form: _Verb) -> str | None:
+    """A value that is not made of others; None if the verb is not for its type."""
+    verb = form.letter
+    if isinstance(value, datetime.datetime) and verb in "vsqxX":
+        value = _time_text(value)
+    elif isinstance(value, datetime.timedelta):
+        value = _duration_text_of(value) if verb in "vsqxX" else _nanoseconds(value)
+    if value is None:
+        return _padded("<nil>", form) if verb == "v" else None
+    if isinstance(value, bool):
+        return _padded("true" if value else "false", form) if verb in "tv" else None
+    if isinstance(value, int):
+        return _integer_text(value, form)
+    if isinstance(value, float):
+        return _float_text(value, form) if verb in "eEfFgGv" else None
+    if isinstance(value, str):
+        return _string_text(value, form)
+    return None
+
+
+def _padded(text: str, form: _Verb) -> str:
+    if "-" in form.flags:
+        return text.ljust(form.width)
+    return text.rjust(form.width, "0" if "0" in form.flags else " ")
+
+
+def _string_text(text: str, form: _Verb) -> str | None:
+    verb, flags, _, precision = form
+    if verb in "xX":
+        octets = text.encode(errors="surrogateescape")[:precision]
+        prefix = "0x" if "#" in flags else ""
+        separator = f" {prefix}" if " " in flags else ""
+        digits = prefix + octets.hex(separator[:1]).replace(" ", separator) if octets else ""
+        return _padded(digits.upper() if verb == "X" else digits, form)
+    text = text[:precision]
+    if verb == "q" or (verb == "v" and "#" in flags):
+        is_plain = "`" not in text and text.isprintable()
+        raw = verb == "q" and "#" in flags and is_plain
+        text = f"`{text}`" if raw else _quoted(text)
+    elif verb not in "sv":
+        return None
+    return _padded(text, form)
+
+
+_BASES = {"d": "d", "v": "d", "b": "b", "o": "o", "O": "o", "x": "x", "X": "X"}
+_PREFIXES = {"b": "0b", "o": "0", "x": "0x", "X": "0X"}
+
+
+def _integer_text(value: int, form: _Verb) -> str | None:
+    verb, flags, width, precision = form
+    character = chr(value) if 0 <= value <= 0x10FFFF and not 0xD800 <= value < 0xE000 else "\ufffd"
+    if verb == "c":
+        return _padded(character, form)
+    if verb == "q":
+        inner = {"'": "\\'", '"': '"'}.get(character) or _go_escaped(character)
+        return _padded(f"'{inner}'", form)
+    if verb == "U":
+        text = f"U+{value & 0xFFFFFFFFFFFFFFFF:04X}"
+        shows = "#" in flags and character.isprintable()
+        return _padded(f"{text} '{character}'" if shows else text, form._replace(flags=""))
+    if verb not in _BASES:
+        return None
+    if precision == 0 and value == 0:
+        return " " * width
+    sign = "-" if value < 0 else "+" if "+" in flags else " " if " " in flags else ""
+    digits = format(abs(value), _BASES[verb])
+    if precision is not None:
+        digits = digits.rjust(precision, "0")
+    elif "0" in flags and "-" not in flags:
+        digits = digits.rjust(width - len(sign), "0")
+    prefix = "0o" if verb == "O" else _PREFIXES.get(verb, "") if "#" in flags else ""
+    if prefix == "0" and digits.startswith("0"):
+        prefix = ""
+    return _padded(sign + prefix + digits, form._replace(flags=flags.replace("0", "")))
+
+
+def _float_text(value: float, form: _Verb) -> str:
+    verb, flags, width, precision = form
+    sign = "-" if math.copysign(1, value) < 0 else "+" if "+" in flags else ""
+    if not math.isfinite(value):
+        sign = sign if value == value else "+" if "+" in flags else ""
+        text = "NaN" if value != value else "Inf"
+        sign = sign or (" " if " " in flags else "+" if text == "Inf" else "")
+        return _padded(sign + text, form._replace(flags=flags.replace("0", "")))
+    sign = sign or (" " if " " in flags else "")
+    if precision is None and verb in "gGv":
+        text = _shortest_text(abs(value))
+        text = text.upper() if verb == "G" else text
+    else:
+        text = format(
+            abs(value), f".{6 if precision is None else precision}{verb}".replace("v", "g")
+        )
+    if "0" in flags and "-" not in flags:
+        text = text.rjust(width - len(sign), "0")
+    return _padded(sign + text, form._replace(flags=flags.replace("0", "")))
+
+
+def _shortest_text(value: float) -> str:
+    """The shortest decimal that reads back; with an exponent from 1e+06 on and below 0.0001."""
+    digits = decimal.Decimal(repr(value)).normalize().as_tuple().digits
+    text = f"{value:.{len(digits) - 1}e}"
+    return decimal_text(value) if -4 <= int(text.partition("e")[2]) < 6 else text
+
+
+_VERB = re.compile(
+    r"""%(?P<flags>[-+#\ 0]*)(?P<width>\*|[0-9]*)(?:\.(?P<precision>\*|[0-9]*))?
+        (?:\[(?P<index>[0-9]*)\])?(?P<verb>.?)""",
+    re.DOTALL | re.VERBOSE,
+)
+MAX_PRINTF_WIDTH = 1_000_000  # as Go's fmt has it
+
+
+def _go_printf(format: str, *values: Any) -> str:
+    printer = _Output()
+    place, index, reordered = 0, 0, False
+
+    def number(text: str | None, fault: str) -> int | None:
+        """A width or a precision, from the format or for `*` from the values."""
+        nonlocal index
+        if text != "*":
+            return int(text[:8] or 0) if text is not None else None
+        index += 1
+        value = values[index - 1] if index <= len(values) else None
+        if type(value) is int and abs(value) <= MAX_PRINTF_WIDTH:
+            return value
+        printer.add(f"%!({fault})")
+        return None
+
+    for match in _VERB.finditer(format):
+        printer.add(format[place : match.start()])
+        place, verb, flags = match.end(), match["verb"], match["flags"]
+        width = number(match["width"], "BADWIDTH") or 0
+        precision = number(match["precision"], "BADPREC")
+        if width < 0:
+            flags, width = flags + "-", -width
+        if max(width, precision or 0) > MAX_PRINTF_WIDTH or not verb:
+            printer.add("%!(NOVERB)")
+            place = len(format)
+            break
+        if match["index"] is not None:
+            reordered, index = True, int(match["index"][:8] or 0) - 1
+        if verb == "%":
+            printer.add("%")
+        elif not 0 <= index < len(values):
+            is_bad = match["index"] is not None
+            printer.add(f"%!{verb}({'BADINDEX' if is_bad else 'MISSING'})")
+        else:
+            precision = None if precision is not None and precision < 0 else precision
+            printer.value(values[index], _Verb(verb, flags, width, precision))
+            index += 1
+    printer.add(format[place:])
+    if not reordered and index < len(values):
+        printer.add("%!(EXTRA ")
+        for extra in range(index, len(values)):
+            value = values[extra]
+            printer.add(", " if extra > index else "")
+            printer.add(_type_name(value) + ("=" if value is not None else ""))
+            if value is not None:
+                printer.value(value)
+        printer.add(")")
+    return printer.text()
+
+
+def _go_print(*values: Any, spaces: bool = False, end: str = "") -> str:
+    """All values; between two of them a space, always or if neither is a string."""
+    printer = _Output()
+    for index, value in enumerate(values):
+        apart = not isinstance(value, str) and not isinstance(values[index - 1], str)
+        printer.add(" " if index and (spaces or apart) else "")
+        printer.value(value)
+    printer.add(end)
+    return printer.text()
+
+
+def _printed(*values: Any) -> str:
+    return _go_print(*("<no value>" if value is None else value for value in values))
+
+
+# ---- times: as Go writes and lays them out ----
+
+_EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+_MICROSECOND = datetime.timedelta(microseconds=1)
+_LAYOUT = re.compile(
+    r"January|Jan|Monday|Mon|MST|2006|Z07:00|Z0700|-07:00|-0700|-07|[.,](?:0+|9+)(?![0-9])"
+    r"|002|01|02|03|04|05|06|15|PM|pm|_2(?!006)|[12345]"
+)
+
+
+def _offset(time: datetime.datetime, colon: str = "") -> str:
+    minutes = round((time.utcoffset() or datetime.timedelta()) / datetime.timedelta(minutes=1))
+    hours, minutes = divmod(abs(minutes), 60)
+    return f"{'-' if minutes < 0 else '+'}{hours:02d}{colon}{minutes:02d}"
+
+
+_LAYOUT_PARTS: dict[str, Callable[[datetime.datetime], str]] = {
+    "January": lambda t: calendar.month_name[t.month],
+    "Jan": lambda t: calendar.month_abbr[t.month],
+    "Monday": lambda t: calendar.day_name[t.weekday()],
+    "Mon": lambda t: calendar.day_abbr[t.weekday()],
+    "MST": lambda t: t.tzname() or "",
+    "2006": lambda t: f"{t.year:04d}",
+    "Z07:00": lambda t: _offset(t, ":") if t.utcoffset() else "Z",
+    "Z0700": lambda t: _offset(t) if t.utcoffset() else "Z",
+    "-07:00": lambda t: _offset(t, ":"),
+    "-0700": _offset,
+    "-07": lambda t: _offset(t)[:3],
+    "002": lambda t: f"{t.timetuple().tm_yday:03d}",
+    "01": lambda t: f"{t.month:02d}",
+    "02": lambda t: f"{t.day:02d}",
+    "03": lambda t: f"{(t.hour - 1) % 12 + 1:02d}",
+    "04": lambda t: f"{t.minute:02d}",
+    "05": lambda t: f"{t.second:02d}",
+    "06": lambda t: f"{t.year % 100:02d}",
+    "15": lambda t: f"{t.hour:02d}",
+    "PM": lambda t: "PM" if t.hour >= 12 else "AM",
+    "pm": lambda t: "pm" if t.hour >= 12 else "am",
+    "_2": lambda t: f"{t.day:2d}",
+    "1": lambda t: str(t.month),
+    "2": lambda t: str(t.day),
+    "3": lambda t: str((t.hour - 1) % 12 + 1),
+    "4": lambda t: str(t.minute),
+    "5": lambda t: str(t.second),
+}
+
+
+def _laid_out(time: datetime.datetime, layout: str) -> str:
+    def part(match: re.Match[str]) -> str:
+        word = match[0]
+        if word in _LAYOUT_PARTS:
+            return _LAYOUT_PARTS[word](time)
+        digits = f"{time.microsecond:06d}".ljust(9, "0")[: len(word) - 1]
+        digits = digits.rstrip("0") if word[1] == "9" else digits
+        return word[0] + digits if digits else ""
+
+    return _LAYOUT.sub(part, layout)
+
+
+def _time_text(time: datetime.datetime) -> str:
+    return _laid_out(time, "2006-01-02 15:04:05.999999999 -0700 MST")
+
+
+def _duration_of(nanoseconds: int) -> datetime.timedelta:
+    return datetime.timedelta(microseconds=nanoseconds // 1000)
+
+
+def _nanoseconds(duration: datetime.timedelta) -> int:
+    return duration // _MICROSECOND * 1000
+
+
+def _duration_text_of(duration: datetime.timedelta) -> str:
+    """As Go writes it: 1h2m3.5s, 1.5ms.
+
+    >>> _duration_text_of(datetime.timedelta(minutes=61, milliseconds=1500))
+    '1h1m1.5s'
+    """
+    microseconds = abs(duration // _MICROSECOND)
+    sign = "-" if duration < datetime.timedelta() else ""
+    for unit, size in (("µs", 1), ("ms", 1000)):
+        if 0 < microseconds < size * 1000:
+            return f"{sign}{decimal_text(microseconds / size)}{unit}"
+    minutes, rest = divmod(microseconds, 60_000_000)
+    text = f"{decimal_text(rest / 1_000_000)}s"
+    if minutes:
+        text = f"{minutes // 60}h{minutes % 60}m{text}" if minutes >= 60 else f"{minutes}m{text}"
+    return sign + text
+
+
+_TIME_METHODS = {
+    "Add": TemplateFunction("time.Duration", lambda time, duration: time + duration),
+    "After": TemplateFunction("time.Time", lambda time, other: time > other),
+    "Before": TemplateFunction("time.Time", lambda time, other: time < other),
+    "Day": TemplateFunction("", lambda time: time.day),
+    "Format": TemplateFunction("string", _laid_out),
+    "Hour": TemplateFunction("", lambda time: time.hour),
+    "IsZero": TemplateFunction("", lambda time: time.year == 1),
+    "Local": TemplateFunction("", lambda time: time.astimezone()),
+    "Minute": TemplateFunction("", lambda time: time.minute),
+    "Month": TemplateFunction("", lambda time: calendar.month_name[time.month]),
+    "Second": TemplateFunction("", lambda time: time.second),
+    "String": TemplateFunction("", _time_text),
+    "Sub": TemplateFunction("time.Time", lambda time, other: time - other),
+    "UTC": TemplateFunction("", lambda time: time.astimezone(datetime.UTC)),
+    "Unix": TemplateFunction("", lambda time: (time - _EPOCH) // datetime.timedelta(seconds=1)),
+    "UnixMilli": TemplateFunction("", lambda time: (time - _EPOCH) // (1000 * _MICROSECOND)),
+    "Weekday": TemplateFunction("", lambda time: calendar.day_name[time.weekday()]),
+    "Year": TemplateFunction("", lambda time: time.year),
+    "YearDay": TemplateFunction("", lambda time: time.timetuple().tm_yday),
+}
+_DURATION_METHODS = {
+    "Hours": TemplateFunction("", lambda duration: duration / datetime.timedelta(hours=1)),
+    "Minutes": TemplateFunction("", lambda duration: duration / datetime.timedelta(minutes=1)),
+    "Seconds": TemplateFunction("", lambda duration: duration / datetime.timedelta(seconds=1)),
+    "String": TemplateFunction("", _duration_text_of),
+}
+_METHODS = {datetime.datetime: _TIME_METHODS, datetime.timedelta: _DURATION_METHODS}
+
+
+# ==================================================================================================
+# 30. Functions of templates
+# ==================================================================================================
+#
+# What a template may call: the functions that Go has, those that Prometheus adds for rules, and
+# those that Alertmanager adds for notifications. A function is a row with the types of its
+# arguments, and raises ValueError for what it can't do. `query` is given for each execution, as it
+# asks the store.
+#
+# Sources: https://pkg.go.dev/text/template, and the template references of Prometheus and
+# Alertmanager. Not here: `tmpl`, which Prometheus has for pages of consoles and refuses in rules.
+
+# ---- the functions that Go has ----
+
+
+def _basic(value: Any) -> tuple[str, Any]:
+    """The kind of a value that can be compared, and what to compare."""
+    if isinstance(value, datetime.timedelta):
+        return "int", _nanoseconds(value)
+    kind = "string" if isinstance(value, str) else _type_name(value)
+    return (kind if kind in ("bool", "int", "float64", "string") else ""), value
+
+
+def _equal(value: Any, *others: Any) -> bool:
+    if isinstance(value, dict | list | TemplateStruct):
+        raise ValueError(f"uncomparable type {_type_name(value)}: {_go_print(value)}")
+    if not others:
+        raise ValueError("missing argument for comparison")
+    kind, left = _basic(value)
+    for other in others:
+        other_kind, right = _basic(other)
+        if kind == other_kind:
+            if isinstance(other, dict | list | TemplateStruct):
+                raise ValueError(f"uncomparable type {_type_name(other)}: {_go_print(other)}")
+            if left == right:
+                return True
+        elif value is not None and other is not None:
+            raise ValueError("incompatible types for comparison")
+    return False
+
+
+def _less(value: Any, other: Any) -> bool:
+    (kind, left), (other_kind, right) = _basic(value), _basic(other)
+    if not kind or not other_kind or kind == other_kind == "bool":
+        raise ValueError("invalid type for comparison")
+    if kind != other_kind:
+        raise ValueError("incompatible types for comparison")
+    return bool(left < right)
+
+
+def _less_or_equal(value: Any, other: Any) -> bool:
+    return _less(value, other) or _equal(value, other)
+
+
+def _bytes_of(text: str) -> bytes:
+    """What Go counts and cuts: a string is bytes."""
+    return text.encode(errors="surrogateescape")
+
+
+def _index_of(index: object, size: int) -> int:
+    if isinstance(index, bool) or not isinstance(index, int):
+        what = "nil" if index is None else f"type {_type_name(index)}"
+        raise ValueError(f"cannot index slice/array with {what}")
+    if not 0 <= index <= size:
+        raise ValueError(f"index out of range: {index}")
+    return index
+
+
+def _indexed(value: Any, *indexes: Any) -> Any:
+    if value is None:
+        raise ValueError("index of untyped nil")
+    for index in indexes:
+        if isinstance(value, dict):
+            if not isinstance(index, str):
+                what = "value is nil" if index is None else f"value has type {_type_name(index)}"
+                raise ValueError(f"{what}; should be {'of type ' * (index is None)}string")
+            value = _entry(value, index)
+        elif isinstance(value, str | list):
+            items = _bytes_of(value) if isinstance(value, str) else value
+            place = _index_of(index, len(items))
+            if place == len(items):
+                kind = "string" if isinstance(value, str) else "slice"
+                raise ValueError(f"reflect: {kind} index out of range")
+            value = items[place]
+        else:
+            raise ValueError(f"can't index item of type {_type_name(value)}")
+    return value
+
+
+def _sliced(value: Any, *indexes: Any) -> Any:
+    if value is None:
+        raise ValueError("slice of untyped nil")
+    if len(indexes) > 3:
+        raise ValueError(f"too many slice indexes: {len(indexes)}")
+    if not isinstance(value, str | list):
+        raise ValueError(f"can't slice item of type {_type_name(value)}")
+    if isinstance(value, str) and len(indexes) == 3:
+        raise ValueError("cannot 3-index slice a string")
+    items = _bytes_of(value) if isinstance(value, str) else value
+    bounds = [_index_of(index, len(items)) for index in indexes]
+    bounds += [0, len(items)][len(bounds) :]
+    for low, high in itertools.pairwise(bounds):
+        if low > high:
+            raise ValueError(f"invalid slice index: {low} > {high}")
+    found = items[bounds[0] : bounds[1]]
+    return (
+        found.decode(errors="surrogateescape") if isinstance(found, bytes) else type(value)(found)
+    )
+
+
+def _length(value: Any) -> int:
+    if isinstance(value, str):
+        return len(_bytes_of(value))
+    if isinstance(value, dict | list):
+        return len(value)
+    if value is None:
+        raise ValueError("len of nil pointer")
+    raise ValueError(f"len of type {_type_name(value)}")
+
+
+def _not_callable(value: Any, *_: Any) -> NoReturn:
+    raise ValueError(
+        "call of nil" if value is None else f"non-function of type {_type_name(value)}"
+    )
+
+
+_HTML_ESCAPES = str.maketrans(
+    {'"': "&#34;", "'": "&#39;", "&": "&amp;", "<": "&lt;", ">": "&gt;", "\0": "\ufffd"}
+)
+_JS_ESCAPES = {"\\": "\\\\", "'": "\\'", '"': '\\"'}
+
+
+def _js_escaped(match: re.Match[str]) -> str:
+    letter = match[0]
+    if letter.isprintable() and not letter.isascii():
+        return letter
+    return _JS_ESCAPES.get(letter) or f"\\u{ord(letter):04X}"
+
+
+_AND = TemplateFunction("any ...any", lambda *values: values[-1])
+_OR = TemplateFunction("any ...any ", lambda *values: values[-1])
+_GO_FUNCTIONS = {
+    "and": _AND,
+    "or": _OR,
+    "not": TemplateFunction("any", lambda value: not _is_true(value)),
+    "eq": TemplateFunction("any ...any", _equal),
+    "ne": TemplateFunction("any any", lambda value, other: not _equal(value, other)),
+    "lt": TemplateFunction("any any", _less),
+    "le": TemplateFunction("any any", _less_or_equal),
+    "gt": TemplateFunction("any any", lambda value, other: not _less_or_equal(value, other)),
+    "ge": TemplateFunction("any any", lambda value, other: not _less(value, other)),
+    "len": TemplateFunction("any", _length),
+    "index": TemplateFunction("any ...any", _indexed),
+    "slice": TemplateFunction("any ...any", _sliced),
+    "call": TemplateFunction("any ...any", _not_callable),
+    "print": TemplateFunction("...any", _go_print),
+    "printf": TemplateFunction("string ...any", _go_printf),
+    "println": TemplateFunction("...any", partial(_go_print, spaces=True, end="\n")),
+    "html": TemplateFunction("...any", lambda *values: _printed(*values).translate(_HTML_ESCAPES)),
+    "js": TemplateFunction(
+        "...any",
+        lambda *values: re.sub(
+            r"[\\'\"<>&=\x00-\x1f]|[^\x00-\x7f]", _js_escaped, _printed(*values)
+        ),
+    ),
+    "urlquery": TemplateFunction("...any", lambda *values: _query_escaped(_printed(*values))),
+}
+
+
+# ---- the functions that Prometheus and Alertmanager add ----
+
+
+def _query_escaped(text: str) -> str:
+    return urllib.parse.quote_plus(text, errors="surrogateescape")
+
+
+def _link(expression: str, tab: int) -> str:
+    return f"/graph?g0.expr={_query_escaped(expression)}&g0.tab={tab}"
+
+
+def _first(result: list[TemplateStruct]) -> TemplateStruct:
+    if not result:
+        raise ValueError("first() called on vector with no elements")
+    return result[0]
+
+
+def _label(name: str, sample: TemplateStruct) -> str:
+    return str(sample.fields["Labels"].get(name, ""))
+
+
+def _sorted_by_label(name: str, result: list[TemplateStruct]) -> list[TemplateStruct]:
+    return _QueryResult(sorted(result, key=partial(_label, name)))
+
+
+def _float_of(value: Any) -> float:
+    if isinstance(value, datetime.timedelta):
+        return value.total_seconds()
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, str) or isinstance(value, _HTML):
+        raise ValueError(f"can't convert {_type_name(value)} to float")
+    try:
+        return read_float(value)
+    except ValueError:
+        fault = "value out of range" if GO_FLOAT.fullmatch(value) else "invalid syntax"
+        raise ValueError(f"strconv.ParseFloat: parsing {_quoted(value)}: {fault}") from None
+
+
+def _four_digits(value: float) -> str:
+    return _float_text(value, _Verb("g", precision=4))
+
+
+_SMALL = "munpfazy"
+
+
+def _scaled_text(value: float, step: int, prefixes: Iterable[str], unit: str = "") -> str:
+    """A number below `step`, with the prefix that stands for what it was divided by."""
+    shown = ""
+    for prefix in prefixes:
+        if abs(value) < step:
+            break
+        shown, value = prefix, value / step
+    return f"{_four_digits(value)}{shown}{unit}"
+
+
+def _small_text(value: float, unit: str = "") -> str:
+    shown = ""
+    for prefix in _SMALL:
+        if abs(value) >= 1:
+            break
+        shown, value = prefix, value * 1000
+    return f"{_four_digits(value)}{shown}{unit}"
+
+
+def _humanize(value: Any) -> str:
+    number = _float_of(value)
+    if not number or not math.isfinite(number):
+        return _four_digits(number)
+    return _scaled_text(number, 1000, "kMGTPEZY") if abs(number) >= 1 else _small_text(number)
+
+
+def _humanize_1024(value: Any) -> str:
+    number = _float_of(value)
+    if not math.isfinite(number):
+        return _four_digits(number)
+    return _scaled_text(number, 1024, ("ki", "Mi", "Gi", "Ti", "Pi", "Ei", "Zi", "Yi"))
+
+
+def _humanize_duration(value: Any) -> str:
+    number = _float_of(value)
+    if not math.isfinite(number):
+        return _four_digits(number)
+    if abs(number) < 1:
+        return _small_text(number, "s") if number else f"{_four_digits(number)}s"
+    sign, number = "-" if number < 0 else "", abs(number)
+    minutes, seconds = divmod(int(number), 60)
+    if not minutes:
+        return f"{sign}{_four_digits(number)}s"
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    text = f"{minutes}m {seconds}s"
+    if days or hours:
+        text = f"{hours}h {text}"
+    return f"{sign}{days}d {text}" if days else sign + text
+
+
+def _to_time(value: Any) -> datetime.datetime:
+    number = _float_of(value)
+    if not math.isfinite(number):
+        raise ValueError("value is NaN or Inf")
+    if not -(2**63) <= number * 1e9 < 2**63:
+        fault = "cannot be represented as a nanoseconds timestamp since it overflows int64"
+        raise ValueError(f"{_go_print(number)} {fault}")
+    return _EPOCH + datetime.timedelta(milliseconds=int(int(number * 1e9) / 1e6))
+
+
+def _humanize_timestamp(value: Any) -> str:
+    number = _float_of(value)
+    return _time_text(_to_time(number)) if math.isfinite(number) else _four_digits(number)
+
+
+def _parse_duration(text: str) -> float:
+    try:
+        return parse_duration_ms(text) / 1000
+    except ValueError as error:
+        if "range" in str(error):
+            raise
+        fault = f"not a valid duration string: {_quoted(text)}" if text else "empty duration string"
+        raise ValueError(fault) from None
+
+
+_HOST_PORT = re.compile(r"(?:\[(?P<bracketed>[^\[\]]*)\]|(?P<plain>[^:\[\]]*)):(?P<port>[^:\[\]]*)")
+
+
+def _strip_port(text: str) -> str:
+    match = _HOST_PORT.fullmatch(text)
+    return (match["bracketed"] or match["plain"] or "") if match else text
+
+
+def _strip_domain(text: str) -> str:
+    match = _HOST_PORT.fullmatch(text)
+    host = _strip_port(text)
+    try:
+        ipaddress.ip_address(host)
+        return text
+    except ValueError:
+        host = host.partition(".")[0]
+    if not match or not match["port"]:
+        return host
+    return f"[{host}]:{match['port']}" if ":" in host else f"{host}:{match['port']}"
+
+
+def _title(text: str) -> str:
+    def is_separator(letter: str) -> bool:
+        return not (letter.isalnum() or letter == "_") and (letter.isascii() or letter.isspace())
+
+    before = " " + text
+    return "".join(
+        _one_letter(letter, str.title) if is_separator(before[place]) else letter
+        for place, letter in enumerate(text)
+    )
+
+
+def _one_letter(letter: str, case: Callable[[str], str]) -> str:
+    """In another case; Go leaves those as they are that would become several letters."""
+    changed = case(letter)
+    return changed if len(changed) == 1 else letter
+
+
+def _in_case(case: Callable[[str], str]) -> TemplateFunction:
+    return TemplateFunction("string", lambda text: "".join(_one_letter(c, case) for c in text))
+
+
+def _search(pattern: str, text: str, position: int) -> list[str | None] | None:
+    """The leftmost match from a position on: what stands before it, the match, and its groups.
+
+    The letter before the position is part of what is searched, as `^` and `\\b` look at it.
+    """
+    before = r"(?s:.)" if position else ""
+    searched = compile_regex(f"{before}(?s:(.*?))({pattern})(?s:.*)")
+    groups = searched.groups(text[max(0, position - 1) :])
+    return groups and groups[1:]
+
+
+def _matches(pattern: str, text: str) -> bool:
+    compile_regex(pattern)  # an error names the pattern as it was written
+    return _search(pattern, text, 0) is not None
+
+
+def _replace_all(pattern: str, template: str, text: str) -> str:
+    """As Go's Regexp.ReplaceAllString has it; no empty match stands right behind another one."""
+    names = compile_regex(pattern).names
+    written: list[str] = []
+    position, last_end = 0, 0
+    while position <= len(text) and (found := _search(pattern, text, position)):
+        start = position + len(found[0] or "")
+        end = start + len(found[1] or "")
+        written.append(text[last_end:start])
+        if end > last_end or start == 0:
+            written.append(expand(template, found[1:], names))
+        last_end, position = end, max(end, position + 1)
+    return "".join(written) + text[last_end:]
+
+
+def template_sample(labels: dict[str, str], value: float) -> TemplateStruct:
+    """A sample as `query` gives it to a template."""
+    return TemplateStruct("*template.sample", {"Labels": labels, "Value": value})
+
+
+def query_function(query: Callable[[str], list[tuple[dict[str, str], float]]]) -> TemplateFunction:
+    """The function `query` of a template, by a function that evaluates an expression to labels and
+    values, or raises ValueError.
+    """
+
+    def asked(expression: str) -> _QueryResult:
+        return _QueryResult(template_sample(*sample) for sample in query(expression))
+
+    return TemplateFunction("string", asked, QUERY_STEPS)
+
+
+_COMMON_FUNCTIONS = {
+    "humanizeDuration": TemplateFunction("any", _humanize_duration),
+    "match": TemplateFunction("string string", _matches, REGEX_STEPS),
+    "reReplaceAll": TemplateFunction("string string string", _replace_all, REGEX_STEPS),
+    "safeHtml": TemplateFunction("string", _HTML),
+    "title": TemplateFunction("string", _title),
+    "toLower": _in_case(str.lower),
+    "toUpper": _in_case(str.upper),
+}
+
+# `query`, `externalURL` and `pathPrefix` come with each execution.
+RULE_FUNCTIONS = _COMMON_FUNCTIONS | {
+    "args": TemplateFunction(
+        "...any", lambda *values: _AnyMap((f"arg{n}", value) for n, value in enumerate(values))
+    ),
+    "externalURL": TemplateFunction("", str),
+    "first": TemplateFunction("template.queryResult", _first),
+    "graphLink": TemplateFunction("string", partial(_link, tab=0)),
+    "humanize": TemplateFunction("any", _humanize),
+    "humanize1024": TemplateFunction("any", _humanize_1024),
+    "humanizePercentage": TemplateFunction(
+        "any", lambda value: _four_digits(_float_of(value) * 100) + "%"
+    ),
+    "humanizeTimestamp": TemplateFunction("any", _humanize_timestamp),
+    "label": TemplateFunction("string *template.sample", _label),
+    "parseDuration": TemplateFunction("string", _parse_duration),
+    "pathPrefix": TemplateFunction("", str),
+    "query": query_function(lambda _: []),
+    "sortByLabel": TemplateFunction("string template.queryResult", _sorted_by_label),
+    "stripDomain": TemplateFunction("string", _strip_domain),
+    "stripPort": TemplateFunction("string", _strip_port),
+    "strvalue": TemplateFunction("*template.sample", partial(_label, "__value__")),
+    "tableLink": TemplateFunction("string", partial(_link, tab=1)),
+    "toTime": TemplateFunction("any", _to_time),
+    "value": TemplateFunction("*template.sample", lambda sample: sample.fields["Value"]),
+}  # fmt: skip
+
+
+def _in_zone(name: str, when: datetime.datetime) -> datetime.datetime:
+    try:
+        return when.astimezone(zoneinfo.ZoneInfo(name))
+    except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
+        raise ValueError(f"unknown time zone {name}") from None
+
+
+def _plain_value(value: Any) -> Any:
+    """A value of a template as `write_json` takes it."""
+    if isinstance(value, TemplateStruct):
+        return {name: _plain_value(field) for name, field in value.fields.items()}
+    if isinstance(value, dict):
+        return {str(key): _plain_value(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain_value(item) for item in value]
+    if isinstance(value, datetime.datetime):
+        return value.isoformat().replace("+00:00", "Z")
+    return _nanoseconds(value) if isinstance(value, datetime.timedelta) else value
+
+
+NOTIFICATION_FUNCTIONS = _COMMON_FUNCTIONS | {
+    "date": TemplateFunction("string time.Time", lambda layout, when: _laid_out(when, layout)),
+    "join": TemplateFunction("string []string", str.join),
+    "safeUrl": TemplateFunction("string", _HTML),
+    "since": TemplateFunction(
+        "time.Time", lambda when: datetime.datetime.now(datetime.UTC) - when
+    ),
+    "stringSlice": TemplateFunction("...string", lambda *texts: list(texts)),
+    "toJson": TemplateFunction("any", lambda value: write_json(_plain_value(value))),
+    "trimSpace": TemplateFunction("string", lambda text: text.strip(" \t\r\n")),
+    "tz": TemplateFunction("string time.Time", _in_zone),
+    "urlUnescape": TemplateFunction("string", lambda text: _HTML(urllib.parse.unquote_plus(text))),
+}  # fmt: skip
+
+
+# ==================================================================================================
+# 31. Template parser
+# ==================================================================================================
+#
+# The problem: labels and annotations of alerts, and what is sent to a webhook, are templates of
+# Go's text/template, and there are thousands of them. The idea: text becomes items, items become a
+# tree, and the next chapter walks over the tree. What it costs: Go's grammar and its errors, letter
+# by letter, since people search for them.
+#
+# Source: https://pkg.go.dev/text/template. Not here: complex numbers, and functions as values.
+
+# ---- text becomes items ----
+
+
+class _Item(NamedTuple):
+    kind: str  # a keyword is its own kind, so are delimiters, operators and parentheses
+    text: str
+    position: int
+
+
+_KEYWORDS = frozenset(
+    {".", "block", "break", "continue", "define", "else", "end", "if", "range", "nil", "template",
+     "with"}
+)  # fmt: skip
+_LEFT_TRIM = re.compile(r"-(?=[ \t\r\n])")
+_CLOSE = re.compile(r"([ \t\r\n]-)?\}\}")
+_ITEM = re.compile(
+    r"""
+    (?P<close>    (?:[ \t\r\n]-)?\}\} )
+  | (?P<space>    [ \t\r\n]+?(?=[ \t\r\n]-\}\}) | [ \t\r\n]+ )
+  | (?P<string>   "(?:[^"\\\n]|\\[^\n])*" | `[^`]*` )
+  | (?P<char>     '(?:[^'\\\n]|\\[^\n])*' )
+  | (?P<variable> \$\w* )
+  | (?P<number>   (?=[-+0-9]|\.[0-9]) [-+]?
+                  (?: 0[xX][0-9A-Fa-f_]*(?:\.[0-9A-Fa-f_]*)?(?:[pP][-+]?[0-9_]*)?
+                    | 0[oObB][0-9_]*
+                    | [0-9_]*(?:\.[0-9_]*)?(?:[eE][-+]?[0-9_]*)? ) )
+  | (?P<field>    \.\w+ )
+  | (?P<word>     \.|\w+ )
+  | (?P<operator> :=|[=|()] )
+  | (?P<ascii>    [!-/:-@\[-`{-~](?<![:"'`]) )
+    """,
+    re.VERBOSE,
+)
+_ENDS_WORD = re.compile(r"[ \t\r\n.,|:()]|\}\}|\Z")
+_UNFINISHED = {
+    '"': "unterminated quoted string", "`": "unterminated raw quoted string",
+    "'": "unterminated character constant", ":": "expected :=",
+}  # fmt: skip
+
+
+def _template_items(text: str) -> Iterator[_Item]:
+    """All items up to the first fault, which is the last item then."""
+    position = 0
+    while True:
+        start = text.find("{{", position)
+        if start < 0:
+            break
+        inside = start + 2
+        trim = _LEFT_TRIM.match(text, inside)
+        if plain := text[position:start].rstrip(" \t\r\n") if trim else text[position:start]:
+            yield _Item("text", plain, position)
+        # the space behind the dash belongs to it
+        inside += 2 if trim else 0
+        if text.startswith("/*", inside):
+            end = text.find("*/", inside + 2) + 2
+            close = _CLOSE.match(text, end)
+            if end < 2 or close is None:
+                fault = "unclosed comment" if end < 2 else "comment ends before closing delimiter"
+                yield _Item("error", fault, inside)
+                return
+        else:
+            yield _Item("{{", "{{", start)
+            close = yield from _action_items(text, inside)
+            if close is None:
+                return
+        position = close.end()
+        if close[0] != "}}":
+            position = _SPACE.match(text, position).end()  # type: ignore[union-attr]
+    if position < len(text):
+        yield _Item("text", text[position:], position)
+    yield _Item("EOF", "EOF", len(text))
+
+
+def _action_items(text: str, position: int) -> Generator[_Item, None, re.Match[str] | None]:
+    """The items up to `}}`, whose match is returned; None after a fault."""
+    depth = 0
+    while True:
+        match = _ITEM.match(text, position)
+        if match is None:
+            fault = "unclosed action"
+            if position < len(text):
+                letter = text[position]
+                fault = f"unrecognized character in action: {_code_point(letter)}"
+                fault = _UNFINISHED.get(letter, fault)
+            break
+        kind, word, end = match.lastgroup or "", match[0], match.end()
+        if kind == "close":
+            if depth:
+                fault = "unclosed left paren"
+                break
+            yield _Item("}}", "}}", end - 2)
+            return match
+        if kind in ("variable", "field", "word") and not _ENDS_WORD.match(text, end):
+            fault = f"bad character {_code_point(text[end])}"
+            break
+        if kind == "number" and re.compile(r"[-+\w]").match(text, end):
+            fault = f"bad number syntax: {_quoted(text[position : end + 1])}"
+            break
+        depth += (word == "(") - (word == ")")
+        if depth < 0:
+            fault = "unexpected right paren"
+            break
+        if kind == "word":
+            kind = word if word in _KEYWORDS else "bool" if word in _BOOLS else "function"
+        yield _Item(word if kind == "operator" else kind, word, position)
+        position = end
+    yield _Item("error", fault, position)
+    return None
+
+
+_BOOLS = {"true": True, "false": False}
+
+
+def _code_point(letter: str) -> str:
+    return f"U+{ord(letter):04X}" + (f" '{letter}'" if letter.isprintable() else "")
+
+
+def _shown_item(item: _Item) -> str:
+    if item.kind in ("EOF", "error"):
+        return item.text
+    if item.kind in _KEYWORDS:
+        return f"<{item.text}>"
+    return f"{_quoted(item.text[:10])}..." if len(item.text) > 10 else _quoted(item.text)
+
+
+# ---- items become a tree: `text` is what Go calls a node in its errors ----
+
+
+class _Constant(NamedTuple):
+    value: Any  # None is `nil`
+    text: str
+    position: int
+
+
+class _Dot(NamedTuple):
+    text: str
+    position: int
+
+
+class _Name(NamedTuple):
+    """A function."""
+
+    text: str
+    position: int
+
+
+class _Path(NamedTuple):
+    """Fields of something: `.a.b`, `$x.a`, `(first .).a`; or a variable alone."""
+
+    start: "_Name | _Pipe | str"  # a variable's name, "" is the dot
+    names: tuple[str, ...]
+    text: str
+    position: int
+
+
+class _Command(NamedTuple):
+    arguments: "tuple[_Operand, ...]"
+    text: str
+    position: int
+
+
+class _Pipe(NamedTuple):
+    """Commands, each of which is the last argument of the next; a statement, too: it prints."""
+
+    commands: tuple[_Command, ...]
+    declared: tuple[str, ...]
+    assigns: bool  # to variables that there are
+    text: str
+    position: int
+
+
+_Operand = _Constant | _Dot | _Name | _Path | _Pipe
+
+
+class _Block(NamedTuple):
+    """`if`, `with` or `range`."""
+
+    kind: str
+    branches: "list[tuple[_Pipe, list[_Statement]]]"  # more than one: `else if`
+    otherwise: "list[_Statement]"
+
+
+class _Invocation(NamedTuple):
+    """`template`."""
+
+    name: str
+    pipe: _Pipe | None
+    text: str
+    position: int
+
+
+class _Leave(NamedTuple):
+    """`break` or `continue`."""
+
+    kind: str
+
+
+_Statement = str | _Pipe | _Block | _Invocation | _Leave
+
+
+class _TemplateParser:
+    """Recursive descent; each method reads one rule of the grammar."""
+
+    def __init__(self, text: str, functions: Container[str], name: str) -> None:
+        self.text, self.functions, self.name = text, functions, name
+        self.items = list(_template_items(text))
+        self.index = 0
+        self.seen = 0  # the item that was read last, before any that was put back
+        self.templates: dict[str, list[_Statement]] = {}
+        self.variables = ["$"]
+        self.ranges = 0  # how many surround what is read
+        self.depth = 0
+
+    # -- items --
+
+    def fail(self, reason: str) -> NoReturn:
+        line = self.text.count("\n", 0, self.items[self.seen].position) + 1
+        raise TemplateError(f"template: {self.name}:{line}: {reason}")
+
+    def unexpected(self, item: _Item, where: str) -> NoReturn:
+        self.fail(
+            item.text if item.kind == "error" else f"unexpected {_shown_item(item)} in {where}"
+        )
+
+    def take(self) -> _Item:
+        item = self.items[self.index]
+        self.seen = max(self.seen, self.index)
+        self.index = min(self.index + 1, len(self.items) - 1)
+        return item
+
+    def peek(self) -> _Item:
+        self.seen = max(self.seen, self.index)
+        return self.items[self.index]
+
+    def skip_space(self) -> _Item:
+        """The next item that is not a space; it is not taken."""
+        while self.peek().kind == "space":
+            self.take()
+        return self.peek()
+
+    def take_solid(self) -> _Item:
+        self.skip_space()
+        return self.take()
+
+    def require(self, kind: str, where: str) -> _Item:
+        item = self.take_solid()
+        if item.kind != kind:
+            self.unexpected(item, where)
+        return item
+
+    def unquoted(self, literal: str) -> str:
+        try:
+            # the strings of PromQL are those of Go
+            return str(parse_query(literal).value)  # type: ignore[union-attr]
+        except QueryError:
+            self.fail("invalid syntax")
+
+    def enter(self) -> None:
+        self.depth += 1
+        if self.depth > MAX_TEMPLATE_DEPTH:
+            self.fail("max expression depth exceeded")
+
+    # -- statements --
+
+    def parse(self) -> None:
+        statements: list[_Statement] = []
+        while self.peek().kind != "EOF":
+            start = self.index
+            if self.take().kind == "{{" and self.take_solid().kind == "define":
+                self.define()
+                continue
+            self.index = start
+            statement = self.statement()
+            if isinstance(statement, _Leave) and statement.kind in ("end", "else"):
+                self.fail(f"unexpected {{{{{statement.kind}}}}}")
+            statements.append(statement)
+        self.add(self.name, statements)
+
+    def add(self, name: str, statements: list[_Statement]) -> None:
+        if _is_blank(self.templates.get(name, [])):
+            self.templates[name] = statements
+        elif not _is_blank(statements):
+            self.fail(f"template: multiple definition of template {_quoted(name)}")
+
+    def define(self) -> None:
+        name = self.unquoted(self.require("string", "define clause").text)
+        self.require("}}", "define clause")
+        self.template(name, "define clause")
+
+    def template(self, name: str, where: str) -> None:
+        """The body of a template of its own, which sees no variables of what surrounds it."""
+        outside = self.variables, self.ranges
+        self.variables, self.ranges = ["$"], 0
+        self.enter()
+        statements, end = self.statements()
+        self.depth -= 1
+        if end != "end":
+            self.fail(f"unexpected {{{{{end}}}}} in {where}")
+        self.add(name, statements)
+        self.variables, self.ranges = outside
+
+    def statements(self) -> tuple[list[_Statement], str]:
+        """Statements, and which of `end` and `else` ends them."""
+        found: list[_Statement] = []
+        while self.skip_space().kind != "EOF":
+            statement = self.statement()
+            if isinstance(statement, _Leave) and statement.kind in ("end", "else"):
+                return found, statement.kind
+            found.append(statement)
+        self.fail("unexpected EOF")
+
+    def statement(self) -> _Statement:
+        item = self.take_solid()
+        if item.kind == "text":
+            return item.text
+        if item.kind != "{{":
+            self.unexpected(item, "input")
+        kind = self.skip_space().kind
+        if kind not in self.ACTIONS:
+            return self.pipeline("command")
+        self.take()
+        return self.ACTIONS[kind](self, kind)
+
+    def block(self, kind: str) -> _Statement:
+        variables = len(self.variables)
+        self.enter()
+        branches, otherwise = [], list[_Statement]()
+        while True:
+            pipe = self.pipeline(kind)
+            self.ranges += kind == "range"
+            body, end = self.statements()
+            self.ranges -= kind == "range"
+            branches.append((pipe, body))
+            if end == "else" and kind == "if" and self.peek().kind == "if":
+                self.take()
+                continue
+            if end == "else":
+                otherwise, end = self.statements()
+                if end == "else":
+                    self.fail("expected end; found {{else}}")
+            break
+        del self.variables[variables:]
+        self.depth -= 1
+        return _Block(kind, branches, otherwise)
+
+    def leave(self, kind: str) -> _Statement:
+        self.require("}}", f"{{{{{kind}}}}}")
+        if not self.ranges:
+            self.fail(f"{{{{{kind}}}}} outside {{{{range}}}}")
+        return _Leave(kind)
+
+    def finish(self, kind: str) -> _Statement:
+        if kind == "end" or self.skip_space().kind != "if":
+            self.require("}}", kind)
+        return _Leave(kind)
+
+    def invocation(self, kind: str) -> _Statement:
+        where = f"{kind} clause"
+        item = self.require("string", where)
+        name, pipe = self.unquoted(item.text), None
+        if kind == "block" or self.skip_space().kind != "}}":
+            pipe = self.pipeline(where)
+        else:
+            self.take()
+        if kind == "block":
+            self.template(name, where)
+        with_pipe = f" {pipe.text}" if pipe else ""
+        text = f"{{{{template {_quoted(name)}{with_pipe}}}}}"
+        return _Invocation(name, pipe, text, item.position)
+
+    # -- pipelines --
+
+    def pipeline(self, where: str, close: str = "}}") -> _Pipe:
+        position = self.skip_space().position
+        declared, assigns = self.declarations(where)
+        commands: list[_Command] = []
+        while True:
+            item = self.skip_space()
+            if item.kind == close:
+                self.take()
+                break
+            if item.kind not in self.OPERANDS:
+                self.unexpected(self.take(), where)
+            commands.append(self.command())
+        if not commands:
+            self.fail(f"missing value for {where}")
+        for stage, command in enumerate(commands[1:], 2):
+            if isinstance(command.arguments[0], _Constant | _Dot):
+                self.fail(f"non executable command in pipeline stage {stage}")
+        text = " | ".join(command.text for command in commands)
+        if declared:
+            text = f"{', '.join(declared)} {'=' if assigns else ':='} {text}"
+        return _Pipe(tuple(commands), declared, assigns, text, position)
+
+    def declarations(self, where: str) -> tuple[tuple[str, ...], bool]:
+        declared: list[str] = []
+        while True:
+            start = self.index
+            variable = self.skip_space()
+            if variable.kind != "variable":
+                break
+            self.take()
+            item = self.skip_space()
+            if item.text not in (":=", "=", ",") or item.kind == "string":
+                self.index = start
+                break
+            self.take()
+            declared.append(variable.text)
+            self.variables.append(variable.text)
+            if item.text != ",":
+                return tuple(declared), item.text == "="
+            if where != "range" or len(declared) > 1:
+                self.fail(f"too many declarations in {where}")
+            if self.skip_space().kind not in ("variable", "}}", ")"):
+                self.fail("range can only initialize variables")
+        return tuple(declared), False
+
+    def command(self) -> _Command:
+        position = self.skip_space().position
+        arguments: list[_Operand] = []
+        while True:
+            self.skip_space()
+            operand = self.operand()
+            if operand:
+                arguments.append(operand)
+            item = self.peek()
+            if item.kind in ("}}", ")"):
+                break
+            self.take()
+            if item.kind == "|":
+                break
+            if item.kind != "space":
+                self.unexpected(item, "operand")
+        if not arguments:
+            self.fail("empty command")
+        shown = (f"({a.text})" if isinstance(a, _Pipe) else a.text for a in arguments)
+        return _Command(tuple(arguments), " ".join(shown), position)
+
+    def operand(self) -> _Operand | None:
+        term = self.term()
+        position = self.peek().position
+        names: list[str] = []
+        while term and self.peek().kind == "field":
+            names.append(self.take().text[1:])
+        if not names or term is None:
+            return term
+        if isinstance(term, _Constant | _Dot):
+            self.fail(f"unexpected . after term {_quoted(term.text)}")
+        fields = "".join(f".{name}" for name in names)
+        if isinstance(term, _Path):
+            return _Path(term.start, (*term.names, *names), term.text + fields, position)
+        text = f"({term.text})" if isinstance(term, _Pipe) else term.text
+        return _Path(term, tuple(names), text + fields, position)
+
+    def term(self) -> _Operand | None:
+        item = self.skip_space()
+        kind, text, position = item
+        if kind not in self.OPERANDS:
+            if kind == "error":
+                self.unexpected(item, "")
+            return None
+        self.take()
+        if kind == "function":
+            if text not in self.functions and text not in _GO_FUNCTIONS:
+                self.fail(f"function {_quoted(text)} not defined")
+            return _Name(text, position)
+        if kind == ".":
+            return _Dot(text, position)
+        if kind == "field":
+            return _Path("", (text[1:],), text, position)
+        if kind == "variable":
+            if text not in self.variables:
+                self.fail(f"undefined variable {_quoted(text)}")
+            return _Path(text, (), text, position)
+        if kind == "(":
+            self.enter()
+            pipe = self.pipeline("parenthesized pipeline", ")")
+            self.depth -= 1
+            return pipe
+        if kind == "string":
+            return _Constant(self.unquoted(text), text, position)
+        if kind in ("bool", "nil"):
+            return _Constant(_BOOLS.get(text), text, position)
+        return _Constant(self.number(text) if kind == "number" else self.char(text), text, position)
+
+    def char(self, text: str) -> int:
+        character = self.unquoted(text)
+        if not character:
+            self.fail("invalid syntax")
+        if len(character) > 1:
+            self.fail(f"malformed character constant: {text}")
+        code = ord(character)
+        return code - 0xDC00 if 0xDC80 <= code <= 0xDCFF else code
+
+    def number(self, text: str) -> int | float:
+        with contextlib.suppress(ValueError):
+            integer = int(text, 8 if re.fullmatch(r"[-+]?0[0-7_]+", text) else 0)
+            if -(2**63) <= integer < 2**64:
+                return integer
+        with contextlib.suppress(ValueError, OverflowError):
+            is_hexadecimal = text.lstrip("+-")[:2] in ("0x", "0X")
+            number = float.fromhex(text) if is_hexadecimal else float(text)
+            if math.isfinite(number) and "_" not in text:
+                if not re.search("[pP]" if is_hexadecimal else "[.eE]", text):
+                    self.fail(f"integer overflow: {_quoted(text)}")
+                return number
+        self.fail(f"illegal number syntax: {_quoted(text)}")
+
+    ACTIONS: ClassVar[dict[str, Callable[["_TemplateParser", str], _Statement]]] = {
+        "if": block, "with": block, "range": block, "break": leave, "continue": leave,
+        "end": finish, "else": finish, "template": invocation, "block": invocation,
+    }  # fmt: skip
+    OPERANDS: ClassVar[frozenset[str]] = frozenset(
+        {"bool", "char", ".", "field", "function", "number", "nil", "string", "variable", "("}
+    )
+
+
+def _is_blank(statements: list[_Statement]) -> bool:
+    return all(isinstance(statement, str) and not statement.strip() for statement in statements)
+
+
+# ==================================================================================================
+# 32. Templates
+# ==================================================================================================
+#
+# A walk over the tree prints, and each step is Go's. What a label holds is printed and never read
+# as a template. What it costs: about 2 µs a step. Steps, depth and output are bounded, so that no
+# template holds up the others.
+
+
+def parse_template(text: str, functions: Container[str], name: str = "") -> "Template":
+    """Parse a template. Raises TemplateError.
+
+    `functions`: the names of those that it may call beside the ones that Go has. A template that is
+    executed again and again is parsed once.
+
+    >>> template = parse_template("{{ .host | toUpper }}: {{ len .host }}", NOTIFICATION_FUNCTIONS)
+    >>> template.execute({"host": "web1"}, NOTIFICATION_FUNCTIONS)
+    'WEB1: 4'
+    >>> parse_template("{{ if .host }}", NOTIFICATION_FUNCTIONS, "page")
+    Traceback (most recent call last):
+    metricstream.TemplateError: template: page:1: unexpected EOF
+    """
+    parser = _TemplateParser(text, functions, name)
+    parser.parse()
+    return Template(name, text, parser.templates)
+
+
+class Template:
+    """A parsed template, and those that it defines; made by `parse_template`."""
+
+    def __init__(self, name: str, text: str, templates: dict[str, list[_Statement]]) -> None:
+        self.name, self.text, self.templates = name, text, templates
+
+    def execute(self, data: Any, functions: Mapping[str, TemplateFunction]) -> str:
+        """What the template prints. Raises TemplateError.
+
+        `data` is what the dot means: str, bool, int, float, None, datetime and timedelta, lists and
+        dicts of them, `TemplateStruct`. `functions` has those whose names the template was parsed
+        with.
+        """
+        run = _TemplateRun(self, functions, data)
+        try:
+            run.walk(data, self.templates[self.name])
+        except TemplateError as error:
+            raise TemplateError(f"error executing template {self.name}: {error}") from None
+        return _SURROGATE.sub("\ufffd", "".join(run.printed.pieces))
+
+
+class _LeaveRange(Exception):
+    pass
+
+
+_NOTHING = object()  # what the first command of a pipeline gets from the one before it
+
+
+class _TemplateRun:
+    """One execution. The names and the order of events are those of Go's text/template/exec.go,
+    because an error tells which node was visited last."""
+
+    def __init__(
+        self, template: Template, functions: Mapping[str, TemplateFunction], data: Any
+    ) -> None:
+        self.template, self.functions = template, functions
+        self.name = template.name
+        self.variables: list[list[Any]] = [["$", data]]  # name and value, the innermost last
+        self.node: Any = None
+        self.steps, self.depth = MAX_TEMPLATE_STEPS, 0
+        self.printed = _Output()
+
+    def fail(self, reason: str) -> NoReturn:
+        place = ""
+        if self.node:
+            before = self.template.text[: self.node.position]
+            column = len(before[before.rfind("\n") + 1 :].encode(errors="replace"))
+            place = f":{before.count(chr(10)) + 1}:{column}: executing {_quoted(self.name)}"
+            place += f" at <{self.node.text}>"
+        raise TemplateError(f"template: {self.template.name}{place}: {reason}")
+
+    def spend(self, steps: int = 1) -> None:
+        self.steps -= steps
+        if self.steps < 0:
+            self.fail(f"exceeded maximum number of steps ({MAX_TEMPLATE_STEPS})")
+
+    def enter(self) -> None:
+        self.depth += 1
+        if self.depth > MAX_TEMPLATE_DEPTH:
+            self.fail(f"exceeded maximum template depth ({MAX_TEMPLATE_DEPTH})")
+
+    def show(self, value: Any) -> None:
+        try:
+            self.printed.value(value)
+        except ValueError as error:
+            self.fail(str(error))
+
+    # -- statements --
+
+    def walk(self, dot: Any, statements: list[_Statement]) -> None:
+        for node in statements:
+            self.spend()
+            if isinstance(node, str):
+                self.show(node)
+            elif isinstance(node, _Pipe):
+                value = self.pipeline(dot, node)
+                if not node.declared:
+                    self.show("<no value>" if value is None else value)
+            elif isinstance(node, _Block):
+                self.block(dot, node)
+            elif isinstance(node, _Invocation):
+                self.invoke(dot, node)
+            else:
+                raise _LeaveRange(node.kind)
+
+    def block(self, dot: Any, node: _Block) -> None:
+        self.enter()
+        variables = len(self.variables)
+        if node.kind == "range":
+            self.iterate(dot, node)
+        else:
+            for pipe, body in node.branches:
+                value = self.pipeline(dot, pipe)
+                if _is_true(value):
+                    self.walk(value if node.kind == "with" else dot, body)
+                    break
+            else:
+                self.walk(dot, node.otherwise)
+        del self.variables[variables:]
+        self.depth -= 1
+
+    def iterate(self, dot: Any, node: _Block) -> None:
+        ((pipe, body),) = node.branches
+        value = self.pipeline(dot, pipe)
+        if value is None:
+            value = []
+        if not isinstance(value, dict | list):
+            self.fail(f"range can't iterate over {_go_print('v', value)}")
+        rows = sorted(value.items()) if isinstance(value, dict) else list(enumerate(value))
+        variables, depth = len(self.variables), self.depth
+        for row in rows:
+            self.spend()
+            for name, part in zip(pipe.declared, row[-len(pipe.declared) :]):
+                self.assign(name, part)
+            try:
+                self.walk(row[1], body)
+            except _LeaveRange as leave:
+                self.depth = depth
+                if str(leave) == "break":
+                    break
+            del self.variables[variables:]
+        if not rows:
+            self.walk(dot, node.otherwise)
+
+    def invoke(self, dot: Any, node: _Invocation) -> None:
+        self.node = node
+        statements = self.template.templates.get(node.name)
+        if statements is None:
+            self.fail(f"template {_quoted(node.name)} not defined")
+        self.enter()
+        value = self.pipeline(dot, node.pipe) if node.pipe else None
+        outside = self.name, self.variables
+        self.name, self.variables = node.name, [["$", value]]
+        self.walk(value, statements)
+        self.name, self.variables = outside
+        self.depth -= 1
+
+    # -- pipelines --
+
+    def pipeline(self, dot: Any, pipe: _Pipe) -> Any:
+        self.node = pipe
+        value: Any = _NOTHING
+        for command in pipe.commands:
+            value = self.command(dot, command, value)
+        for name in pipe.declared:
+            if pipe.assigns:
+                self.assign(name, value)
+            else:
+                self.variables.append([name, value])
+        return value
+
+    def variable(self, name: str) -> list[Any]:
+        for variable in reversed(self.variables):
+            if variable[0] == name:
+                return variable
+        self.fail(f"undefined variable: {name}")
+
+    def assign(self, name: str, value: Any) -> None:
+        self.variable(name)[1] = value
+
+    def command(self, dot: Any, command: _Command, last: Any) -> Any:
+        """`last` is the value of the command before it, and becomes its last argument."""
+        self.spend()
+        arguments = command.arguments
+        first = arguments[0]
+        if isinstance(first, _Path):
+            return self.path(dot, first, arguments, last)
+        if isinstance(first, _Name):
+            return self.function(dot, first, command, arguments, last)
+        if not isinstance(first, _Pipe):
+            self.node = first
+        self.refuse_arguments(first, arguments, last)
+        if isinstance(first, _Pipe):
+            return self.pipeline(dot, first)
+        if isinstance(first, _Dot):
+            return dot
+        if first.value is None:
+            self.fail("nil is not a command")
+        return self.constant(first)
+
+    def refuse_arguments(self, node: _Operand, arguments: tuple[_Operand, ...], last: Any) -> None:
+        if len(arguments) > 1 or last is not _NOTHING:
+            self.fail(f"can't give argument to non-function {node.text}")
+
+    def constant(self, node: _Constant) -> Any:
+        self.node = node
+        if isinstance(node.value, int) and node.value >= 2**63:
+            self.fail(f"{node.text} overflows int")
+        return node.value
+
+    def path(self, dot: Any, path: _Path, arguments: tuple[_Operand, ...], last: Any) -> Any:
+        self.node = path
+        value = dot
+        if not isinstance(path.start, str):
+            value = self.argument(dot, "any", path.start)
+        elif path.start:
+            value = self.variable(path.start)[1]
+            if not path.names:
+                self.refuse_arguments(path, arguments, last)
+        for name in path.names[:-1]:
+            value = self.field(dot, name, path, (), _NOTHING, value)
+        for name in path.names[-1:]:
+            value = self.field(dot, name, path, arguments, last, value)
+        return value
+
+    def field(
+        self,
+        dot: Any,
+        name: str,
+        path: _Path,
+        arguments: tuple[_Operand, ...],
+        last: Any,
+        value: Any,
+    ) -> Any:
+        if value is None:
+            return None
+        methods = getattr(value, "methods", None) or _METHODS.get(type(value), {})
+        if name in methods:
+            method = methods[name]._replace(call=partial(methods[name].call, value))
+            return self.call(dot, method, path, name, arguments, last)
+        has_arguments = len(arguments) > 1 or last is not _NOTHING
+        if isinstance(value, TemplateStruct) and name in value.fields:
+            if has_arguments:
+                self.fail(f"{name} has arguments but cannot be invoked as function")
+            return value.fields[name]
+        if isinstance(value, dict):
+            if has_arguments:
+                self.fail(f"{name} is not a method but has arguments")
+            return _entry(value, name)
+        self.fail(f"can't evaluate field {name} in type {_type_name(value)}")
+
+    # -- calls --
+
+    def function(
+        self, dot: Any, name: _Name, node: _Operand | _Command, arguments: tuple[_Operand, ...],
+        last: Any,
+    ) -> Any:  # fmt: skip
+        self.node = name
+        function = self.functions.get(name.text) or _GO_FUNCTIONS.get(name.text)
+        if function is None:
+            self.fail(f"{_quoted(name.text)} is not a defined function")
+        return self.call(dot, function, node, name.text, arguments, last)
+
+    def call(
+        self, dot: Any, function: TemplateFunction, node: Any, name: str,
+        arguments: tuple[_Operand, ...], last: Any,
+    ) -> Any:  # fmt: skip
+        types = function.takes.split()
+        operands = arguments[1:]
+        count = len(operands) + (last is not _NOTHING)
+        if types and types[-1].startswith("..."):
+            rest = types.pop()[3:]
+            if count < len(types):
+                least = f"want at least {len(types)} got {len(operands)}"
+                self.fail(f"wrong number of args for {name}: {least}")
+            types += [rest] * (count - len(types))
+        if count != len(types):
+            self.fail(f"wrong number of args for {name}: want {len(types)} got {count}")
+        self.spend(function.steps + count)
+        values: list[Any] = []
+        for operand, wanted in zip(operands, types):
+            values.append(self.argument(dot, wanted, operand))
+            if function in (_AND, _OR) and _is_true(values[-1]) == (function is _OR):
+                return values[-1]
+        if last is not _NOTHING:
+            values.append(self.checked(last, types[-1]))
+        self.spend(sum(len(value) for value in values if isinstance(value, str)) >> 4)
+        try:
+            result = function.call(*values)
+        except Exception as error:
+            # whatever a function can't do ends this template alone
+            self.node = node
+            self.fail(f"error calling {name}: {error}")
+        if isinstance(result, str | list | dict):
+            self.spend(len(result) >> 4)
+        return result
+
+    def argument(self, dot: Any, wanted: str, node: _Operand) -> Any:
+        self.node = node
+        if isinstance(node, _Constant):
+            return self.literal(node, wanted)
+        if isinstance(node, _Dot):
+            value = dot
+        elif isinstance(node, _Path):
+            value = self.path(dot, node, (), _NOTHING)
+        elif isinstance(node, _Pipe):
+            value = self.pipeline(dot, node)
+        else:
+            value = self.function(dot, node, node, (), _NOTHING)
+        return self.checked(value, wanted)
+
+    def literal(self, node: _Constant, wanted: str) -> Any:
+        """A constant as an argument: a number is of the type that is wanted."""
+        value = node.value
+        if wanted == "any":
+            return self.constant(node)
+        if value is None:
+            self.fail(f"cannot assign nil to {wanted}")
+        if wanted == "string":
+            if isinstance(value, str):
+                return value
+            self.fail(f"expected string; found {node.text}")
+        if wanted in ("int", "time.Duration"):
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if is_number and value == int(value):
+                nanoseconds = int(value)
+                return nanoseconds if wanted == "int" else _duration_of(nanoseconds)
+            self.fail(f"expected integer; found {node.text}")
+        self.fail(f"can't handle {node.text} for arg of type {wanted}")
+
+    def checked(self, value: Any, wanted: str) -> Any:
+        if wanted == "any" or _type_name(value) == wanted:
+            return value
+        if value is None:
+            self.fail(f"invalid value; expected {wanted}")
+        self.fail(f"wrong type for value; expected {wanted}; got {_type_name(value)}")
+
+
+# ==================================================================================================
 # PART VI. COMMAND LINE
 # ==================================================================================================
 
 
 # ==================================================================================================
-# 29. Command line
+# 33. Command line
 # ==================================================================================================
 #
 # Options become objects, one line says what is running, and a signal ends it. What goes wrong
