@@ -2313,6 +2313,12 @@ def error_response(error: Exception) -> Response:
     raise error
 
 
+class OwnPeer(str):
+    """The peer of a connection from another process of this server: a client that is on no list,
+    and that no rate limits. No header field can claim to be it, as it is known by its type.
+    """
+
+
 def client_id(head: Head, peer: str) -> str:
     """Who asks: the value of Authorization, else the peer's address. A very long value is known by
     its hash.
@@ -2500,6 +2506,8 @@ class Service:
         """Count a request against its client's rate: the RateLimit field line of the answer, or
         HTTPError 401 or 429.
         """
+        if isinstance(client, OwnPeer):
+            return b""
         limiter, clients = self.limiter, self.clients
         own_limit = None
         if clients is not None:
@@ -2893,6 +2901,7 @@ class Connections:
         self.lock = threading.Lock()
         self.open: dict[int, Connection] = {}  # by file descriptor
         self.idle = WaitQueue(READ, timeouts.idle_s)
+        self.own = WaitQueue(READ, math.inf)  # idle too, but of this server's own processes
         self.shaking_hands = WaitQueue(READ, timeouts.head_s)
         self.in_head = WaitQueue(READ, timeouts.head_s)
         self.in_body = WaitQueue(READ, timeouts.body_s)
@@ -3280,7 +3289,7 @@ class Turns:
             return queues.ready
         if connection.reader.in_request:
             return queues.in_body if connection.reader.in_body else queues.in_head
-        return queues.idle
+        return queues.own if isinstance(connection.peer, OwnPeer) else queues.idle
 
     def _drain(self, connection: Connection) -> WaitQueue | None:
         """Lingering close: a reset, which unread bytes would cause, could destroy the answer (RFC
@@ -3581,6 +3590,17 @@ class Server(socketserver.ThreadingTCPServer):
             if self.connections.epoll is not None:
                 self.connections.epoll.modify(self._listener_fd, READ)
 
+    def adopt(self, sock: socket.socket, name: str) -> None:
+        """Serve a connection of another process of this server: one end of a socket pair. It speaks
+        plain HTTP, and idles as long as it likes.
+        """
+        connection = Connection(sock, OwnPeer(name))
+        self.connections.add(connection)
+        if self.connections.epoll is not None:
+            self.connections.park(connection, self.connections.own)
+        else:
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
     # ---- a thread a connection
 
     def get_request(self) -> tuple[socket.socket, Any]:
@@ -3596,9 +3616,12 @@ class Server(socketserver.ThreadingTCPServer):
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         """Serve one connection to its end, in the thread that socketserver started for it."""
-        connection, turns = self._admit(request, client_address), self._turns
-        if connection is None:
-            return
+        connection = self._admit(request, client_address)
+        if connection is not None:
+            self._serve(connection)
+
+    def _serve(self, connection: Connection) -> None:
+        turns = self._turns
         turns.step(connection, turns.take)
         self.service.count_answered()
         while (waits_in := connection.waits_in) is not None:
@@ -3613,7 +3636,7 @@ class Server(socketserver.ThreadingTCPServer):
             if source is not None and waits_in is self.connections.relaying:
                 poll.register(connection.relay_fd, READ)
             wait_s = max(0.0, connection.deadline - self._clock())
-            ready = dict(poll.poll(wait_s * 1000 + 1))
+            ready = dict(poll.poll(None if wait_s == math.inf else wait_s * 1000 + 1))
             if self.connections.claim(connection):
                 connection.ready_at = time.perf_counter()
                 connection.hung_up = bool(ready.get(connection.fd, 0) & HUNG_UP)
@@ -3699,10 +3722,8 @@ class Server(socketserver.ThreadingTCPServer):
             super().shutdown()
         self.socket.close()
         deadline = time.monotonic() + connections.timeouts.stop_s
-        # what lingers has its answer
-        while (
-            len(connections.open) > len(connections.lingering.queue) and time.monotonic() < deadline
-        ):
+        done = connections.lingering.queue, connections.own.queue  # what lingers has its answer
+        while len(connections.open) > sum(map(len, done)) and time.monotonic() < deadline:
             for connection in connections.claim_idle():
                 turns.step(connection, turns.take)  # serve what has just arrived
                 connections.close_if_idle(connection)
