@@ -9155,260 +9155,7 @@ def result_json(result: Result, limit: int | None = None, budget: Budget | None 
 
 
 # ==================================================================================================
-# 27. Child processes
-# ==================================================================================================
-#
-# What must not hold up ingestion lives in processes of its own, which the front starts, watches and
-# begins anew where they die. The front speaks in frames of fixed size, each of which may bring a
-# descriptor: what is larger than a frame stands in a pipe, and a question comes as one end of a
-# socket, on which its answer goes back. A child speaks in lines of JSON. Nothing here waits for a
-# child: a socket that is full means that it is busy. When the front dies, its children find the end
-# of their sockets and end too.
-
-SILENCE_S = 20.0  # a child that says nothing for so long is ended, and begun anew
-CHILD_STOP_S = 1.0
-MAX_FORM_BYTES = 128 * 1024
-
-_FRAME = struct.Struct("<4sIqd")  # what; file of the log, bytes of it; when, by time.monotonic
-_OPTIONS, _QUESTION, _POSITION, _STOP = b"opts", b"ask.", b"pos.", b"stop"
-_LENGTHS = struct.Struct("<II")  # of the path and the form of a question
-
-
-class Question:
-    """A request to the query API that waits for its answer."""
-
-    __slots__ = ("socket", "position", "arrived", "path", "form", "deadline")
-
-    def __init__(self, sock: socket.socket, position: Position, arrived: float):
-        """Read a question that was written whole before its socket was sent. Raises OSError."""
-        self.socket, self.position, self.arrived = sock, position, arrived
-        sock.setblocking(False)
-        received = b""
-        lengths = (0, _LENGTHS.size)
-        while len(received) < _LENGTHS.size + sum(lengths):
-            piece = sock.recv(MAX_FORM_BYTES)
-            if not piece:
-                raise OSError(errno.EPIPE, "the question is not whole")
-            received += piece
-            lengths = _LENGTHS.unpack_from(received)
-        path_end = _LENGTHS.size + lengths[0]
-        self.path = received[_LENGTHS.size : path_end].decode()
-        self.form = received[path_end:].decode()
-        self.deadline = arrived + QUERY_TIMEOUT_S
-
-
-def relayed(status: int, body: bytes) -> bytes:
-    """An answer as the front relays it."""
-    fields = b"Content-Type: application/json; charset=utf-8\r\n"
-    if status == 503:
-        fields += b"Retry-After: %d\r\n" % RETRY_AFTER_S
-    return RELAY_HEAD.pack(status, len(fields), len(body)) + fields + body
-
-
-def piped(content: bytes) -> int:
-    """A descriptor from which the content can be read; up to what a pipe holds. Raises OSError."""
-    heard, said = os.pipe()
-    try:
-        os.set_blocking(said, False)
-        os.write(said, content)
-    except OSError:
-        os.close(heard)
-        raise
-    finally:
-        os.close(said)
-    return heard
-
-
-class ChildClient:
-    """The front's end of a process: starts it, tells it things, hears it, starts it anew."""
-
-    stop_s = CHILD_STOP_S  # how long a stop waits for it
-
-    def __init__(self, role: str, log: MetricLog, options: dict[str, Any]):
-        self._role, self._log, self._options = role, log, options
-        # Guards the two below, and what a subclass says. Nothing waits under it.
-        self._lock = threading.Lock()
-        self._control: socket.socket | None = None
-        self._process: subprocess.Popen[bytes] | None = None
-        # The rest belongs to the housekeeper; others only read it.
-        self._received = b""
-        self._heard_at = self._started_at = 0.0
-        self._backoff_s = 0.0
-        self._stopping = False
-        self.restarts = -1  # the first start is none
-        self.status: dict[str, Any] = {"progress": "starting", "error": ""}
-
-    def introduce(self) -> None:
-        """Tell a child that was just started what it has to know; called under the lock."""
-
-    def heard(self, said: dict[str, Any]) -> None:
-        """Take what a child says, beside its status and its log."""
-
-    def ask(self, path: bytes, form: bytes) -> Answer:
-        """Hand a question over; the answer comes from the child. Raises HTTPError."""
-        if len(form) + len(path) > MAX_FORM_BYTES:
-            raise HTTPError(413, f"parameters of more than {MAX_FORM_BYTES} bytes")
-        try:
-            return Answer(None, source=Relay(self._question(path, form)))
-        except OSError as error:
-            logger.debug("the %s was not asked: %s", self._role, error)
-            raise unavailable(f"the {self._role} does not answer") from None
-
-    def _question(self, path: bytes, form: bytes) -> socket.socket:
-        """Send a question; returns the socket on which its answer comes."""
-        mine, theirs = socket.socketpair()
-        with theirs:
-            try:
-                mine.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * MAX_FORM_BYTES)
-                mine.setblocking(False)
-                mine.sendall(_LENGTHS.pack(len(path), len(form)) + path + form)
-                self.send(_QUESTION, self._log.position, theirs.fileno())
-            except OSError:
-                mine.close()
-                raise
-        return mine
-
-    def send(self, kind: bytes, position: Position, descriptor: int = -1) -> None:
-        """Send a frame. Raises OSError where the child takes none."""
-        with self._lock:
-            self.send_locked(kind, position, descriptor)
-
-    def send_locked(self, kind: bytes, position: Position, descriptor: int = -1) -> None:
-        """Send a frame; the lock is held already. Raises OSError."""
-        if self._control is None:
-            raise OSError(errno.EPIPE, f"there is no {self._role}")
-        frame = _FRAME.pack(kind, position.file, position.size_bytes, time.monotonic())
-        if descriptor >= 0:
-            socket.send_fds(self._control, [frame], [descriptor], socket.MSG_DONTWAIT)
-        else:
-            self._control.send(frame, socket.MSG_DONTWAIT)
-
-    def send_piped(self, kind: bytes, content: bytes) -> None:
-        """Send a frame with more than a frame holds. Raises OSError."""
-        descriptor = piped(content)
-        try:
-            self.send(kind, self._log.position, descriptor)
-        finally:
-            os.close(descriptor)
-
-    def look(self) -> None:
-        """What the housekeeper does for the child, again and again."""
-        if self._control is None:
-            if time.monotonic() >= self._started_at + self._backoff_s and not self._stopping:
-                try:
-                    self._start()
-                except OSError as error:
-                    logger.error("can't start the %s: %s", self._role, error.strerror)
-            return
-        try:
-            self.send(_POSITION, self._log.position)
-        except BlockingIOError as error:
-            logger.debug("the %s reads no frames: %s", self._role, error)
-        except OSError:
-            self.end()
-            return
-        self._hear()
-        if time.monotonic() - self._heard_at > SILENCE_S:
-            logger.error("the %s says nothing for %g s", self._role, SILENCE_S)
-            self.end()
-
-    def _start(self) -> None:
-        self._started_at = self._heard_at = time.monotonic()
-        self._backoff_s = min(5.0, 2 * self._backoff_s + 0.1)
-        mine, theirs = socket.socketpair()
-        mine.setblocking(False)
-        with theirs:
-            process = subprocess.Popen(
-                [sys.executable, os.path.abspath(__file__), self._role, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-            )
-        self.restarts += 1
-        # By a pipe: arguments and environment can be read by others, and options hold passwords.
-        options = piped(write_json(self._options).encode())
-        try:
-            with self._lock:
-                self._control, self._process = mine, process
-                self.send_locked(_OPTIONS, self._log.position, options)
-                self.introduce()
-        finally:
-            os.close(options)
-
-    def _hear(self) -> None:
-        control = self._control
-        assert control is not None  # only the housekeeper ends it
-        try:
-            while piece := control.recv(65_536):
-                self._received += piece
-            self.end()
-            return
-        except BlockingIOError:
-            pass
-        except OSError:
-            self.end()
-            return
-        *lines, self._received = self._received.split(b"\n")
-        for line in lines:
-            self._heard_at = time.monotonic()
-            said = parse_json(line)
-            if "status" in said:
-                self.status = said["status"]
-                if not self.status["progress"]:
-                    self._backoff_s = 0.0
-            elif "log" in said:
-                logger.log(said["level"], "%s", said["log"])
-            else:
-                self.heard(said)
-
-    def end(self) -> None:
-        """End the process; it is started anew later."""
-        with self._lock:
-            control, process = self._control, self._process
-            self._control = self._process = None
-        self._received = b""
-        if control is None or process is None:
-            return
-        control.close()
-        process.kill()
-        process.wait()
-        if not self._stopping:
-            self.status = {"progress": "it died and is started anew", "error": ""}
-            logger.error(
-                "the %s ended with status %d; it is started anew", self._role, process.returncode
-            )
-
-    def close(self) -> None:
-        """End the process; wait for it a little, while it ends in order."""
-        self._stopping = True
-        process = self._process
-        try:
-            self.send(_STOP, self._log.position)
-            if process is not None:
-                process.wait(self.stop_s)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            logger.debug("the %s did not stop by itself: %s", self._role, error)
-        self.end()
-
-
-def child_options(control: socket.socket) -> dict[str, Any]:
-    """What the front tells first: the options of this process."""
-    _, descriptors, _, _ = socket.recv_fds(control, _FRAME.size, 1)
-    if not descriptors:
-        sys.exit("the front is gone")
-    with open(descriptors[0], "rb") as file:
-        options: dict[str, Any] = parse_json(file.read())
-    return options
-
-
-def ignore_signals() -> None:
-    """Signals of a terminal reach the children, too: the front says when to stop."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-
-
-# ==================================================================================================
-# 28. Store process
+# 27. Store process
 # ==================================================================================================
 #
 # The problem: whoever holds the interpreter lock stops everybody, and a query, a sealed chunk or a
@@ -9432,11 +9179,16 @@ QUERY_MEMORY = 512 * 1024 * 1024  # bytes that a query may take, beside what the
 SENDING_S = 5.0  # a reader may take so long while others wait
 KILL_GRACE_S = 0.5  # a fork that is late ends by itself, or so long later by a signal
 STORE_STATUS_S = 1.0  # how often the store says how it is
+SILENCE_S = 20.0  # a store that says nothing for so long is ended, and begun anew
 STORE_RETRY_S = 30.0  # after a failure to keep the store in order: a full disk, as a rule
+STORE_STOP_S = 1.0
 LOCK_WAIT_S = 5.0  # for a store whose front died
+MAX_FORM_BYTES = 128 * 1024
 OWN_METRICS_S = 15.0
 
-_SWITCH, _OWN = b"file", b"own."  # frames: the log goes on in another file; lines of own metrics
+_FRAME = struct.Struct("<4sIqd")  # what; file of the log, bytes of it; when, by time.monotonic
+_QUESTION, _POSITION, _SWITCH, _OWN, _STOP = b"ask.", b"pos.", b"file", b"own.", b"stop"
+_LENGTHS = struct.Struct("<II")  # of the path and the form of a question
 
 
 class StoreOptions(NamedTuple):
@@ -9450,6 +9202,29 @@ class StoreOptions(NamedTuple):
     query_timeout_s: float = QUERY_TIMEOUT_S
     query_memory: int = QUERY_MEMORY
     version: str = ""
+
+
+class Question:
+    """A request to the query API that waits for its answer."""
+
+    __slots__ = ("socket", "position", "arrived", "path", "form", "deadline")
+
+    def __init__(self, sock: socket.socket, position: Position, arrived: float):
+        """Read a question that was written whole before its socket was sent. Raises OSError."""
+        self.socket, self.position, self.arrived = sock, position, arrived
+        sock.setblocking(False)
+        received = b""
+        lengths = (0, _LENGTHS.size)
+        while len(received) < _LENGTHS.size + sum(lengths):
+            piece = sock.recv(MAX_FORM_BYTES)
+            if not piece:
+                raise OSError(errno.EPIPE, "the question is not whole")
+            received += piece
+            lengths = _LENGTHS.unpack_from(received)
+        path_end = _LENGTHS.size + lengths[0]
+        self.path = received[_LENGTHS.size : path_end].decode()
+        self.form = received[path_end:].decode()
+        self.deadline = arrived + QUERY_TIMEOUT_S
 
 
 class _Fork:
@@ -9795,7 +9570,7 @@ class StoreProcess:
         self._send(question, *self.api.error("unavailable", reason))
 
     def _send(self, question: Question, status: int, body: bytes) -> None:
-        self._sending[question.socket] = memoryview(relayed(status, body))
+        self._sending[question.socket] = memoryview(_relayed(status, body))
         self._send_more(question.socket)
 
     def _send_more(self, sock: socket.socket) -> None:
@@ -9901,7 +9676,7 @@ class _Child:
         self._deadline = math.inf  # the rest is up to the reader; a front that goes closes it
         self._tell(sending=True)
         question.socket.setblocking(True)
-        question.socket.sendall(relayed(status, body))
+        question.socket.sendall(_relayed(status, body))
         return 0
 
     def maintain(self, store: Store) -> int:
@@ -9927,18 +9702,26 @@ def _address_space() -> int:
         return 1 << 30
 
 
+def _relayed(status: int, body: bytes) -> bytes:
+    """An answer as the front relays it."""
+    fields = b"Content-Type: application/json; charset=utf-8\r\n"
+    if status == 503:
+        fields += b"Retry-After: %d\r\n" % RETRY_AFTER_S
+    return RELAY_HEAD.pack(status, len(fields), len(body)) + fields + body
+
+
 def store_main(arguments: list[str]) -> int:
-    """The store process; its argument is the descriptor of its socket to the front."""
+    """The store process: a descriptor of its socket to the front, and its options as JSON."""
     sys.setrecursionlimit(MAX_RECURSION)
-    ignore_signals()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the front says when to stop
+        signal.signal(number, signal.SIG_IGN)
     # Who takes batches in comes first: woken beside it, the store waits for another core. Where
     # both have a load generator beside them on two cores, ingestion gains 5 to 10 %.
     os.nice(5)
     if hasattr(os, "SCHED_BATCH"):
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-    control = socket.socket(fileno=int(arguments[0]))
-    options = StoreOptions(**child_options(control))
-    process = StoreProcess(control, options)
+    options = StoreOptions(**parse_json(arguments[1].encode()))
+    process = StoreProcess(socket.socket(fileno=int(arguments[0])), options)
     logger.addFilter(process.log_to_front)
     logger.setLevel(logging.INFO)
     with own_blocks(options.folder):
@@ -9966,24 +9749,36 @@ def own_blocks(folder: str) -> Iterator[None]:
 
 
 # ==================================================================================================
-# 29. Store client
+# 28. Store client
 # ==================================================================================================
 #
-# The front's end of the store process: it tells the store how far the log is acknowledged and when
-# the log goes on in another file, hands queries over, holds the limit on series, and stores the
-# server's own statistics.
+# The front's end of the store process. It starts the store, tells it how far the log is
+# acknowledged, hands questions over, each as one end of a socket on which the answer comes, and
+# begins the store anew where it dies. Nothing here waits for the store: a socket that is full means
+# that it is busy.
+
 
 MAX_KNOWN_LAYOUTS = 100_000
 
 
-class StoreClient(ChildClient):
-    """The front's end of the store process."""
+class StoreClient:
+    """The front's end: starts the store process, asks it, starts it anew where it died."""
 
     def __init__(self, log: MetricLog, statistics: Statistics, options: StoreOptions):
-        super().__init__("store", log, options._asdict())
-        self._statistics, self._max_series = statistics, options.max_series
-        self._current = log.position.file, log.descriptor  # the file of the log; under the lock
-        self._missed_switch = False  # under the lock
+        self._log, self._statistics, self._options = log, statistics, options
+        # Guards the four below. Nothing waits under it.
+        self._lock = threading.Lock()
+        self._control: socket.socket | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._current = log.position.file, log.descriptor  # the file of the log
+        self._missed_switch = False
+        # The rest belongs to the housekeeper; others only read it.
+        self._received = b""
+        self._heard_at = self._started_at = 0.0
+        self._backoff_s = 0.0
+        self._stopping = False
+        self.restarts = -1  # the first start is none
+        self.status: dict[str, Any] = {"progress": "starting", "error": ""}
         self._known: set[int] = set()  # layouts of batches that came while there was room
         log.on_switch = self._switch
         self._expose()
@@ -10010,8 +9805,8 @@ class StoreClient(ChildClient):
 
     def admit(self, batch: Batch) -> None:
         """Refuse series that are new while there is no room for any; HTTPError 400."""
-        room = self.status.get("room", self._max_series)
-        if room * 2 > self._max_series:
+        room = self.status.get("room", self._options.max_series)
+        if room * 2 > self._options.max_series:
             return
         key = hash(tuple((name, rest) for _, name, _, rest in _LOG_LINE.findall(batch.lines)))
         if room > 0:
@@ -10022,10 +9817,10 @@ class StoreClient(ChildClient):
             raise HTTPError(
                 400,
                 f"the batch may have new series, and there is room for none: --max-series is "
-                f"{self._max_series}",
+                f"{self._options.max_series}",
             )
 
-    def query(self, request: Request, client: str) -> Answer:
+    def ask(self, request: Request, client: str) -> Answer:
         """`/api/v1/…`: the query API, its parameters in the target or in the body as a form."""
         head = request.head
         if not has_api_route(head.path):
@@ -10036,11 +9831,46 @@ class StoreClient(ChildClient):
             if content_type.partition(";")[0].strip().lower() != FORM_TYPE:
                 raise HTTPError(415, f"send 'Content-Type: {FORM_TYPE}'")
             form = b"&".join(filter(None, (decode_content(request), form)))
+        path = head.path.encode()
+        if len(form) + len(path) > MAX_FORM_BYTES:
+            raise HTTPError(413, f"parameters of more than {MAX_FORM_BYTES} bytes")
         try:
             form.decode()
         except UnicodeDecodeError:
             raise HTTPError(400, "the form is not UTF-8") from None
-        return self.ask(head.path.encode(), form)
+        try:
+            return Answer(None, source=Relay(self._question(path, form)))
+        except OSError as error:
+            logger.debug("the store was not asked: %s", error)
+            raise unavailable("the store does not answer") from None
+
+    def _question(self, path: bytes, form: bytes) -> socket.socket:
+        """Send a question to the store; returns the socket on which its answer comes."""
+        mine, theirs = socket.socketpair()
+        with theirs:
+            try:
+                mine.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * MAX_FORM_BYTES)
+                mine.setblocking(False)
+                mine.sendall(_LENGTHS.pack(len(path), len(form)) + path + form)
+                self._send(_QUESTION, self._log.position, theirs.fileno())
+            except OSError:
+                mine.close()
+                raise
+        return mine
+
+    def _send(self, kind: bytes, position: Position, descriptor: int = -1) -> None:
+        """Send a frame. Raises OSError where the store takes none."""
+        with self._lock:
+            self._send_locked(kind, position, descriptor)
+
+    def _send_locked(self, kind: bytes, position: Position, descriptor: int) -> None:
+        if self._control is None:
+            raise OSError(errno.EPIPE, "there is no store")
+        frame = _FRAME.pack(kind, position.file, position.size_bytes, time.monotonic())
+        if descriptor >= 0:
+            socket.send_fds(self._control, [frame], [descriptor], socket.MSG_DONTWAIT)
+        else:
+            self._control.send(frame, socket.MSG_DONTWAIT)
 
     def _switch(self, file: int, descriptor: int, final_size: int) -> None:
         """The log goes on in another file; called by the log, in the order of its lines."""
@@ -10049,7 +9879,7 @@ class StoreClient(ChildClient):
             if self._control is None:
                 return
             try:
-                self.send_locked(_SWITCH, Position(file, final_size), descriptor)
+                self._send_locked(_SWITCH, Position(file, final_size), descriptor)
             except OSError as error:  # it begins anew, and reads what it missed
                 logger.debug("the store was not told of a new file: %s", error)
                 self._missed_switch = True
@@ -10063,27 +9893,114 @@ class StoreClient(ChildClient):
             if math.isfinite(own.value)
         )
         try:
-            self.send_piped(_OWN, lines.encode())
+            heard, said = os.pipe()
+            try:
+                os.set_blocking(said, False)
+                os.write(said, lines.encode())
+                self._send(_OWN, self._log.position, heard)
+            finally:
+                os.close(said)
+                os.close(heard)
         except OSError as error:
             logger.debug("the server's own statistics were not stored: %s", error)
 
     def look(self) -> None:
         """What the housekeeper does for the store, again and again."""
+        if self._control is None:
+            if time.monotonic() >= self._started_at + self._backoff_s and not self._stopping:
+                try:
+                    self._start()
+                except OSError as error:
+                    logger.error("can't start the store: %s", error.strerror)
+            return
+        try:
+            self._send(_POSITION, self._log.position)
+        except BlockingIOError as error:
+            logger.debug("the store reads no frames: %s", error)
+        except OSError:
+            self._end()
+            return
+        self._hear()
         if self._missed_switch:
-            self.end()
-        super().look()
+            self._end()
+        elif time.monotonic() - self._heard_at > SILENCE_S:
+            logger.error("the store says nothing for %g s", SILENCE_S)
+            self._end()
 
-    def introduce(self) -> None:
-        """Tell the store where the log begins; called under the lock."""
-        self._missed_switch = False
-        file, descriptor = self._current
-        position = self._log.position
-        size = position.size_bytes if position.file == file else 0
-        self.send_locked(_SWITCH, Position(file, size), descriptor)
+    def _start(self) -> None:
+        self._started_at = self._heard_at = time.monotonic()
+        self._backoff_s = min(5.0, 2 * self._backoff_s + 0.1)
+        mine, theirs = socket.socketpair()
+        mine.setblocking(False)
+        options = write_json(self._options._asdict())
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, os.path.abspath(__file__), "store", str(theirs.fileno()), options],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+            )
+        self.restarts += 1
+        with self._lock:
+            self._control, self._process = mine, process
+            file, descriptor = self._current
+            position = self._log.position
+            size = position.size_bytes if position.file == file else 0
+            self._send_locked(_SWITCH, Position(file, size), descriptor)
 
-    def heard(self, said: dict[str, Any]) -> None:
-        """The store wants the log to go on in another file."""
-        self._log.rotate(said["rotate"])
+    def _hear(self) -> None:
+        control = self._control
+        assert control is not None  # only the housekeeper ends it
+        try:
+            while piece := control.recv(65_536):
+                self._received += piece
+            self._end()
+            return
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._end()
+            return
+        *lines, self._received = self._received.split(b"\n")
+        for line in lines:
+            self._heard_at = time.monotonic()
+            said = parse_json(line)
+            if "status" in said:
+                self.status = said["status"]
+                if not self.status["progress"]:
+                    self._backoff_s = 0.0
+            elif "rotate" in said:
+                self._log.rotate(said["rotate"])
+            else:
+                logger.log(said["level"], "%s", said["log"])
+
+    def _end(self) -> None:
+        """End the store process; it is started anew later."""
+        with self._lock:
+            control, process = self._control, self._process
+            self._control = self._process = None
+            self._missed_switch = False
+        self._received = b""
+        if control is None or process is None:
+            return
+        control.close()
+        process.kill()
+        process.wait()
+        if not self._stopping:
+            self.status = {"progress": "it died and is started anew", "error": ""}
+            logger.error("the store ended with status %d; it is started anew", process.returncode)
+
+    def close(self) -> None:
+        """End the store process; wait for it a little, while it keeps what is not in the log."""
+        self._stopping = True
+        process = self._process
+        try:
+            self._send(_STOP, self._log.position)
+            if process is not None:
+                process.wait(STORE_STOP_S)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            logger.debug("the store did not stop by itself: %s", error)
+        self._end()
 
 
 # Key of the status, with what the text format asks for, type and help.
@@ -10104,7 +10021,7 @@ _STORE_STATISTICS = (
 
 
 # ==================================================================================================
-# 30. Values of templates
+# 29. Values of templates
 # ==================================================================================================
 #
 # The problem: what a template prints must not differ by a character from what Go prints, for
@@ -10559,7 +10476,7 @@ _METHODS = {datetime.datetime: _TIME_METHODS, datetime.timedelta: _DURATION_METH
 
 
 # ==================================================================================================
-# 31. Functions of templates
+# 30. Functions of templates
 # ==================================================================================================
 #
 # What a template may call: the functions that Go has, those that Prometheus adds for rules, and
@@ -11012,7 +10929,7 @@ NOTIFICATION_FUNCTIONS = _COMMON_FUNCTIONS | {
 
 
 # ==================================================================================================
-# 32. Template parser
+# 31. Template parser
 # ==================================================================================================
 #
 # The problem: labels and annotations of alerts, and what is sent to a webhook, are templates of
@@ -11544,7 +11461,7 @@ def _is_blank(statements: list[_Statement]) -> bool:
 
 
 # ==================================================================================================
-# 33. Templates
+# 32. Templates
 # ==================================================================================================
 #
 # A walk over the tree prints, and each step is Go's. What a label holds is printed and never read
@@ -11894,7 +11811,7 @@ class _TemplateRun:
 
 
 # ==================================================================================================
-# 34. Command line
+# 33. Command line
 # ==================================================================================================
 #
 # Options become objects, one line says what is running, and a signal ends it. What goes wrong
@@ -12189,7 +12106,7 @@ def _store(
     store = StoreClient(service.log, service.statistics, store_options)
     service.admit = store.admit
     service.health_facts.append(store.health)
-    service.add_routes({f"{API_PREFIX}*": {"GET": store.query, "POST": store.query}})
+    service.add_routes({f"{API_PREFIX}*": {"GET": store.ask, "POST": store.ask}})
     jobs = [(TICK_S, store.look)]
     if options.self_metrics:
         jobs.append((options.self_metrics, store.send_own_metrics))
