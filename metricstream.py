@@ -5816,6 +5816,45 @@ Source = Memtable | Block
 _Places = dict[Labels, list[tuple[Source, int]]]  # where series stand
 
 
+def log_segments(folder: str) -> list[tuple[int, str]]:
+    """The parts of the log that no longer grow: (number, path), in order."""
+    found = []
+    for name in os.listdir(folder):
+        if match := _SEGMENT_NAME.fullmatch(name):
+            found.append((int(match[1]), os.path.join(folder, name)))
+    return sorted(found)
+
+
+class Checkpoint(NamedTuple):
+    """How far another reader has taken the log; stands in a file of its own. The last segment that
+    it took whole, and where in the file after that, whatever its name is by now.
+    """
+
+    segment: int = 0
+    offset: int = 0  # all before it is taken
+    end: int = 0  # up to here it may have been taken: no answer has come yet
+    check: int = 0  # CRC-32 of what stands before the offset: whether it is the same file
+
+    @classmethod
+    def read(cls, path: str) -> "Checkpoint":
+        """What a file says; nothing is taken where there is none, or none that makes sense."""
+        try:
+            with open(path, "rb") as file:
+                known = parse_json(file.read())
+            return cls(*(int(known[key]) for key in cls._fields))
+        except (OSError, ValueError, KeyError, TypeError):
+            return cls()
+
+    def write(self, path: str) -> None:
+        """Put it in the place of an older one. It is not synced: what a loss of power undoes is
+        taken again.
+        """
+        new = f"{path}.{os.getpid()}.tmp"
+        with open(new, "wb") as file:
+            file.write(write_json(self._asdict()).encode() + b"\n")
+        os.replace(new, path)
+
+
 class LogTail:
     """Reads a file of the log from a position on, in pieces of so many bytes, while it grows."""
 
@@ -5877,6 +5916,14 @@ class FollowedLog:
         self.acknowledged = max(self.acknowledged, position)
 
     @property
+    def left_bytes(self) -> int:
+        """How long the file that is read now and those after it are."""
+        following, acknowledged = list(self._next), self.acknowledged
+        last = following[-1][0].file if following else self.file
+        sizes = sum(position.size_bytes for position, _ in following)
+        return sizes + (acknowledged.size_bytes if acknowledged.file == last else 0)
+
+    @property
     def limit(self) -> int:
         """How far the file that is read now may be read."""
         if self._next:
@@ -5927,7 +5974,9 @@ class Store:
 
     `writes`: the store changes the folder, of which it is the only owner; else it only reads.
     `retention_s` and `retention_bytes`: older blocks, and the oldest of more bytes, are removed; 0
-    keeps all. `keep_log`: what a block covers of the log is kept, compressed. Raises OSError.
+    keeps all. `keep_log`: what a block covers of the log is kept, compressed. `checkpoints`: files
+    of others who read the log; what they have not taken of it is not removed. The log begins a new
+    file after `segment_bytes` at most. Raises OSError.
     """
 
     def __init__(
@@ -5938,6 +5987,8 @@ class Store:
         retention_s: float = RETENTION_S,
         retention_bytes: int = 0,
         keep_log: bool = False,
+        checkpoints: Sequence[str] = (),
+        segment_bytes: int = SEGMENT_BYTES,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ):
@@ -5945,6 +5996,7 @@ class Store:
         self.damaged: list[str] = []  # names of blocks that were set aside
         self.replayed = self.unreadable = 0  # lines of the log
         self._writes, self._keep_log = writes, keep_log
+        self._checkpoints, self._segment_bytes = checkpoints, segment_bytes
         self._retention_ms, self._retention_bytes = int(retention_s * 1000), retention_bytes
         self._clock, self._monotonic = clock, monotonic
         self._blocks_folder = os.path.join(folder, BLOCKS_NAME)
@@ -5970,7 +6022,7 @@ class Store:
         """
         while True:
             before = self._file_names()
-            segments = self._segments()  # before the blocks: what leaves the log is in a block
+            segments = log_segments(self.folder)  # before the blocks: what leaves the log is in a block
             self.refresh(first=True)
             covered = max((block.covers for block in self.blocks), default=0)
             for number, path in segments:
@@ -5988,15 +6040,7 @@ class Store:
         there = (
             sorted(os.listdir(self._blocks_folder)) if os.path.isdir(self._blocks_folder) else []
         )
-        return there + [path for _, path in self._segments()]
-
-    def _segments(self) -> list[tuple[int, str]]:
-        """The parts of the log that no longer grow: (number, path), in order."""
-        found = []
-        for name in os.listdir(self.folder):
-            if match := _SEGMENT_NAME.fullmatch(name):
-                found.append((int(match[1]), os.path.join(self.folder, name)))
-        return sorted(found)
+        return there + [path for _, path in log_segments(self.folder)]
 
     def _replay(self, path: str, skip_inode: int) -> Iterator[str]:
         with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
@@ -6041,7 +6085,8 @@ class Store:
         covered = max((block.covers for block in self.blocks), default=0)
         self._frozen = [(number, tables) for number, tables in self._frozen if number > covered]
         last = max((block.last_number for block in self.blocks), default=0)
-        self._next_number = max(self._next_number, last + 1, covered + 1)
+        taken = max((Checkpoint.read(path).segment for path in self._checkpoints), default=0)
+        self._next_number = max(self._next_number, last + 1, covered + 1, taken + 1)
 
     @property
     def is_changed(self) -> bool:
@@ -6114,7 +6159,7 @@ class Store:
 
     def segment_of(self, inode: int) -> str:
         """The path of the segment that is this file; "" if none is."""
-        for _, path in self._segments():
+        for _, path in log_segments(self.folder):
             with contextlib.suppress(FileNotFoundError):
                 if os.stat(path).st_ino == inode:
                     return path
@@ -6123,7 +6168,8 @@ class Store:
     def is_segment_due(self, log_bytes: int) -> bool:
         """Whether the log should begin a new file."""
         age_s = self._monotonic() - self._since
-        return self._active.rows > 0 and (age_s >= SEGMENT_AGE_S or log_bytes >= SEGMENT_BYTES)
+        is_due = age_s >= SEGMENT_AGE_S or log_bytes >= self._segment_bytes
+        return self._active.rows > 0 and is_due
 
     # ---- samples are asked for
 
@@ -6266,10 +6312,9 @@ class Store:
     @property
     def needs_maintenance(self) -> bool:
         """Whether `maintain` has anything to do."""
-        covered = max((block.covers for block in self.blocks), default=0)
         return bool(
             self._frozen
-            or any(number <= covered for number, _ in self._segments())
+            or self._retirable()
             or self._run_to_compact()
             or self._expired()
         )
@@ -6283,10 +6328,8 @@ class Store:
         for number, tables in self._frozen:
             self._write(tables, number, number, number)
         self._frozen = []
-        covered = max((block.covers for block in self.blocks), default=0)
-        for number, path in self._segments():
-            if number <= covered:
-                self._retire(path)
+        for path in self._retirable():
+            self._retire(path)
         while run := self._run_to_compact():
             self._compact(run)
         for block in self._expired():
@@ -6324,6 +6367,12 @@ class Store:
             writer.finish(covers, types)
         others = [b for b in self.blocks if not first <= b.first_number <= last]
         self.blocks = sorted((*others, Block(path)), key=lambda b: b.first_number)
+
+    def _retirable(self) -> list[str]:
+        """The segments that a block covers, and that nobody else is still to read."""
+        last = max((block.covers for block in self.blocks), default=0)
+        last = min((last, *(Checkpoint.read(path).segment for path in self._checkpoints)))
+        return [path for number, path in log_segments(self.folder) if number <= last]
 
     def _retire(self, path: str) -> None:
         """Remove a part of the log that a block covers, or keep it compressed."""
@@ -9253,6 +9302,8 @@ class StoreOptions(NamedTuple):
     retention_s: float = RETENTION_S
     retention_bytes: int = 0
     keep_log: bool = False
+    checkpoints: Sequence[str] = ()
+    segment_bytes: int = SEGMENT_BYTES
     query_timeout_s: float = QUERY_TIMEOUT_S
     query_memory: int = QUERY_MEMORY
     version: str = ""
@@ -9306,6 +9357,8 @@ class StoreProcess:
             retention_s=options.retention_s,
             retention_bytes=options.retention_bytes,
             keep_log=options.keep_log,
+            checkpoints=options.checkpoints,
+            segment_bytes=options.segment_bytes,
         )
         self.api = QueryAPI(self.store, timeout_s=options.query_timeout_s, version=options.version)
         self._max_forks = max(2, os.cpu_count() or 1)
@@ -10393,7 +10446,8 @@ def _store(
     """The store of a service, and what is to be done for it at which intervals in seconds."""
     store_options = StoreOptions(
         options.data_dir, options.max_series, options.retention, options.retention_size,
-        options.keep_log, options.query_timeout, options.query_memory, __version__,
+        options.keep_log, (), SEGMENT_BYTES, options.query_timeout, options.query_memory,
+        __version__,
     )  # fmt: skip
     store = StoreClient(service.log, service.statistics, store_options)
     service.admit = store.admit
