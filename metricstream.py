@@ -1437,9 +1437,9 @@ class MetricLog:
     `durability` is one of DURABILITY_LEVELS. Raises LogError where the folder can't be used, or is
     in use. `cut_bytes` says how much of a torn line was cut off at the start, `error` why the log
     can't be written now (or ""). `position` is where readers may read to; it is replaced as a
-    whole. `on_switch(number, descriptor, size)` is called when another file takes the place of the
-    old one: after the last acknowledged byte of that, which has `size`, and before the first of the
-    new one. `clock` is what a hanging disk is measured by.
+    whole. What is in `on_switch` is called with (number, descriptor, size) when another file takes
+    the place of the old one: after the last acknowledged byte of that, which has `size`, and before
+    the first of the new one. `clock` is what a hanging disk is measured by.
 
     At level `os` whoever appends writes. A thread does the rest: it writes (and syncs) what has
     gathered at the other levels, and changes files.
@@ -1482,7 +1482,7 @@ class MetricLog:
         self.durability = durability
         self.path = os.path.join(folder, LOG_NAME)
         self.error = ""
-        self.on_switch: Callable[[int, int, int], None] = lambda number, descriptor, size: None
+        self.on_switch: list[Callable[[int, int, int], None]] = []
         self._write, self._fsync, self._clock = write, fsync, clock
         # Since when the disk is at work, 0.0 if it is not. Written by whoever holds _lock; to read
         # an attribute is atomic.
@@ -1820,7 +1820,8 @@ class MetricLog:
     def _switch_to(self, fd: int) -> int:
         """Append to another file from now on; returns the old one. The lock is held."""
         old, number, size = self._fd, self.position.file + 1, os.fstat(fd).st_size
-        self.on_switch(number, fd, self.position.size_bytes)
+        for tell in self.on_switch:
+            tell(number, fd, self.position.size_bytes)
         self._fd, self._torn_at, self._gone, self._seen_bytes = fd, None, None, size
         self.position = Position(number, size)
         return old
@@ -2015,6 +2016,7 @@ class _Exposed(NamedTuple):
     name: str  # behind "metricstream_"
     type: str
     help: str
+    label: str = ""  # the number is many: a dictionary by the values of this label
 
 
 class OwnMetric(NamedTuple):
@@ -2033,7 +2035,7 @@ class Statistics:
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
         self.ring = EventRing()
-        self._added: dict[str, tuple[_Exposed, Callable[[], float]]] = {}  # by key
+        self._added: dict[str, tuple[_Exposed, Callable[[], Any]]] = {}  # by key
         self._clock = clock
         self._started = clock()
         self._lock = threading.Lock()  # guards the counters below
@@ -2059,12 +2061,18 @@ class Statistics:
                 self._invalid += 1
 
     def add(
-        self, key: str, type_: str, help_: str, number: Callable[[], float], name: str = ""
+        self,
+        key: str,
+        type_: str,
+        help_: str,
+        number: Callable[[], float | dict[str, float]],
+        name: str = "",
+        label: str = "",
     ) -> None:
         """Show one more number: under `key` in JSON, as metricstream_`name` in Prometheus's text
-        (where no name is given, the key is it).
+        (where no name is given, the key is it). With a label: numbers by its values.
         """
-        self._added[key] = _Exposed(key, name or key, type_, help_), number
+        self._added[key] = _Exposed(key, name or key, type_, help_, label), number
 
     def snapshot(self) -> dict[str, Any]:
         """All numbers, as `GET /metrics` answers them."""
@@ -2116,15 +2124,15 @@ class Statistics:
     def own_metrics(self) -> Iterator[OwnMetric]:
         """All numbers, as Prometheus names them."""
         numbers = self.snapshot()
-        for key, name, type_, help_ in (
+        for key, name, type_, help_, label in (
             *_EXPOSED,
             *(exposed for exposed, _ in self._added.values()),
         ):
             value = numbers[key]
             row = partial(OwnMetric, name, type_, help_)
-            if key == "requests_total":
-                for status, count in value.items():
-                    yield row(name, {"status": status}, count)
+            if label:
+                for label_value, number in value.items():
+                    yield row(name, {label: label_value}, number)
             elif key == "latency_ms":
                 for quantile in QUANTILES:
                     seconds = round(value[f"p{quantile * 100:g}"] / 1000, 9)
@@ -2163,7 +2171,13 @@ _EXPOSED = (
         "counter",
         "Requests refused for their client's rate.",
     ),
-    _Exposed("requests_total", "requests_total", "counter", "Requests answered, by status code."),
+    _Exposed(
+        "requests_total",
+        "requests_total",
+        "counter",
+        "Requests answered, by status code.",
+        "status",
+    ),
     _Exposed(
         "latency_ms",
         "request_duration_seconds",
@@ -5824,21 +5838,60 @@ Source = Memtable | Block
 _Places = dict[Labels, list[tuple[Source, int]]]  # where series stand
 
 
-class LogTail:
-    """Reads a file of the log from its beginning on, while it grows."""
+def log_segments(folder: str) -> list[tuple[int, str]]:
+    """The parts of the log that no longer grow: (number, path), in order."""
+    found = []
+    for name in os.listdir(folder):
+        if match := _SEGMENT_NAME.fullmatch(name):
+            found.append((int(match[1]), os.path.join(folder, name)))
+    return sorted(found)
 
-    def __init__(self, descriptor: int):
-        self.descriptor, self.position = descriptor, 0
+
+class Checkpoint(NamedTuple):
+    """How far another reader has taken the log; stands in a file of its own. The last segment that
+    it took whole, and where in the file after that, whatever its name is by now.
+    """
+
+    segment: int = 0
+    offset: int = 0  # all before it is taken
+    end: int = 0  # up to here it may have been taken: no answer has come yet
+    check: int = 0  # CRC-32 of what stands before the offset: whether it is the same file
+
+    @classmethod
+    def read(cls, path: str) -> "Checkpoint":
+        """What a file says; nothing is taken where there is none, or none that makes sense."""
+        try:
+            with open(path, "rb") as file:
+                known = parse_json(file.read())
+            return cls(*(int(known[key]) for key in cls._fields))
+        except (OSError, ValueError, KeyError, TypeError):
+            return cls()
+
+    def write(self, path: str) -> None:
+        """Put it in the place of an older one. It is not synced: what a loss of power undoes is
+        taken again.
+        """
+        new = f"{path}.{os.getpid()}.tmp"
+        with open(new, "wb") as file:
+            file.write(write_json(self._asdict()).encode() + b"\n")
+        os.replace(new, path)
+
+
+class LogTail:
+    """Reads a file of the log from a position on, in pieces of so many bytes, while it grows."""
+
+    def __init__(self, descriptor: int, position: int = 0, piece_bytes: int = READ_BYTES):
+        self.descriptor, self.position = descriptor, position
+        self._piece_bytes = piece_bytes
 
     def read(self, end: int) -> bytes:
         """The next whole lines before a position; b"" where there are none."""
-        piece = os.pread(
-            self.descriptor, max(0, min(READ_BYTES, end - self.position)), self.position
-        )
+        wanted = max(0, min(self._piece_bytes, end - self.position))
+        piece = os.pread(self.descriptor, wanted, self.position)
         whole = piece[: piece.rfind(b"\n") + 1]
-        if len(piece) == READ_BYTES and not whole:  # a line that no metric has
+        if len(piece) == self._piece_bytes and not whole:  # a line that no metric has
             whole = piece[:-1] + b"\n"
-        elif len(piece) == READ_BYTES:
+        elif len(piece) == self._piece_bytes:
             # Lines of one time stay together: half a batch would be a row group of its own, and
             # series in many groups are merged sample by sample: a query of 260 ms took 1,000.
             last_line = whole.rfind(b"\n", 0, -1) + 1
@@ -5852,6 +5905,76 @@ class LogTail:
     def has_reached(self, end: int) -> bool:
         """Whether all lines before a position were read, as far as the file has them."""
         return self.position >= end or self.position >= os.fstat(self.descriptor).st_size
+
+
+class FollowedLog:
+    """The log as another process follows it: file after file, each up to where it is acknowledged.
+
+    `tail` reads the file with the number `file`, -1 before there is any. What the front says
+    (`begin_file`, `acknowledge`) may come in a signal handler.
+    """
+
+    def __init__(self, piece_bytes: int = READ_BYTES):
+        self.file, self.tail = -1, LogTail(-1)
+        self.acknowledged = Position(-1, 0)
+        self._piece_bytes = piece_bytes
+        self._last_file = -1  # that was told of
+        self._next: deque[tuple[Position, int]] = deque()  # (new file, end of the old), a file
+
+    def begin_file(self, position: Position, descriptor: int) -> None:
+        """The log goes on in another file; the old one ends at the position's size. The first file
+        is acknowledged up to there.
+        """
+        if position.file <= self._last_file:  # it is known from the start
+            os.close(descriptor)
+            return
+        if self._last_file < 0:
+            self.acknowledge(position)
+        self._last_file = position.file
+        self._next.append((position, descriptor))
+
+    def acknowledge(self, position: Position) -> None:
+        """Nothing before this position is ever taken back."""
+        self.acknowledged = max(self.acknowledged, position)
+
+    @property
+    def left_bytes(self) -> int:
+        """How long the file that is read now and those after it are."""
+        following, acknowledged = list(self._next), self.acknowledged
+        last = following[-1][0].file if following else self.file
+        sizes = sum(position.size_bytes for position, _ in following)
+        return sizes + (acknowledged.size_bytes if acknowledged.file == last else 0)
+
+    @property
+    def limit(self) -> int:
+        """How far the file that is read now may be read."""
+        if self._next:
+            return self._next[0][0].size_bytes
+        acknowledged = self.acknowledged
+        return acknowledged.size_bytes if acknowledged.file == self.file else 0
+
+    @property
+    def has_next_file(self) -> bool:
+        """Whether there is another file, and the one that is read now is over."""
+        return bool(self._next) and (self.file < 0 or self.tail.has_reached(self.limit))
+
+    @property
+    def is_caught_up(self) -> bool:
+        """Whether there is nothing to be read."""
+        return not self._next and (self.file < 0 or self.tail.has_reached(self.limit))
+
+    def has_read(self, position: Position) -> bool:
+        """Whether all lines before a position were read."""
+        if self.file != position.file:
+            return self.file > position.file
+        return self.tail.has_reached(position.size_bytes)
+
+    def next_file(self) -> int:
+        """Go on to the next file; returns the descriptor of the old one, which is to be closed."""
+        old, (position, descriptor) = self.tail.descriptor, self._next.popleft()
+        self.file = position.file
+        self.tail = LogTail(descriptor, piece_bytes=self._piece_bytes)
+        return old
 
 
 def _readers(
@@ -5873,7 +5996,9 @@ class Store:
 
     `writes`: the store changes the folder, of which it is the only owner; else it only reads.
     `retention_s` and `retention_bytes`: older blocks, and the oldest of more bytes, are removed; 0
-    keeps all. `keep_log`: what a block covers of the log is kept, compressed. Raises OSError.
+    keeps all. `keep_log`: what a block covers of the log is kept, compressed. `checkpoints`: files
+    of others who read the log; what they have not taken of it is not removed. The log begins a new
+    file after `segment_bytes` at most. Raises OSError.
     """
 
     def __init__(
@@ -5884,6 +6009,8 @@ class Store:
         retention_s: float = RETENTION_S,
         retention_bytes: int = 0,
         keep_log: bool = False,
+        checkpoints: Sequence[str] = (),
+        segment_bytes: int = SEGMENT_BYTES,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ):
@@ -5891,6 +6018,7 @@ class Store:
         self.damaged: list[str] = []  # names of blocks that were set aside
         self.replayed = self.unreadable = 0  # lines of the log
         self._writes, self._keep_log = writes, keep_log
+        self._checkpoints, self._segment_bytes = checkpoints, segment_bytes
         self._retention_ms, self._retention_bytes = int(retention_s * 1000), retention_bytes
         self._clock, self._monotonic = clock, monotonic
         self._blocks_folder = os.path.join(folder, BLOCKS_NAME)
@@ -5916,7 +6044,7 @@ class Store:
         """
         while True:
             before = self._file_names()
-            segments = self._segments()  # before the blocks: what leaves the log is in a block
+            segments = log_segments(self.folder)  # before the blocks: what leaves the log is in a block
             self.refresh(first=True)
             covered = max((block.covers for block in self.blocks), default=0)
             for number, path in segments:
@@ -5934,15 +6062,7 @@ class Store:
         there = (
             sorted(os.listdir(self._blocks_folder)) if os.path.isdir(self._blocks_folder) else []
         )
-        return there + [path for _, path in self._segments()]
-
-    def _segments(self) -> list[tuple[int, str]]:
-        """The parts of the log that no longer grow: (number, path), in order."""
-        found = []
-        for name in os.listdir(self.folder):
-            if match := _SEGMENT_NAME.fullmatch(name):
-                found.append((int(match[1]), os.path.join(self.folder, name)))
-        return sorted(found)
+        return there + [path for _, path in log_segments(self.folder)]
 
     def _replay(self, path: str, skip_inode: int) -> Iterator[str]:
         with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
@@ -5987,7 +6107,8 @@ class Store:
         covered = max((block.covers for block in self.blocks), default=0)
         self._frozen = [(number, tables) for number, tables in self._frozen if number > covered]
         last = max((block.last_number for block in self.blocks), default=0)
-        self._next_number = max(self._next_number, last + 1, covered + 1)
+        taken = max((Checkpoint.read(path).segment for path in self._checkpoints), default=0)
+        self._next_number = max(self._next_number, last + 1, covered + 1, taken + 1)
 
     @property
     def is_changed(self) -> bool:
@@ -6060,7 +6181,7 @@ class Store:
 
     def segment_of(self, inode: int) -> str:
         """The path of the segment that is this file; "" if none is."""
-        for _, path in self._segments():
+        for _, path in log_segments(self.folder):
             with contextlib.suppress(FileNotFoundError):
                 if os.stat(path).st_ino == inode:
                     return path
@@ -6069,7 +6190,8 @@ class Store:
     def is_segment_due(self, log_bytes: int) -> bool:
         """Whether the log should begin a new file."""
         age_s = self._monotonic() - self._since
-        return self._active.rows > 0 and (age_s >= SEGMENT_AGE_S or log_bytes >= SEGMENT_BYTES)
+        is_due = age_s >= SEGMENT_AGE_S or log_bytes >= self._segment_bytes
+        return self._active.rows > 0 and is_due
 
     # ---- samples are asked for
 
@@ -6212,10 +6334,9 @@ class Store:
     @property
     def needs_maintenance(self) -> bool:
         """Whether `maintain` has anything to do."""
-        covered = max((block.covers for block in self.blocks), default=0)
         return bool(
             self._frozen
-            or any(number <= covered for number, _ in self._segments())
+            or self._retirable()
             or self._run_to_compact()
             or self._expired()
         )
@@ -6229,10 +6350,8 @@ class Store:
         for number, tables in self._frozen:
             self._write(tables, number, number, number)
         self._frozen = []
-        covered = max((block.covers for block in self.blocks), default=0)
-        for number, path in self._segments():
-            if number <= covered:
-                self._retire(path)
+        for path in self._retirable():
+            self._retire(path)
         while run := self._run_to_compact():
             self._compact(run)
         for block in self._expired():
@@ -6270,6 +6389,12 @@ class Store:
             writer.finish(covers, types)
         others = [b for b in self.blocks if not first <= b.first_number <= last]
         self.blocks = sorted((*others, Block(path)), key=lambda b: b.first_number)
+
+    def _retirable(self) -> list[str]:
+        """The segments that a block covers, and that nobody else is still to read."""
+        last = max((block.covers for block in self.blocks), default=0)
+        last = min((last, *(Checkpoint.read(path).segment for path in self._checkpoints)))
+        return [path for number, path in log_segments(self.folder) if number <= last]
 
     def _retire(self, path: str) -> None:
         """Remove a part of the log that a block covers, or keep it compressed."""
@@ -9181,7 +9306,7 @@ KILL_GRACE_S = 0.5  # a fork that is late ends by itself, or so long later by a 
 STORE_STATUS_S = 1.0  # how often the store says how it is
 SILENCE_S = 20.0  # a store that says nothing for so long is ended, and begun anew
 STORE_RETRY_S = 30.0  # after a failure to keep the store in order: a full disk, as a rule
-STORE_STOP_S = 1.0
+FOLLOWER_STOP_S = 1.0  # so long a process may take to stop
 LOCK_WAIT_S = 5.0  # for a store whose front died
 MAX_FORM_BYTES = 128 * 1024
 OWN_METRICS_S = 15.0
@@ -9199,6 +9324,8 @@ class StoreOptions(NamedTuple):
     retention_s: float = RETENTION_S
     retention_bytes: int = 0
     keep_log: bool = False
+    checkpoints: Sequence[str] = ()
+    segment_bytes: int = SEGMENT_BYTES
     query_timeout_s: float = QUERY_TIMEOUT_S
     query_memory: int = QUERY_MEMORY
     version: str = ""
@@ -9252,17 +9379,16 @@ class StoreProcess:
             retention_s=options.retention_s,
             retention_bytes=options.retention_bytes,
             keep_log=options.keep_log,
+            checkpoints=options.checkpoints,
+            segment_bytes=options.segment_bytes,
         )
         self.api = QueryAPI(self.store, timeout_s=options.query_timeout_s, version=options.version)
         self._max_forks = max(2, os.cpu_count() or 1)
         self._opening: Iterator[str] | None = None
         self._began = time.monotonic()
         self._progress = "starting"  # how far the store is at its start; "" when it is ready
-        self._file, self._tail = -1, LogTail(-1)
-        self._last_file = -1  # that was told of
-        self._acknowledged = Position(-1, 0)
+        self._log = FollowedLog()
         self._first_position = Position(-1, 0)  # the store is ready when it has read so far
-        self._switches: deque[tuple[Position, int]] = deque()  # (new file, end of the old), a file
         self._waiting: deque[Question] = deque()  # for the log to be read
         self._heavy: deque[Question] = deque()  # for a fork
         self._forks: dict[int, _Fork] = {}  # by pipe
@@ -9294,11 +9420,11 @@ class StoreProcess:
 
     def _is_busy(self) -> bool:
         if self._progress:
-            return self._opening is not None or not self._is_caught_up()
+            return self._opening is not None or not self._log.is_caught_up
         return (
-            not self._is_caught_up()
+            not self._log.is_caught_up
             or (self.store.has_work and not self._unsent)
-            or any(self._has_read(question.position) for question in self._waiting)
+            or any(self._log.has_read(question.position) for question in self._waiting)
         )
 
     def _wait(self, timeout_s: float) -> None:
@@ -9348,18 +9474,15 @@ class StoreProcess:
             position = Position(file, size_bytes)
             if kind == _QUESTION:
                 self._take_question(socket.socket(fileno=descriptors[0]), position, arrived)
-            elif kind == _SWITCH and file <= self._last_file:  # it is known from the start
-                os.close(descriptors[0])
             elif kind == _SWITCH:
-                self._last_file = file
-                self._switches.append((position, descriptors[0]))
+                self._log.begin_file(position, descriptors[0])
             elif kind == _OWN:
                 with open(descriptors[0], "rb") as lines:
                     self.store.add_own(lines.read())
             elif kind == _STOP:
                 self._stopped = True
             if kind in (_QUESTION, _POSITION):
-                self._acknowledged = max(self._acknowledged, position)
+                self._log.acknowledge(position)
 
     def _take_question(self, sock: socket.socket, position: Position, arrived: float) -> None:
         try:
@@ -9391,53 +9514,37 @@ class StoreProcess:
     # ---- the log is read
 
     def _read_log(self) -> None:
-        if self._opening is None and self._file < 0 and self._switches:  # the first file
-            first, descriptor = self._switches.popleft()
-            self._file, self._tail = first.file, LogTail(descriptor)
-            self._first_position = first
-            self._acknowledged = max(self._acknowledged, first)
-            self._opening = self.store.open(skip_inode=os.fstat(descriptor).st_ino)
+        log = self._log
+        if self._opening is None and log.file < 0 and log.has_next_file:  # the first file
+            log.next_file()
+            self._first_position = log.acknowledged
+            inode = os.fstat(log.tail.descriptor).st_ino
+            self._opening = self.store.open(skip_inode=inode)
         if self._opening is not None:
             progress = next(self._opening, None)
             if progress is not None:
                 self._progress = progress
                 return
             self._opening = None
-        if self._file < 0:
+        if log.file < 0:
             return
-        limit = self._limit()
-        if lines := self._tail.read(limit):
+        limit = log.limit
+        if lines := log.tail.read(limit):
             self.store.add_lines(lines)
-        elif self._switches and self._tail.has_reached(limit):
+        elif log.has_next_file:
             self._switch()
         if self._progress:
-            self._progress = f"reading the log: {self._tail.position >> 20} of {limit >> 20} MiB"
-            if self._has_read(self._first_position):
+            self._progress = f"reading the log: {log.tail.position >> 20} of {limit >> 20} MiB"
+            if log.has_read(self._first_position):
                 self._progress = ""
                 if time.monotonic() - self._began > 1.0:
                     logger.info("the store is ready: %d metrics read", self.store.replayed)
 
-    def _limit(self) -> int:
-        """How far the file that is read now may be read."""
-        if self._switches:
-            return self._switches[0][0].size_bytes
-        return self._acknowledged.size_bytes if self._acknowledged.file == self._file else 0
-
-    def _is_caught_up(self) -> bool:
-        return not self._switches and (self._file < 0 or self._tail.has_reached(self._limit()))
-
-    def _has_read(self, position: Position) -> bool:
-        if self._file != position.file:
-            return self._file > position.file
-        return self._tail.has_reached(position.size_bytes)
-
     def _switch(self) -> None:
         """The border of the files is the border of the memtables."""
-        position, descriptor = self._switches.popleft()
-        old = self._tail.descriptor
+        old = self._log.next_file()
         self.store.freeze(self.store.segment_of(os.fstat(old).st_ino))
         os.close(old)
-        self._file, self._tail = position.file, LogTail(descriptor)
         self._next_rotation = self._next_maintenance = 0.0
 
     # ---- questions are answered
@@ -9445,7 +9552,7 @@ class StoreProcess:
     def _answer_waiting(self) -> None:
         """Answer one question, or pass it on to a fork."""
         for question in self._waiting:
-            if self._has_read(question.position):
+            if self._log.has_read(question.position):
                 self._waiting.remove(question)
                 self._answer(question)
                 return
@@ -9538,7 +9645,7 @@ class StoreProcess:
         for line in (self._waiting, self._heavy):
             for question in [question for question in line if question.deadline <= now]:
                 line.remove(question)
-                behind = self._acknowledged.size_bytes - self._tail.position
+                behind = self._log.acknowledged.size_bytes - self._log.tail.position
                 where = f"while the store reads the log, {behind} bytes behind"
                 if line is self._heavy:
                     where = "in query queue"
@@ -9605,7 +9712,7 @@ class StoreProcess:
             return
         if self.store.is_changed:
             self.store.refresh()
-        if now >= self._next_rotation and self.store.is_segment_due(self._tail.position):
+        if now >= self._next_rotation and self.store.is_segment_due(self._log.tail.position):
             self._next_rotation = now + STORE_RETRY_S
             self._tell(write_json({"rotate": self.store.next_segment()}))
         maintaining = any(fork.question is None for fork in self._forks.values())
@@ -9623,7 +9730,7 @@ class StoreProcess:
             "block_bytes": self.store.block_bytes,
             "blocks_damaged": len(self.store.damaged),
             "log_lines_unreadable": self.store.unreadable,
-            "store_lag_bytes": max(0, self._limit() - self._tail.position),
+            "store_lag_bytes": max(0, self._log.limit - self._log.tail.position),
             "queries_running": running,
             "queries_waiting": len(self._waiting) + len(self._heavy),
         }
@@ -9710,18 +9817,26 @@ def _relayed(status: int, body: bytes) -> bytes:
     return RELAY_HEAD.pack(status, len(fields), len(body)) + fields + body
 
 
-def store_main(arguments: list[str]) -> int:
-    """The store process: a descriptor of its socket to the front, and its options as JSON."""
-    sys.setrecursionlimit(MAX_RECURSION)
+def begin_following(arguments: list[str]) -> tuple[socket.socket, dict[str, Any]]:
+    """What a process that follows the log does first: (its socket to the front, its options, which
+    come as JSON on stdin, where no list of processes shows them).
+    """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the front says when to stop
         signal.signal(number, signal.SIG_IGN)
-    # Who takes batches in comes first: woken beside it, the store waits for another core. Where
-    # both have a load generator beside them on two cores, ingestion gains 5 to 10 %.
+    # Who takes batches in comes first: woken beside it, others wait for another core. Where the
+    # front and the store have a load generator beside them on two cores, ingestion gains 5 to 10 %.
     os.nice(5)
     if hasattr(os, "SCHED_BATCH"):
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-    options = StoreOptions(**parse_json(arguments[1].encode()))
-    process = StoreProcess(socket.socket(fileno=int(arguments[0])), options)
+    return socket.socket(fileno=int(arguments[0])), parse_json(sys.stdin.buffer.read())
+
+
+def store_main(arguments: list[str]) -> int:
+    """The store process: its argument is the descriptor of its socket to the front."""
+    sys.setrecursionlimit(MAX_RECURSION)
+    control, told = begin_following(arguments)
+    options = StoreOptions(**told)
+    process = StoreProcess(control, options)
     logger.addFilter(process.log_to_front)
     logger.setLevel(logging.INFO)
     with own_blocks(options.folder):
@@ -9752,20 +9867,33 @@ def own_blocks(folder: str) -> Iterator[None]:
 # 28. Store client
 # ==================================================================================================
 #
-# The front's end of the store process. It starts the store, tells it how far the log is
-# acknowledged, hands questions over, each as one end of a socket on which the answer comes, and
-# begins the store anew where it dies. Nothing here waits for the store: a socket that is full means
-# that it is busy.
+# The front's end of the store process. A follower is a process that follows the log; the front
+# starts it, tells it how far the log is acknowledged, hears what it says, and begins it anew where
+# it died. The store is one; questions are handed to it, each as one end of a socket on which the
+# answer comes. Nothing here waits for a follower: a socket that is full means that it is busy.
 
 
 MAX_KNOWN_LAYOUTS = 100_000
 
 
-class StoreClient:
-    """The front's end: starts the store process, asks it, starts it anew where it died."""
+class Follower:
+    """The front's end of a process that follows the log, and runs as `role` of this program.
 
-    def __init__(self, log: MetricLog, statistics: Statistics, options: StoreOptions):
-        self._log, self._statistics, self._options = log, statistics, options
+    `name` is what it is called where it is spoken of; `hear` is called with each line that it says,
+    which is a JSON object, and with its status as "ended" when it died. `look` and `close` are
+    called by one thread, the others by any.
+    """
+
+    def __init__(
+        self,
+        log: MetricLog,
+        role: str,
+        name: str,
+        options: dict[str, Any],
+        hear: Callable[[dict[str, Any]], None],
+    ):
+        self._log, self._role, self.name, self._options = log, role, name, options
+        self._tell_owner = hear
         # Guards the four below. Nothing waits under it.
         self._lock = threading.Lock()
         self._control: socket.socket | None = None
@@ -9776,11 +9904,154 @@ class StoreClient:
         self._received = b""
         self._heard_at = self._started_at = 0.0
         self._backoff_s = 0.0
-        self._stopping = False
-        self.restarts = -1  # the first start is none
+        self._stop_by = 0.0  # when it is told to stop: how long it may take
+        self._starts = 0
+        log.on_switch.append(self._switch)
+
+    @property
+    def restarts(self) -> int:
+        """How often it was started anew."""
+        return max(0, self._starts - 1)
+
+    def is_well(self) -> None:
+        """It does its work: where it dies it is started anew at once."""
+        self._backoff_s = 0.0
+
+    def send(self, kind: bytes, position: Position, descriptor: int = -1) -> None:
+        """Send a frame. Raises OSError where the process takes none."""
+        with self._lock:
+            self._send_locked(kind, position, descriptor)
+
+    def _send_locked(self, kind: bytes, position: Position, descriptor: int) -> None:
+        if self._control is None:
+            raise OSError(errno.EPIPE, f"there is no {self.name}")
+        frame = _FRAME.pack(kind, position.file, position.size_bytes, time.monotonic())
+        if descriptor >= 0:
+            socket.send_fds(self._control, [frame], [descriptor], socket.MSG_DONTWAIT)
+        else:
+            self._control.send(frame, socket.MSG_DONTWAIT)
+
+    def _switch(self, file: int, descriptor: int, final_size: int) -> None:
+        """The log goes on in another file; called by the log, in the order of its lines."""
+        with self._lock:
+            self._current = file, descriptor
+            if self._control is None:
+                return
+            try:
+                self._send_locked(_SWITCH, Position(file, final_size), descriptor)
+            except OSError as error:  # it begins anew, and reads what it missed
+                logger.debug("%s was not told of a new file: %s", self.name, error)
+                self._missed_switch = True
+
+    def look(self) -> None:
+        """What the housekeeper does for the process, again and again."""
+        if self._control is None:
+            if time.monotonic() >= self._started_at + self._backoff_s and not self._stop_by:
+                try:
+                    self._start()
+                except OSError as error:
+                    logger.error("can't start %s: %s", self.name, error.strerror)
+            return
+        try:
+            self.send(_POSITION, self._log.position)
+        except BlockingIOError as error:
+            logger.debug("%s reads no frames: %s", self.name, error)
+        except OSError:
+            self._end()
+            return
+        self._hear()
+        if self._missed_switch:
+            self._end()
+        elif time.monotonic() - self._heard_at > SILENCE_S:
+            logger.error("%s says nothing for %g s", self.name, SILENCE_S)
+            self._end()
+
+    def _start(self) -> None:
+        self._started_at = self._heard_at = time.monotonic()
+        self._backoff_s = min(5.0, 2 * self._backoff_s + 0.1)
+        mine, theirs = socket.socketpair()
+        mine.setblocking(False)
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, os.path.abspath(__file__), self._role, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+            )
+        assert process.stdin is not None  # it is a pipe, which has room for all options
+        with contextlib.suppress(BrokenPipeError), process.stdin as told:
+            told.write(write_json(self._options).encode())
+        self._starts += 1
+        with self._lock:
+            self._control, self._process = mine, process
+            file, descriptor = self._current
+            position = self._log.position
+            size = position.size_bytes if position.file == file else 0
+            self._send_locked(_SWITCH, Position(file, size), descriptor)
+
+    def _hear(self) -> None:
+        control = self._control
+        assert control is not None  # only the housekeeper ends it
+        try:
+            while piece := control.recv(65_536):
+                self._received += piece
+            self._end()
+            return
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._end()
+            return
+        *lines, self._received = self._received.split(b"\n")
+        for line in lines:
+            self._heard_at = time.monotonic()
+            said = parse_json(line)
+            if "log" in said:
+                logger.log(said["level"], "%s", said["log"])
+            else:
+                self._tell_owner(said)
+
+    def _end(self) -> None:
+        """End the process; it is started anew later."""
+        with self._lock:
+            control, process = self._control, self._process
+            self._control = self._process = None
+            self._missed_switch = False
+        self._received = b""
+        if control is None or process is None:
+            return
+        control.close()
+        process.kill()
+        process.wait()
+        if not self._stop_by:
+            status = process.returncode
+            logger.error("%s ended with status %d; it is started anew", self.name, status)
+            self._tell_owner({"ended": status})
+
+    def stop(self) -> None:
+        """Tell the process to stop, and do not start it any more."""
+        self._stop_by = time.monotonic() + FOLLOWER_STOP_S
+        with contextlib.suppress(OSError):  # where it is gone already
+            self.send(_STOP, self._log.position)
+
+    def close(self) -> None:
+        """Wait until the process has stopped, as long as it may take, and end it."""
+        if not self._stop_by:
+            self.stop()
+        if self._process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(max(0.0, self._stop_by - time.monotonic()))
+        self._end()
+
+
+class StoreClient:
+    """The front's end of the store: starts it, and asks it."""
+
+    def __init__(self, log: MetricLog, statistics: Statistics, options: StoreOptions):
+        self._log, self._statistics, self._options = log, statistics, options
+        self.follower = Follower(log, "store", "the store", options._asdict(), self._hear)
         self.status: dict[str, Any] = {"progress": "starting", "error": ""}
         self._known: set[int] = set()  # layouts of batches that came while there was room
-        log.on_switch = self._switch
         self._expose()
 
     def _expose(self) -> None:
@@ -9794,7 +10065,7 @@ class StoreClient:
             "store_restarts_total",
             "counter",
             "How often the store process died and was started anew.",
-            lambda: max(0, self.restarts),
+            lambda: self.follower.restarts,
         )
 
     def health(self) -> dict[str, Any]:
@@ -9852,37 +10123,11 @@ class StoreClient:
                 mine.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * MAX_FORM_BYTES)
                 mine.setblocking(False)
                 mine.sendall(_LENGTHS.pack(len(path), len(form)) + path + form)
-                self._send(_QUESTION, self._log.position, theirs.fileno())
+                self.follower.send(_QUESTION, self._log.position, theirs.fileno())
             except OSError:
                 mine.close()
                 raise
         return mine
-
-    def _send(self, kind: bytes, position: Position, descriptor: int = -1) -> None:
-        """Send a frame. Raises OSError where the store takes none."""
-        with self._lock:
-            self._send_locked(kind, position, descriptor)
-
-    def _send_locked(self, kind: bytes, position: Position, descriptor: int) -> None:
-        if self._control is None:
-            raise OSError(errno.EPIPE, "there is no store")
-        frame = _FRAME.pack(kind, position.file, position.size_bytes, time.monotonic())
-        if descriptor >= 0:
-            socket.send_fds(self._control, [frame], [descriptor], socket.MSG_DONTWAIT)
-        else:
-            self._control.send(frame, socket.MSG_DONTWAIT)
-
-    def _switch(self, file: int, descriptor: int, final_size: int) -> None:
-        """The log goes on in another file; called by the log, in the order of its lines."""
-        with self._lock:
-            self._current = file, descriptor
-            if self._control is None:
-                return
-            try:
-                self._send_locked(_SWITCH, Position(file, final_size), descriptor)
-            except OSError as error:  # it begins anew, and reads what it missed
-                logger.debug("the store was not told of a new file: %s", error)
-                self._missed_switch = True
 
     def send_own_metrics(self) -> None:
         """Store the server's own numbers as series."""
@@ -9897,110 +10142,22 @@ class StoreClient:
             try:
                 os.set_blocking(said, False)
                 os.write(said, lines.encode())
-                self._send(_OWN, self._log.position, heard)
+                self.follower.send(_OWN, self._log.position, heard)
             finally:
                 os.close(said)
                 os.close(heard)
         except OSError as error:
             logger.debug("the server's own statistics were not stored: %s", error)
 
-    def look(self) -> None:
-        """What the housekeeper does for the store, again and again."""
-        if self._control is None:
-            if time.monotonic() >= self._started_at + self._backoff_s and not self._stopping:
-                try:
-                    self._start()
-                except OSError as error:
-                    logger.error("can't start the store: %s", error.strerror)
-            return
-        try:
-            self._send(_POSITION, self._log.position)
-        except BlockingIOError as error:
-            logger.debug("the store reads no frames: %s", error)
-        except OSError:
-            self._end()
-            return
-        self._hear()
-        if self._missed_switch:
-            self._end()
-        elif time.monotonic() - self._heard_at > SILENCE_S:
-            logger.error("the store says nothing for %g s", SILENCE_S)
-            self._end()
-
-    def _start(self) -> None:
-        self._started_at = self._heard_at = time.monotonic()
-        self._backoff_s = min(5.0, 2 * self._backoff_s + 0.1)
-        mine, theirs = socket.socketpair()
-        mine.setblocking(False)
-        options = write_json(self._options._asdict())
-        with theirs:
-            process = subprocess.Popen(
-                [sys.executable, os.path.abspath(__file__), "store", str(theirs.fileno()), options],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-            )
-        self.restarts += 1
-        with self._lock:
-            self._control, self._process = mine, process
-            file, descriptor = self._current
-            position = self._log.position
-            size = position.size_bytes if position.file == file else 0
-            self._send_locked(_SWITCH, Position(file, size), descriptor)
-
-    def _hear(self) -> None:
-        control = self._control
-        assert control is not None  # only the housekeeper ends it
-        try:
-            while piece := control.recv(65_536):
-                self._received += piece
-            self._end()
-            return
-        except BlockingIOError:
-            pass
-        except OSError:
-            self._end()
-            return
-        *lines, self._received = self._received.split(b"\n")
-        for line in lines:
-            self._heard_at = time.monotonic()
-            said = parse_json(line)
-            if "status" in said:
-                self.status = said["status"]
-                if not self.status["progress"]:
-                    self._backoff_s = 0.0
-            elif "rotate" in said:
-                self._log.rotate(said["rotate"])
-            else:
-                logger.log(said["level"], "%s", said["log"])
-
-    def _end(self) -> None:
-        """End the store process; it is started anew later."""
-        with self._lock:
-            control, process = self._control, self._process
-            self._control = self._process = None
-            self._missed_switch = False
-        self._received = b""
-        if control is None or process is None:
-            return
-        control.close()
-        process.kill()
-        process.wait()
-        if not self._stopping:
+    def _hear(self, said: dict[str, Any]) -> None:
+        if "rotate" in said:
+            self._log.rotate(said["rotate"])
+        elif "ended" in said:
             self.status = {"progress": "it died and is started anew", "error": ""}
-            logger.error("the store ended with status %d; it is started anew", process.returncode)
-
-    def close(self) -> None:
-        """End the store process; wait for it a little, while it keeps what is not in the log."""
-        self._stopping = True
-        process = self._process
-        try:
-            self._send(_STOP, self._log.position)
-            if process is not None:
-                process.wait(STORE_STOP_S)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            logger.debug("the store did not stop by itself: %s", error)
-        self._end()
+        else:
+            self.status = said["status"]
+            if not self.status["progress"]:
+                self.follower.is_well()
 
 
 # Key of the status, with what the text format asks for, type and help.
@@ -12063,8 +12220,8 @@ def _run_server(options: argparse.Namespace, lines: LineWriter) -> int:
         except OSError as error:
             reason = error.strerror or error
             return _complain(f"can't listen on {options.host} port {options.port}: {reason}")
-        with server, contextlib.closing(store):
-            store.look()
+        with server, contextlib.closing(store.follower):
+            store.follower.look()
             _serve(options, server, log, lines)
     finally:
         kept = log.close(LOG_CLOSE_S)
@@ -12101,13 +12258,14 @@ def _store(
     """The store of a service, and what is to be done for it at which intervals in seconds."""
     store_options = StoreOptions(
         options.data_dir, options.max_series, options.retention, options.retention_size,
-        options.keep_log, options.query_timeout, options.query_memory, __version__,
+        options.keep_log, (), SEGMENT_BYTES, options.query_timeout, options.query_memory,
+        __version__,
     )  # fmt: skip
     store = StoreClient(service.log, service.statistics, store_options)
     service.admit = store.admit
     service.health_facts.append(store.health)
     service.add_routes({f"{API_PREFIX}*": {"GET": store.ask, "POST": store.ask}})
-    jobs = [(TICK_S, store.look)]
+    jobs = [(TICK_S, store.follower.look)]
     if options.self_metrics:
         jobs.append((options.self_metrics, store.send_own_metrics))
     return store, jobs

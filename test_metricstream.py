@@ -5062,8 +5062,8 @@ class StoreUnderTest:
     def open(self) -> None:
         self.log = MetricLog(str(self.folder), self.durability)
         self.files: list[tuple[int, int]] = []  # descriptors and final sizes of files to come
-        self.log.on_switch = lambda number, descriptor, size: self.files.append(
-            (os.dup(descriptor), size)
+        self.log.on_switch.append(
+            lambda number, descriptor, size: self.files.append((os.dup(descriptor), size))
         )
         self.store = metricstream.Store(str(self.folder), writes=True, **self.options)
         for _ in self.store.open():
@@ -5581,7 +5581,7 @@ def write_blocks(folder, out):
     store = m.Store(folder, writes=True, retention_s=0, keep_log=keep_log)
     list(store.open())
     tail, files = m.LogTail(os.dup(log.descriptor)), []
-    log.on_switch = lambda number, descriptor, size: files.append((os.dup(descriptor), size))
+    log.on_switch.append(lambda number, descriptor, size: files.append((os.dup(descriptor), size)))
     for number in range(12):
         samples = [m.Sample(f"m{n}", number + n / 4, "gauge", {}, 1000 * number) for n in range(3)]
         log.append("".join(map(m.log_line, samples)).encode())
