@@ -32,6 +32,7 @@ order of dependency. `grep -nE '^# (PART|[0-9]+\\.)' metricstream.py` prints the
 """
 
 import argparse
+import asyncio
 import calendar
 import contextlib
 import dataclasses
@@ -75,7 +76,16 @@ import zoneinfo
 from array import array
 from bisect import bisect_left, bisect_right
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Awaitable,
+    Callable,
+    Container,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for_futures
 from functools import partial
@@ -12759,12 +12769,637 @@ class _TemplateRun:
 
 
 # ==================================================================================================
+# 35. Alerting
+# ==================================================================================================
+#
+# The problem: whether something is wrong is asked again and again, and what was found must neither
+# be told twice nor be forgotten when a process dies. The idea is Prometheus's: groups of rules are
+# evaluated at fixed times; a recording rule stores what its expression gives, an alerting rule
+# keeps an alert for each series of it, from pending to firing to resolved. All times are numbers in
+# plain records, so that the whole state can be written to a file and read again. This chapter knows
+# a function that evaluates a query, one that stores samples and one that takes alerts; it has no
+# clock of its own, so the same code runs in a server, in unit tests of rules and over history. What
+# it costs: a query for each rule and round.
+#
+# Sources: Prometheus's rules/alerting.go, rules/recording.go and rules/group.go.
+
+RESEND_DELAY_S = 60.0  # a firing alert is told again so often
+RESOLVED_RETENTION_S = 15 * 60.0  # how long a resolved alert is told of
+MAX_GAP_S = 3600.0  # pending alerts start again after a longer time without evaluation
+TEMPLATE_ROUNDS = 5  # what templates query is asked between rounds
+ALERTS_A_SLICE = 50  # so many are expanded before others get their turn
+
+Vector = list[tuple[dict[str, str], float]]
+Query = Callable[[str, int], Awaitable[Vector]]  # an expression and a time in ms; RuleError
+
+
+class RuleError(Exception):
+    """A rule that could not be evaluated, and why."""
+
+
+class Recorded(NamedTuple):
+    """A sample that a rule stores; None as its value ends the series."""
+
+    labels: dict[str, str]
+    value: float | None
+    time_ms: int
+
+
+class Alert(NamedTuple):
+    """What others are told of an alert."""
+
+    labels: dict[str, str]
+    annotations: dict[str, str]
+    starts_at: float  # Unix seconds, as all times here
+    ends_at: float  # in the future while it fires
+    updated_at: float
+    generator_url: str = ""
+
+
+class RuleContext(NamedTuple):
+    """What all rules of a server share."""
+
+    external_labels: dict[str, str] = {}
+    external_url: str = ""
+    resend_delay_s: float = RESEND_DELAY_S
+
+
+@dataclasses.dataclass
+class ActiveAlert:
+    """An alert of a rule. A time of 0 is one that has not come."""
+
+    labels: dict[str, str]
+    annotations: dict[str, str]
+    value: float
+    series: dict[str, str]  # the labels of the result that it comes from
+    active_at: float
+    fired_at: float = 0.0
+    resolved_at: float = 0.0
+    keep_firing_since: float = 0.0
+    sent_at: float = 0.0
+
+    @property
+    def state(self) -> str:
+        if self.resolved_at:
+            return "inactive"
+        return "firing" if self.fired_at else "pending"
+
+    def forget_future(self, now: float) -> None:
+        """The clock was set back: what would lie in the future was now."""
+        for name in ("active_at", "fired_at", "resolved_at", "keep_firing_since", "sent_at"):
+            setattr(self, name, min(now, getattr(self, name)))
+
+    def needs_sending(self, now: float, resend_delay_s: float) -> bool:
+        if self.state == "pending":
+            return False
+        return self.resolved_at > self.sent_at or self.sent_at + resend_delay_s <= now
+
+    def as_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"value": format_value(self.value)}
+
+    @classmethod
+    def from_json(cls, kept: dict[str, Any]) -> "ActiveAlert":
+        return cls(**kept | {"value": read_float(kept["value"])})
+
+
+def _alert_key(labels: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted(labels.items()))
+
+
+class _Expander:
+    """Expands the templates of a rule at one evaluation.
+
+    A template can't wait for a query. So what it asks is collected, answered between two
+    executions, and kept for the next alert.
+    """
+
+    def __init__(self, context: RuleContext, query: Query, time_ms: int):
+        self._context, self._query, self._time_ms = context, query, time_ms
+        self._answers: dict[str, Vector | RuleError] = {}
+        self._missing: list[str] = []
+        url = context.external_url
+        self._functions = RULE_FUNCTIONS | {
+            "query": query_function(self._ask),
+            "externalURL": TemplateFunction("", lambda: url),
+            "pathPrefix": TemplateFunction("", lambda: urllib.parse.urlsplit(url).path),
+        }
+
+    def _ask(self, expression: str) -> Vector:
+        if expression not in self._answers:
+            self._missing.append(expression)
+            return []
+        answer = self._answers[expression]
+        if isinstance(answer, RuleError):
+            raise ValueError(str(answer))
+        return answer
+
+    async def expand(self, template: Template | str, labels: dict[str, str], value: float) -> str:
+        """What a template says of a series."""
+        if isinstance(template, str):
+            return template
+        values = {
+            "Labels": labels, "ExternalLabels": self._context.external_labels,
+            "ExternalURL": self._context.external_url, "Value": value,
+        }  # fmt: skip
+        for _ in range(TEMPLATE_ROUNDS):
+            self._missing = []
+            try:
+                text = template.execute(TemplateStruct(ALERT_DATA, values), self._functions)
+            except TemplateError as error:
+                text = f"<error expanding template: {error}>"
+            if not self._missing:
+                return text
+            for expression in self._missing:
+                try:
+                    self._answers[expression] = await self._query(expression, self._time_ms)
+                except RuleError as error:
+                    self._answers[expression] = error
+        return f"<error expanding template: queries nested more than {TEMPLATE_ROUNDS} deep>"
+
+
+_TWICE = "vector contains metrics with the same labelset after applying"
+
+ALERT_DATA = (
+    "struct { Labels map[string]string; ExternalLabels map[string]string; ExternalURL string; "
+    "Value float64 }"
+)
+
+
+def rule_template(text: str, rule_name: str) -> Template | str:
+    """A label or an annotation of a rule, parsed; text without actions stays what it is. Raises
+    TemplateError.
+    """
+    if "{{" not in text:
+        return text
+    return parse_template(ALERT_VARIABLES + text, RULE_FUNCTIONS, f"__alert_{rule_name}")
+
+
+class RecordingState:
+    """A recording rule, and what came of it."""
+
+    def __init__(self, rule: Rule, labels: dict[str, str], limit: int):
+        self.rule, self.labels, self.limit = rule, labels, limit
+        self.health, self.last_error = "unknown", ""
+        self.evaluated_at = self.duration_s = 0.0
+        self.silent_selectors: list[str] = []  # those that match no series
+        self.selectors_due = 0.0  # when to look for them again, by time.monotonic
+        # what the last evaluation gave: the labels of series, by themselves
+        self._returned: dict[tuple[tuple[str, str], ...], dict[str, str]] = {}
+
+    async def evaluate(
+        self, query: Query, context: RuleContext, now: float, time_ms: int
+    ) -> list[Recorded]:
+        """What the rule records, the ends of vanished series included. Raises RuleError."""
+        samples = await self._evaluate(query, context, now, time_ms)
+        before, self._returned = self._returned, {_alert_key(s.labels): s.labels for s in samples}
+        ended = [labels for key, labels in before.items() if key not in self._returned]
+        return samples + [Recorded(labels, None, time_ms) for labels in ended]
+
+    def end_series(self, time_ms: int) -> list[Recorded]:
+        """The rule is gone: its series end."""
+        return [Recorded(labels, None, time_ms) for labels in self._returned.values()]
+
+    async def _evaluate(
+        self, query: Query, context: RuleContext, now: float, time_ms: int
+    ) -> list[Recorded]:
+        recorded: dict[tuple[tuple[str, str], ...], Recorded] = {}
+        for series, value in await query(self.rule.expr, time_ms):
+            labels = {**series, NAME: self.rule.name, **self.labels}
+            labels = {name: text for name, text in labels.items() if text}
+            key = _alert_key(labels)
+            if key in recorded:
+                raise RuleError(f"{_TWICE} rule labels")
+            recorded[key] = Recorded(labels, value, time_ms)
+        if self.limit and len(recorded) > self.limit:
+            raise RuleError(f"exceeded limit of {self.limit} with {len(recorded)} series")
+        return list(recorded.values())
+
+
+class AlertingState(RecordingState):
+    """An alerting rule, and its alerts."""
+
+    def __init__(self, rule: Rule, labels: dict[str, str], limit: int):
+        super().__init__(rule, labels, limit)
+        self.alerts: dict[tuple[tuple[str, str], ...], ActiveAlert] = {}
+        self._labels = {name: rule_template(text, rule.name) for name, text in labels.items()}
+        self._annotations = {
+            name: rule_template(text, rule.name) for name, text in rule.annotations.items()
+        }
+        self._value_query = _before_comparison(rule.expr)
+
+    async def _evaluate(
+        self, query: Query, context: RuleContext, now: float, time_ms: int
+    ) -> list[Recorded]:
+        found = await self._found(query, context, now, time_ms)
+        for alert in self.alerts.values():
+            alert.forget_future(now)
+        for key, alert in found.items():
+            known = self.alerts.get(key)
+            if known is not None and known.state != "inactive":
+                known.value, known.annotations = alert.value, alert.annotations
+                known.series = alert.series
+            else:
+                self.alerts[key] = alert
+        resolved = [alert for key, alert in list(self.alerts.items())
+                    if self._advance(key, alert, key in found, now)]  # fmt: skip
+        await self._add_resolved_value(resolved, query, time_ms)
+        active = [alert for alert in self.alerts.values() if alert.state != "inactive"]
+        if self.limit and len(active) > self.limit:
+            self.alerts.clear()
+            raise RuleError(f"exceeded limit of {self.limit} with {len(active)} alerts")
+        return [sample for alert in active for sample in self._samples(alert, time_ms)]
+
+    async def _found(
+        self, query: Query, context: RuleContext, now: float, time_ms: int
+    ) -> dict[tuple[tuple[str, str], ...], ActiveAlert]:
+        """What the expression gives, as alerts that begin now, by their labels."""
+        expander = _Expander(context, query, time_ms)
+        found: dict[tuple[tuple[str, str], ...], ActiveAlert] = {}
+        for number, (series, value) in enumerate(await query(self.rule.expr, time_ms)):
+            if number % ALERTS_A_SLICE == ALERTS_A_SLICE - 1:
+                await asyncio.sleep(0)
+            labels = {name: text for name, text in series.items() if name != NAME}
+            plain = labels.copy()
+            for name, template in self._labels.items():
+                labels[name] = await expander.expand(template, series, value)
+            labels["alertname"] = self.rule.name
+            labels = {name: text for name, text in labels.items() if text}
+            annotations = {
+                name: await expander.expand(template, series, value)
+                for name, template in self._annotations.items()
+            }
+            key = _alert_key(labels)
+            if key in found:
+                raise RuleError(f"{_TWICE} alert labels")
+            found[key] = ActiveAlert(labels, annotations, value, plain, now)
+        return found
+
+    def _advance(
+        self, key: tuple[tuple[str, str], ...], alert: ActiveAlert, present: bool, now: float
+    ) -> bool:
+        """Take an alert to its next state; whether it was resolved just now."""
+        if present:
+            alert.keep_firing_since = 0.0
+            if alert.state == "pending" and (now - alert.active_at) * 1000 >= self.rule.for_ms:
+                alert.fired_at = now
+            return False
+        if alert.state == "pending":
+            del self.alerts[key]
+            return False
+        if alert.state == "inactive":
+            if now - alert.resolved_at > RESOLVED_RETENTION_S:
+                del self.alerts[key]
+            return False
+        if self.rule.keep_firing_for_ms:
+            alert.keep_firing_since = alert.keep_firing_since or now
+            if (now - alert.keep_firing_since) * 1000 < self.rule.keep_firing_for_ms:
+                return False
+        alert.resolved_at = now
+        return True
+
+    async def _add_resolved_value(
+        self, resolved: list[ActiveAlert], query: Query, time_ms: int
+    ) -> None:
+        """Say at which value alerts were resolved: the expression's without its comparison."""
+        values: dict[tuple[tuple[str, str], ...], float] = {}
+        if resolved and self._value_query:
+            try:
+                for series, value in await query(self._value_query, time_ms):
+                    series.pop(NAME, None)
+                    values[_alert_key(series)] = value
+            except RuleError as error:
+                logger.debug("no value for what is resolved: %s", error)
+        for alert in resolved:
+            now_value = values.get(_alert_key(alert.series))
+            shown = "no value" if now_value is None else format_value(now_value)
+            added = {"firing_value": format_value(alert.value), "resolved_value": shown}
+            alert.annotations = added | alert.annotations
+
+    @staticmethod
+    def _samples(alert: ActiveAlert, time_ms: int) -> Iterator[Recorded]:
+        state = {NAME: "ALERTS", "alertstate": alert.state}
+        yield Recorded(alert.labels | state, 1.0, time_ms)
+        since = float(int(alert.active_at))
+        yield Recorded(alert.labels | {NAME: "ALERTS_FOR_STATE"}, since, time_ms)
+
+    def to_send(self, now: float, context: RuleContext, interval_s: float) -> list[Alert]:
+        """The alerts that are to be told of now; they count as told."""
+        valid_s = 4 * max(interval_s, context.resend_delay_s)
+        told = []
+        for alert in self.alerts.values():
+            if alert.needs_sending(now, context.resend_delay_s):
+                alert.sent_at = now
+                ends_at = alert.resolved_at or now + valid_s
+                url = context.external_url + _link(self.rule.expr, tab=1)
+                labels = context.external_labels | alert.labels
+                told.append(Alert(labels, alert.annotations, alert.fired_at, ends_at, now, url))
+        return told
+
+    def resolve_all(self, now: float) -> None:
+        """The rule is gone: whatever fires is resolved, what is pending is forgotten."""
+        for alert in list(self.alerts.values()):
+            if alert.state == "firing":
+                alert.resolved_at = now
+
+    def restore(self, kept: list[dict[str, Any]], now: float, gap_s: float) -> int:
+        """Take alerts over that were kept; how many pending ones start again, after a gap."""
+        restarted = 0
+        for row in kept:
+            alert = ActiveAlert.from_json(row)
+            if alert.state == "pending" and gap_s > MAX_GAP_S:
+                alert.active_at = now
+                restarted += 1
+            self.alerts[_alert_key(alert.labels)] = alert
+            for sample in self._samples(alert, 0):
+                if alert.state != "inactive":
+                    self._returned[_alert_key(sample.labels)] = sample.labels
+        return restarted
+
+
+def _before_comparison(expression: str) -> str:
+    """What an expression compares, as text; "" where it compares nothing.
+
+    >>> _before_comparison("sum(a) / b > 5 and on() c"), _before_comparison("vector(1)")
+    ('sum(a) / b', '')
+    """
+    node, compares = parse_query(expression), False
+    while True:
+        if isinstance(node, Paren):
+            node = node.expression
+        elif isinstance(node, Binary) and node.op in ("and", "unless", *_COMPARISONS):
+            compares = compares or node.op in _COMPARISONS
+            node = node.left
+        else:
+            return _Printer().text(node) if compares else ""
+
+
+class GroupState:
+    """The rules of a group, which are evaluated in order at fixed times."""
+
+    def __init__(
+        self, group: RuleGroup, file: str, context: RuleContext, default_interval_s: float = 60.0
+    ):
+        self.name, self.file, self.context = group.name, file, context
+        self.interval_s = group.interval_ms / 1000 or default_interval_s
+        self.limit, self.query_offset_ms = group.limit, group.query_offset_ms
+        self.rules: list[RecordingState] = []
+        for rule in group.rules:
+            kind = AlertingState if rule.is_alert else RecordingState
+            self.rules.append(kind(rule, {**group.labels, **rule.labels}, group.limit))
+        self.evaluated_at = self.duration_s = 0.0
+        self.evaluations = self.failures = self.missed = 0
+        digest = hashlib.sha256(f"{file};{group.name}".encode()).digest()
+        self._offset_s = int.from_bytes(digest[:8]) / 2**64 * self.interval_s
+
+    @property
+    def key(self) -> str:
+        return f"{self.file};{self.name}"
+
+    @property
+    def alerting(self) -> list[AlertingState]:
+        return [rule for rule in self.rules if isinstance(rule, AlertingState)]
+
+    def next_time(self, now: float) -> float:
+        """The first time after `now` at which the group is to be evaluated: a fixed offset into its
+        interval, which spreads groups evenly.
+        """
+        rounds = (now - self._offset_s) // self.interval_s + 1
+        return rounds * self.interval_s + self._offset_s
+
+    async def evaluate(
+        self,
+        now: float,
+        query: Query,
+        record: Callable[[list[Recorded]], Awaitable[None]],
+        tell: Callable[[list[Alert]], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Evaluate all rules; each sees what those before it have recorded. A rule that fails
+        leaves its alerts as they are.
+        """
+        began = clock()
+        time_ms = int(now * 1000) - self.query_offset_ms
+        for rule in self.rules:
+            rule_began = clock()
+            self.evaluations += 1
+            try:
+                await record(await rule.evaluate(query, self.context, now, time_ms))
+                rule.health, rule.last_error = "ok", ""
+            except RuleError as error:
+                self.failures += 1
+                rule.health, rule.last_error = "err", str(error)
+            rule.evaluated_at, rule.duration_s = now, clock() - rule_began
+            if isinstance(rule, AlertingState):
+                tell(rule.to_send(now, self.context, self.interval_s))
+        self.evaluated_at, self.duration_s = now, clock() - began
+
+    # ---- what survives a crash
+
+    def _keys(self) -> Iterator[tuple[str, AlertingState]]:
+        """The alerting rules by what knows them again: name, labels, and a number among equals."""
+        seen: Counter[str] = Counter()
+        for rule in self.alerting:
+            key = write_json([self.file, self.name, rule.rule.name, sorted(rule.labels.items())])
+            seen[key] += 1
+            yield f"{key}#{seen[key]}", rule
+
+    def state(self) -> dict[str, Any]:
+        """The alerts of each rule, by its key."""
+        return {
+            key: {
+                "evaluated_at": rule.evaluated_at,
+                "alerts": [alert.as_json() for alert in rule.alerts.values()],
+            }
+            for key, rule in self._keys()
+            if rule.alerts
+        }
+
+    def restore(self, kept: dict[str, Any], now: float) -> None:
+        """Take over the alerts of rules that are known again, and remove them from `kept`."""
+        for key, rule in self._keys():
+            if key not in kept:
+                continue
+            row = kept.pop(key)
+            gap_s = now - row["evaluated_at"]
+            restarted = rule.restore(row["alerts"], now, gap_s)
+            if restarted:
+                logger.warning(
+                    "rule %s: no evaluation for %d s: %d pending alerts start again",
+                    rule.rule.name, gap_s, restarted,
+                )  # fmt: skip
+
+    def end_series(self, time_ms: int) -> list[Recorded]:
+        """The ends of all series, for when the group is gone."""
+        return [sample for rule in self.rules for sample in rule.end_series(time_ms)]
+
+
+def selectors_of(expression: str) -> list[str]:
+    """The selectors of an expression, without ranges and offsets; those of `absent` are left out,
+    as they are meant to match nothing.
+
+    >>> selectors_of("rate(a[5m]) / b{c='d'} offset 1h or absent(e)")
+    ['a', 'b{c="d"}']
+    """
+    found: list[str] = []
+
+    def look(node: object) -> None:
+        if isinstance(node, Selector):
+            found.append(_Printer().text(node._replace(range=None, offset=None, at=None)))
+        elif isinstance(node, Call) and node.name in ("absent", "absent_over_time"):
+            return
+        elif isinstance(node, tuple):
+            for part in node:
+                look(part)
+
+    look(parse_query(expression))
+    return list(dict.fromkeys(found))
+
+
+# ---- what the API says of rules and alerts, in Prometheus's words
+
+
+def _as_go_float(value: float) -> str:
+    """Shortest digits with an exponent, as Go's strconv.FormatFloat(value, 'e', -1, 64)."""
+    if not math.isfinite(value):
+        return format_value(value)
+    digits, _, exponent = f"{value:.17e}".partition("e")
+    for precision in range(18):
+        digits, _, exponent = f"{value:.{precision}e}".partition("e")
+        if float(f"{digits}e{exponent}") == value:
+            break
+    return f"{digits}e{exponent}"
+
+
+def _rfc_3339(seconds: float) -> str:
+    if not seconds:
+        return "0001-01-01T00:00:00Z"
+    return utc_timestamp(int(seconds * 1000))
+
+
+def _alert_json(alert: ActiveAlert) -> dict[str, Any]:
+    shown = {
+        "labels": alert.labels, "annotations": alert.annotations, "state": alert.state,
+        "activeAt": _rfc_3339(alert.active_at), "value": _as_go_float(alert.value),
+    }  # fmt: skip
+    if alert.keep_firing_since:
+        shown["keepFiringSince"] = _rfc_3339(alert.keep_firing_since)
+    return shown
+
+
+def alerts_json(groups: Iterable[GroupState]) -> list[dict[str, Any]]:
+    """All alerts that are pending or firing, as `/api/v1/alerts` has them."""
+    return [
+        _alert_json(alert)
+        for group in groups
+        for rule in group.alerting
+        for alert in rule.alerts.values()
+        if alert.state != "inactive"
+    ]
+
+
+def _rule_json(state: RecordingState, with_alerts: bool) -> dict[str, Any]:
+    rule = state.rule
+    shown: dict[str, Any] = {
+        "name": rule.name, "query": rule.expr, "labels": state.labels, "health": state.health,
+        "evaluationTime": state.duration_s, "lastEvaluation": _rfc_3339(state.evaluated_at),
+        "type": "recording",
+    }  # fmt: skip
+    if state.last_error:
+        shown["lastError"] = state.last_error
+    if state.silent_selectors:
+        shown["selectorsWithoutSeries"] = state.silent_selectors
+    if isinstance(state, AlertingState):
+        active = [alert for alert in state.alerts.values() if alert.state != "inactive"]
+        states = {alert.state for alert in active}
+        shown |= {
+            "type": "alerting", "annotations": rule.annotations, "duration": rule.for_ms / 1000,
+            "keepFiringFor": rule.keep_firing_for_ms / 1000,
+            "state": next((s for s in ("firing", "pending") if s in states), "inactive"),
+        }  # fmt: skip
+        if with_alerts:
+            shown["alerts"] = [_alert_json(alert) for alert in active]
+    return shown
+
+
+def rules_json(groups: Iterable[GroupState], form: Mapping[str, list[str]]) -> dict[str, Any]:
+    """Groups and rules as `/api/v1/rules` has them, with its parameters. Raises ValueError."""
+
+    def only(name: str) -> str:
+        return form.get(name, [""])[0]
+
+    kind = only("type").lower()
+    if kind not in ("", "alert", "record"):
+        raise ValueError(f"not supported value {write_json(kind)}")
+    matcher_sets = [_matchers_of(text) for text in form.get("match[]", [])]
+    hide_alerts = only("exclude_alerts").lower() in ("1", "t", "true")
+    names, group_names, files = (
+        form.get(f"{name}[]") for name in ("rule_name", "rule_group", "file")
+    )
+
+    def is_wanted(state: RecordingState) -> bool:
+        return (
+            (not kind or state.rule.is_alert == (kind == "alert"))
+            and (not names or state.rule.name in names)
+            and (
+                not matcher_sets
+                or any(
+                    all(matcher.accepts(state.labels.get(matcher.name, "")) for matcher in matchers)
+                    for matchers in matcher_sets
+                )
+            )
+        )
+
+    shown = []
+    for group in groups:
+        if (group_names and group.name not in group_names) or (files and group.file not in files):
+            continue
+        rules = [_rule_json(state, not hide_alerts) for state in group.rules if is_wanted(state)]
+        if rules or not (kind or names or matcher_sets):
+            shown.append({
+                "name": group.name, "file": group.file, "rules": rules, "interval": group.interval_s,
+                "limit": group.limit, "evaluationTime": group.duration_s,
+                "lastEvaluation": _rfc_3339(group.evaluated_at),
+            })  # fmt: skip
+    return _page_of(shown, only("group_limit"), only("group_next_token"))
+
+
+def _matchers_of(text: str) -> tuple[Matcher, ...]:
+    node = parse_query(text)
+    if not isinstance(node, Selector) or node.range is not None:
+        raise ValueError(f"{text[:200]!r} is not a selector")
+    return node.matchers
+
+
+def _page_of(groups: list[dict[str, Any]], limit_text: str, token: str) -> dict[str, Any]:
+    """A page of groups, and the token of the next one."""
+
+    def token_of(group: dict[str, Any]) -> str:
+        return hashlib.sha1(f"{group['file']};{group['name']}".encode()).hexdigest()
+
+    if token and not limit_text:
+        raise ValueError("group_limit needs to be set when group_next_token is")
+    if not limit_text:
+        return {"groups": groups}
+    if not re.fullmatch(r"[1-9][0-9]{0,8}", limit_text):
+        raise ValueError(f"group_limit {limit_text[:20]!r} is not a positive number")
+    start = 0
+    if token:
+        starts = [number for number, group in enumerate(groups) if token_of(group) == token]
+        if not starts:
+            raise ValueError("invalid group_next_token; the groups may have changed")
+        start = starts[0]
+    rest = groups[start + int(limit_text) :]
+    page: dict[str, Any] = {"groups": groups[start : start + int(limit_text)]}
+    return page | {"groupNextToken": token_of(rest[0])} if rest else page
+
+
+# ==================================================================================================
 # PART VI. COMMAND LINE
 # ==================================================================================================
 
 
 # ==================================================================================================
-# 35. Command line
+# 36. Command line
 # ==================================================================================================
 #
 # Options become objects, one line says what is running, and a signal ends it. What goes wrong
