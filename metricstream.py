@@ -42,6 +42,7 @@ import email.utils
 import errno
 import fcntl
 import functools
+import glob
 import gzip
 import hashlib
 import heapq
@@ -80,6 +81,7 @@ from collections.abc import (
     Awaitable,
     Callable,
     Container,
+    Coroutine,
     Generator,
     Iterable,
     Iterator,
@@ -2029,6 +2031,15 @@ class _Exposed(NamedTuple):
     label: str = ""  # the number is many: a dictionary by the values of this label
 
 
+def full_name(name: str) -> str:
+    """The name of a number as others see it: what Prometheus and Alertmanager have, keeps theirs.
+
+    >>> full_name("threads"), full_name("prometheus_rule_evaluations_total")
+    ('metricstream_threads', 'prometheus_rule_evaluations_total')
+    """
+    return name if name.startswith(("prometheus_", "alertmanager_")) else f"metricstream_{name}"
+
+
 class OwnMetric(NamedTuple):
     """One number of the server's own."""
 
@@ -2158,11 +2169,11 @@ class Statistics:
         for metric in self.own_metrics():
             if metric.family != family:
                 family = metric.family
-                lines.append(f"# HELP metricstream_{family} {metric.help}")
-                lines.append(f"# TYPE metricstream_{family} {metric.type}")
+                lines.append(f"# HELP {full_name(family)} {metric.help}")
+                lines.append(f"# TYPE {full_name(family)} {metric.type}")
             labels = ",".join(f'{label}="{value}"' for label, value in metric.labels.items())
             braces = f"{{{labels}}}" if labels else ""
-            lines.append(f"metricstream_{metric.name}{braces} {metric.value}")
+            lines.append(f"{full_name(metric.name)}{braces} {metric.value}")
         return "\n".join(lines) + "\n"
 
 
@@ -2565,6 +2576,11 @@ class Service:
             ],
         )
 
+    def require_writer(self, head: Head, client: str) -> None:
+        """Let pass who may POST metrics. Raises HTTPError."""
+        refuse_other_origins(head, self._allowed_hosts)
+        self._take_quota(client)
+
     def show_statistics(self, request: Request, client: str) -> Answer:
         """`GET /metrics`: the server's own numbers."""
         self.count_answered()
@@ -2670,7 +2686,8 @@ class Service:
     def _record(
         self, client: str, status: int, started: float, metrics: int, invalid: bool = False
     ) -> None:
-        self._answered.append((client, status, started, metrics, invalid))
+        if not isinstance(client, OwnPeer):
+            self._answered.append((client, status, started, metrics, invalid))
 
     def count_answered(self) -> None:
         """Count the requests whose answers were handed over just now; one look at the clock serves
@@ -9913,6 +9930,7 @@ class Follower:
         self._backoff_s = 0.0
         self._stop_by = 0.0  # when it is told to stop: how long it may take
         self._starts = 0
+        self.on_start: Callable[[], None] | None = None
         log.on_switch.append(self._switch)
 
     @property
@@ -9923,6 +9941,23 @@ class Follower:
     def is_well(self) -> None:
         """It does its work: where it dies it is started anew at once."""
         self._backoff_s = 0.0
+
+    def ask(self, path: bytes, form: bytes) -> Answer:
+        """Hand a question over; its answer comes from the process. Raises HTTPError."""
+        if len(form) + len(path) > MAX_FORM_BYTES:
+            raise HTTPError(413, f"parameters of more than {MAX_FORM_BYTES} bytes")
+        mine, theirs = socket.socketpair()
+        with theirs:
+            try:
+                mine.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * MAX_FORM_BYTES)
+                mine.setblocking(False)
+                mine.sendall(_LENGTHS.pack(len(path), len(form)) + path + form)
+                self.send(_QUESTION, self._log.position, theirs.fileno())
+            except OSError as error:
+                mine.close()
+                logger.debug("%s was not asked: %s", self.name, error)
+                raise unavailable(f"{self.name} does not answer") from None
+        return Answer(None, source=Relay(mine))
 
     def send(self, kind: bytes, position: Position, descriptor: int = -1) -> None:
         """Send a frame. Raises OSError where the process takes none."""
@@ -9995,6 +10030,8 @@ class Follower:
             position = self._log.position
             size = position.size_bytes if position.file == file else 0
             self._send_locked(_SWITCH, Position(file, size), descriptor)
+        if self.on_start is not None:
+            self.on_start()
 
     def _hear(self) -> None:
         control = self._control
@@ -10109,38 +10146,17 @@ class StoreClient:
             if content_type.partition(";")[0].strip().lower() != FORM_TYPE:
                 raise HTTPError(415, f"send 'Content-Type: {FORM_TYPE}'")
             form = b"&".join(filter(None, (decode_content(request), form)))
-        path = head.path.encode()
-        if len(form) + len(path) > MAX_FORM_BYTES:
-            raise HTTPError(413, f"parameters of more than {MAX_FORM_BYTES} bytes")
         try:
             form.decode()
         except UnicodeDecodeError:
             raise HTTPError(400, "the form is not UTF-8") from None
-        try:
-            return Answer(None, source=Relay(self._question(path, form)))
-        except OSError as error:
-            logger.debug("the store was not asked: %s", error)
-            raise unavailable("the store does not answer") from None
-
-    def _question(self, path: bytes, form: bytes) -> socket.socket:
-        """Send a question to the store; returns the socket on which its answer comes."""
-        mine, theirs = socket.socketpair()
-        with theirs:
-            try:
-                mine.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * MAX_FORM_BYTES)
-                mine.setblocking(False)
-                mine.sendall(_LENGTHS.pack(len(path), len(form)) + path + form)
-                self.follower.send(_QUESTION, self._log.position, theirs.fileno())
-            except OSError:
-                mine.close()
-                raise
-        return mine
+        return self.follower.ask(head.path.encode(), form)
 
     def send_own_metrics(self) -> None:
         """Store the server's own numbers as series."""
         now_ms = int(time.time() * 1000)
         lines = "".join(
-            log_line(Sample(f"metricstream_{own.name}", own.value, own.type, own.labels, now_ms))
+            log_line(Sample(full_name(own.name), own.value, own.type, own.labels, now_ms))
             for own in self._statistics.own_metrics()
             if math.isfinite(own.value)
         )
@@ -12925,7 +12941,7 @@ ALERT_DATA = (
 )
 
 
-def rule_template(text: str, rule_name: str) -> Template | str:
+def rule_template(text: str, rule_name: str = "") -> Template | str:
     """A label or an annotation of a rule, parsed; text without actions stays what it is. Raises
     TemplateError.
     """
@@ -13356,8 +13372,8 @@ def rules_json(groups: Iterable[GroupState], form: Mapping[str, list[str]]) -> d
         rules = [_rule_json(state, not hide_alerts) for state in group.rules if is_wanted(state)]
         if rules or not (kind or names or matcher_sets):
             shown.append({
-                "name": group.name, "file": group.file, "rules": rules, "interval": group.interval_s,
-                "limit": group.limit, "evaluationTime": group.duration_s,
+                "name": group.name, "file": group.file, "rules": rules, "limit": group.limit,
+                "interval": group.interval_s, "evaluationTime": group.duration_s,
                 "lastEvaluation": _rfc_3339(group.evaluated_at),
             })  # fmt: skip
     return _page_of(shown, only("group_limit"), only("group_next_token"))
@@ -13394,12 +13410,716 @@ def _page_of(groups: list[dict[str, Any]], limit_text: str, token: str) -> dict[
 
 
 # ==================================================================================================
+# 36. Watcher process
+# ==================================================================================================
+#
+# The problem: 200 heavy rules must not slow a POST, a receiver that hangs must not hold up a rule,
+# and a crash must lose neither. The idea: a process of its own, with one thread that waits for
+# everything at once (asyncio). It is a client of this server like any other: on connections that
+# the front gives to it, it queries the store and POSTs what rules record. What may block, sending
+# over the network, is done in forks, which are killed when they are late. Its memory stands in one
+# small file, replaced as a whole when something has changed. What it costs: some 30 MiB, where it
+# is asked for.
+
+STATE_NAME = "alerts.json"
+OWN_CONNECTIONS = 8  # so many queries at once
+RULE_QUERY_TIMEOUT_S = 120.0
+STATE_INTERVAL_S = 30.0  # the state is written so often even if only values have changed
+WATCHER_STATUS_S = 1.0
+WATCHER_STOP_S = 3.0  # for what is still to be sent
+MAX_SENDING = 16  # forks at once
+SELECTOR_CHECK_S = 600.0  # how often selectors are looked for that match nothing
+SENDING_GRACE_S = 2.0
+
+_CONNECT, _RELOAD = b"conn", b"load"  # frames: a connection to this server; read the files again
+
+
+class WatchOptions(NamedTuple):
+    """What the watcher is told at its start."""
+
+    folder: str
+    rules: Sequence[str] = ()  # paths; may hold * and ?
+    notify: str = ""  # a configuration file
+    webhooks: Sequence[str] = ()
+    alertmanagers: Sequence[str] = ()
+    external_url: str = ""
+    external_labels: Mapping[str, str] = {}
+    evaluation_interval_s: float = 60.0
+    version: str = ""
+
+
+class WatchError(ValueError):
+    """A file for the watcher that can't be used; the message has a line for each fault."""
+
+
+def load_groups(options: WatchOptions) -> list[GroupState]:
+    """The groups of all rule files. Raises WatchError."""
+    context = RuleContext(dict(options.external_labels), options.external_url.rstrip("/"))
+    groups, faults = [], []
+    for pattern in options.rules:
+        paths = sorted(glob.glob(pattern)) if re.search(r"[*?\[]", pattern) else [pattern]
+        for path in paths:
+            try:
+                with open(path, encoding="utf-8-sig") as file:
+                    found = read_rules(file.read(), path, rule_template)
+            except OSError as error:
+                faults.append(f"can't read {path}: {error.strerror}")
+            except UnicodeDecodeError as error:
+                faults.append(f"{path}: not UTF-8 at byte {error.start}")
+            except RuleFileError as error:
+                faults.append(str(error))
+            else:
+                for group in found.groups:
+                    groups.append(GroupState(group, path, context, options.evaluation_interval_s))
+    if faults:
+        raise WatchError("\n".join(faults))
+    return groups
+
+
+def load_notify(options: WatchOptions) -> NotifyConfig | None:
+    """Whom to tell: the configuration file, or the webhooks. Raises WatchError."""
+    if not options.notify:
+        return webhook_config(list(options.webhooks)) if options.webhooks else None
+    try:
+        with open(options.notify, encoding="utf-8-sig") as file:
+            return read_notify_config(file.read(), options.notify)
+    except OSError as error:
+        raise WatchError(f"can't read {options.notify}: {error.strerror}") from None
+    except ValueError as error:
+        raise WatchError(str(error)) from None
+
+
+class OwnClient:
+    """A client of this server, on connections that the front gives to this process."""
+
+    def __init__(self) -> None:
+        self._idle: asyncio.Queue[tuple[asyncio.StreamReader, asyncio.StreamWriter]]
+        self._idle = asyncio.Queue()
+
+    async def add(self, sock: socket.socket) -> None:
+        """Use one more connection."""
+        sock.setblocking(False)
+        self._idle.put_nowait(await asyncio.open_connection(sock=sock))
+
+    async def request(
+        self, method: str, path: str, content_type: str = "", body: bytes = b""
+    ) -> tuple[int, bytes]:
+        """(status, body) of an answer. Raises RuleError where there is none."""
+        reader, writer = await self._idle.get()
+        head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+        if content_type:
+            head += f"Content-Type: {content_type}\r\n"
+        try:
+            async with asyncio.timeout(RULE_QUERY_TIMEOUT_S):
+                writer.write(head.encode() + b"\r\n" + body)
+                await writer.drain()
+                fields = await reader.readuntil(b"\r\n\r\n")
+                length = re.search(rb"\r\ncontent-length: *([0-9]+)", fields, re.IGNORECASE)
+                answer = await reader.readexactly(int(length[1]) if length else 0)
+        except (OSError, EOFError, ValueError, TimeoutError) as error:
+            writer.close()
+            raise RuleError(
+                f"this server does not answer: {error or type(error).__name__}"
+            ) from None
+        self._idle.put_nowait((reader, writer))
+        return int(fields[9:12]), answer
+
+    async def query(self, expression: str, time_ms: int) -> Vector:
+        """What an expression gives at a time. Raises RuleError."""
+        form = urllib.parse.urlencode({"query": expression, "time": f"{time_ms / 1000:.3f}"})
+        status, body = await self.request("POST", f"{API_PREFIX}query", FORM_TYPE, form.encode())
+        try:
+            answer = parse_json(body)
+        except JSONError:
+            raise RuleError(f"the answer to a query has status {status}") from None
+        if status != 200:
+            raise RuleError(str(answer.get("error", f"status {status}")))
+        data = answer["data"]
+        if data["resultType"] == "vector":
+            return [(row["metric"], read_float(row["value"][1])) for row in data["result"]]
+        if data["resultType"] == "scalar":
+            return [({}, read_float(data["result"][1]))]
+        raise RuleError(f"rule result is not a vector or scalar, but a {data['resultType']}")
+
+    async def record(self, samples: list[Recorded]) -> None:
+        """Store samples. JSON has no number that is not finite: such a sample is left out. Raises
+        RuleError.
+        """
+        metrics = []
+        for labels, value, time_ms in samples:
+            if value is None or math.isfinite(value):
+                tags = {name: text for name, text in labels.items() if name != NAME}
+                metrics.append({
+                    "name": labels[NAME], "value": value, "type": "gauge", "tags": tags,
+                    "timestamp": time_ms / 1000,
+                })  # fmt: skip
+        for start in range(0, len(metrics), RECORDED_A_BATCH):
+            batch = metrics[start : start + RECORDED_A_BATCH]
+            body = write_json({"metrics": batch}).encode()
+            status, answer = await self.request("POST", "/metrics", "application/json", body)
+            if status != 200:
+                reason = answer.decode(errors="replace")[:200]
+                raise RuleError(f"what it gives can't be stored: {status} {reason}")
+
+    async def has_series(self, selector: str) -> bool:
+        """Whether a selector matches any series at all. Raises RuleError."""
+        form = urllib.parse.urlencode({"match[]": selector, "limit": "1"})
+        status, body = await self.request("POST", f"{API_PREFIX}series", FORM_TYPE, form.encode())
+        return status != 200 or bool(parse_json(body)["data"])
+
+
+RECORDED_A_BATCH = 200  # with 32 tags of 1,024 characters each a batch has less than 1 MiB by far
+
+
+class Watcher:
+    """Evaluates rules, keeps their alerts, tells others, and answers what is asked of them."""
+
+    def __init__(self, control: socket.socket, options: WatchOptions):
+        self._control, self._options = control, options
+        control.setblocking(False)
+        self._client = OwnClient()
+        self._groups: list[GroupState] = []
+        self._group_tasks: list[asyncio.Task[None]] = []
+        self._tasks: set[asyncio.Task[Any]] = set()  # the others, kept from being collected
+        self._unsent = b""  # lines for the front
+        self._stopping = asyncio.Event()
+        self._wake = asyncio.Event()  # something may have to be sent
+        self._sending: dict[int, tuple[Any, Delivery]] = {}  # by process id
+        self._saved = ""  # the state as it was written, without what changes at each evaluation
+        self._saved_at = 0.0
+        self._progress, self._error = "waiting for the store", ""
+        self._began = time.time()
+        url = options.external_url.rstrip("/")
+        config = load_notify(options)
+        self._dispatcher = Dispatcher(config, url) if config or not options.alertmanagers else None
+        self._targets = [AlertmanagerClient(url) for url in options.alertmanagers]
+
+    async def run(self) -> None:
+        """Work until the front says stop, or is gone."""
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._control, self._hear)
+        self._start_task(self._tell_status())
+        self._groups = load_groups(self._options)
+        self._restore()
+        self._start_task(self._notify())
+        self._start_task(self._begin())
+        await self._stopping.wait()
+        for task in self._group_tasks:
+            task.cancel()
+        self._save(force=True)
+        deadline = loop.time() + WATCHER_STOP_S - 0.5
+        while (self._start_sending() or self._sending) and loop.time() < deadline:
+            await asyncio.sleep(0.02)
+        self._save(force=True)
+
+    def _start_task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(self._guarded(work))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
+        """What ends in an unexpected error ends this process: it is begun anew from its state."""
+        try:
+            await work
+        except Exception as error:
+            log_unexpected(error)
+            self._error = INTERNAL_ERROR
+            self._stopping.set()
+
+    # ---- the front speaks, and is spoken to
+
+    def _hear(self) -> None:
+        while True:
+            try:
+                frame, descriptors, _, _ = socket.recv_fds(self._control, _FRAME.size, 1)
+            except BlockingIOError:
+                return
+            except ConnectionError:
+                frame = b""
+            if len(frame) < _FRAME.size:  # the front is gone
+                self._stopping.set()
+                asyncio.get_running_loop().remove_reader(self._control)
+                return
+            kind, file, size_bytes, arrived = _FRAME.unpack(frame)
+            if kind == _QUESTION:
+                sock = socket.socket(fileno=descriptors[0])
+                self._start_task(self._answer(sock, Position(file, size_bytes), arrived))
+            elif kind == _CONNECT:
+                self._start_task(self._client.add(socket.socket(fileno=descriptors[0])))
+            elif kind == _RELOAD:
+                self._reload()
+            elif kind == _STOP:
+                self._stopping.set()
+            else:  # how far the log is: nothing here reads it
+                for descriptor in descriptors:
+                    os.close(descriptor)
+
+    def _tell(self, **said: Any) -> None:
+        """Send a line to the front, sooner or later."""
+        if len(self._unsent) < 1024 * 1024:
+            self._unsent += write_json(said).encode(errors="backslashreplace") + b"\n"
+        try:
+            while self._unsent:
+                self._unsent = self._unsent[self._control.send(self._unsent) :]
+        except BlockingIOError:
+            return
+        except OSError:
+            self._stopping.set()
+
+    def log_to_front(self, record: logging.LogRecord) -> bool:
+        """A filter of the logger: its lines go to the front."""
+        self._tell(level=record.levelno, log=record.getMessage())
+        return False
+
+    async def _tell_status(self) -> None:
+        while True:
+            self._tell(status={"progress": self._progress, "error": self._error}, **self._numbers())
+            await asyncio.sleep(WATCHER_STATUS_S)
+
+    def _numbers(self) -> dict[str, Any]:
+        """What the statistics of the server show, by key; by group or receiver where it is many."""
+        groups = {group.key: group for group in self._groups}
+        firing = pending = 0
+        for group in self._groups:
+            for rule in group.alerting:
+                states = Counter(alert.state for alert in rule.alerts.values())
+                firing, pending = firing + states["firing"], pending + states["pending"]
+        numbers: dict[str, Any] = {
+            "alerts_firing": firing,
+            "alerts_pending": pending,
+            "rule_evaluations": {key: group.evaluations for key, group in groups.items()},
+            "rule_evaluation_failures": {key: group.failures for key, group in groups.items()},
+            "rule_group_iterations_missed": {key: group.missed for key, group in groups.items()},
+            "rule_group_last_duration": {key: group.duration_s for key, group in groups.items()},
+        }
+        sent = [target.statistics() for target in self._targets]
+        for key in (
+            "notifications_sent",
+            "notifications_errors",
+            "notifications_dropped",
+            "notifications_queue_length",
+        ):
+            numbers[key] = {row["target"]: row[key] for row in sent}
+        if self._dispatcher:
+            numbers |= self._dispatcher.statistics()
+        return {"numbers": numbers}
+
+    # ---- rules
+
+    async def _begin(self) -> None:
+        """Wait until the store answers; then evaluate."""
+        while True:
+            try:
+                await self._client.query("vector(1)", int(time.time() * 1000))
+                break
+            except RuleError as error:
+                self._progress = f"waiting for the store: {error}"
+                await asyncio.sleep(0.2)
+        self._progress = ""
+        self._start_groups()
+
+    def _start_groups(self) -> None:
+        self._group_tasks = [self._start_task(self._run_group(group)) for group in self._groups]
+
+    async def _run_group(self, group: GroupState) -> None:
+        """Evaluate a group at its times; what is missed is counted, and not caught up."""
+        at = group.next_time(time.time())
+        while True:
+            await asyncio.sleep(max(0.0, at - time.time()))
+            now = time.time()
+            if abs(now - at) > group.interval_s:  # the clock was set
+                at = now
+            await group.evaluate(at, self._client.query, self._client.record, self._put)
+            await self._find_silent_selectors(group)
+            self._save()
+            now = time.time()
+            group.missed += max(0, int((now - at) / group.interval_s))
+            at = group.next_time(max(at, now) if now - at < 10 * group.interval_s else now)
+
+    async def _find_silent_selectors(self, group: GroupState) -> None:
+        """Look for selectors that match no series at all: a misspelt name, as a rule."""
+        now = time.monotonic()
+        for rule in group.rules:
+            if now < rule.selectors_due or rule.health != "ok":
+                continue
+            rule.selectors_due = now + SELECTOR_CHECK_S
+            try:
+                rule.silent_selectors = [
+                    selector for selector in selectors_of(rule.rule.expr)
+                    if not await self._client.has_series(selector)
+                ]  # fmt: skip
+            except RuleError as error:
+                logger.debug("selectors of %s: %s", group.key, error)
+
+    def _put(self, alerts: list[Alert]) -> None:
+        """Take alerts that are to be told of."""
+        if not alerts:
+            return
+        if self._dispatcher:
+            self._dispatcher.put(alerts)
+        for target in self._targets:
+            target.put(alerts)
+        self._wake.set()
+
+    def _reload(self) -> None:
+        """Read the files again; what is broken stays as it was."""
+        try:
+            groups, config = load_groups(self._options), load_notify(self._options)
+        except WatchError as error:
+            for line in str(error).splitlines():
+                logger.error("SIGHUP: %s; what was in force stays in force", line)
+            return
+        for task in self._group_tasks:
+            task.cancel()
+        now = time.time()
+        kept = {key: row for group in self._groups for key, row in group.state().items()}
+        ended = {
+            _alert_key(s.labels): s for g in self._groups for s in g.end_series(int(now * 1000))
+        }
+        self._groups = groups
+        self._take_over(kept, now)
+        for group in groups:
+            for sample in group.end_series(0):
+                ended.pop(_alert_key(sample.labels), None)
+        if ended:
+            self._start_task(self._end_series(list(ended.values())))
+        if self._dispatcher and config:
+            self._dispatcher.reload(config)
+        if not self._progress:
+            self._start_groups()
+        logger.info("SIGHUP: %d groups of rules are read again", len(groups))
+
+    async def _end_series(self, samples: list[Recorded]) -> None:
+        """Series of rules that are gone end."""
+        try:
+            await self._client.record(samples)
+        except RuleError as error:
+            logger.warning("series of rules that are gone: %s", error)
+
+    # ---- what survives a crash
+
+    def _take_over(self, kept: dict[str, Any], now: float) -> None:
+        """Give rules their alerts back. Alerts of a rule that is gone are resolved, and that is
+        told.
+        """
+        for group in self._groups:
+            group.restore(kept, now)
+        valid_s = 4 * RESEND_DELAY_S
+        for row in kept.values():
+            alerts = [ActiveAlert.from_json(alert) for alert in row["alerts"]]
+            self._put([
+                Alert(dict(self._options.external_labels) | alert.labels, alert.annotations,
+                      alert.fired_at, alert.resolved_at or now, now)
+                for alert in alerts
+                if alert.state != "pending" and (alert.resolved_at or now) > now - valid_s
+            ])  # fmt: skip
+
+    def _restore(self) -> None:
+        path = os.path.join(self._options.folder, STATE_NAME)
+        try:
+            with open(path, "rb") as file:
+                state = parse_json(file.read())
+            if self._dispatcher and state.get("notify"):
+                self._dispatcher.restore(state["notify"])
+            self._take_over(state["rules"], time.time())
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            logger.error("%s can't be read, all alerts begin anew: %s", path, error)
+
+    def _save(self, force: bool = False) -> None:
+        """Write the state, if something has changed that a restart must know."""
+        rules = {key: row for group in self._groups for key, row in group.state().items()}
+        essence = write_json([
+            [key, *(alert[name] for name in _ESSENTIAL)]
+            for key, row in rules.items() for alert in row["alerts"]
+        ])  # fmt: skip
+        now = time.monotonic()
+        changed = self._dispatcher is not None and self._dispatcher.changed
+        if not (
+            force or changed or essence != self._saved or now > self._saved_at + STATE_INTERVAL_S
+        ):
+            return
+        if not rules and self._dispatcher is None and essence == self._saved and not force:
+            return
+        state: dict[str, Any] = {"version": 1, "rules": rules, "notify": None}
+        if self._dispatcher:
+            self._dispatcher.changed = False
+            state["notify"] = self._dispatcher.state()
+        path = os.path.join(self._options.folder, STATE_NAME)
+        try:
+            with open(f"{path}.new", "wb") as file:
+                file.write(write_json(state).encode(errors="surrogatepass"))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(f"{path}.new", path)
+        except OSError as error:
+            self._error = f"{path} can't be written: {error.strerror}"
+            logger.error("%s", self._error)
+            return
+        self._error, self._saved, self._saved_at = "", essence, now
+
+    # ---- sending
+
+    async def _notify(self) -> None:
+        while True:
+            self._start_sending()
+            self._save_if_told()
+            due = [source.next_due() for source in self._sources()]
+            wait_s = min((at - time.time() for at in due if at is not None), default=60.0)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(60.0, max(0.01, wait_s))):
+                    await self._wake.wait()
+            self._wake.clear()
+
+    def _save_if_told(self) -> None:
+        if self._dispatcher and self._dispatcher.changed:
+            self._save()
+
+    def _sources(self) -> list[Any]:
+        return [*([self._dispatcher] if self._dispatcher else []), *self._targets]
+
+    def _start_sending(self) -> bool:
+        """Begin what is due, in a fork each; whether there was any."""
+        began = False
+        for source in self._sources():
+            if len(self._sending) >= MAX_SENDING:
+                break
+            for delivery in source.due():
+                began = True
+                try:
+                    self._fork(source, delivery)
+                except OSError as error:
+                    source.settle(delivery, f"no process: {error.strerror}")
+        return began
+
+    def _fork(self, source: Any, delivery: Delivery) -> None:
+        heard, said = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            _send_in_child(delivery, said)
+        os.close(said)
+        self._sending[pid] = source, delivery
+        loop = asyncio.get_running_loop()
+        late = loop.call_later(delivery.timeout_s + SENDING_GRACE_S, os.kill, pid, signal.SIGKILL)
+        loop.add_reader(heard, self._reap, pid, heard, late)
+
+    def _reap(self, pid: int, pipe: int, late: asyncio.TimerHandle) -> None:
+        """A delivery has ended: its pipe says how."""
+        said = os.read(pipe, 65_536).decode(errors="replace")
+        asyncio.get_running_loop().remove_reader(pipe)
+        os.close(pipe)
+        late.cancel()
+        os.waitpid(pid, 0)
+        source, delivery = self._sending.pop(pid)
+        outcome = said.removeprefix("ended: ") if said.startswith("ended: ") else "it took too long"
+        source.settle(delivery, outcome)
+        self._save_if_told()
+        self._wake.set()
+
+    # ---- questions
+
+    async def _answer(self, sock: socket.socket, position: Position, arrived: float) -> None:
+        with sock:
+            try:
+                question = Question(sock, position, arrived)
+            except (OSError, ValueError) as error:
+                logger.debug("a question was not whole: %s", error)
+                return
+            method, _, target = question.path.partition(" ")
+            path, _, query = target.partition("?")
+            if path.startswith("/api/v2/"):
+                status, body = self._answer_v2(method, path, query, question.form)
+            else:
+                status, body = self._answer_v1(path, query)
+            try:
+                async with asyncio.timeout(SENDING_S):
+                    loop = asyncio.get_running_loop()
+                    await loop.sock_sendall(sock, _relayed(status, body))
+            except (OSError, TimeoutError) as error:
+                logger.debug("an answer was not read: %s", error)
+
+    def _answer_v2(self, method: str, path: str, query: str, body: str) -> tuple[int, bytes]:
+        if self._dispatcher is None:
+            reason = "alerts go to --alertmanager: ask there"
+            return 404, write_json({"error": reason}).encode()
+        answer = self._dispatcher.answer(method, path, query, body.encode())
+        self._save_if_told()
+        self._wake.set()
+        return answer
+
+    def _answer_v1(self, path: str, query: str) -> tuple[int, bytes]:
+        try:
+            form = urllib.parse.parse_qs(query, keep_blank_values=True, max_num_fields=1_000)
+            if path == f"{API_PREFIX}rules":
+                found: dict[str, Any] = rules_json(self._groups, form)
+            else:
+                found = {"alerts": alerts_json(self._groups)}
+            return 200, write_json({"status": "success", "data": found}).encode()
+        except ValueError as error:
+            return QueryAPI.error("bad_data", str(error))
+
+
+_ESSENTIAL = ("labels", "active_at", "fired_at", "resolved_at", "keep_firing_since", "sent_at")
+
+
+def _send_in_child(delivery: Delivery, said: int) -> NoReturn:
+    """In the fork: deliver, and say how it went. Nothing of the parent goes on in it."""
+    try:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(int(delivery.timeout_s + SENDING_GRACE_S) + 1)  # should the parent die
+        logger.filters.clear()
+        outcome = deliver(delivery)
+    except BaseException as error:
+        outcome = f"{type(error).__name__}: {error}"
+    try:
+        os.write(said, f"ended: {outcome}".encode(errors="backslashreplace")[:4096])
+    finally:
+        os._exit(0)
+
+
+def watch_main(arguments: list[str]) -> int:
+    """The watcher process: its argument is the descriptor of its socket to the front."""
+    sys.setrecursionlimit(MAX_RECURSION)
+    control, told = begin_following(arguments)
+
+    async def run() -> None:
+        watcher = Watcher(control, WatchOptions(**told))
+        logger.addFilter(watcher.log_to_front)
+        logger.setLevel(logging.INFO)
+        await watcher.run()
+
+    asyncio.run(run())
+    return 0
+
+
+# ==================================================================================================
+# 37. Watcher client
+# ==================================================================================================
+#
+# The front's end of the watcher: it gives the watcher connections to this server, hands over what is
+# asked of rules, alerts and silences, and shows the watcher's numbers.
+
+
+class WatcherClient:
+    """The front's end of the watcher. `begin` is called when the server exists, before it runs."""
+
+    def __init__(self, service: Service, options: WatchOptions):
+        self._service = service
+        self._options = options._asdict()
+        self.follower = Follower(service.log, "watch", "the watcher", self._options, self._hear)
+        self.follower.on_start = self._connect
+        self._adopt: Callable[[socket.socket, str], None] | None = None
+        self.status: dict[str, Any] = {"progress": "starting", "error": ""}
+        self._numbers: dict[str, Any] = {}
+        service.health_facts.append(self.health)
+        service.add_routes({
+            f"{API_PREFIX}rules": {"GET": self.ask},
+            f"{API_PREFIX}alerts": {"GET": self.ask},
+            "/api/v2/*": {"GET": self.ask, "POST": self.ask, "DELETE": self.ask},
+        })  # fmt: skip
+        for key, name, type_, help_, label in _WATCHER_STATISTICS:
+            missing: Any = {} if label else 0
+            number = partial(self._numbers_of, key, missing)
+            service.statistics.add(key, type_, help_, number, name, label)
+
+    def _numbers_of(self, key: str, missing: Any) -> Any:
+        return self._numbers.get(key, missing)
+
+    def begin(self, adopt: Callable[[socket.socket, str], None], external_url: str) -> None:
+        """Start the watcher: `adopt` serves a connection of it."""
+        self._adopt = adopt
+        self._options["external_url"] = self._options["external_url"] or external_url
+        self.follower.look()
+
+    def _connect(self) -> None:
+        assert self._adopt is not None  # begin() comes first
+        for _ in range(OWN_CONNECTIONS):
+            mine, theirs = socket.socketpair()
+            self._adopt(mine, "watcher")
+            with theirs:
+                self.follower.send(_CONNECT, self._service.log.position, theirs.fileno())
+
+    def health(self) -> dict[str, Any]:
+        """What `/health` says of the watcher."""
+        said = {"watcher": self.status["progress"] or "running"}
+        return said | ({"watcher_error": self.status["error"]} if self.status["error"] else {})
+
+    def ask(self, request: Request, client: str) -> Answer:
+        """`/api/v1/rules`, `/api/v1/alerts` and `/api/v2/…`; who writes needs what POSTs need."""
+        head = request.head
+        method = "GET" if head.method == "HEAD" else head.method
+        if method != "GET":
+            self._service.require_writer(head, client)
+        body = decode_content(request)
+        try:
+            body.decode()
+        except UnicodeDecodeError:
+            raise HTTPError(400, "the body is not UTF-8") from None
+        return self.follower.ask(f"{method} {head.path}?{head.query}".encode(), body)
+
+    def reload(self) -> None:
+        """Have the files read again."""
+        try:
+            self.follower.send(_RELOAD, self._service.log.position)
+        except OSError as error:  # one that is started anew reads them anyway
+            logger.debug("the watcher was not told to read its files: %s", error)
+
+    def _hear(self, said: dict[str, Any]) -> None:
+        if "ended" in said:
+            self.status = {"progress": "it died and is started anew", "error": ""}
+            return
+        self.status, self._numbers = said["status"], said["numbers"]
+        if not self.status["progress"]:
+            self.follower.is_well()
+
+
+def _nothing(data: dict[str, Any]) -> dict[str, Handler]:
+    response = json_response(200, {"status": "success", "data": data})
+    return {"GET": lambda request, client: Answer(response)}
+
+
+# What is answered where no watcher runs: Grafana asks for it.
+EMPTY_WATCHER = {
+    f"{API_PREFIX}rules": _nothing({"groups": []}),
+    f"{API_PREFIX}alerts": _nothing({"alerts": []}),
+}
+
+# Key, name, type, help, and the label of those that are many.
+_WATCHER_STATISTICS = (
+    ("alerts_firing", "", "gauge", "Alerts that fire.", ""),
+    ("alerts_pending", "", "gauge", "Alerts that are pending.", ""),
+    ("rule_evaluations", "prometheus_rule_evaluations_total", "counter",
+     "Evaluations of rules.", "rule_group"),
+    ("rule_evaluation_failures", "prometheus_rule_evaluation_failures_total", "counter",
+     "Evaluations of rules that failed.", "rule_group"),
+    ("rule_group_iterations_missed", "prometheus_rule_group_iterations_missed_total", "counter",
+     "Evaluations of groups that were missed.", "rule_group"),
+    ("rule_group_last_duration", "prometheus_rule_group_last_duration_seconds", "gauge",
+     "How long the last evaluation of a group took.", "rule_group"),
+    ("notifications_sent", "prometheus_notifications_sent_total", "counter",
+     "Alerts sent to an Alertmanager.", "alertmanager"),
+    ("notifications_errors", "prometheus_notifications_errors_total", "counter",
+     "Alerts that an Alertmanager did not take.", "alertmanager"),
+    ("notifications_dropped", "prometheus_notifications_dropped_total", "counter",
+     "Alerts that were dropped, as an Alertmanager took none for too long.", "alertmanager"),
+    ("notifications_queue_length", "prometheus_notifications_queue_length", "gauge",
+     "Alerts that wait for an Alertmanager.", "alertmanager"),
+    ("receiver_notifications", "alertmanager_notifications_total", "counter",
+     "Notifications that were tried, by receiver.", "receiver"),
+    ("receiver_notifications_failed", "alertmanager_notifications_failed_total", "counter",
+     "Notifications that failed, by receiver.", "receiver"),
+)  # fmt: skip
+
+
+# ==================================================================================================
 # PART VI. COMMAND LINE
 # ==================================================================================================
 
 
 # ==================================================================================================
-# 36. Command line
+# 38. Command line
 # ==================================================================================================
 #
 # Options become objects, one line says what is running, and a signal ends it. What goes wrong
@@ -13514,6 +14234,20 @@ def argument_parser() -> argparse.ArgumentParser:
         "may be repeated")
     add("--tls-cert", metavar="FILE", help="serve HTTPS: the certificate and its chain, as PEM")
     add("--tls-key", metavar="FILE", help="its private key, as PEM")
+    add("--rules", metavar="FILE", action="append", default=[],
+        help="a rule file of Prometheus (YAML or JSON); may hold * and ?, may be repeated")
+    add("--evaluation-interval", metavar="TIME", type=_duration, default=60.0,
+        help="how often groups of rules without an interval are evaluated (default 1m)")
+    add("--notify", metavar="FILE",
+        help="whom to tell of alerts: a configuration file of Alertmanager")
+    add("--webhook", metavar="URL", action="append", default=[],
+        help="whom to tell without such a file: POSTs Alertmanager's webhook body; may be repeated")
+    add("--alertmanager", metavar="URL", action="append", default=[],
+        help="an Alertmanager that is told of all alerts; may be repeated")
+    add("--external-url", metavar="URL", default="",
+        help="how people reach this server; for the links in notifications")
+    add("--external-label", metavar="NAME=VALUE", action="append", type=_external_label, default=[],
+        help="a label added to what leaves this machine; may be repeated")
     add("--log-level", choices=("debug", "info", "warning", "error"), default="info",
         help="default info")
     add("--version", action="version", version=f"MetricStream {__version__}")
@@ -13530,6 +14264,13 @@ def _number_from(least: int, most: int = 10**9) -> Callable[[str], int]:
         return int(text)
 
     return number
+
+
+def _external_label(text: str) -> tuple[str, str]:
+    name, separator, value = text.partition("=")
+    if not separator or not is_label_name(name):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a label such as region=eu")
+    return name, value
 
 
 def _duration(text: str) -> float:
@@ -13609,6 +14350,8 @@ def main(arguments: list[str] | None = None) -> int:
         return query_main(arguments[1:])
     if arguments[:1] == ["store"]:
         return store_main(arguments[1:])
+    if arguments[:1] == ["watch"]:
+        return watch_main(arguments[1:])
     parser = argument_parser()
     options = parser.parse_args(arguments)
     if options.stripes & (options.stripes - 1):
@@ -13635,24 +14378,33 @@ def _run_server(options: argparse.Namespace, lines: LineWriter) -> int:
     try:
         clients = ClientList.read(options.clients) if options.clients else None
         tls = tls_context(options.tls_cert, options.tls_key) if options.tls_cert else None
+        watch = _watch_options(options)
         log = MetricLog(options.data_dir, options.durability)
     except OSError as error:  # only TLS lets one pass
         return _complain(_tls_fault(options, error))
-    except (ClientListError, LogError) as error:
+    except (ClientListError, LogError, WatchError) as error:
         return _complain(str(error))
     service = _service(options, log, clients, lines)
     try:
         store, jobs = _store(options, service)
+        watcher = WatcherClient(service, watch) if watch else None
+        if watcher:
+            jobs.append((TICK_S, watcher.follower.look))
+        else:
+            service.add_routes(EMPTY_WATCHER)
         try:
             server = Server(
                 (options.host, options.port), service, threads=options.threads, tls=tls,
-                max_connections=max_connections, reload=partial(_reload, options), jobs=jobs,
+                max_connections=max_connections, reload=partial(_reload, options, watcher), jobs=jobs,
             )  # fmt: skip
         except OSError as error:
             reason = error.strerror or error
             return _complain(f"can't listen on {options.host} port {options.port}: {reason}")
-        with server, contextlib.closing(store.follower):
+        with server, contextlib.closing(store.follower), contextlib.ExitStack() as stack:
             store.follower.look()
+            if watcher:
+                stack.enter_context(contextlib.closing(watcher.follower))
+                watcher.begin(server.adopt, _url_of(options, server))
             _serve(options, server, log, lines)
     finally:
         kept = log.close(LOG_CLOSE_S)
@@ -13726,7 +14478,30 @@ def _make_client(parser: argparse.ArgumentParser, name: str) -> int:
     return 0
 
 
-def _reload(options: argparse.Namespace, server: Server) -> None:
+def _watch_options(options: argparse.Namespace) -> WatchOptions | None:
+    """What a watcher is told, if any is asked for; its files are read once, to see whether they can
+    be used. Raises WatchError.
+    """
+    if not (options.rules or options.notify or options.webhook or options.alertmanager):
+        return None
+    watch = WatchOptions(
+        options.data_dir, options.rules, options.notify or "", options.webhook,
+        options.alertmanager, options.external_url, dict(options.external_label),
+        options.evaluation_interval, __version__,
+    )  # fmt: skip
+    load_groups(watch)
+    load_notify(watch)
+    return watch
+
+
+def _url_of(options: argparse.Namespace, server: Server) -> str:
+    """How others reach the server, as far as it knows itself."""
+    host = socket.gethostname() if options.host in ("0.0.0.0", "::") else options.host
+    host = f"[{host}]" if ":" in host else host
+    return f"{'https' if server.tls else 'http'}://{host}:{server.server_address[1]}"
+
+
+def _reload(options: argparse.Namespace, watcher: WatcherClient | None, server: Server) -> None:
     """On SIGHUP: read the files again that others may have changed; what is broken stays as it
     was.
     """
@@ -13737,6 +14512,8 @@ def _reload(options: argparse.Namespace, server: Server) -> None:
     def read_certificate() -> None:
         server.tls = tls_context(options.tls_cert, options.tls_key)
 
+    if watcher:
+        watcher.reload()
     steps = [(LOG_NAME, server.service.log.reopen)]
     if options.clients:
         steps.append((options.clients, read_clients))
@@ -13759,7 +14536,8 @@ def _tls_fault(options: argparse.Namespace, error: OSError) -> str:
 
 
 def _complain(reason: str) -> int:
-    print(f"metricstream.py: error: {reason}", file=sys.stderr)
+    for line in reason.splitlines():
+        print(f"metricstream.py: error: {line}", file=sys.stderr)
     return 1
 
 
