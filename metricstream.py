@@ -38,6 +38,7 @@ import contextlib
 import dataclasses
 import datetime
 import decimal
+import difflib
 import email.utils
 import errno
 import fcntl
@@ -12842,33 +12843,36 @@ class RuleContext(NamedTuple):
 
 @dataclasses.dataclass
 class ActiveAlert:
-    """An alert of a rule. A time of 0 is one that has not come."""
+    """An alert of a rule. A time that has not come is None."""
 
     labels: dict[str, str]
     annotations: dict[str, str]
     value: float
     series: dict[str, str]  # the labels of the result that it comes from
     active_at: float
-    fired_at: float = 0.0
-    resolved_at: float = 0.0
-    keep_firing_since: float = 0.0
-    sent_at: float = 0.0
+    fired_at: float | None = None
+    resolved_at: float | None = None
+    keep_firing_since: float | None = None
+    sent_at: float | None = None
 
     @property
     def state(self) -> str:
-        if self.resolved_at:
+        if self.resolved_at is not None:
             return "inactive"
-        return "firing" if self.fired_at else "pending"
+        return "pending" if self.fired_at is None else "firing"
 
     def forget_future(self, now: float) -> None:
         """The clock was set back: what would lie in the future was now."""
         for name in ("active_at", "fired_at", "resolved_at", "keep_firing_since", "sent_at"):
-            setattr(self, name, min(now, getattr(self, name)))
+            if (at := getattr(self, name)) is not None:
+                setattr(self, name, min(now, at))
 
     def needs_sending(self, now: float, resend_delay_s: float) -> bool:
         if self.state == "pending":
             return False
-        return self.resolved_at > self.sent_at or self.sent_at + resend_delay_s <= now
+        if self.sent_at is None or self.sent_at + resend_delay_s <= now:
+            return True
+        return self.resolved_at is not None and self.resolved_at > self.sent_at
 
     def as_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"value": format_value(self.value)}
@@ -13055,19 +13059,20 @@ class AlertingState(RecordingState):
     ) -> bool:
         """Take an alert to its next state; whether it was resolved just now."""
         if present:
-            alert.keep_firing_since = 0.0
+            alert.keep_firing_since = None
             if alert.state == "pending" and (now - alert.active_at) * 1000 >= self.rule.for_ms:
                 alert.fired_at = now
             return False
         if alert.state == "pending":
             del self.alerts[key]
             return False
-        if alert.state == "inactive":
+        if alert.resolved_at is not None:
             if now - alert.resolved_at > RESOLVED_RETENTION_S:
                 del self.alerts[key]
             return False
         if self.rule.keep_firing_for_ms:
-            alert.keep_firing_since = alert.keep_firing_since or now
+            if alert.keep_firing_since is None:
+                alert.keep_firing_since = now
             if (now - alert.keep_firing_since) * 1000 < self.rule.keep_firing_for_ms:
                 return False
         alert.resolved_at = now
@@ -13103,9 +13108,9 @@ class AlertingState(RecordingState):
         valid_s = 4 * max(interval_s, context.resend_delay_s)
         told = []
         for alert in self.alerts.values():
-            if alert.needs_sending(now, context.resend_delay_s):
+            if alert.fired_at is not None and alert.needs_sending(now, context.resend_delay_s):
                 alert.sent_at = now
-                ends_at = alert.resolved_at or now + valid_s
+                ends_at = now + valid_s if alert.resolved_at is None else alert.resolved_at
                 url = context.external_url + _link(self.rule.expr, tab=1)
                 labels = context.external_labels | alert.labels
                 told.append(Alert(labels, alert.annotations, alert.fired_at, ends_at, now, url))
@@ -13297,7 +13302,7 @@ def _alert_json(alert: ActiveAlert) -> dict[str, Any]:
         "labels": alert.labels, "annotations": alert.annotations, "state": alert.state,
         "activeAt": _rfc_3339(alert.active_at), "value": _as_go_float(alert.value),
     }  # fmt: skip
-    if alert.keep_firing_since:
+    if alert.keep_firing_since is not None:
         shown["keepFiringSince"] = _rfc_3339(alert.keep_firing_since)
     return shown
 
@@ -13410,7 +13415,446 @@ def _page_of(groups: list[dict[str, Any]], limit_text: str, token: str) -> dict[
 
 
 # ==================================================================================================
-# 36. Watcher process
+# 36. Rule tests
+# ==================================================================================================
+#
+# The problem: a rule that was never seen to fire is a guess. The idea: evaluate rules as the
+# watcher does, but with a clock that jumps from one evaluation to the next: over series that a test file
+# describes (promtool's unit tests), or over what the store has kept (a backtest). What rules record
+# goes into memory, beside the series that are there. What it costs: nothing where no test runs.
+#
+# Source: https://prometheus.io/docs/prometheus/latest/configuration/unit_testing_rules/
+
+TOLERANCE = 1e-9  # values that differ less, relatively, are the same
+BAR_WIDTH = 60
+
+
+class MemorySeries:
+    """Series in memory, to be queried."""
+
+    def __init__(self) -> None:
+        self._index = SeriesIndex()
+        self._series: list[tuple[array[int], array[float]]] = []
+        self.names: set[str] = set()
+
+    def add(self, labels: Mapping[str, str], time_ms: int, value: float | None) -> None:
+        """Add a sample; None ends the series."""
+        name = labels.get(NAME, "")
+        self.names.add(name)
+        tags = {label: text for label, text in labels.items() if label != NAME}
+        number = self._index.number(series_labels(name, tags))
+        if number == len(self._series):
+            self._series.append((array("q"), array("d")))
+        times_ms, values = self._series[number]
+        place = bisect_left(times_ms, time_ms)
+        if place < len(times_ms) and times_ms[place] == time_ms:
+            values[place] = STALE if value is None else value
+            return
+        times_ms.insert(place, time_ms)
+        values.insert(place, STALE if value is None else value)
+
+    def select(
+        self, matchers: Sequence[Matcher], start_ms: int, end_ms: int, budget: Budget
+    ) -> Iterator[Series]:
+        """The series that fulfil all matchers, with their samples between two times."""
+        for number in self._index.select(matchers, budget):
+            times_ms, values = self._series[number]
+            low, high = bisect_left(times_ms, start_ms), bisect_right(times_ms, end_ms)
+            if low < high:
+                pairs = self._index.labels[number]
+                labels = dict(zip(pairs[::2], pairs[1::2]))
+                yield Series(labels, times_ms[low:high], values[low:high])
+
+
+def engine_query(engine: Engine) -> Query:
+    """A query function for rules over an engine."""
+
+    async def query(expression: str, time_ms: int) -> Vector:
+        try:
+            result = engine.instant(expression, time_ms)
+        except (QueryError, ExecutionError) as error:
+            raise RuleError(str(error)) from None
+        if isinstance(result, VectorResult):
+            return result.samples
+        if isinstance(result, ScalarResult):
+            return [({}, result.value)]
+        raise RuleError("rule result is not a vector or scalar")
+
+    return query
+
+
+# ---- promtool's unit tests
+
+
+class ExpectedAlert(NamedTuple):
+    labels: dict[str, str]
+    annotations: dict[str, str]
+
+
+class AlertTest(NamedTuple):
+    """Which alerts of a name are to fire at a time."""
+
+    time_ms: int
+    name: str
+    expected: list[ExpectedAlert]
+
+
+class ExpressionTest(NamedTuple):
+    """What an expression is to give at a time."""
+
+    time_ms: int
+    expression: str
+    expected: list[tuple[dict[str, str], float]]
+
+
+class RuleTest(NamedTuple):
+    """A test: series, and what rules make of them."""
+
+    name: str
+    interval_ms: int
+    series: list[tuple[dict[str, str], list[float | None | str]]]
+    alerts: list[AlertTest]
+    expressions: list[ExpressionTest]
+    external_labels: dict[str, str]
+    external_url: str
+
+
+class RuleTestFile(NamedTuple):
+    """A file of unit tests."""
+
+    rule_files: list[str]
+    evaluation_interval_ms: int
+    group_order: list[str]
+    tests: list[RuleTest]
+
+
+_STALE_ITEM = "stale"
+_SERIES_NUMBER = r"[-+]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[iI]nf|[nN]a[nN])"
+_SERIES_ITEM = re.compile(
+    rf"(?P<gap>_)(?:x(?P<gaps>[0-9]{{1,9}}))?|(?P<stale>stale)"
+    rf"|(?P<first>{_SERIES_NUMBER})(?:(?P<step>[-+]{_SERIES_NUMBER})?x(?P<times>[0-9]{{1,9}}))?"
+)
+MAX_SERIES_ITEMS = 10_000_000
+
+
+def series_values(text: str) -> list[float | None | str]:
+    """The values of a series in promtool's notation: None is a gap, "stale" an end. Raises
+    ValueError.
+
+    >>> series_values("1+2x2 _ 7x1 stale -1-0.5x1")
+    [1.0, 3.0, 5.0, None, 7.0, 7.0, 'stale', -1.0, -1.5]
+    """
+    values: list[float | None | str] = []
+    for word in text.split():
+        match = _SERIES_ITEM.fullmatch(word)
+        if match is None:
+            raise ValueError(f"{word[:50]!r} is no value of a series")
+        count = int(match["gaps"] or match["times"] or 0) + (not match["gap"] or not match["gaps"])
+        if len(values) + count > MAX_SERIES_ITEMS:
+            raise ValueError(f"more than {MAX_SERIES_ITEMS} values")
+        if match["gap"]:
+            values += [None] * count
+        elif match["stale"]:
+            values.append(_STALE_ITEM)
+        else:
+            value, step = read_float(match["first"]), read_float(match["step"] or "0")
+            for _ in range(count):
+                values.append(value)
+                value += step
+    return values
+
+
+def metric_labels(text: str) -> dict[str, str]:
+    """The labels of a series as one writes it, such as `up{job="a"}`. Raises ValueError.
+
+    >>> metric_labels('up{job="a"}'), metric_labels("{}")
+    ({'__name__': 'up', 'job': 'a'}, {})
+    """
+    if not text.strip() or re.fullmatch(r"\s*\{\s*\}\s*", text):
+        return {}
+    node = parse_query(text)
+    if not isinstance(node, Selector) or node.range or any(m.op != "=" for m in node.matchers):
+        raise ValueError(f"{text[:100]!r} is no series")
+    return {matcher.name: matcher.value for matcher in node.matchers if matcher.value}
+
+
+class _RuleTestReader(_RuleReader):
+    """Reads a file of unit tests; faults are noted as those of rule files are."""
+
+    def read_tests(self) -> RuleTestFile:
+        root = self._fields(self._document.root, "a file of tests", _TEST_FILE_FIELDS)
+        interval_ms = self._duration(root, "evaluation_interval") or 60_000
+        tests = [self._test(node, interval_ms) for node in self._items(root, "tests")]
+        files = self._texts(root, "rule_files")
+        order = self._texts(root, "group_eval_order")
+        if self._faults:
+            raise RuleFileError(self._told(self._faults))
+        return RuleTestFile(files, interval_ms, order, tests)
+
+    def _texts(self, fields: _Fields, name: str) -> list[str]:
+        return [self._scalar(node, name) or "" for node in self._items(fields, name)]
+
+    def _test(self, node: YamlNode, evaluation_interval_ms: int) -> RuleTest:
+        fields = self._fields(node, "a test", _TEST_FIELDS)
+        return RuleTest(
+            self._text(fields, "name"),
+            self._duration(fields, "interval") or evaluation_interval_ms,
+            [self._series_of(row) for row in self._items(fields, "input_series")],
+            [self._alert_test(row) for row in self._items(fields, "alert_rule_test")],
+            [self._expression_test(row) for row in self._items(fields, "promql_expr_test")],
+            self._labels(fields, "external_labels"),
+            self._text(fields, "external_url"),
+        )
+
+    def _series_of(self, node: YamlNode) -> tuple[dict[str, str], list[float | None | str]]:
+        fields = self._fields(node, "an input series", ("series", "values"))
+        return (
+            self._read(fields, node, "series", metric_labels, {}),
+            self._read(fields, node, "values", series_values, []),
+        )
+
+    def _alert_test(self, node: YamlNode) -> AlertTest:
+        fields = self._fields(node, "a test of alerts", ("eval_time", "alertname", "exp_alerts"))
+        name = self._text(fields, "alertname")
+        if not name:
+            self._fault(node.position, "a test of alerts needs an alertname")
+        expected = []
+        for row in self._items(fields, "exp_alerts"):
+            alert = self._fields(row, "an alert", ("exp_labels", "exp_annotations"))
+            labels = self._labels(alert, "exp_labels") | {"alertname": name}
+            expected.append(ExpectedAlert(labels, self._labels(alert, "exp_annotations")))
+        return AlertTest(self._duration(fields, "eval_time"), name, expected)
+
+    def _expression_test(self, node: YamlNode) -> ExpressionTest:
+        fields = self._fields(node, "a test of an expression", ("expr", "eval_time", "exp_samples"))
+        expected = []
+        for row in self._items(fields, "exp_samples"):
+            sample = self._fields(row, "a sample", ("labels", "value"))
+            labels = self._read(sample, row, "labels", metric_labels, {})
+            value = self._read(sample, row, "value", _yaml_float, 0.0)
+            expected.append((labels, value))
+        expression = self._expression(fields, node)
+        return ExpressionTest(self._duration(fields, "eval_time"), expression, expected)
+
+    def _read(
+        self, fields: _Fields, node: YamlNode, name: str, read: Callable[[str], Any], empty: Any
+    ) -> Any:
+        """A field read by a function that raises ValueError."""
+        text = self._scalar(fields.get(name), name)
+        if text is None:
+            return empty
+        try:
+            return read(text)
+        except ValueError as error:
+            self._fault(fields.get(name, node).position, str(error))
+            return empty
+
+
+_TEST_FILE_FIELDS = (
+    "rule_files", "evaluation_interval", "group_eval_order", "tests", "fuzzy_compare",
+)  # fmt: skip
+_TEST_FIELDS = (
+    "name", "interval", "input_series", "alert_rule_test", "promql_expr_test", "external_labels",
+    "external_url",
+)  # fmt: skip
+
+
+def _yaml_float(text: str) -> float:
+    """A number as YAML writes it: `.inf` and `.NaN` too."""
+    plain = re.sub(r"^([-+]?)\.(inf|Inf|INF|nan|NaN|NAN)$", r"\1\2", text.replace("_", ""))
+    return read_float(plain)
+
+
+def read_rule_tests(text: str | bytes, name: str) -> RuleTestFile:
+    """Read a file of promtool's unit tests for rules. Raises RuleFileError, with every fault."""
+    try:
+        document = parse_yaml(text)
+    except YAMLError as error:
+        raise RuleFileError([f"{name}:{error.line}:{error.column}: {error.reason}"]) from None
+    return _RuleTestReader(document, name, str).read_tests()
+
+
+def run_rule_test(test: RuleTest, tests: RuleTestFile, files: list[RuleFile]) -> list[str]:
+    """Run a test; what failed, each a text of several lines."""
+    memory = MemorySeries()
+    for labels, values in test.series:
+        for number, value in enumerate(values):
+            if value is not None:
+                ended = value == _STALE_ITEM
+                memory.add(labels, number * test.interval_ms, None if ended else float(value))
+    context = RuleContext(test.external_labels, test.external_url)
+    groups = [GroupState(group, file.name, context) for file in files for group in file.groups]
+    ranks = {name: rank for rank, name in enumerate(tests.group_order)}
+    groups.sort(key=lambda group: ranks.get(group.name, len(ranks)))
+    query = engine_query(Engine(memory.select))
+    return asyncio.run(_played(test, tests.evaluation_interval_ms, groups, memory, query))
+
+
+async def _played(
+    test: RuleTest, interval_ms: int, groups: list[GroupState], memory: MemorySeries, query: Query
+) -> list[str]:
+    async def record(samples: list[Recorded]) -> None:
+        for labels, value, time_ms in samples:
+            memory.add(labels, time_ms, value)
+
+    failures: list[str] = []
+    times_ms = [case.time_ms for case in test.alerts] + [case.time_ms for case in test.expressions]
+    ends_ms = max(times_ms, default=0)
+    for now_ms in range(0, ends_ms + 1, interval_ms):
+        for group in groups:
+            await group.evaluate(now_ms / 1000, query, record, lambda alerts: None)
+            failures += [
+                f"rule {rule.rule.name} at {_duration_text(now_ms)}: {rule.last_error}"
+                for rule in group.rules
+                if rule.health == "err"
+            ]
+        if failures:
+            return failures
+        for case in test.alerts:
+            if now_ms <= case.time_ms < now_ms + interval_ms:
+                failures += _compared_alerts(case, groups)
+    for expected in test.expressions:
+        failures += await _compared_samples(expected, query)
+    return failures
+
+
+def _compared_alerts(case: AlertTest, groups: list[GroupState]) -> Iterator[str]:
+    got = [
+        ExpectedAlert(alert.labels, alert.annotations)
+        for group in groups
+        for rule in group.alerting
+        if rule.rule.name == case.name
+        for alert in rule.alerts.values()
+        if alert.state == "firing"
+    ]
+
+    def lines(alerts: list[ExpectedAlert]) -> list[str]:
+        texts = []
+        for alert in sorted(alerts, key=lambda alert: sorted(alert.labels.items())):
+            texts.append(f"labels      {labels_text(alert.labels)}")
+            for name, text in sorted(alert.annotations.items()):
+                texts += [f"  {name}: {line}" for line in text.split("\n")]
+        return texts
+
+    def key(alert: ExpectedAlert) -> tuple[Any, ...]:
+        return _alert_key(alert.labels), _alert_key(alert.annotations)
+
+    if sorted(map(key, got)) != sorted(map(key, case.expected)):
+        title = f"alertname: {case.name}, time: {_duration_text(case.time_ms)}"
+        yield _difference(title, lines(case.expected), lines(got))
+
+
+async def _compared_samples(case: ExpressionTest, query: Query) -> list[str]:
+    title = f"expr: {case.expression}, time: {_duration_text(case.time_ms)}"
+    try:
+        got = await query(case.expression, case.time_ms)
+    except RuleError as error:
+        return [f"{title}\n  {error}"]
+    expected, found = ({_alert_key(labels): value for labels, value in samples}
+                       for samples in (case.expected, got))  # fmt: skip
+    same = expected.keys() == found.keys() and all(
+        _is_close(value, found[key]) for key, value in expected.items()
+    )
+    if same and len(case.expected) == len(got):
+        return []
+
+    def lines(samples: list[tuple[dict[str, str], float]]) -> list[str]:
+        return sorted(f"{labels_text(labels)} {format_value(value)}" for labels, value in samples)
+
+    return [_difference(title, lines(case.expected), lines(got))]
+
+
+def _is_close(expected: float, got: float) -> bool:
+    return (math.isnan(expected) and math.isnan(got)) or math.isclose(
+        expected, got, rel_tol=TOLERANCE, abs_tol=0.0
+    )
+
+
+def _difference(title: str, expected: list[str], got: list[str]) -> str:
+    """Expected and got, as a diff."""
+    rows = difflib.ndiff(expected, got)
+    shown = [f"  {row}" for row in rows if not row.startswith("?")]
+    return "\n".join([title, "  - expected, + got:", *(shown or ["  no alerts"])])
+
+
+# ---- rules over what is stored
+
+
+class Firing(NamedTuple):
+    """A time in which an alert would have fired."""
+
+    name: str
+    labels: dict[str, str]
+    began_ms: int
+    ended_ms: int
+
+
+def backtest(
+    groups: list[GroupState], select: Select, start_ms: int, end_ms: int
+) -> Iterator[Firing]:
+    """Evaluate groups over stored series between two times; yields when alerts would have fired.
+    Raises RuleError for a rule that can't be evaluated.
+    """
+    memory = MemorySeries()
+
+    def both(
+        matchers: Sequence[Matcher], low_ms: int, high_ms: int, budget: Budget
+    ) -> Iterator[Series]:
+        # what rules recorded when they ran is what they are to record now
+        for series in select(matchers, low_ms, high_ms, budget):
+            if series.labels.get(NAME) not in memory.names:
+                yield series
+        yield from memory.select(matchers, low_ms, high_ms, budget)
+
+    async def record(samples: list[Recorded]) -> None:
+        for labels, value, time_ms in samples:
+            memory.add(labels, time_ms, value)
+
+    query = engine_query(Engine(both))
+    due = [(group.next_time(start_ms / 1000 - 1e-3), number) for number, group in enumerate(groups)]
+    heapq.heapify(due)
+    firing: dict[tuple[int, Any], tuple[AlertingState, ActiveAlert, int]] = {}
+    while due and due[0][0] * 1000 <= end_ms:
+        now, number = heapq.heappop(due)
+        group = groups[number]
+        heapq.heappush(due, (now + group.interval_s, number))
+        asyncio.run(group.evaluate(now, query, record, lambda alerts: None))
+        for rule in group.rules:
+            if rule.health == "err":
+                raise RuleError(f"{rule.rule.name}: {rule.last_error}")
+            if not isinstance(rule, AlertingState):
+                continue
+            now_firing = {
+                (id(rule), key): alert
+                for key, alert in rule.alerts.items()
+                if alert.state == "firing"
+            }
+            for place in [p for p in firing if p[0] == id(rule) and p not in now_firing]:
+                _, alert, began_ms = firing.pop(place)
+                yield Firing(rule.rule.name, alert.labels, began_ms, int(now * 1000))
+            for place, alert in now_firing.items():
+                firing.setdefault(place, (rule, alert, int(now * 1000)))
+    for rule, alert, began_ms in firing.values():
+        yield Firing(rule.rule.name, alert.labels, began_ms, end_ms)
+
+
+def firing_bar(times: Iterable[tuple[int, int]], start_ms: int, end_ms: int) -> str:
+    """When something fired, at a glance.
+
+    >>> firing_bar([(0, 30), (90, 100)], 0, 100)[::6]
+    '███······█'
+    """
+    cells = ["·"] * BAR_WIDTH
+    for began_ms, ended_ms in times:
+        first = (began_ms - start_ms) * BAR_WIDTH // (end_ms - start_ms)
+        last = -((start_ms - ended_ms) * BAR_WIDTH // (end_ms - start_ms))
+        for cell in range(first, min(BAR_WIDTH, max(first + 1, last))):
+            cells[cell] = "█"
+    return "".join(cells)
+
+
+# ==================================================================================================
+# 37. Watcher process
 # ==================================================================================================
 #
 # The problem: 200 heavy rules must not slow a POST, a receiver that hangs must not hold up a rule,
@@ -13743,7 +14187,6 @@ class Watcher:
         for rule in group.rules:
             if now < rule.selectors_due or rule.health != "ok":
                 continue
-            rule.selectors_due = now + SELECTOR_CHECK_S
             try:
                 rule.silent_selectors = [
                     selector for selector in selectors_of(rule.rule.expr)
@@ -13751,6 +14194,8 @@ class Watcher:
                 ]  # fmt: skip
             except RuleError as error:
                 logger.debug("selectors of %s: %s", group.key, error)
+            # what is missing may be pushed at any time
+            rule.selectors_due = now + (15.0 if rule.silent_selectors else SELECTOR_CHECK_S)
 
     def _put(self, alerts: list[Alert]) -> None:
         """Take alerts that are to be told of."""
@@ -13812,7 +14257,7 @@ class Watcher:
                 Alert(dict(self._options.external_labels) | alert.labels, alert.annotations,
                       alert.fired_at, alert.resolved_at or now, now)
                 for alert in alerts
-                if alert.state != "pending" and (alert.resolved_at or now) > now - valid_s
+                if alert.fired_at is not None and (alert.resolved_at or now) > now - valid_s
             ])  # fmt: skip
 
     def _restore(self) -> None:
@@ -13995,7 +14440,7 @@ def watch_main(arguments: list[str]) -> int:
 
 
 # ==================================================================================================
-# 37. Watcher client
+# 38. Watcher client
 # ==================================================================================================
 #
 # The front's end of the watcher: it gives the watcher connections to this server, hands over what is
@@ -14119,7 +14564,7 @@ _WATCHER_STATISTICS = (
 
 
 # ==================================================================================================
-# 38. Command line
+# 39. Command line
 # ==================================================================================================
 #
 # Options become objects, one line says what is running, and a signal ends it. What goes wrong
@@ -14313,6 +14758,91 @@ def query_main(arguments: list[str]) -> int:
     return 0
 
 
+def test_rules_main(arguments: list[str]) -> int:
+    """`test-rules FILE…`: promtool's unit tests, or rules over what is stored; the exit status."""
+    parser = _Parser(
+        prog="metricstream.py test-rules",
+        description="Run unit tests of rules, in promtool's format. With --data-dir: run rule files "
+        "over what is stored, and show when each alert would have fired.",
+    )
+    parser.add_argument("files", metavar="FILE", nargs="+", help="tests, or rules with --data-dir")
+    parser.add_argument("--run", metavar="REGEX", default="", help="only tests of such names")
+    parser.add_argument("--data-dir", metavar="DIR", help="rules over what is stored here")
+    parser.add_argument("--since", metavar="TIME", type=_duration, default=86_400.0,
+                        help="how far back, as 7d (default 1d)")  # fmt: skip
+    options = parser.parse_args(arguments)
+    sys.setrecursionlimit(MAX_RECURSION)
+    if options.data_dir is not None:
+        return _backtest_files(options)
+    try:
+        wanted = compile_regex(f"(?s:.*)(?:{options.run})(?s:.*)")
+    except ValueError as error:
+        return _complain(str(error))
+    failed = False
+    for path in options.files:
+        print(f"Unit Testing:  {path}", flush=True)
+        try:
+            failures = _test_file(path, wanted)
+        except (OSError, RuleFileError) as error:
+            reason = f"{path}: {error.strerror}" if isinstance(error, OSError) else str(error)
+            failures = reason.splitlines()
+        if failures:
+            failed = True
+            text = "\n".join(failures).replace("\n", "\n    ")
+            print(f"  FAILED:\n    {text}\n", file=sys.stderr, flush=True)
+        else:
+            print("  SUCCESS\n", flush=True)
+    return int(failed)
+
+
+def _test_file(path: str, wanted: Regex) -> list[str]:
+    """Run the tests of a file; what failed."""
+    with open(path, "rb") as file:
+        tests = read_rule_tests(file.read(), path)
+    files = []
+    for pattern in tests.rule_files:
+        found = sorted(glob.glob(os.path.join(os.path.dirname(path), pattern)))
+        for name in found:
+            with open(name, "rb") as file:
+                files.append(read_rules(file.read(), name, rule_template))
+    failures = []
+    for number, test in enumerate(tests.tests):
+        if wanted.matches(test.name):
+            title = f"name: {test.name},\n" if test.name else f"test {number},\n"
+            failures += [title + failure for failure in run_rule_test(test, tests, files)]
+    return failures
+
+
+def _backtest_files(options: argparse.Namespace) -> int:
+    """Run rule files over a folder, and print when each alert would have fired."""
+    try:
+        groups = load_groups(WatchOptions(options.data_dir, options.files))
+        store = Store(options.data_dir)
+        for _ in store.open(log=os.path.join(options.data_dir, LOG_NAME)):
+            pass
+        end_ms = int(time.time() * 1000)
+        start_ms = end_ms - int(options.since * 1000)
+        fired: dict[tuple[str, str], list[Firing]] = {}
+        for firing in backtest(groups, store.select, start_ms, end_ms):
+            labels = {name: text for name, text in firing.labels.items() if name != "alertname"}
+            fired.setdefault((firing.name, labels_text(labels)), []).append(firing)
+    except (WatchError, RuleError, OSError) as error:
+        return _complain(str(error))
+    print(f"{utc_timestamp(start_ms)} to {utc_timestamp(end_ms)}")
+    for group in groups:
+        for rule in group.alerting:
+            rows = [(key, found) for key, found in fired.items() if key[0] == rule.rule.name]
+            if not rows:
+                print(f"\n{rule.rule.name}: never fires")
+            for (name, shown), found in sorted(rows):
+                times = [(firing.began_ms, firing.ended_ms) for firing in found]
+                print(f"\n{name} {shown}\n  {firing_bar(times, start_ms, end_ms)}")
+                for began_ms, ended_ms in times:
+                    lasted = _duration_text(ended_ms - began_ms)
+                    print(f"  {utc_timestamp(began_ms)} for {lasted}")
+    return 0
+
+
 def _table(result: Result) -> str:
     """A result for people: a line a sample."""
     rows: list[tuple[str, str, str]] = []
@@ -14350,6 +14880,8 @@ def main(arguments: list[str] | None = None) -> int:
         return query_main(arguments[1:])
     if arguments[:1] == ["store"]:
         return store_main(arguments[1:])
+    if arguments[:1] == ["test-rules"]:
+        return test_rules_main(arguments[1:])
     if arguments[:1] == ["watch"]:
         return watch_main(arguments[1:])
     parser = argument_parser()
