@@ -10030,17 +10030,23 @@ _END_OF_LINE = re.compile(rf"[ \t]*+{_COMMENT}(?=[\n\0])")
 
 # Plain scalars: a first character that is no indicator, and no ": " or " #" behind it.
 _VISIBLE = r"[^ \t\n\0]"
-_FIRST = r"[^ \t\n\0,\[\]{}#&*!|>'\"%@`?:-]"
+_PLAIN_FIRST = r"[^ \t\n\0,\[\]{}#&*!|>'\"%@`?:-]"
 _PLAIN_REST = rf"(?:[ \t]*+(?:[^ \t\n\0:#]++|:(?={_VISIBLE})|(?<={_VISIBLE})\#))*+"
 _FLOW_REST = rf"(?:[ \t]*+(?:[^ \t\n\0:#,?\[\]{{}}]++|:(?={_VISIBLE})|(?<={_VISIBLE})\#))*+"
-_PLAIN = rf"(?:{_FIRST}|[?:-](?={_VISIBLE})){_PLAIN_REST}"
-_BLOCK_PLAIN = (re.compile(_PLAIN), re.compile(_PLAIN_REST))  # the first line, and further ones
-_FLOW_PLAIN = (re.compile(rf"(?:{_FIRST}|-(?={_VISIBLE})){_FLOW_REST}"), re.compile(_FLOW_REST))
+_PLAIN_LINE = rf"(?:{_PLAIN_FIRST}|[?:-](?={_VISIBLE})){_PLAIN_REST}"
+_BLOCK_PLAIN = (
+    re.compile(_PLAIN_LINE),
+    re.compile(_PLAIN_REST),
+)  # the first line, and further ones
+_FLOW_PLAIN = (
+    re.compile(rf"(?:{_PLAIN_FIRST}|-(?={_VISIBLE})){_FLOW_REST}"),
+    re.compile(_FLOW_REST),
+)
 _NEXT_LINE = re.compile(r"[ \t]*+\n([ ]*+)([ \t]*+)")
 _LIST_ITEM = re.compile(r"-(?=[ \t\n\0])")
 _ANCHOR = re.compile(r"[&*]([A-Za-z0-9_-]++)(?=[ \t\n\0,\]}])")
 _KEY = re.compile(
-    rf"(&[A-Za-z0-9_-]++[ \t]++)?+({_PLAIN}|\"(?:[^\"\\\n\0]++|\\.)*+\"|'(?:[^'\n\0]++|'')*+')"
+    rf"(&[A-Za-z0-9_-]++[ \t]++)?+({_PLAIN_LINE}|\"(?:[^\"\\\n\0]++|\\.)*+\"|'(?:[^'\n\0]++|'')*+')"
     r"[ \t]*+:(?=[ \t\n\0])"
 )
 
@@ -10054,7 +10060,7 @@ _YAML_ESCAPE = re.compile(
     \\(?: (?P<pair> u[dD][89abAB][0-9a-fA-F]{2} \\u[dD][c-fC-F][0-9a-fA-F]{2} )
         | x(?P<x>[0-9a-fA-F]{2}) | u(?P<u>[0-9a-fA-F]{4}) | U(?P<U>[0-9a-fA-F]{8})
         | \n[ \t]*+ (?P<breaks> (?:\n[ \t]*+)*+ )
-        | (?P<letter> [0abt\tnvfe\ "'/\\N_LP] ) )
+        | (?P<letter> [0abt\tnvfre\ "'/\\N_LP] ) )
     """,
     re.VERBOSE,
 )
@@ -10178,15 +10184,15 @@ def parse_yaml(text: str | bytes) -> YamlDocument:
         raise YamlDocument(text).error("control character", unprintable.start())
     text += "\0"
     position = _next_token(YamlDocument(text), 0)
-    first = _DOCUMENT_MARKER.match(text, position)
-    if first:
-        position = first.end()
+    begins_marked = text[position] == "-" and _DOCUMENT_MARKER.match(text, position)
+    if begins_marked:
+        position += len("---")
     end = _DOCUMENT_MARKER.search(text, position)
     src = YamlDocument(text[: end.start()] + "\0" if end else text)
     src.has_more = end is not None and not _NO_CONTENT.match(text, end.start())
     if text[position] == "%" and text[position - 1] == "\n":
         raise src.error("directives are not read", position)
-    src.root, position = _block_node(src, position if first else 0, -1, 0)
+    src.root, position = _block_node(src, position if begins_marked else 0, -1, 0)
     position = _next_token(src, position)
     if src.text[position] != "\0":
         raise src.expected("expected the end of the document, or another indentation", position)
@@ -10629,6 +10635,10 @@ def read_rules(
     return _RuleReader(document, name, check_template).read()
 
 
+def _is_null(node: YamlNode) -> bool:
+    return isinstance(node, YamlScalar) and node.is_null
+
+
 class _RuleReader:
     """Reads one document; a fault is noted, with its position, and reading goes on."""
 
@@ -10663,7 +10673,7 @@ class _RuleReader:
             self._fault(node.position, "a group needs a name")
         elif name in self._seen:
             where = f"stands in line {self._seen[name]} already"
-            self._fault(fields["name"].position, f"group {_clipped(name)} {where}")
+            self._fault(fields["name"].position, f"group {_clipped(name)!r} {where}")
         self._seen.setdefault(name, line)
         labels = self._labels(fields, "labels")
         rules = tuple(self._rule(rule, labels) for rule in self._items(fields, "rules"))
@@ -10676,7 +10686,7 @@ class _RuleReader:
         fields = self._fields(node, "a rule", _RULE_FIELDS)
         record, alert = self._text(fields, "record"), self._text(fields, "alert")
         if bool(record) == bool(alert):
-            self._fault(node.position, "a rule needs either 'record' or 'alert'")
+            self._fault(node.position, "a rule needs 'record' or 'alert', and not both")
         rule = Rule(
             alert or record, bool(alert), self._expression(fields, node),
             self._duration(fields, "for"), self._duration(fields, "keep_firing_for"),
@@ -10703,7 +10713,7 @@ class _RuleReader:
             if value:
                 self._fault(fields[field].position, f"a recording rule can't have {field!r}")
         if len(rule.name) > MAX_NAME_LENGTH or not _RECORDED.fullmatch(rule.name):
-            reason = f"{_clipped(rule.name)} is no name for a metric"
+            reason = f"{_clipped(rule.name)!r} is no name for a metric"
             self._fault(fields["record"].position, reason)
 
     def _expression(self, fields: _Fields, rule: YamlNode) -> str:
@@ -10736,22 +10746,22 @@ class _RuleReader:
         entries = self._entries(node, what)
         for name, (key, _) in entries.items():
             if name not in known:
-                reason = f"unknown field {_clipped(name)} in {what}; known are {', '.join(known)}"
+                reason = f"unknown field {_clipped(name)!r} in {what}; known are {', '.join(known)}"
                 self._fault(key.position, reason)
         return {name: value for name, (_, value) in entries.items()}
 
     def _entries(self, node: YamlNode | None, what: str) -> dict[str, tuple[YamlScalar, YamlNode]]:
         if isinstance(node, YamlMap):
             return node.entries
-        if node is not None and not (isinstance(node, YamlScalar) and node.is_null):
+        if node is not None and not _is_null(node):
             self._fault(node.position, f"{what} must be a map")
         return {}
 
     def _items(self, fields: _Fields, name: str) -> list[YamlNode]:
         node = fields.get(name)
         if isinstance(node, YamlList):
-            return node.items
-        if node is not None and not (isinstance(node, YamlScalar) and node.is_null):
+            return [item for item in node.items if not _is_null(item)]
+        if node is not None and not _is_null(node):
             self._fault(node.position, f"{name!r} must be a list")
         return []
 
@@ -10775,24 +10785,23 @@ class _RuleReader:
             return 0
 
     def _whole_number(self, fields: _Fields, name: str) -> int:
-        text = self._scalar(fields.get(name), name)
-        node = fields.get(name)
-        try:
-            if text is None or not isinstance(node, YamlScalar):
-                return 0
-            if not node.plain:
-                raise ValueError
-            return int(_number_of(text))
-        except (ValueError, OverflowError):
-            self._fault(fields[name].position, f"{name!r} must be a whole number")
+        text, node = self._scalar(fields.get(name), name), fields.get(name)
+        if text is None or not isinstance(node, YamlScalar):
             return 0
+        try:
+            number = int(_number_of(text))
+        except ValueError:
+            number = 2**63
+        if not node.plain or abs(number) >= 2**63:
+            self._fault(node.position, f"{name!r} must be a whole number")
+        return number
 
     def _labels(self, fields: _Fields, name: str) -> dict[str, str]:
         """Labels of a group or a rule, or its annotations."""
         labels = {}
         for label, (key, value) in self._entries(fields.get(name), f"{name!r}").items():
             if not label or (label == NAME and name == "labels"):
-                self._fault(key.position, f"{_clipped(label)} is no name for a label")
+                self._fault(key.position, f"{_clipped(label)!r} is no name for a label")
             labels[label] = self._scalar(value, label) or ""
         return labels
 
