@@ -10034,10 +10034,8 @@ _PLAIN_FIRST = r"[^ \t\n\0,\[\]{}#&*!|>'\"%@`?:-]"
 _PLAIN_REST = rf"(?:[ \t]*+(?:[^ \t\n\0:#]++|:(?={_VISIBLE})|(?<={_VISIBLE})\#))*+"
 _FLOW_REST = rf"(?:[ \t]*+(?:[^ \t\n\0:#,?\[\]{{}}]++|:(?={_VISIBLE})|(?<={_VISIBLE})\#))*+"
 _PLAIN_LINE = rf"(?:{_PLAIN_FIRST}|[?:-](?={_VISIBLE})){_PLAIN_REST}"
-_BLOCK_PLAIN = (
-    re.compile(_PLAIN_LINE),
-    re.compile(_PLAIN_REST),
-)  # the first line, and further ones
+# The first line of a plain scalar, and further ones.
+_BLOCK_PLAIN = (re.compile(_PLAIN_LINE), re.compile(_PLAIN_REST))
 _FLOW_PLAIN = (
     re.compile(rf"(?:{_PLAIN_FIRST}|-(?={_VISIBLE})){_FLOW_REST}"),
     re.compile(_FLOW_REST),
@@ -10127,6 +10125,11 @@ class YamlMap(NamedTuple):
 
 
 YamlNode = YamlScalar | YamlList | YamlMap
+_Entries = dict[str, tuple[YamlScalar, YamlNode]]
+
+
+def _nothing(position: int) -> YamlScalar:
+    return YamlScalar("", position, True, [(0, position)])
 
 
 class YamlDocument:
@@ -10138,7 +10141,7 @@ class YamlDocument:
 
     def __init__(self, text: str):
         self.text = text
-        self.root: YamlNode = YamlScalar("", 1, True, [(0, 1)])
+        self.root: YamlNode = _nothing(1)
         self.has_more = False  # whether another document follows
         self.anchors: dict[str, YamlNode] = {}
         self.aliased = 0
@@ -10199,8 +10202,12 @@ def parse_yaml(text: str | bytes) -> YamlDocument:
     return src
 
 
+def _skip(blanks: re.Pattern[str], src: YamlDocument, position: int) -> int:
+    return blanks.match(src.text, position).end()  # type: ignore[union-attr]  # it matches ""
+
+
 def _next_token(src: YamlDocument, position: int) -> int:
-    end = _UP_TO_TOKEN.match(src.text, position).end()  # type: ignore[union-attr]  # it matches the empty string
+    end = _skip(_UP_TO_TOKEN, src, position)
     if src.text[end] == "\t":
         raise src.error(_MISPLACED["\t"], end)
     return end
@@ -10221,10 +10228,12 @@ def _block_node(
     if "\n" in between:
         least = least_list if is_item and least_list is not None else indent + 1
         if src.text[start] == "\0" or src.indentation(start) < least:
-            return YamlScalar("", position, True, [(0, position)]), position
+            return _nothing(position), position
         compact = True
     elif compact and "\t" in between:
         raise src.error(_MISPLACED["\t"], position + between.index("\t"))
+    if depth > MAX_YAML_DEPTH:
+        raise src.error(f"nesting deeper than {MAX_YAML_DEPTH}", start)
     if compact and is_item:
         return _block_list(src, start, depth + 1)
     if compact and _KEY.match(src.text, start):
@@ -10238,7 +10247,7 @@ def _block_node(
         return _block_scalar(src, start, indent)
     node, end = _flow_node(src, start, indent, depth, _BLOCK_PLAIN)
     if not _END_OF_LINE.match(src.text, end):
-        end = _UP_TO_TOKEN.match(src.text, end).end()  # type: ignore[union-attr]  # it matches the empty string
+        end = _skip(_UP_TO_TOKEN, src, end)
         if src.text[end] == ":":
             raise src.error("text with ': ' in it needs quotes", end)
         raise src.expected("expected the end of the line", end)
@@ -10246,27 +10255,28 @@ def _block_node(
 
 
 def _block_list(src: YamlDocument, position: int, depth: int) -> tuple[YamlList, int]:
-    _check_depth(src, position, depth)
     start, indent = position, src.indentation(position)
     items: list[YamlNode] = []
     while _LIST_ITEM.match(src.text, position) and src.indentation(position) == indent:
         item, position = _block_node(src, position + 1, indent, depth, compact=True)
         items.append(item)
         position = _next_token(src, position)
-    return _list(items, start), position
+    return YamlList(items, start, 1 + sum(map(_size, items))), position
 
 
 def _block_map(src: YamlDocument, position: int, depth: int) -> tuple[YamlMap, int]:
-    _check_depth(src, position, depth)
     start, indent = position, src.indentation(position)
-    entries: dict[str, tuple[YamlScalar, YamlNode]] = {}
+    entries: _Entries = {}
     while True:
         match = _KEY.match(src.text, position)
         if match is None:
-            if re.match(r"[?!](?:[^ \t\n\0]*+[ \t\n])", src.text[position : position + 100]):
+            if src.text[position] in "?!":
                 raise src.error(_MISPLACED[src.text[position]], position)
             raise src.expected("expected a key and ':'", position)
-        key = _block_key(src, match)
+        key, _ = _flow_node(src, match.start(2), indent, depth, _BLOCK_PLAIN)
+        assert isinstance(key, YamlScalar)  # no other node matches
+        if match[1]:
+            src.anchors[match[1][1:].rstrip()] = key
         value, position = _block_node(src, match.end(), indent, depth, least_list=indent)
         _add_entry(src, entries, key, value)
         position = _next_token(src, position)
@@ -10277,35 +10287,14 @@ def _block_map(src: YamlDocument, position: int, depth: int) -> tuple[YamlMap, i
             raise src.expected("indented more than the key above, whose value is over", position)
 
 
-def _block_key(src: YamlDocument, match: re.Match[str]) -> YamlScalar:
-    position = match.start(2)
-    if src.text[position] in _QUOTED_RUN:
-        key, _ = _quoted_scalar(src, position)
-    else:
-        key = YamlScalar(match[2], position, True, [(0, position)])
-    if match[1]:
-        src.anchors[match[1][1:].rstrip()] = key
-    return key
-
-
-def _check_depth(src: YamlDocument, position: int, depth: int) -> None:
-    if depth > MAX_YAML_DEPTH:
-        raise src.error(f"nesting deeper than {MAX_YAML_DEPTH}", position)
-
-
-def _add_entry(
-    src: YamlDocument, entries: dict[str, tuple[YamlScalar, YamlNode]], key: YamlScalar,
-    value: YamlNode,
-) -> None:  # fmt: skip
+def _add_entry(src: YamlDocument, entries: _Entries, key: YamlScalar, value: YamlNode) -> None:
     if key.text in entries:
         line, _ = src.place(entries[key.text][0].position)
         raise src.error(f"key {key.text[:80]!a} stands in line {line} already", key.position)
     entries[key.text] = key, value
 
 
-def _map(
-    src: YamlDocument, entries: dict[str, tuple[YamlScalar, YamlNode]], position: int
-) -> YamlMap:
+def _map(src: YamlDocument, entries: _Entries, position: int) -> YamlMap:
     """A map, with what its key `<<` merges into it: own keys win, then earlier maps."""
     if "<<" in entries and entries["<<"][0].plain:
         key, merged = entries.pop("<<")
@@ -10318,10 +10307,6 @@ def _map(
     return YamlMap(entries, position, size)
 
 
-def _list(items: list[YamlNode], position: int) -> YamlList:
-    return YamlList(items, position, 1 + sum(map(_size, items)))
-
-
 def _size(node: YamlNode) -> int:
     return 1 + len(node.text) if isinstance(node, YamlScalar) else node.size
 
@@ -10331,7 +10316,7 @@ def _anchor(src: YamlDocument, position: int) -> tuple[str, int]:
     match = _ANCHOR.match(src.text, position)
     if match is None:
         raise src.error("a name of letters, digits, '_' and '-' must follow '&' or '*'", position)
-    end = _UP_TO_TOKEN.match(src.text, match.end()).end()  # type: ignore[union-attr]  # it matches the empty string
+    end = _skip(_UP_TO_TOKEN, src, match.end())
     if src.text[position] == "&" and src.text[end] in "&*":
         raise src.error("an anchor can't have another anchor or an alias behind it", end)
     return match[1], match.end()
@@ -10349,10 +10334,11 @@ def _alias(src: YamlDocument, position: int) -> tuple[YamlNode, int]:
 
 
 def _flow_node(
-    src: YamlDocument, position: int, indent: int, depth: int,
-    plain: tuple[re.Pattern[str], re.Pattern[str]],
-) -> tuple[YamlNode, int]:  # fmt: skip
+    src: YamlDocument, position: int, indent: int, depth: int, plain: Sequence[re.Pattern[str]]
+) -> tuple[YamlNode, int]:
     """A node that ends on its line or in its brackets: all but block maps, lists and scalars."""
+    if depth > MAX_YAML_DEPTH:
+        raise src.error(f"nesting deeper than {MAX_YAML_DEPTH}", position)
     first = src.text[position]
     if first in _QUOTED_RUN:
         return _quoted_scalar(src, position)
@@ -10372,40 +10358,34 @@ def _flow_node(
 
 def _flow_value(src: YamlDocument, position: int, depth: int) -> tuple[YamlNode, int]:
     """A node in brackets, or nothing before a comma or the end of them."""
-    start = _flow_token(src, position)
+    start = _skip(_UP_TO_FLOW_TOKEN, src, position)
     if src.text[start] in ",]}":
-        return YamlScalar("", position, True, [(0, position)]), start
+        return _nothing(position), start
     return _flow_node(src, start, -1, depth, _FLOW_PLAIN)
 
 
-def _flow_token(src: YamlDocument, position: int) -> int:
-    return _UP_TO_FLOW_TOKEN.match(src.text, position).end()  # type: ignore[union-attr]  # it matches the empty string
-
-
 def _flow_list(src: YamlDocument, position: int, depth: int) -> tuple[YamlList, int]:
-    _check_depth(src, position, depth)
     start, items = position, []
-    position = _flow_token(src, position + 1)
+    position = _skip(_UP_TO_FLOW_TOKEN, src, position + 1)
     while src.text[position] != "]":
         item, position = _flow_node(src, position, -1, depth, _FLOW_PLAIN)
         items.append(item)
         position = _flow_comma(src, position, "]")
-    return _list(items, start), position + 1
+    return YamlList(items, start, 1 + sum(map(_size, items))), position + 1
 
 
 def _flow_map(src: YamlDocument, position: int, depth: int) -> tuple[YamlMap, int]:
-    _check_depth(src, position, depth)
     start = position
-    entries: dict[str, tuple[YamlScalar, YamlNode]] = {}
-    position = _flow_token(src, position + 1)
+    entries: _Entries = {}
+    position = _skip(_UP_TO_FLOW_TOKEN, src, position + 1)
     while src.text[position] != "}":
         if src.text[position] in "[{":
             raise src.error("a key must be text; text that begins with '{' needs quotes", position)
         key, end = _flow_node(src, position, -1, depth, _FLOW_PLAIN)
         if not isinstance(key, YamlScalar):
             raise src.error("a key must be text", position)
-        value: YamlNode = YamlScalar("", end, True, [(0, end)])
-        colon = _UP_TO_TOKEN.match(src.text, end).end()  # type: ignore[union-attr]  # it matches the empty string
+        value: YamlNode = _nothing(end)
+        colon = _skip(_UP_TO_TOKEN, src, end)
         if src.text[colon] == ":" and "\n" not in src.text[position:colon]:
             value, end = _flow_value(src, colon + 1, depth)
         _add_entry(src, entries, key, value)
@@ -10415,9 +10395,9 @@ def _flow_map(src: YamlDocument, position: int, depth: int) -> tuple[YamlMap, in
 
 def _flow_comma(src: YamlDocument, position: int, bracket: str) -> int:
     """The next token behind a comma, or the bracket."""
-    position = _flow_token(src, position)
+    position = _skip(_UP_TO_FLOW_TOKEN, src, position)
     if src.text[position] == ",":
-        return _flow_token(src, position + 1)
+        return _skip(_UP_TO_FLOW_TOKEN, src, position + 1)
     if src.text[position] != bracket:
         raise src.expected(f"expected ',' or {bracket!r}", position)
     return position
@@ -10504,12 +10484,11 @@ def _yaml_escape(src: YamlDocument, position: int) -> tuple[str, int]:
 
 def _block_scalar(src: YamlDocument, position: int, indent: int) -> tuple[YamlScalar, int]:
     """A literal or folded scalar: the lines that are indented as far as the first one is."""
-    header = _BLOCK_HEADER.match(src.text, position)
+    header, style = _BLOCK_HEADER.match(src.text, position), src.text[position]
     if header is None:
-        raise src.error(
-            f"only '+' or '-', a digit and a comment can follow {src.text[position]!r}", position
-        )
-    folded, chomp = src.text[position] == ">", header[1] or header[4] or ""
+        reason = f"only '+' or '-', a digit and a comment can follow {style!r}"
+        raise src.error(reason, position)
+    chomp = header[1] or header[4] or ""
     digit = header[2] or header[3]
     width = max(indent, 0) + int(digit) if digit else _block_width(src, header.end(), indent)
     pieces: list[tuple[str, int]] = []
@@ -10521,7 +10500,7 @@ def _block_scalar(src: YamlDocument, position: int, indent: int) -> tuple[YamlSc
             is_blank = src.text[start] in " \t"
             if not pieces:
                 joint = "\n" * (breaks - 1)
-            elif folded and not is_blank and not begins_blank:
+            elif style == ">" and not is_blank and not begins_blank:
                 joint = _fold(breaks)
             else:
                 joint = "\n" * breaks
@@ -10750,7 +10729,7 @@ class _RuleReader:
                 self._fault(key.position, reason)
         return {name: value for name, (_, value) in entries.items()}
 
-    def _entries(self, node: YamlNode | None, what: str) -> dict[str, tuple[YamlScalar, YamlNode]]:
+    def _entries(self, node: YamlNode | None, what: str) -> _Entries:
         if isinstance(node, YamlMap):
             return node.entries
         if node is not None and not _is_null(node):
