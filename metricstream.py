@@ -10021,7 +10021,6 @@ _UNPRINTABLE = re.compile(
     "[^\t\n -~\x85\xa0-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]"
 )
 _DOCUMENT_MARKER = re.compile(r"(?<=\n)(?:---|\.\.\.)(?=[ \t\n\0])")
-_NO_CONTENT = re.compile(r"(?:[ \t\n]|\#[^\n\0]*+|(?<=\n)(?:---|\.\.\.)(?=[ \t\n\0]))*+\0")
 # Blanks and comments up to the next token. Tabs may stand behind a token, but not before one.
 _COMMENT = r"(?:\#[^\n\0]*+)?+"
 _UP_TO_TOKEN = re.compile(rf"[ \t]*+{_COMMENT}(?:\n(?:[ ]++\t[ \t]*+(?=\n)|[ ]*+{_COMMENT}))*+")
@@ -10044,8 +10043,8 @@ _NEXT_LINE = re.compile(r"[ \t]*+\n([ ]*+)([ \t]*+)")
 _LIST_ITEM = re.compile(r"-(?=[ \t\n\0])")
 _ANCHOR = re.compile(r"[&*]([A-Za-z0-9_-]++)(?=[ \t\n\0,\]}])")
 _KEY = re.compile(
-    rf"(&[A-Za-z0-9_-]++[ \t]++)?+({_PLAIN_LINE}|\"(?:[^\"\\\n\0]++|\\.)*+\"|'(?:[^'\n\0]++|'')*+')"
-    r"[ \t]*+:(?=[ \t\n\0])"
+    rf"(?:&[A-Za-z0-9_-]++[ \t]++)?+(?:{_PLAIN_LINE}"
+    r"|\"(?:[^\"\\\n\0]++|\\.)*+\"|'(?:[^'\n\0]++|'')*+')[ \t]*+:(?=[ \t\n\0])"
 )
 
 _QUOTED_RUN = {
@@ -10067,11 +10066,13 @@ _YAML_LETTERS = {
     "e": "\x1b", "N": "\x85", "_": "\xa0", "L": "\u2028", "P": "\u2029",
 }  # fmt: skip
 _BLOCK_HEADER = re.compile(rf"[|>](?:([+-])([1-9])?|([1-9])([+-])?)?[ \t]*+{_COMMENT}(?=[\n\0])")
+_INDENTATIONS = re.compile(r"(?:\n[ ]*+)*+")
 _BLOCK_LINE = re.compile(r"\n([ ]*+)([^\n\0]*+)")
 
 _MISPLACED = {
     "\0": "the text ends where a value is expected",
     "\t": "a tab can't indent; write spaces",
+    "%": "directives are not read; text that begins with '%' needs quotes",
     "!": "tags are not read; write the value without one",
     "-": "a list must begin on a line of its own",
     "?": "keys with '?' are not read",
@@ -10113,7 +10114,6 @@ class YamlList(NamedTuple):
 
     items: "list[YamlNode]"
     position: int
-    size: int  # in characters, with what aliases stand for
 
 
 class YamlMap(NamedTuple):
@@ -10121,7 +10121,6 @@ class YamlMap(NamedTuple):
 
     entries: "dict[str, tuple[YamlScalar, YamlNode]]"
     position: int
-    size: int
 
 
 YamlNode = YamlScalar | YamlList | YamlMap
@@ -10143,8 +10142,9 @@ class YamlDocument:
         self.text = text
         self.root: YamlNode = _nothing(1)
         self.has_more = False  # whether another document follows
-        self.anchors: dict[str, YamlNode] = {}
-        self.aliased = 0
+        # By name: the node, and how many characters it and the aliases in it stand for.
+        self.anchors: dict[str, tuple[YamlNode, int]] = {}
+        self.aliased = 0  # how many all aliases stand for
         self._breaks: list[int] = []
 
     def place(self, position: int) -> tuple[int, int]:
@@ -10190,11 +10190,9 @@ def parse_yaml(text: str | bytes) -> YamlDocument:
     begins_marked = text[position] == "-" and _DOCUMENT_MARKER.match(text, position)
     if begins_marked:
         position += len("---")
-    end = _DOCUMENT_MARKER.search(text, position)
+    end = _DOCUMENT_MARKER.search(text, position + 1)
     src = YamlDocument(text[: end.start()] + "\0" if end else text)
-    src.has_more = end is not None and not _NO_CONTENT.match(text, end.start())
-    if text[position] == "%" and text[position - 1] == "\n":
-        raise src.error("directives are not read", position)
+    src.has_more = bool(end and text[end.end() :].strip(" \t\n.-\0"))
     src.root, position = _block_node(src, position if begins_marked else 0, -1, 0)
     position = _next_token(src, position)
     if src.text[position] != "\0":
@@ -10239,10 +10237,9 @@ def _block_node(
     if compact and _KEY.match(src.text, start):
         return _block_map(src, start, depth + 1)
     if src.text[start] == "&":
-        name, position = _anchor(src, start)
-        node, end = _block_node(src, position, indent, depth, False, least_list)
-        src.anchors[name] = node
-        return node, end
+        return _anchored(
+            src, start, lambda behind: _block_node(src, behind, indent, depth, False, least_list)
+        )
     if src.text[start] in "|>":
         return _block_scalar(src, start, indent)
     node, end = _flow_node(src, start, indent, depth, _BLOCK_PLAIN)
@@ -10261,7 +10258,7 @@ def _block_list(src: YamlDocument, position: int, depth: int) -> tuple[YamlList,
         item, position = _block_node(src, position + 1, indent, depth, compact=True)
         items.append(item)
         position = _next_token(src, position)
-    return YamlList(items, start, 1 + sum(map(_size, items))), position
+    return YamlList(items, start), position
 
 
 def _block_map(src: YamlDocument, position: int, depth: int) -> tuple[YamlMap, int]:
@@ -10269,14 +10266,12 @@ def _block_map(src: YamlDocument, position: int, depth: int) -> tuple[YamlMap, i
     entries: _Entries = {}
     while True:
         match = _KEY.match(src.text, position)
-        if match is None:
+        if not match:
             if src.text[position] in "?!":
                 raise src.error(_MISPLACED[src.text[position]], position)
             raise src.expected("expected a key and ':'", position)
-        key, _ = _flow_node(src, match.start(2), indent, depth, _BLOCK_PLAIN)
+        key, _ = _flow_node(src, position, indent, depth, _BLOCK_PLAIN)
         assert isinstance(key, YamlScalar)  # no other node matches
-        if match[1]:
-            src.anchors[match[1][1:].rstrip()] = key
         value, position = _block_node(src, match.end(), indent, depth, least_list=indent)
         _add_entry(src, entries, key, value)
         position = _next_token(src, position)
@@ -10303,12 +10298,7 @@ def _map(src: YamlDocument, entries: _Entries, position: int) -> YamlMap:
                 raise src.error("'<<' merges a map or a list of maps", key.position)
             for name, entry in source.entries.items():
                 entries.setdefault(name, entry)
-    size = 1 + sum(_size(key) + _size(value) for key, value in entries.values())
-    return YamlMap(entries, position, size)
-
-
-def _size(node: YamlNode) -> int:
-    return 1 + len(node.text) if isinstance(node, YamlScalar) else node.size
+    return YamlMap(entries, position)
 
 
 def _anchor(src: YamlDocument, position: int) -> tuple[str, int]:
@@ -10322,12 +10312,23 @@ def _anchor(src: YamlDocument, position: int) -> tuple[str, int]:
     return match[1], match.end()
 
 
+def _anchored(
+    src: YamlDocument, position: int, read: Callable[[int], tuple[YamlNode, int]]
+) -> tuple[YamlNode, int]:
+    """What `read` finds behind an anchor, which is kept for aliases."""
+    name, start = _anchor(src, position)
+    before = src.aliased
+    node, end = read(start)
+    src.anchors[name] = node, end - start + src.aliased - before
+    return node, end
+
+
 def _alias(src: YamlDocument, position: int) -> tuple[YamlNode, int]:
     name, end = _anchor(src, position)
     if name not in src.anchors:
         raise src.error(f"no anchor {name!r} before this alias", position)
-    node = src.anchors[name]
-    src.aliased += _size(node)
+    node, size = src.anchors[name]
+    src.aliased += size
     if src.aliased > MAX_ALIASED:
         raise src.error(f"aliases stand for more than {MAX_ALIASED} characters", position)
     return node, end
@@ -10349,19 +10350,20 @@ def _flow_node(
     if first == "*":
         return _alias(src, position)
     if first == "&":
-        name, position = _anchor(src, position)
-        node, end = _flow_value(src, position, depth)
-        src.anchors[name] = node
-        return node, end
+        return _anchored(
+            src, position, lambda behind: _flow_value(src, behind, indent, depth, plain)
+        )
     return _plain(src, position, indent, *plain)
 
 
-def _flow_value(src: YamlDocument, position: int, depth: int) -> tuple[YamlNode, int]:
+def _flow_value(
+    src: YamlDocument, position: int, indent: int, depth: int, plain: Sequence[re.Pattern[str]]
+) -> tuple[YamlNode, int]:
     """A node in brackets, or nothing before a comma or the end of them."""
     start = _skip(_UP_TO_FLOW_TOKEN, src, position)
     if src.text[start] in ",]}":
         return _nothing(position), start
-    return _flow_node(src, start, -1, depth, _FLOW_PLAIN)
+    return _flow_node(src, start, indent, depth, plain)
 
 
 def _flow_list(src: YamlDocument, position: int, depth: int) -> tuple[YamlList, int]:
@@ -10371,7 +10373,7 @@ def _flow_list(src: YamlDocument, position: int, depth: int) -> tuple[YamlList, 
         item, position = _flow_node(src, position, -1, depth, _FLOW_PLAIN)
         items.append(item)
         position = _flow_comma(src, position, "]")
-    return YamlList(items, start, 1 + sum(map(_size, items))), position + 1
+    return YamlList(items, start), position + 1
 
 
 def _flow_map(src: YamlDocument, position: int, depth: int) -> tuple[YamlMap, int]:
@@ -10387,7 +10389,7 @@ def _flow_map(src: YamlDocument, position: int, depth: int) -> tuple[YamlMap, in
         value: YamlNode = _nothing(end)
         colon = _skip(_UP_TO_TOKEN, src, end)
         if src.text[colon] == ":" and "\n" not in src.text[position:colon]:
-            value, end = _flow_value(src, colon + 1, depth)
+            value, end = _flow_value(src, colon + 1, -1, depth, _FLOW_PLAIN)
         _add_entry(src, entries, key, value)
         position = _flow_comma(src, end, "}")
     return _map(src, entries, start), position + 1
@@ -10490,7 +10492,12 @@ def _block_scalar(src: YamlDocument, position: int, indent: int) -> tuple[YamlSc
         raise src.error(reason, position)
     chomp = header[1] or header[4] or ""
     digit = header[2] or header[3]
-    width = max(indent, 0) + int(digit) if digit else _block_width(src, header.end(), indent)
+    width = max(indent, 0) + int(digit or 1)
+    if not digit:  # that of the first line with text
+        text_begins = _skip(_INDENTATIONS, src, header.end())
+        if src.text[text_begins] == "\t":
+            raise src.error(_MISPLACED["\t"], text_begins)
+        width = max(width, *map(len, src.text[header.end() : text_begins].split("\n")))
     pieces: list[tuple[str, int]] = []
     end, breaks, begins_blank = header.end(), 0, True
     while line := _BLOCK_LINE.match(src.text, end):
@@ -10514,19 +10521,6 @@ def _block_scalar(src: YamlDocument, position: int, indent: int) -> tuple[YamlSc
     last = breaks if pieces else breaks - 1
     kept = {"+": last, "-": 0, "": min(last, 1) if pieces else 0}[chomp]
     return _scalar_of([*pieces, ("\n" * kept, end)], position), end
-
-
-def _block_width(src: YamlDocument, position: int, indent: int) -> int:
-    """The indentation of a block scalar that names none: that of its first line with text."""
-    width = max(indent + 1, 1)
-    while line := _BLOCK_LINE.match(src.text, position):
-        width = max(width, len(line[1]))
-        if line[2]:
-            if line[2][0] == "\t":
-                raise src.error(_MISPLACED["\t"], line.start(2))
-            break
-        position = line.end()
-    return width
 
 
 # ==================================================================================================
@@ -10860,7 +10854,8 @@ def argument_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="metricstream.py",
         description="A metrics server in one file: POST to /metrics, ask in PromQL at /api/v1. "
-        "Without a server: metricstream.py query EXPRESSION (query --help has the rest).",
+        "Without a server: metricstream.py query EXPRESSION, metricstream.py check-rules FILE… "
+        "(query --help and check-rules --help have the rest).",
     )
     add, number = parser.add_argument, _number_from
     # fmt: off
@@ -10993,12 +10988,37 @@ def _series_text(labels: dict[str, str]) -> str:
     return name + (labels_text(rest) if rest else "")
 
 
+def check_rules_main(arguments: list[str]) -> int:
+    """`check-rules FILE…`: say all that is wrong with rule files; returns the exit status."""
+    parser = _Parser(prog="metricstream.py check-rules", description="Check rule files.")
+    parser.add_argument("files", metavar="FILE", nargs="+", help="rules of Prometheus, as YAML")
+    options = parser.parse_args(arguments)
+    sys.setrecursionlimit(MAX_RECURSION)
+    status = 0
+    for path in options.files:
+        print(f"Checking {path}", flush=True)
+        try:
+            with open(path, "rb") as file:
+                checked = read_rules(file.read(), path)
+        except (OSError, RuleFileError) as error:
+            status = 1
+            reason = f"{path}: {error.strerror}" if isinstance(error, OSError) else error
+            print(f"  FAILED:\n{reason}\n", file=sys.stderr, flush=True)
+        else:
+            rules = sum(len(group.rules) for group in checked.groups)
+            warnings = "".join(f"  WARNING: {warning}\n" for warning in checked.warnings)
+            print(f"  SUCCESS: {rules} rules found\n{warnings}")
+    return status
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Run the server, a query or the store of a server; returns the exit status."""
+    """Run the server, a sub-command or the store of a server; returns the exit status."""
     if arguments is None:
         arguments = sys.argv[1:]
     if arguments[:1] == ["query"]:
         return query_main(arguments[1:])
+    if arguments[:1] == ["check-rules"]:
+        return check_rules_main(arguments[1:])
     if arguments[:1] == ["store"]:
         return store_main(arguments[1:])
     parser = argument_parser()
