@@ -10033,12 +10033,10 @@ _PLAIN_FIRST = r"[^ \t\n\0,\[\]{}#&*!|>'\"%@`?:-]"
 _PLAIN_REST = rf"(?:[ \t]*+(?:[^ \t\n\0:#]++|:(?={_VISIBLE})|(?<={_VISIBLE})\#))*+"
 _FLOW_REST = rf"(?:[ \t]*+(?:[^ \t\n\0:#,?\[\]{{}}]++|:(?={_VISIBLE})|(?<={_VISIBLE})\#))*+"
 _PLAIN_LINE = rf"(?:{_PLAIN_FIRST}|[?:-](?={_VISIBLE})){_PLAIN_REST}"
-# The first line of a plain scalar, and further ones.
-_BLOCK_PLAIN = (re.compile(_PLAIN_LINE), re.compile(_PLAIN_REST))
-_FLOW_PLAIN = (
-    re.compile(rf"(?:{_PLAIN_FIRST}|-(?={_VISIBLE})){_FLOW_REST}"),
-    re.compile(_FLOW_REST),
-)
+_BLOCK_PLAIN = re.compile(_PLAIN_LINE)
+_BLOCK_PLAIN_REST = re.compile(_PLAIN_REST)  # further lines
+_FLOW_PLAIN = re.compile(rf"(?:{_PLAIN_FIRST}|-(?={_VISIBLE})){_FLOW_REST}")
+_FLOW_PLAIN_REST = re.compile(_FLOW_REST)
 _NEXT_LINE = re.compile(r"[ \t]*+\n([ ]*+)([ \t]*+)")
 _LIST_ITEM = re.compile(r"-(?=[ \t\n\0])")
 _ANCHOR = re.compile(r"[&*]([A-Za-z0-9_-]++)(?=[ \t\n\0,\]}])")
@@ -10047,10 +10045,8 @@ _KEY = re.compile(
     r"|\"(?:[^\"\\\n\0]++|\\.)*+\"|'(?:[^'\n\0]++|'')*+')[ \t]*+:(?=[ \t\n\0])"
 )
 
-_QUOTED_RUN = {
-    '"': re.compile(r"(?:[^\"\\ \t\n\0]++|[ \t]++(?!\n))++"),
-    "'": re.compile(r"(?:[^' \t\n\0]++|[ \t]++(?!\n))++"),
-}
+_DOUBLE_QUOTED = re.compile(r"(?:[^\"\\ \t\n\0]++|[ \t]++(?!\n))++")
+_SINGLE_QUOTED = re.compile(r"(?:[^' \t\n\0]++|[ \t]++(?!\n))++")
 _LINE_FOLD = re.compile(r"[ \t]*+\n[ \t]*+(?:\n[ \t]*+)*+")
 _YAML_ESCAPE = re.compile(
     r"""
@@ -10200,12 +10196,16 @@ def parse_yaml(text: str | bytes) -> YamlDocument:
     return src
 
 
-def _skip(blanks: re.Pattern[str], src: YamlDocument, position: int) -> int:
-    return blanks.match(src.text, position).end()  # type: ignore[union-attr]  # it matches ""
+def _behind_blanks(src: YamlDocument, position: int) -> int:
+    return _UP_TO_TOKEN.match(src.text, position).end()  # type: ignore[union-attr]  # matches ""
+
+
+def _flow_token(src: YamlDocument, position: int) -> int:
+    return _UP_TO_FLOW_TOKEN.match(src.text, position).end()  # type: ignore[union-attr]  # as above
 
 
 def _next_token(src: YamlDocument, position: int) -> int:
-    end = _skip(_UP_TO_TOKEN, src, position)
+    end = _behind_blanks(src, position)
     if src.text[end] == "\t":
         raise src.error(_MISPLACED["\t"], end)
     return end
@@ -10242,9 +10242,9 @@ def _block_node(
         )
     if src.text[start] in "|>":
         return _block_scalar(src, start, indent)
-    node, end = _flow_node(src, start, indent, depth, _BLOCK_PLAIN)
+    node, end = _flow_node(src, start, indent, depth, False)
     if not _END_OF_LINE.match(src.text, end):
-        end = _skip(_UP_TO_TOKEN, src, end)
+        end = _behind_blanks(src, end)
         if src.text[end] == ":":
             raise src.error("text with ': ' in it needs quotes", end)
         raise src.expected("expected the end of the line", end)
@@ -10270,7 +10270,7 @@ def _block_map(src: YamlDocument, position: int, depth: int) -> tuple[YamlMap, i
             if src.text[position] in "?!":
                 raise src.error(_MISPLACED[src.text[position]], position)
             raise src.expected("expected a key and ':'", position)
-        key, _ = _flow_node(src, position, indent, depth, _BLOCK_PLAIN)
+        key, _ = _flow_node(src, position, indent, depth, False)
         assert isinstance(key, YamlScalar)  # no other node matches
         value, position = _block_node(src, match.end(), indent, depth, least_list=indent)
         _add_entry(src, entries, key, value)
@@ -10306,7 +10306,7 @@ def _anchor(src: YamlDocument, position: int) -> tuple[str, int]:
     match = _ANCHOR.match(src.text, position)
     if match is None:
         raise src.error("a name of letters, digits, '_' and '-' must follow '&' or '*'", position)
-    end = _skip(_UP_TO_TOKEN, src, match.end())
+    end = _behind_blanks(src, match.end())
     if src.text[position] == "&" and src.text[end] in "&*":
         raise src.error("an anchor can't have another anchor or an alias behind it", end)
     return match[1], match.end()
@@ -10335,13 +10335,13 @@ def _alias(src: YamlDocument, position: int) -> tuple[YamlNode, int]:
 
 
 def _flow_node(
-    src: YamlDocument, position: int, indent: int, depth: int, plain: Sequence[re.Pattern[str]]
+    src: YamlDocument, position: int, indent: int, depth: int, in_flow: bool
 ) -> tuple[YamlNode, int]:
     """A node that ends on its line or in its brackets: all but block maps, lists and scalars."""
     if depth > MAX_YAML_DEPTH:
         raise src.error(f"nesting deeper than {MAX_YAML_DEPTH}", position)
     first = src.text[position]
-    if first in _QUOTED_RUN:
+    if first in "\"'":
         return _quoted_scalar(src, position)
     if first == "[":
         return _flow_list(src, position, depth + 1)
@@ -10351,26 +10351,26 @@ def _flow_node(
         return _alias(src, position)
     if first == "&":
         return _anchored(
-            src, position, lambda behind: _flow_value(src, behind, indent, depth, plain)
+            src, position, lambda behind: _flow_value(src, behind, indent, depth, in_flow)
         )
-    return _plain(src, position, indent, *plain)
+    return _plain(src, position, indent, in_flow)
 
 
 def _flow_value(
-    src: YamlDocument, position: int, indent: int, depth: int, plain: Sequence[re.Pattern[str]]
+    src: YamlDocument, position: int, indent: int, depth: int, in_flow: bool
 ) -> tuple[YamlNode, int]:
     """A node in brackets, or nothing before a comma or the end of them."""
-    start = _skip(_UP_TO_FLOW_TOKEN, src, position)
+    start = _flow_token(src, position)
     if src.text[start] in ",]}":
         return _nothing(position), start
-    return _flow_node(src, start, indent, depth, plain)
+    return _flow_node(src, start, indent, depth, in_flow)
 
 
 def _flow_list(src: YamlDocument, position: int, depth: int) -> tuple[YamlList, int]:
     start, items = position, []
-    position = _skip(_UP_TO_FLOW_TOKEN, src, position + 1)
+    position = _flow_token(src, position + 1)
     while src.text[position] != "]":
-        item, position = _flow_node(src, position, -1, depth, _FLOW_PLAIN)
+        item, position = _flow_node(src, position, -1, depth, True)
         items.append(item)
         position = _flow_comma(src, position, "]")
     return YamlList(items, start), position + 1
@@ -10379,17 +10379,17 @@ def _flow_list(src: YamlDocument, position: int, depth: int) -> tuple[YamlList, 
 def _flow_map(src: YamlDocument, position: int, depth: int) -> tuple[YamlMap, int]:
     start = position
     entries: _Entries = {}
-    position = _skip(_UP_TO_FLOW_TOKEN, src, position + 1)
+    position = _flow_token(src, position + 1)
     while src.text[position] != "}":
         if src.text[position] in "[{":
             raise src.error("a key must be text; text that begins with '{' needs quotes", position)
-        key, end = _flow_node(src, position, -1, depth, _FLOW_PLAIN)
+        key, end = _flow_node(src, position, -1, depth, True)
         if not isinstance(key, YamlScalar):
             raise src.error("a key must be text", position)
         value: YamlNode = _nothing(end)
-        colon = _skip(_UP_TO_TOKEN, src, end)
+        colon = _behind_blanks(src, end)
         if src.text[colon] == ":" and "\n" not in src.text[position:colon]:
-            value, end = _flow_value(src, colon + 1, -1, depth, _FLOW_PLAIN)
+            value, end = _flow_value(src, colon + 1, -1, depth, True)
         _add_entry(src, entries, key, value)
         position = _flow_comma(src, end, "}")
     return _map(src, entries, start), position + 1
@@ -10397,9 +10397,9 @@ def _flow_map(src: YamlDocument, position: int, depth: int) -> tuple[YamlMap, in
 
 def _flow_comma(src: YamlDocument, position: int, bracket: str) -> int:
     """The next token behind a comma, or the bracket."""
-    position = _skip(_UP_TO_FLOW_TOKEN, src, position)
+    position = _flow_token(src, position)
     if src.text[position] == ",":
-        return _skip(_UP_TO_FLOW_TOKEN, src, position + 1)
+        return _flow_token(src, position + 1)
     if src.text[position] != bracket:
         raise src.expected(f"expected ',' or {bracket!r}", position)
     return position
@@ -10418,15 +10418,15 @@ def _fold(breaks: int) -> str:
     return " " if breaks == 1 else "\n" * (breaks - 1)
 
 
-def _plain(
-    src: YamlDocument, position: int, indent: int, first: re.Pattern[str], rest: re.Pattern[str]
-) -> tuple[YamlScalar, int]:
-    match = first.match(src.text, position)
-    if match is None:
+def _plain(src: YamlDocument, position: int, indent: int, in_flow: bool) -> tuple[YamlScalar, int]:
+    first = _BLOCK_PLAIN.match(src.text, position)
+    if in_flow:
+        first = _FLOW_PLAIN.match(src.text, position)
+    if first is None:
         letter = src.text[position]
         reason = f"text that begins with {letter!a} needs quotes"
         raise src.error(_MISPLACED.get(letter, reason), position)
-    pieces, end = [(match[0], position)], match.end()
+    pieces, end = [(first[0], position)], first.end()
     while True:
         breaks, start = 0, end
         while line := _NEXT_LINE.match(src.text, start):
@@ -10435,11 +10435,13 @@ def _plain(
                 raise src.error(_MISPLACED["\t"], line.start(2))
         if not breaks or src.indentation(start) <= indent:
             break
-        match = rest.match(src.text, start)
-        if not match or not match[0]:
+        rest = _BLOCK_PLAIN_REST.match(src.text, start)
+        if in_flow:
+            rest = _FLOW_PLAIN_REST.match(src.text, start)
+        if not rest or not rest[0]:
             break
-        pieces += [(_fold(breaks), end), (match[0], start)]
-        end = match.end()
+        pieces += [(_fold(breaks), end), (rest[0], start)]
+        end = rest.end()
     return _scalar_of(pieces, position, plain=True), end
 
 
@@ -10448,7 +10450,12 @@ def _quoted_scalar(src: YamlDocument, position: int) -> tuple[YamlScalar, int]:
     pieces: list[tuple[str, int]] = []
     position += 1
     while True:
-        if run := _QUOTED_RUN[quote].match(src.text, position):
+        run = (
+            _DOUBLE_QUOTED.match(src.text, position)
+            if quote == '"'
+            else (_SINGLE_QUOTED.match(src.text, position))
+        )
+        if run:
             pieces.append((run[0], position))
             position = run.end()
         if fold := _LINE_FOLD.match(src.text, position):
@@ -10494,10 +10501,11 @@ def _block_scalar(src: YamlDocument, position: int, indent: int) -> tuple[YamlSc
     digit = header[2] or header[3]
     width = max(indent, 0) + int(digit or 1)
     if not digit:  # that of the first line with text
-        text_begins = _skip(_INDENTATIONS, src, header.end())
-        if src.text[text_begins] == "\t":
-            raise src.error(_MISPLACED["\t"], text_begins)
-        width = max(width, *map(len, src.text[header.end() : text_begins].split("\n")))
+        blank = _INDENTATIONS.match(src.text, header.end())
+        assert blank  # it matches the empty string
+        if src.text[blank.end()] == "\t":
+            raise src.error(_MISPLACED["\t"], blank.end())
+        width = max(width, *map(len, blank[0].split("\n")))
     pieces: list[tuple[str, int]] = []
     end, breaks, begins_blank = header.end(), 0, True
     while line := _BLOCK_LINE.match(src.text, end):
