@@ -13409,9 +13409,10 @@ def _page_of(groups: list[dict[str, Any]], limit_text: str, token: str) -> dict[
 # ==================================================================================================
 #
 # The problem: a rule that was never seen to fire is a guess. The idea: evaluate rules as the
-# watcher does, but with a clock that jumps from one evaluation to the next: over series that a test file
-# describes (promtool's unit tests), or over what the store has kept (a backtest). What rules record
-# goes into memory, beside the series that are there. What it costs: nothing where no test runs.
+# watcher does, but with a clock that jumps from one evaluation to the next: over series that a test
+# file describes (promtool's unit tests), or over what the store has kept (a backtest). What rules
+# record goes into memory, beside the series that are there. What it costs: nothing where no test
+# runs.
 #
 # Source: https://prometheus.io/docs/prometheus/latest/configuration/unit_testing_rules/
 
@@ -14379,7 +14380,7 @@ class Watcher:
         if self._dispatcher is None:
             reason = "alerts go to --alertmanager: ask there"
             return 404, write_json({"error": reason}).encode()
-        answer = self._dispatcher.answer(method, path, query, body.encode())
+        answer: tuple[int, bytes] = self._dispatcher.answer(method, path, query, body.encode())
         self._save_if_told()
         self._wake.set()
         return answer
@@ -14510,15 +14511,15 @@ class WatcherClient:
             self.follower.is_well()
 
 
-def _nothing(data: dict[str, Any]) -> dict[str, Handler]:
+def _empty_answer(data: dict[str, Any]) -> dict[str, Handler]:
     response = json_response(200, {"status": "success", "data": data})
     return {"GET": lambda request, client: Answer(response)}
 
 
 # What is answered where no watcher runs: Grafana asks for it.
 EMPTY_WATCHER = {
-    f"{API_PREFIX}rules": _nothing({"groups": []}),
-    f"{API_PREFIX}alerts": _nothing({"alerts": []}),
+    f"{API_PREFIX}rules": _empty_answer({"groups": []}),
+    f"{API_PREFIX}alerts": _empty_answer({"alerts": []}),
 }
 
 # Key, name, type, help, and the label of those that are many.
