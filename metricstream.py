@@ -13559,7 +13559,7 @@ def metric_labels(text: str) -> dict[str, str]:
     """The labels of a series as one writes it, such as `up{job="a"}`. Raises ValueError.
 
     >>> metric_labels('up{job="a"}'), metric_labels("{}")
-    ({'__name__': 'up', 'job': 'a'}, {})
+    ({'job': 'a', '__name__': 'up'}, {})
     """
     if not text.strip() or re.fullmatch(r"\s*\{\s*\}\s*", text):
         return {}
