@@ -10000,7 +10000,559 @@ _STORE_STATISTICS = (
 
 
 # ==================================================================================================
-# 29. Values of templates
+# 29. YAML
+# ==================================================================================================
+#
+# The problem: rule files are YAML, the standard library reads none, and all of YAML is far more
+# than rule files use. The idea: recursive descent as in the JSON chapter, over the part that they
+# do use: maps and lists in block and flow style, every kind of scalar, anchors, aliases and merges.
+# A scalar stays text: whoever asks for a field knows its type, so `0x10` and `no` are never read as
+# something else. What is left out (tags, directives, keys with `?`, tabs that indent) is an error
+# with its place.
+#
+# An alias is the node itself, not a copy, and what all aliases stand for is bounded. Where YAML 1.1
+# leaves a choice, it is made as libyaml and go-yaml make it, which Prometheus uses.
+#
+# The source: https://yaml.org/spec/1.1/
+
+MAX_YAML_DEPTH = 64
+MAX_ALIASED = 1_000_000  # characters that the aliases of a document stand for
+
+_UNPRINTABLE = re.compile(
+    "[^\t\n -~\x85\xa0-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]"
+)
+_DOCUMENT_MARKER = re.compile(r"(?<=\n)(?:---|\.\.\.)(?=[ \t\n\0])")
+_NO_CONTENT = re.compile(r"(?:[ \t\n]|\#[^\n\0]*+|(?<=\n)(?:---|\.\.\.)(?=[ \t\n\0]))*+\0")
+# Blanks and comments up to the next token. Tabs may stand behind a token, but not before one.
+_COMMENT = r"(?:\#[^\n\0]*+)?+"
+_UP_TO_TOKEN = re.compile(rf"[ \t]*+{_COMMENT}(?:\n(?:[ ]++\t[ \t]*+(?=\n)|[ ]*+{_COMMENT}))*+")
+_UP_TO_FLOW_TOKEN = re.compile(r"(?:[ \t\n]++|\#[^\n\0]*+)*+")
+_END_OF_LINE = re.compile(rf"[ \t]*+{_COMMENT}(?=[\n\0])")
+
+# Plain scalars: a first character that is no indicator, and no ": " or " #" behind it.
+_VISIBLE = r"[^ \t\n\0]"
+_PLAIN_FIRST = r"[^ \t\n\0,\[\]{}#&*!|>'\"%@`?:-]"
+_PLAIN_REST = rf"(?:[ \t]*+(?:[^ \t\n\0:#]++|:(?={_VISIBLE})|(?<={_VISIBLE})\#))*+"
+_FLOW_REST = rf"(?:[ \t]*+(?:[^ \t\n\0:#,?\[\]{{}}]++|:(?={_VISIBLE})|(?<={_VISIBLE})\#))*+"
+_PLAIN_LINE = rf"(?:{_PLAIN_FIRST}|[?:-](?={_VISIBLE})){_PLAIN_REST}"
+_BLOCK_PLAIN = (
+    re.compile(_PLAIN_LINE),
+    re.compile(_PLAIN_REST),
+)  # the first line, and further ones
+_FLOW_PLAIN = (
+    re.compile(rf"(?:{_PLAIN_FIRST}|-(?={_VISIBLE})){_FLOW_REST}"),
+    re.compile(_FLOW_REST),
+)
+_NEXT_LINE = re.compile(r"[ \t]*+\n([ ]*+)([ \t]*+)")
+_LIST_ITEM = re.compile(r"-(?=[ \t\n\0])")
+_ANCHOR = re.compile(r"[&*]([A-Za-z0-9_-]++)(?=[ \t\n\0,\]}])")
+_KEY = re.compile(
+    rf"(&[A-Za-z0-9_-]++[ \t]++)?+({_PLAIN_LINE}|\"(?:[^\"\\\n\0]++|\\.)*+\"|'(?:[^'\n\0]++|'')*+')"
+    r"[ \t]*+:(?=[ \t\n\0])"
+)
+
+_QUOTED_RUN = {
+    '"': re.compile(r"(?:[^\"\\ \t\n\0]++|[ \t]++(?!\n))++"),
+    "'": re.compile(r"(?:[^' \t\n\0]++|[ \t]++(?!\n))++"),
+}
+_LINE_FOLD = re.compile(r"[ \t]*+\n[ \t]*+(?:\n[ \t]*+)*+")
+_YAML_ESCAPE = re.compile(
+    r"""
+    \\(?: (?P<pair> u[dD][89abAB][0-9a-fA-F]{2} \\u[dD][c-fC-F][0-9a-fA-F]{2} )
+        | x(?P<x>[0-9a-fA-F]{2}) | u(?P<u>[0-9a-fA-F]{4}) | U(?P<U>[0-9a-fA-F]{8})
+        | \n[ \t]*+ (?P<breaks> (?:\n[ \t]*+)*+ )
+        | (?P<letter> [0abt\tnvfre\ "'/\\N_LP] ) )
+    """,
+    re.VERBOSE,
+)
+_YAML_LETTERS = {
+    "0": "\0", "a": "\a", "b": "\b", "t": "\t", "n": "\n", "v": "\v", "f": "\f", "r": "\r",
+    "e": "\x1b", "N": "\x85", "_": "\xa0", "L": "\u2028", "P": "\u2029",
+}  # fmt: skip
+_BLOCK_HEADER = re.compile(rf"[|>](?:([+-])([1-9])?|([1-9])([+-])?)?[ \t]*+{_COMMENT}(?=[\n\0])")
+_BLOCK_LINE = re.compile(r"\n([ ]*+)([^\n\0]*+)")
+
+_MISPLACED = {
+    "\0": "the text ends where a value is expected",
+    "\t": "a tab can't indent; write spaces",
+    "!": "tags are not read; write the value without one",
+    "-": "a list must begin on a line of its own",
+    "?": "keys with '?' are not read",
+    ":": "no key before ':'",
+}
+
+
+class YAMLError(ValueError):
+    """Text that is not YAML, or of a kind that is not read: what is wrong, and where, in lines and
+    characters from 1.
+    """
+
+    def __init__(self, reason: str, line: int, column: int):
+        self.reason, self.line, self.column = reason, line, column
+        super().__init__(f"{reason} at line {line}, column {column}")
+
+
+class YamlScalar(NamedTuple):
+    """Text, however it was written."""
+
+    text: str
+    position: int
+    plain: bool  # neither quoted nor a block
+    pieces: list[tuple[int, int]]  # where pieces begin in the text, and where they stand
+
+    @property
+    def is_null(self) -> bool:
+        """Whether nothing is written here, or a word for it."""
+        return self.plain and self.text in ("", "~", "null", "Null", "NULL")
+
+    def position_of(self, offset: int) -> int:
+        """Where a character of the text stands in the document."""
+        start, position = self.pieces[max(0, bisect_right(self.pieces, (offset, math.inf)) - 1)]
+        return position + offset - start
+
+
+class YamlList(NamedTuple):
+    """A list, in block or flow style."""
+
+    items: "list[YamlNode]"
+    position: int
+    size: int  # in characters, with what aliases stand for
+
+
+class YamlMap(NamedTuple):
+    """A map, in block or flow style: keys and values by the text of the key."""
+
+    entries: "dict[str, tuple[YamlScalar, YamlNode]]"
+    position: int
+    size: int
+
+
+YamlNode = YamlScalar | YamlList | YamlMap
+
+
+class YamlDocument:
+    """The first document of a text: its root, and the places of its nodes.
+
+    The text has a line break before it, so that every line begins behind one, and a NUL behind it,
+    which no rule accepts.
+    """
+
+    def __init__(self, text: str):
+        self.text = text
+        self.root: YamlNode = YamlScalar("", 1, True, [(0, 1)])
+        self.has_more = False  # whether another document follows
+        self.anchors: dict[str, YamlNode] = {}
+        self.aliased = 0
+        self._breaks: list[int] = []
+
+    def place(self, position: int) -> tuple[int, int]:
+        """The line and column of a position, from 1."""
+        self._breaks = self._breaks or [match.start() for match in re.finditer("\n", self.text)]
+        line = bisect_left(self._breaks, max(position, 1))
+        return line, position - self._breaks[line - 1]
+
+    def error(self, reason: str, position: int) -> YAMLError:
+        return YAMLError(reason, *self.place(position))
+
+    def expected(self, what: str, position: int) -> YAMLError:
+        first = self.text[position]
+        found = "the end of the text" if first == "\0" else ascii(first)
+        return self.error(_MISPLACED["\t"] if first == "\t" else f"{what}, found {found}", position)
+
+    def indentation(self, position: int) -> int:
+        """How far a position is from the beginning of its line."""
+        return position - self.text.rfind("\n", 0, position) - 1
+
+
+def parse_yaml(text: str | bytes) -> YamlDocument:
+    """Parse the first document of a text, given as str or as UTF-8 bytes. Raises YAMLError.
+
+    >>> root = parse_yaml("name: up\\nrules: [a, 'b']").root
+    >>> [(key.text, type(value).__name__) for key, value in root.entries.values()]
+    [('name', 'YamlScalar'), ('rules', 'YamlList')]
+    >>> parse_yaml("name: a: b")
+    Traceback (most recent call last):
+    metricstream.YAMLError: text with ': ' in it needs quotes at line 1, column 8
+    """
+    if isinstance(text, bytes):
+        try:
+            text = text.decode()
+        except UnicodeDecodeError as error:
+            before = YamlDocument("\n" + error.object[: error.start].decode())
+            raise before.error("invalid UTF-8", len(before.text)) from None
+    text = "\n" + text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+    if unprintable := _UNPRINTABLE.search(text):
+        raise YamlDocument(text).error("control character", unprintable.start())
+    text += "\0"
+    position = _next_token(YamlDocument(text), 0)
+    begins_marked = text[position] == "-" and _DOCUMENT_MARKER.match(text, position)
+    if begins_marked:
+        position += len("---")
+    end = _DOCUMENT_MARKER.search(text, position)
+    src = YamlDocument(text[: end.start()] + "\0" if end else text)
+    src.has_more = end is not None and not _NO_CONTENT.match(text, end.start())
+    if text[position] == "%" and text[position - 1] == "\n":
+        raise src.error("directives are not read", position)
+    src.root, position = _block_node(src, position if begins_marked else 0, -1, 0)
+    position = _next_token(src, position)
+    if src.text[position] != "\0":
+        raise src.expected("expected the end of the document, or another indentation", position)
+    return src
+
+
+def _next_token(src: YamlDocument, position: int) -> int:
+    end = _UP_TO_TOKEN.match(src.text, position).end()  # type: ignore[union-attr]  # it matches the empty string
+    if src.text[end] == "\t":
+        raise src.error(_MISPLACED["\t"], end)
+    return end
+
+
+def _block_node(
+    src: YamlDocument, position: int, indent: int, depth: int, compact: bool = False,
+    least_list: int | None = None,
+) -> tuple[YamlNode, int]:  # fmt: skip
+    """What follows a key, the dash of an item, or the beginning of the document.
+
+    It stands on the same line, or deeper than `indent`; a list may stand at `least_list`. On the
+    same line it is a block map or list only if it is `compact`, as in `- a: b`.
+    """
+    start = _next_token(src, position)
+    between = src.text[position:start]
+    is_item = _LIST_ITEM.match(src.text, start)
+    if "\n" in between:
+        least = least_list if is_item and least_list is not None else indent + 1
+        if src.text[start] == "\0" or src.indentation(start) < least:
+            return YamlScalar("", position, True, [(0, position)]), position
+        compact = True
+    elif compact and "\t" in between:
+        raise src.error(_MISPLACED["\t"], position + between.index("\t"))
+    if compact and is_item:
+        return _block_list(src, start, depth + 1)
+    if compact and _KEY.match(src.text, start):
+        return _block_map(src, start, depth + 1)
+    if src.text[start] == "&":
+        name, position = _anchor(src, start)
+        node, end = _block_node(src, position, indent, depth, False, least_list)
+        src.anchors[name] = node
+        return node, end
+    if src.text[start] in "|>":
+        return _block_scalar(src, start, indent)
+    node, end = _flow_node(src, start, indent, depth, _BLOCK_PLAIN)
+    if not _END_OF_LINE.match(src.text, end):
+        end = _UP_TO_TOKEN.match(src.text, end).end()  # type: ignore[union-attr]  # it matches the empty string
+        if src.text[end] == ":":
+            raise src.error("text with ': ' in it needs quotes", end)
+        raise src.expected("expected the end of the line", end)
+    return node, end
+
+
+def _block_list(src: YamlDocument, position: int, depth: int) -> tuple[YamlList, int]:
+    _check_depth(src, position, depth)
+    start, indent = position, src.indentation(position)
+    items: list[YamlNode] = []
+    while _LIST_ITEM.match(src.text, position) and src.indentation(position) == indent:
+        item, position = _block_node(src, position + 1, indent, depth, compact=True)
+        items.append(item)
+        position = _next_token(src, position)
+    return _list(items, start), position
+
+
+def _block_map(src: YamlDocument, position: int, depth: int) -> tuple[YamlMap, int]:
+    _check_depth(src, position, depth)
+    start, indent = position, src.indentation(position)
+    entries: dict[str, tuple[YamlScalar, YamlNode]] = {}
+    while True:
+        match = _KEY.match(src.text, position)
+        if match is None:
+            if re.match(r"[?!](?:[^ \t\n\0]*+[ \t\n])", src.text[position : position + 100]):
+                raise src.error(_MISPLACED[src.text[position]], position)
+            raise src.expected("expected a key and ':'", position)
+        key = _block_key(src, match)
+        value, position = _block_node(src, match.end(), indent, depth, least_list=indent)
+        _add_entry(src, entries, key, value)
+        position = _next_token(src, position)
+        found = src.indentation(position)
+        if found < indent or src.text[position] == "\0":
+            return _map(src, entries, start), position
+        if found > indent:
+            raise src.expected("indented more than the key above, whose value is over", position)
+
+
+def _block_key(src: YamlDocument, match: re.Match[str]) -> YamlScalar:
+    position = match.start(2)
+    if src.text[position] in _QUOTED_RUN:
+        key, _ = _quoted_scalar(src, position)
+    else:
+        key = YamlScalar(match[2], position, True, [(0, position)])
+    if match[1]:
+        src.anchors[match[1][1:].rstrip()] = key
+    return key
+
+
+def _check_depth(src: YamlDocument, position: int, depth: int) -> None:
+    if depth > MAX_YAML_DEPTH:
+        raise src.error(f"nesting deeper than {MAX_YAML_DEPTH}", position)
+
+
+def _add_entry(
+    src: YamlDocument, entries: dict[str, tuple[YamlScalar, YamlNode]], key: YamlScalar,
+    value: YamlNode,
+) -> None:  # fmt: skip
+    if key.text in entries:
+        line, _ = src.place(entries[key.text][0].position)
+        raise src.error(f"key {key.text[:80]!a} stands in line {line} already", key.position)
+    entries[key.text] = key, value
+
+
+def _map(
+    src: YamlDocument, entries: dict[str, tuple[YamlScalar, YamlNode]], position: int
+) -> YamlMap:
+    """A map, with what its key `<<` merges into it: own keys win, then earlier maps."""
+    if "<<" in entries and entries["<<"][0].plain:
+        key, merged = entries.pop("<<")
+        for source in merged.items if isinstance(merged, YamlList) else [merged]:
+            if not isinstance(source, YamlMap):
+                raise src.error("'<<' merges a map or a list of maps", key.position)
+            for name, entry in source.entries.items():
+                entries.setdefault(name, entry)
+    size = 1 + sum(_size(key) + _size(value) for key, value in entries.values())
+    return YamlMap(entries, position, size)
+
+
+def _list(items: list[YamlNode], position: int) -> YamlList:
+    return YamlList(items, position, 1 + sum(map(_size, items)))
+
+
+def _size(node: YamlNode) -> int:
+    return 1 + len(node.text) if isinstance(node, YamlScalar) else node.size
+
+
+def _anchor(src: YamlDocument, position: int) -> tuple[str, int]:
+    """The name of an anchor or an alias."""
+    match = _ANCHOR.match(src.text, position)
+    if match is None:
+        raise src.error("a name of letters, digits, '_' and '-' must follow '&' or '*'", position)
+    end = _UP_TO_TOKEN.match(src.text, match.end()).end()  # type: ignore[union-attr]  # it matches the empty string
+    if src.text[position] == "&" and src.text[end] in "&*":
+        raise src.error("an anchor can't have another anchor or an alias behind it", end)
+    return match[1], match.end()
+
+
+def _alias(src: YamlDocument, position: int) -> tuple[YamlNode, int]:
+    name, end = _anchor(src, position)
+    if name not in src.anchors:
+        raise src.error(f"no anchor {name!r} before this alias", position)
+    node = src.anchors[name]
+    src.aliased += _size(node)
+    if src.aliased > MAX_ALIASED:
+        raise src.error(f"aliases stand for more than {MAX_ALIASED} characters", position)
+    return node, end
+
+
+def _flow_node(
+    src: YamlDocument, position: int, indent: int, depth: int,
+    plain: tuple[re.Pattern[str], re.Pattern[str]],
+) -> tuple[YamlNode, int]:  # fmt: skip
+    """A node that ends on its line or in its brackets: all but block maps, lists and scalars."""
+    first = src.text[position]
+    if first in _QUOTED_RUN:
+        return _quoted_scalar(src, position)
+    if first == "[":
+        return _flow_list(src, position, depth + 1)
+    if first == "{":
+        return _flow_map(src, position, depth + 1)
+    if first == "*":
+        return _alias(src, position)
+    if first == "&":
+        name, position = _anchor(src, position)
+        node, end = _flow_value(src, position, depth)
+        src.anchors[name] = node
+        return node, end
+    return _plain(src, position, indent, *plain)
+
+
+def _flow_value(src: YamlDocument, position: int, depth: int) -> tuple[YamlNode, int]:
+    """A node in brackets, or nothing before a comma or the end of them."""
+    start = _flow_token(src, position)
+    if src.text[start] in ",]}":
+        return YamlScalar("", position, True, [(0, position)]), start
+    return _flow_node(src, start, -1, depth, _FLOW_PLAIN)
+
+
+def _flow_token(src: YamlDocument, position: int) -> int:
+    return _UP_TO_FLOW_TOKEN.match(src.text, position).end()  # type: ignore[union-attr]  # it matches the empty string
+
+
+def _flow_list(src: YamlDocument, position: int, depth: int) -> tuple[YamlList, int]:
+    _check_depth(src, position, depth)
+    start, items = position, []
+    position = _flow_token(src, position + 1)
+    while src.text[position] != "]":
+        item, position = _flow_node(src, position, -1, depth, _FLOW_PLAIN)
+        items.append(item)
+        position = _flow_comma(src, position, "]")
+    return _list(items, start), position + 1
+
+
+def _flow_map(src: YamlDocument, position: int, depth: int) -> tuple[YamlMap, int]:
+    _check_depth(src, position, depth)
+    start = position
+    entries: dict[str, tuple[YamlScalar, YamlNode]] = {}
+    position = _flow_token(src, position + 1)
+    while src.text[position] != "}":
+        if src.text[position] in "[{":
+            raise src.error("a key must be text; text that begins with '{' needs quotes", position)
+        key, end = _flow_node(src, position, -1, depth, _FLOW_PLAIN)
+        if not isinstance(key, YamlScalar):
+            raise src.error("a key must be text", position)
+        value: YamlNode = YamlScalar("", end, True, [(0, end)])
+        colon = _UP_TO_TOKEN.match(src.text, end).end()  # type: ignore[union-attr]  # it matches the empty string
+        if src.text[colon] == ":" and "\n" not in src.text[position:colon]:
+            value, end = _flow_value(src, colon + 1, depth)
+        _add_entry(src, entries, key, value)
+        position = _flow_comma(src, end, "}")
+    return _map(src, entries, start), position + 1
+
+
+def _flow_comma(src: YamlDocument, position: int, bracket: str) -> int:
+    """The next token behind a comma, or the bracket."""
+    position = _flow_token(src, position)
+    if src.text[position] == ",":
+        return _flow_token(src, position + 1)
+    if src.text[position] != bracket:
+        raise src.expected(f"expected ',' or {bracket!r}", position)
+    return position
+
+
+def _scalar_of(pieces: list[tuple[str, int]], position: int, plain: bool = False) -> YamlScalar:
+    """A scalar of pieces of text and their positions."""
+    offsets = itertools.accumulate((len(piece) for piece, _ in pieces), initial=0)
+    starts = [(offset, start) for offset, (_, start) in zip(offsets, pieces)]
+    text = "".join(piece for piece, _ in pieces)
+    return YamlScalar(text, position, plain, starts or [(0, position)])
+
+
+def _fold(breaks: int) -> str:
+    """What line breaks between two lines of text become: one a space, more of them one less."""
+    return " " if breaks == 1 else "\n" * (breaks - 1)
+
+
+def _plain(
+    src: YamlDocument, position: int, indent: int, first: re.Pattern[str], rest: re.Pattern[str]
+) -> tuple[YamlScalar, int]:
+    match = first.match(src.text, position)
+    if match is None:
+        letter = src.text[position]
+        reason = f"text that begins with {letter!a} needs quotes"
+        raise src.error(_MISPLACED.get(letter, reason), position)
+    pieces, end = [(match[0], position)], match.end()
+    while True:
+        breaks, start = 0, end
+        while line := _NEXT_LINE.match(src.text, start):
+            breaks, start = breaks + 1, line.end()
+            if line[2] and len(line[1]) <= indent:
+                raise src.error(_MISPLACED["\t"], line.start(2))
+        if not breaks or src.indentation(start) <= indent:
+            break
+        match = rest.match(src.text, start)
+        if not match or not match[0]:
+            break
+        pieces += [(_fold(breaks), end), (match[0], start)]
+        end = match.end()
+    return _scalar_of(pieces, position, plain=True), end
+
+
+def _quoted_scalar(src: YamlDocument, position: int) -> tuple[YamlScalar, int]:
+    start, quote = position, src.text[position]
+    pieces: list[tuple[str, int]] = []
+    position += 1
+    while True:
+        if run := _QUOTED_RUN[quote].match(src.text, position):
+            pieces.append((run[0], position))
+            position = run.end()
+        if fold := _LINE_FOLD.match(src.text, position):
+            pieces.append((_fold(fold[0].count("\n")), position))
+            position = fold.end()
+        elif src.text[position] == "\\":
+            piece, end = _yaml_escape(src, position)
+            pieces.append((piece, position))
+            position = end
+        elif src.text.startswith("''", position) and quote == "'":
+            pieces.append(("'", position))
+            position += 2
+        elif src.text[position] == quote:
+            return _scalar_of(pieces, start), position + 1
+        else:
+            raise src.error(f"no {quote} ends this text", start)
+
+
+def _yaml_escape(src: YamlDocument, position: int) -> tuple[str, int]:
+    match = _YAML_ESCAPE.match(src.text, position)
+    if match is None:
+        raise src.error(f"unknown escape {src.text[position : position + 2]!a}", position)
+    if match["letter"]:
+        return _YAML_LETTERS.get(match["letter"], match["letter"]), match.end()
+    if match["breaks"] is not None:
+        return match["breaks"].count("\n") * "\n", match.end()
+    if match["pair"]:  # as JSON has it
+        high, low = int(match["pair"][1:5], 16), int(match["pair"][7:], 16)
+        return chr(0x10000 + ((high - 0xD800) << 10) + low - 0xDC00), match.end()
+    code = int(match["x"] or match["u"] or match["U"], 16)
+    if code > 0x10FFFF or 0xD800 <= code < 0xE000:
+        raise src.error("escape of no character", position)
+    return chr(code), match.end()
+
+
+def _block_scalar(src: YamlDocument, position: int, indent: int) -> tuple[YamlScalar, int]:
+    """A literal or folded scalar: the lines that are indented as far as the first one is."""
+    header = _BLOCK_HEADER.match(src.text, position)
+    if header is None:
+        raise src.error(
+            f"only '+' or '-', a digit and a comment can follow {src.text[position]!r}", position
+        )
+    folded, chomp = src.text[position] == ">", header[1] or header[4] or ""
+    digit = header[2] or header[3]
+    width = max(indent, 0) + int(digit) if digit else _block_width(src, header.end(), indent)
+    pieces: list[tuple[str, int]] = []
+    end, breaks, begins_blank = header.end(), 0, True
+    while line := _BLOCK_LINE.match(src.text, end):
+        breaks += 1
+        start, stop = line.start(1) + width, line.end()
+        if start < stop and start <= line.end(1):
+            is_blank = src.text[start] in " \t"
+            if not pieces:
+                joint = "\n" * (breaks - 1)
+            elif folded and not is_blank and not begins_blank:
+                joint = _fold(breaks)
+            else:
+                joint = "\n" * breaks
+            pieces += [(joint, end), (src.text[start:stop], start)]
+            breaks, begins_blank = 0, is_blank
+        elif line[2]:
+            if line[2][0] == "\t":
+                raise src.error(_MISPLACED["\t"], line.start(2))
+            break
+        end = stop
+    last = breaks if pieces else breaks - 1
+    kept = {"+": last, "-": 0, "": min(last, 1) if pieces else 0}[chomp]
+    return _scalar_of([*pieces, ("\n" * kept, end)], position), end
+
+
+def _block_width(src: YamlDocument, position: int, indent: int) -> int:
+    """The indentation of a block scalar that names none: that of its first line with text."""
+    width = max(indent + 1, 1)
+    while line := _BLOCK_LINE.match(src.text, position):
+        width = max(width, len(line[1]))
+        if line[2]:
+            if line[2][0] == "\t":
+                raise src.error(_MISPLACED["\t"], line.start(2))
+            break
+        position = line.end()
+    return width
+
+
+# ==================================================================================================
+# 30. Values of templates
 # ==================================================================================================
 #
 # The problem: what a template prints must not differ by a character from what Go prints, for
@@ -10455,7 +11007,7 @@ _METHODS = {datetime.datetime: _TIME_METHODS, datetime.timedelta: _DURATION_METH
 
 
 # ==================================================================================================
-# 30. Functions of templates
+# 31. Functions of templates
 # ==================================================================================================
 #
 # What a template may call: the functions that Go has, those that Prometheus adds for rules, and
@@ -10908,7 +11460,7 @@ NOTIFICATION_FUNCTIONS = _COMMON_FUNCTIONS | {
 
 
 # ==================================================================================================
-# 31. Template parser
+# 32. Template parser
 # ==================================================================================================
 #
 # The problem: labels and annotations of alerts, and what is sent to a webhook, are templates of
@@ -11440,7 +11992,7 @@ def _is_blank(statements: list[_Statement]) -> bool:
 
 
 # ==================================================================================================
-# 32. Templates
+# 33. Templates
 # ==================================================================================================
 #
 # A walk over the tree prints, and each step is Go's. What a label holds is printed and never read
@@ -11790,7 +12342,7 @@ class _TemplateRun:
 
 
 # ==================================================================================================
-# 33. Command line
+# 34. Command line
 # ==================================================================================================
 #
 # Options become objects, one line says what is running, and a signal ends it. What goes wrong
