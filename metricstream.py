@@ -12337,12 +12337,710 @@ class _TemplateRun:
 
 
 # ==================================================================================================
+# 34. Alerts and routes
+# ==================================================================================================
+#
+# The problem: hundreds of alerts fire at once, and each is for somebody else. The idea is that of
+# Alertmanager: an alert is known by its labels, a tree of routes names its receivers, and alerts of
+# a route that share some labels are told together. What it costs: nobody sees from a receiver alone
+# what it gets; `amtool config routes test` says it.
+#
+# Source: Alertmanager's pkg/labels and dispatch/route.go.
+
+_SEPARATOR = "\xff"  # as a byte; no UTF-8 text has it
+
+
+class Alert(NamedTuple):
+    """What is told. Times are Unix seconds; labels and annotations are changed by nobody."""
+
+    labels: dict[str, str]  # alertname and all others
+    annotations: dict[str, str]
+    starts_at: float
+    ends_at: float  # in the future while it fires
+    updated_at: float
+    generator_url: str = ""
+    times_out: bool = False  # nobody said when it ends: it does so unless it is sent again
+
+    def is_resolved(self, now: float) -> bool:
+        """Whether it does not fire any more."""
+        return self.ends_at <= now
+
+
+def fingerprint(labels: Mapping[str, str]) -> str:
+    """The name that Alertmanager gives to a set of labels: FNV-1a of 64 bits, in hexadecimal.
+
+    >>> fingerprint({"alertname": "Down"}), fingerprint({})
+    ('7c72bb39b15b8aa1', 'cbf29ce484222325')
+    """
+    hashed = 0xCBF29CE484222325
+    for label in sorted(labels):
+        for part in (label, labels[label]):
+            for byte in part.encode(errors="replace") + b"\xff":
+                hashed = ((hashed ^ byte) * 0x100000001B3) & 0xFFFFFFFFFFFFFFFF
+    return f"{hashed:016x}"
+
+
+def label_set_text(labels: Mapping[str, str]) -> str:
+    """Labels as Go prints a LabelSet."""
+    return "{" + ", ".join(f"{label}={_quoted(labels[label])}" for label in sorted(labels)) + "}"
+
+
+# ---- matchers ----
+
+_LABEL_NAME = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
+_LABEL_MATCHER = re.compile(r"\s*([a-zA-Z_:][a-zA-Z0-9_:]*)\s*(=~|=|!=|!~)\s*(.*?)\s*", re.DOTALL)
+_MATCHER_TOKEN = re.compile(r'(?:[^,"\\]|\\.|\\\Z|"(?:[^"\\]|\\.)*(?:"|\\?\Z))*', re.DOTALL)
+_MATCHER_VALUE = re.compile(r'(?:[^"\\]|\\.|\\\Z)*', re.DOTALL)
+_MATCHER_ESCAPE = re.compile(r'\\([n"\\])')
+_kept_label_regex = functools.lru_cache(1024)(compile_regex)
+
+
+def parse_matchers(text: str) -> list[Matcher]:
+    """Conditions on labels, separated by commas, as amtool and configurations write them. Raises
+    ValueError.
+
+    >>> [(m.name, m.op, m.value) for m in parse_matchers('{job=api, severity =~ "page|warn"}')]
+    [('job', '=', 'api'), ('severity', '=~', 'page|warn')]
+    """
+    text = text.removeprefix("{").removesuffix("}")
+    matchers, position = [], 0
+    while position <= len(text):
+        token = _MATCHER_TOKEN.match(text, position)
+        assert token is not None  # it matches the empty string
+        position = token.end() + 1
+        if token[0].strip() or position <= len(text):
+            matchers.append(parse_matcher(token[0]))
+    return matchers
+
+
+def parse_matcher(text: str) -> Matcher:
+    """One condition; its value stands in double quotes or without any. Raises ValueError."""
+    match = _LABEL_MATCHER.fullmatch(text)
+    if match is None:
+        raise ValueError(f"bad matcher format: {_clipped(text)}")
+    name, op, value = match.groups()
+    if value.startswith('"') and (len(value) < 2 or not value.endswith('"')):
+        raise ValueError(f"matcher value contains unescaped double quote: {_clipped(value)}")
+    value = value[1:-1] if value.startswith('"') else value
+    if not _MATCHER_VALUE.fullmatch(value):
+        raise ValueError(f"matcher value contains unescaped double quote: {_clipped(value)}")
+    value = _MATCHER_ESCAPE.sub(lambda escape: {"n": "\n"}.get(escape[1], escape[1]), value)
+    return checked_matcher(name, op, value)
+
+
+def checked_matcher(name: str, op: str, value: str) -> Matcher:
+    """A condition whose regular expression compiles. Raises ValueError."""
+    if op in ("=~", "!~"):
+        compile_regex(value)
+    return Matcher(name, op, value)
+
+
+def matcher_text(matcher: Matcher) -> str:
+    """A condition as Alertmanager writes it."""
+    value = matcher.value.replace("\\", "\\\\").replace("\n", "\\n").replace('"', '\\"')
+    return f'{matcher.name}{matcher.op}"{value}"'
+
+
+def accepts_labels(matchers: Iterable[Matcher], labels: Mapping[str, str]) -> bool:
+    """Whether labels fulfil all conditions."""
+    for name, op, value in matchers:
+        found = labels.get(name, "")
+        is_regex = op in ("=~", "!~")
+        holds = _kept_label_regex(value).matches(found) if is_regex else found == value
+        if holds != (op in ("=", "=~")):
+            return False
+    return True
+
+
+# ---- the tree of routes ----
+
+
+class Route(NamedTuple):
+    """A node of the tree: which alerts it is for, who is told of them, and when."""
+
+    receiver: str
+    group_by: tuple[str, ...] | None  # None: by all labels
+    group_wait_s: float
+    group_interval_s: float
+    repeat_interval_s: float
+    matchers: tuple[Matcher, ...]
+    continues: bool  # its siblings may match, too
+    key: str  # the conditions from the root to here
+    routes: "tuple[Route, ...]" = ()
+
+    def matching(self, labels: Mapping[str, str]) -> "list[Route]":
+        """The routes that an alert takes, depth first; none if it is not for this one."""
+        if not accepts_labels(self.matchers, labels):
+            return []
+        found: list[Route] = []
+        for route in self.routes:
+            deeper = route.matching(labels)
+            found += deeper
+            if deeper and not route.continues:
+                break
+        return found or [self]
+
+    def group_labels(self, labels: dict[str, str]) -> dict[str, str]:
+        """Those labels that all alerts of a group share."""
+        if self.group_by is None:
+            return labels
+        return {label: labels[label] for label in self.group_by if label in labels}
+
+
+def route_key(parent_key: str | None, matchers: Iterable[Matcher]) -> str:
+    """The conditions from the root to a route."""
+    own = "{" + ",".join(map(matcher_text, matchers)) + "}"
+    return own if parent_key is None else f"{parent_key}/{own}"
+
+
+# ==================================================================================================
+# 35. Notification configuration
+# ==================================================================================================
+#
+# The problem: who is told what stands in a file, credentials included, and people have such files
+# already. The idea: read the part of Alertmanager's own format that one machine needs, and refuse
+# all else by name rather than leave somebody untold. Templates, matchers and addresses are checked
+# when the file is read, and all faults are told with their places. What it costs: a field that is
+# valid in Alertmanager may be refused here.
+#
+# Source: https://prometheus.io/docs/alerting/latest/configuration/
+
+HIDDEN = "<secret>"  # what is shown of a credential
+RESOLVE_TIMEOUT_S = 300.0
+WEBHOOK_TIMEOUT_S = 10.0
+EMAIL_TIMEOUT_S = 30.0
+
+# What the names `email.default.…` stand for in files that were written for Alertmanager.
+DEFAULT_TEMPLATES = """\
+{{ define "email.default.subject" }}{{ .Status | toUpper }}\
+{{ if eq .Status "firing" }} {{ len .Alerts.Firing }}{{ end }}: \
+{{ range $i, $pair := .GroupLabels.SortedPairs }}{{ if $i }}, {{ end }}{{ $pair.Value }}\
+{{ else }}{{ .Receiver }}{{ end }}{{ end }}\
+{{ define "email.default.text" }}{{ range .Alerts }}\
+{{ .Status | toUpper }} {{ .Labels.alertname }}
+{{ range .Labels.SortedPairs }}  {{ .Name }} = {{ .Value }}
+{{ end }}{{ range .Annotations.SortedPairs }}  {{ .Name }}: {{ .Value }}
+{{ end }}  since {{ .StartsAt.UTC.Format "2006-01-02 15:04:05 MST" }}
+{{ if .GeneratorURL }}  {{ .GeneratorURL }}
+{{ end }}
+{{ end }}Sent by {{ .ExternalURL }}
+{{ end }}\
+{{ define "email.default.html" }}<!DOCTYPE html>
+<html><body style="font-family: sans-serif">
+<h2>{{ template "email.default.subject" . }}</h2>
+{{ range .Alerts }}\
+<h3 style="color: {{ if eq .Status "firing" }}#b00020{{ else }}#1b7a34{{ end }}">\
+{{ .Status | toUpper }} {{ .Labels.alertname }}</h3>
+<table>
+{{ range .Labels.SortedPairs }}<tr><td>{{ .Name }}</td><td>{{ .Value }}</td></tr>
+{{ end }}{{ range .Annotations.SortedPairs }}\
+<tr><td><b>{{ .Name }}</b></td><td>{{ .Value }}</td></tr>
+{{ end }}</table>
+<p>Since {{ .StartsAt.UTC.Format "2006-01-02 15:04:05 MST" }}</p>
+{{ end }}<p>Sent by {{ .ExternalURL }}</p>
+</body></html>
+{{ end }}"""
+
+
+class ConfigError(ValueError):
+    """A configuration with faults, each of which is `file:line:column: reason`."""
+
+    def __init__(self, faults: Sequence[str]):
+        self.faults = tuple(faults)
+        super().__init__("\n".join(faults))
+
+
+class Secret:
+    """A credential, or the file that holds it and is read each time. Only `reveal` shows it."""
+
+    def __init__(self, text: str = "", path: str = ""):
+        self._text, self._path = text, path
+
+    def __repr__(self) -> str:
+        return HIDDEN
+
+    def __bool__(self) -> bool:
+        return bool(self._text or self._path)
+
+    def reveal(self) -> str:
+        """The credential. Raises OSError and UnicodeDecodeError if its file can't be read."""
+        if not self._path:
+            return self._text
+        with open(self._path, encoding="utf-8") as file:
+            return file.read().strip()
+
+
+class Authorization(NamedTuple):
+    """How a request says who sends it: Basic with a user name, or any scheme with a secret."""
+
+    scheme: str
+    user: str
+    secret: Secret
+
+
+class TLSOptions(NamedTuple):
+    """How servers prove who they are, and how this one does; paths of PEM files."""
+
+    ca_file: str = ""
+    cert_file: str = ""
+    key_file: str = ""
+    insecure: bool = False
+
+
+class Webhook(NamedTuple):
+    """A URL that is told."""
+
+    url: Secret
+    shown: str  # the URL as it may be shown
+    authorization: Authorization | None = None
+    tls: TLSOptions = TLSOptions()
+    send_resolved: bool = True
+    timeout_s: float = WEBHOOK_TIMEOUT_S
+    max_alerts: int = 0  # 0: all
+    payload: Any = None  # templates in dicts and lists, or one for the whole body
+
+    @property
+    def kind(self) -> str:
+        return "webhook"
+
+
+class Email(NamedTuple):
+    """Somebody who gets mail."""
+
+    host: str
+    port: int
+    sender: Template
+    to: Template
+    headers: dict[str, Template]
+    text: Template | None
+    html: Template | None
+    hello: str = "localhost"
+    user: str = ""
+    password: Secret = Secret()
+    secret: Secret = Secret()  # for CRAM-MD5
+    identity: str = ""
+    require_tls: bool = True
+    tls: TLSOptions = TLSOptions()
+    send_resolved: bool = False
+    timeout_s: float = EMAIL_TIMEOUT_S
+
+    @property
+    def kind(self) -> str:
+        return "email"
+
+    @property
+    def shown(self) -> str:
+        return f"{self.host}:{self.port}"
+
+
+class NotifyConfig(NamedTuple):
+    """Who is told of what."""
+
+    route: Route
+    receivers: dict[str, tuple[Webhook | Email, ...]]
+    resolve_timeout_s: float = RESOLVE_TIMEOUT_S
+    shown: str = ""  # the file without its credentials
+
+
+def shown_url(url: str) -> str:
+    """A URL without what may be a credential in it: user, password, path and query.
+
+    >>> shown_url("https://user:pass@hooks.slack.com/services/T0/B0/xyz")
+    'https://hooks.slack.com/<secret>'
+    """
+    parts = urllib.parse.urlsplit(url)
+    hidden = f"/{HIDDEN}" if parts.path.strip("/") or parts.query or parts.username else parts.path
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{hidden}"
+
+
+def _checked_url(url: str) -> str:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        is_usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        if not is_usable or re.search(r"[\x00-\x20\x7f]", url):
+            raise ValueError
+    except ValueError:
+        # the URL is not repeated: it may hold a credential
+        raise ValueError("must be a URL with http:// or https:// and a host") from None
+    return url
+
+
+def url_authorization(url: str) -> Authorization | None:
+    """The user and password that a URL names."""
+    parts = urllib.parse.urlsplit(url)
+    if parts.username is None:
+        return None
+    user, password = map(urllib.parse.unquote, (parts.username, parts.password or ""))
+    return Authorization("Basic", user, Secret(password))
+
+
+def webhook_config(urls: Sequence[str]) -> NotifyConfig:
+    """Every URL is told of every alert; groups are those of `alertname`. Raises ValueError."""
+    webhooks = tuple(Webhook(Secret(_checked_url(url)), shown_url(url)) for url in urls)
+    route = Route("webhook", ("alertname",), 10.0, 60.0, 4 * 3600.0, (), False, "{}")
+    shown = "route:\n  receiver: webhook\n  group_by: [alertname]\n  group_wait: 10s\n"
+    shown += "  group_interval: 1m\n  repeat_interval: 4h\nreceivers:\n- name: webhook\n"
+    shown += "  webhook_configs:\n" + "".join(f"  - url: {hook.shown}\n" for hook in webhooks)
+    return NotifyConfig(route, {"webhook": webhooks}, shown=shown)
+
+
+def parse_notification_template(text: str, name: str = "") -> Template:
+    """A template that may use the default ones by their names. Raises TemplateError."""
+    return parse_template(text + DEFAULT_TEMPLATES, NOTIFICATION_FUNCTIONS, name)
+
+
+def read_notify_config(text: str | bytes, name: str) -> NotifyConfig:
+    """Read a configuration of Alertmanager, as YAML or JSON. Raises ConfigError, with every fault.
+
+    `name` is the path of the file; paths in the file are relative to its folder.
+
+    >>> read_notify_config("route: {receiver: me}", "notify.yml")
+    Traceback (most recent call last):
+    metricstream.ConfigError: notify.yml:1:18: no receiver has the name 'me'
+    """
+    try:
+        document = parse_yaml(text)
+    except YAMLError as error:
+        raise ConfigError([f"{name}:{error.line}:{error.column}: {error.reason}"]) from None
+    return _ConfigReader(document, name).read()
+
+
+_SECRETS = frozenset({
+    "auth_password", "auth_secret", "credentials", "password", "smtp_auth_password",
+    "smtp_auth_secret",
+})  # fmt: skip
+_GLOBAL_FIELDS = (
+    "resolve_timeout", "http_config", "smtp_from", "smtp_smarthost", "smtp_hello",
+    "smtp_auth_username", "smtp_auth_password", "smtp_auth_password_file", "smtp_auth_secret",
+    "smtp_auth_identity", "smtp_require_tls",
+)  # fmt: skip
+_ROUTE_FIELDS = (
+    "receiver", "group_by", "group_wait", "group_interval", "repeat_interval", "match", "match_re",
+    "matchers", "continue", "routes",
+)  # fmt: skip
+_WEBHOOK_FIELDS = (
+    "url", "url_file", "send_resolved", "timeout", "max_alerts", "http_config", "payload",
+)  # fmt: skip
+_HTTP_FIELDS = ("basic_auth", "authorization", "tls_config", "follow_redirects")
+_BASIC_FIELDS = ("username", "password", "password_file")
+_AUTHORIZATION_FIELDS = ("type", "credentials", "credentials_file")
+_EMAIL_FIELDS = (
+    "to", "from", "smarthost", "hello", "auth_username", "auth_password", "auth_password_file",
+    "auth_secret", "auth_identity", "headers", "html", "text", "require_tls", "tls_config",
+    "send_resolved",
+)  # fmt: skip
+_BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_ConfigFields = dict[str, YamlNode]
+
+
+def _shown_config(node: YamlNode, field: str = "", indent: str = "") -> str:
+    """What stands behind a key, or the dash of a list, without credentials."""
+    if isinstance(node, YamlMap):
+        return "".join(
+            f"\n{indent}{_shown_config(key).strip()}:{_shown_config(value, name, indent + '  ')}"
+            for name, (key, value) in node.entries.items()
+        ) or " {}"  # fmt: skip
+    if isinstance(node, YamlList):
+        items = (_shown_config(item, "", indent + "  ").lstrip() for item in node.items)
+        return "".join(f"\n{indent}- {item}" for item in items) or " []"
+    if node.is_null:
+        return " null"
+    if field in _SECRETS:
+        return f" {HIDDEN}"
+    if field == "url":
+        return f" {shown_url(node.text)}"
+    return f" {node.text if node.plain and node.text.isprintable() else write_json(node.text)}"
+
+
+class _ConfigReader:
+    """Reads one document; a fault is noted, with its position, and reading goes on."""
+
+    def __init__(self, document: YamlDocument, name: str):
+        self._document, self._name = document, name
+        self._faults: list[tuple[int, str]] = []
+        self._globals: _ConfigFields = {}
+
+    def read(self) -> NotifyConfig:
+        root = self._fields(self._document.root, "", ("global", "route", "receivers"))
+        self._globals = self._fields(root.get("global"), "global", _GLOBAL_FIELDS)
+        receivers: dict[str, tuple[Webhook | Email, ...]] = {}
+        for node in self._items(root, "receivers"):
+            fields = self._fields(node, "a receiver", ("name", "webhook_configs", "email_configs"))
+            name = self._text(fields, "name")
+            if not name or name in receivers:
+                reason = "another receiver has this name" if name else "a receiver needs a name"
+                self._fault(fields.get("name", node), reason)
+            webhooks = map(self._webhook, self._items(fields, "webhook_configs"))
+            emails = map(self._email, self._items(fields, "email_configs"))
+            receivers[name] = (*webhooks, *emails)
+        if "route" not in root:
+            self._fault(self._document.root, "no route is given")
+        route = self._route(root.get("route"), None, receivers)
+        resolve_timeout_s = self._seconds(self._globals, "resolve_timeout", RESOLVE_TIMEOUT_S)
+        if self._faults:
+            places = sorted((*self._document.place(at), why) for at, why in set(self._faults))
+            raise ConfigError([f"{self._name}:{line}:{col}: {why}" for line, col, why in places])
+        shown = _shown_config(self._document.root).lstrip() + "\n"
+        return NotifyConfig(route, receivers, resolve_timeout_s, shown)
+
+    # ---- routes ----
+
+    def _route(
+        self, node: YamlNode | None, parent: Route | None, receivers: Container[str]
+    ) -> Route:
+        above = parent or Route("", (), 30.0, 300.0, 4 * 3600.0, (), False, "{}")
+        fields = self._fields(node, "a route", _ROUTE_FIELDS)
+        receiver = self._text(fields, "receiver") or above.receiver
+        if node is not None and (not receiver or receiver not in receivers):
+            reason = f"no receiver has the name {_clipped(receiver)!r}"
+            reason = reason if receiver else "the root of the routes needs a receiver"
+            self._fault(fields.get("receiver", node), reason)
+        matchers = tuple(sorted(self._matchers(fields)))
+        if parent is None and matchers and node is not None:
+            self._fault(node, "the root of the routes must not have any matchers")
+        route = Route(
+            receiver, self._group_by(fields, above),
+            self._seconds(fields, "group_wait", above.group_wait_s, 0),
+            self._seconds(fields, "group_interval", above.group_interval_s),
+            self._seconds(fields, "repeat_interval", above.repeat_interval_s),
+            matchers, self._boolean(fields, "continue", False),
+            route_key(parent.key if parent else None, matchers),
+        )  # fmt: skip
+        children = tuple(
+            self._route(child, route, receivers) for child in self._items(fields, "routes")
+        )
+        return route._replace(routes=children)
+
+    def _group_by(self, fields: _ConfigFields, above: Route) -> tuple[str, ...] | None:
+        if "group_by" not in fields:
+            return above.group_by
+        labels = [self._scalar(item, "group_by") or "" for item in self._items(fields, "group_by")]
+        node = fields["group_by"]
+        if len(set(labels)) < len(labels):
+            self._fault(node, "a label stands in 'group_by' twice")
+        if "..." in labels and len(labels) > 1:
+            self._fault(node, "'...' in 'group_by' means all labels, and stands alone")
+        for label in labels:
+            if label != "..." and not _LABEL_NAME.fullmatch(label):
+                self._fault(node, f"{_clipped(label)!r} is no name for a label")
+        return None if labels == ["..."] else tuple(labels)
+
+    def _matchers(self, fields: _ConfigFields) -> Iterator[Matcher]:
+        for node in self._items(fields, "matchers"):
+            try:
+                yield from parse_matchers(self._scalar(node, "matchers") or "")
+            except ValueError as error:
+                self._fault(node, str(error))
+        for field, op in (("match", "="), ("match_re", "=~")):
+            for label, (key, value) in self._entries(fields.get(field), field).items():
+                if not _LABEL_NAME.fullmatch(label):
+                    self._fault(key, f"{_clipped(label)!r} is no name for a label")
+                try:
+                    yield checked_matcher(label, op, self._scalar(value, label) or "")
+                except ValueError as error:
+                    self._fault(value, str(error))
+
+    # ---- receivers ----
+
+    def _webhook(self, node: YamlNode) -> Webhook:
+        fields = self._fields(node, "a webhook", _WEBHOOK_FIELDS)
+        url, path = self._text(fields, "url"), self._path(fields, "url_file")
+        if bool(url) == bool(path):
+            self._fault(node, "a webhook needs 'url' or 'url_file', and not both")
+        try:
+            shown = shown_url(_checked_url(url)) if url else HIDDEN
+        except ValueError as error:
+            self._fault(fields["url"], str(error))
+            shown = HIDDEN
+        http_fields = fields if "http_config" in fields else self._globals
+        authorization, tls = self._http_config(http_fields.get("http_config"))
+        payload = fields.get("payload")
+        return Webhook(
+            Secret(url, path), shown, authorization, tls,
+            self._boolean(fields, "send_resolved", True),
+            self._seconds(fields, "timeout", WEBHOOK_TIMEOUT_S, 0) or WEBHOOK_TIMEOUT_S,
+            self._whole_number(fields, "max_alerts"),
+            None if payload is None else self._payload(payload),
+        )  # fmt: skip
+
+    def _payload(self, node: YamlNode) -> Any:
+        if isinstance(node, YamlMap):
+            return {name: self._payload_part(value) for name, (_, value) in node.entries.items()}
+        if isinstance(node, YamlList):
+            return [self._payload_part(item) for item in node.items]
+        return self._template(node)
+
+    def _payload_part(self, node: YamlNode) -> Any:
+        """Inside of a structure what is no text stays what it is."""
+        if isinstance(node, YamlScalar) and node.plain:
+            if node.is_null or node.text in ("true", "false"):
+                return _BOOLEANS.get(node.text)
+            if GO_FLOAT.fullmatch(node.text):
+                with contextlib.suppress(JSONError):
+                    return parse_json(node.text)
+        return self._payload(node)
+
+    def _http_config(self, node: YamlNode | None) -> tuple[Authorization | None, TLSOptions]:
+        fields = self._fields(node, "http_config", _HTTP_FIELDS)
+        if self._boolean(fields, "follow_redirects", False):
+            self._fault(fields["follow_redirects"], "redirects are not followed")
+        if "basic_auth" in fields and "authorization" in fields:
+            self._fault(fields["authorization"], "not beside 'basic_auth'")
+        authorization = None
+        if "basic_auth" in fields:
+            basic = self._fields(fields["basic_auth"], "basic_auth", _BASIC_FIELDS)
+            user, secret = self._text(basic, "username"), self._secret(basic, "password")
+            authorization = Authorization("Basic", user, secret)
+        elif "authorization" in fields:
+            own = self._fields(fields["authorization"], "authorization", _AUTHORIZATION_FIELDS)
+            scheme = self._text(own, "type") or "Bearer"
+            if scheme.lower() == "basic":
+                self._fault(own["type"], "for this type there is 'basic_auth'")
+            authorization = Authorization(scheme, "", self._secret(own, "credentials"))
+        return authorization, self._tls_config(fields.get("tls_config"))
+
+    def _tls_config(self, node: YamlNode | None) -> TLSOptions:
+        known = ("ca_file", "cert_file", "key_file", "insecure_skip_verify")
+        fields = self._fields(node, "tls_config", known)
+        return TLSOptions(
+            self._path(fields, "ca_file"), self._path(fields, "cert_file"),
+            self._path(fields, "key_file"), self._boolean(fields, "insecure_skip_verify", False),
+        )  # fmt: skip
+
+    def _email(self, node: YamlNode) -> Email:
+        fields = self._fields(node, "an email", _EMAIL_FIELDS)
+        for name in ("from", "smarthost", "hello", "auth_username", "auth_identity", "require_tls"):
+            if name not in fields and f"smtp_{name}" in self._globals:
+                fields[name] = self._globals[f"smtp_{name}"]
+        for name in ("auth_password", "auth_secret"):
+            if name not in fields and f"{name}_file" not in fields:
+                inherited = (name, f"{name}_file")
+                fields |= {own: self._globals[f"smtp_{own}"] for own in inherited
+                           if f"smtp_{own}" in self._globals}  # fmt: skip
+        for name in ("to", "from", "smarthost"):
+            if not self._text(fields, name):
+                self._fault(node, f"an email needs '{name}'")
+        host, colon, port = self._text(fields, "smarthost").rpartition(":")
+        if colon and not (host and port.isdecimal() and 0 < int(port[:6]) < 65536):
+            self._fault(fields["smarthost"], "must be a host and a port, as mail.example.org:587")
+        defaults = {name: f'{{{{ template "email.default.{name}" . }}}}'
+                    for name in ("subject", "html")}  # fmt: skip
+        headers = {name.title(): self._template(value) for name, (_, value)
+                   in self._entries(fields.get("headers"), "headers").items()}  # fmt: skip
+        if "Subject" not in headers:
+            headers["Subject"] = parse_notification_template(defaults["subject"])
+        html = parse_notification_template(defaults["html"])
+        return Email(
+            host.strip("[]"), int(port[:6]) if port.isdecimal() else 0,
+            self._template(fields.get("from")), self._template(fields.get("to")), headers,
+            self._template(fields["text"]) if self._text(fields, "text") else None,
+            html if "html" not in fields else self._template(fields["html"])
+            if self._text(fields, "html") else None,
+            self._text(fields, "hello") or "localhost", self._text(fields, "auth_username"),
+            self._secret(fields, "auth_password"), self._secret(fields, "auth_secret"),
+            self._text(fields, "auth_identity"), self._boolean(fields, "require_tls", True),
+            self._tls_config(fields.get("tls_config")),
+            self._boolean(fields, "send_resolved", False),
+        )  # fmt: skip
+
+    # ---- fields, each of a type ----
+
+    def _fault(self, node: YamlNode, reason: str) -> None:
+        self._faults.append((node.position, reason))
+
+    def _fields(self, node: YamlNode | None, what: str, known: Sequence[str]) -> _ConfigFields:
+        entries = self._entries(node, what)
+        for name, (key, value) in entries.items():
+            is_empty = isinstance(value, YamlList) and not value.items
+            if name not in known and not is_empty:
+                where = f" in {what}" if what else ""
+                reason = f"{_clipped(name)!r}{where} is not read here; known are {', '.join(known)}"
+                self._fault(key, f"{reason}. For all else run Alertmanager (--alertmanager URL)")
+        found = {name: value for name, (_, value) in entries.items()}
+        return {name: value for name, value in found.items()
+                if not (isinstance(value, YamlScalar) and value.is_null)}  # fmt: skip
+
+    def _entries(self, node: YamlNode | None, what: str) -> dict[str, tuple[YamlScalar, YamlNode]]:
+        if isinstance(node, YamlMap):
+            return node.entries
+        if node is not None and not (isinstance(node, YamlScalar) and node.is_null):
+            self._fault(node, f"{what or 'the file'} must be a map")
+        return {}
+
+    def _items(self, fields: _ConfigFields, name: str) -> list[YamlNode]:
+        node = fields.get(name)
+        if isinstance(node, YamlList):
+            return node.items
+        if node is not None:
+            self._fault(node, f"{name!r} must be a list")
+        return []
+
+    def _scalar(self, node: YamlNode | None, what: str) -> str | None:
+        if isinstance(node, YamlScalar):
+            return None if node.is_null else node.text
+        if node is not None:
+            self._fault(node, f"{what!r} must be text")
+        return None
+
+    def _text(self, fields: _ConfigFields, name: str) -> str:
+        return self._scalar(fields.get(name), name) or ""
+
+    def _path(self, fields: _ConfigFields, name: str) -> str:
+        path = self._text(fields, name)
+        return os.path.join(os.path.dirname(self._name), path) if path else ""
+
+    def _secret(self, fields: _ConfigFields, name: str) -> Secret:
+        text, path = self._text(fields, name), self._path(fields, f"{name}_file")
+        if text and path:
+            self._fault(fields[name], f"'{name}' and '{name}_file' exclude each other")
+        return Secret(text, path)
+
+    def _boolean(self, fields: _ConfigFields, name: str, otherwise: bool) -> bool:
+        if name not in fields:
+            return otherwise
+        text = (self._scalar(fields[name], name) or "").lower()
+        if text not in _BOOLEANS:
+            self._fault(fields[name], f"{name!r} must be true or false")
+        return _BOOLEANS.get(text, otherwise)
+
+    def _whole_number(self, fields: _ConfigFields, name: str) -> int:
+        text = self._text(fields, name)
+        if text and not (text.isdecimal() and len(text) < 10):
+            self._fault(fields[name], f"{name!r} must be a whole number")
+            return 0
+        return int(text or 0)
+
+    def _seconds(
+        self, fields: _ConfigFields, name: str, otherwise: float, least_ms: int = 1
+    ) -> float:
+        if name not in fields:
+            return otherwise
+        text = self._text(fields, name)
+        try:
+            duration_ms = 0 if text == "0" else parse_duration_ms(text)
+            if duration_ms < least_ms:
+                raise ValueError(f"{name!r} must be more than zero")
+            return duration_ms / 1000
+        except ValueError as error:
+            self._fault(fields[name], str(error))
+            return otherwise
+
+    def _template(self, node: YamlNode | None) -> Template:
+        try:
+            return parse_notification_template(self._scalar(node, "a template") or "")
+        except TemplateError as error:
+            assert node is not None  # nothing is a template without faults
+            self._fault(node, str(error))
+            return parse_notification_template("")
+
+
+# ==================================================================================================
 # PART VI. COMMAND LINE
 # ==================================================================================================
 
 
 # ==================================================================================================
-# 34. Command line
+# 36. Command line
 # ==================================================================================================
 #
 # Options become objects, one line says what is running, and a signal ends it. What goes wrong
