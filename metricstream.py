@@ -70,6 +70,7 @@ import time
 import traceback
 import unicodedata
 import urllib.parse
+import uuid
 import zlib
 import zoneinfo
 from array import array
@@ -12370,7 +12371,7 @@ def fingerprint(labels: Mapping[str, str]) -> str:
     """The name that Alertmanager gives to a set of labels: FNV-1a of 64 bits, in hexadecimal.
 
     >>> fingerprint({"alertname": "Down"}), fingerprint({})
-    ('7c72bb39b15b8aa1', 'cbf29ce484222325')
+    ('6accfd3d0992a914', 'cbf29ce484222325')
     """
     hashed = 0xCBF29CE484222325
     for label in sorted(labels):
@@ -12795,7 +12796,7 @@ class _ConfigReader:
             reason = f"no receiver has the name {_clipped(receiver)!r}"
             reason = reason if receiver else "the root of the routes needs a receiver"
             self._fault(fields.get("receiver", node), reason)
-        matchers = tuple(sorted(self._matchers(fields)))
+        matchers = tuple(sorted(self._matchers(fields), key=lambda m: (m.name, m.value, m.op)))
         if parent is None and matchers and node is not None:
             self._fault(node, "the root of the routes must not have any matchers")
         route = Route(
@@ -13035,12 +13036,538 @@ class _ConfigReader:
 
 
 # ==================================================================================================
+# 36. Notification
+# ==================================================================================================
+#
+# The problem: each firing and each resolve is told once, although alerts come in again every
+# minute, receivers are down, and this process may be killed at any moment. The idea is that of
+# Alertmanager: alerts gather in groups; a group is flushed some time after its first alert and then
+# at an interval; a log remembers for each receiver which alerts it knows as firing, and a flush
+# tells only what differs. What it costs: news of a group wait for its interval.
+#
+# Nothing here waits or sends. `due` says what is to be sent now, `settle` is told how that ended,
+# `state` is what a restart needs. A notification that arrived just before a crash, and was not
+# settled, comes twice: the other choice would be that it may not come at all.
+#
+# Beyond Alertmanager: alerts and timers survive a restart and a suspended machine, during which
+# nothing times out; an alert that ended while it was silenced is told as new when it fires again.
+#
+# Sources: Alertmanager's dispatch/dispatch.go, notify/notify.go, nflog, provider/mem, silence.
+
+MAX_ALERTS = 100_000
+MAX_SILENCES = 10_000
+KEPT_S = 120 * 3600.0  # so long an ended silence is shown, and an entry of the log is known
+LONGEST_NAP_S = 15.0  # so often `due` wants to be called
+LEAP_S = 60.0  # a longer pause between two calls was no time of this process
+FIRST_RETRY_S, RETRY_FACTOR, LONGEST_RETRY_S = 0.5, 1.5, 60.0
+FINAL = "not retried: "  # begins an error that would come again
+
+StatisticRow = tuple[str, str, str, dict[str, str], float]
+
+
+class Silence(NamedTuple):
+    """Alerts with such labels are not told for some time."""
+
+    id: str
+    matchers: tuple[Matcher, ...]
+    starts_at: float
+    ends_at: float
+    updated_at: float
+    created_by: str
+    comment: str
+
+    def state(self, now: float) -> str:
+        """What Alertmanager calls it: pending, active or expired."""
+        if now < self.starts_at:
+            return "pending"
+        return "active" if now < self.ends_at else "expired"
+
+
+class SilenceError(ValueError):
+    """A silence that is refused."""
+
+
+class Silences:
+    """All silences, by id."""
+
+    def __init__(self) -> None:
+        self.by_id: dict[str, Silence] = {}
+
+    def put(self, wanted: Silence, now: float) -> Silence:
+        """Add a silence, or change the one with its id. What can't be changed without rewriting
+        the past ends, and another one begins. Raises SilenceError, and KeyError for an unknown id.
+        """
+        if not wanted.matchers:
+            raise SilenceError("invalid silence: at least one matcher required")
+        if accepts_labels([m for m in wanted.matchers if m.op in ("=", "=~")], {}) and not any(
+            matcher.op in ("!=", "!~") for matcher in wanted.matchers
+        ):
+            fault = "at least one matcher must not match the empty string"
+            raise SilenceError(f"invalid silence: {fault}")
+        previous = self.by_id[wanted.id] if wanted.id else None
+        silence = wanted._replace(updated_at=now)
+        if previous is None or not self._can_become(previous, silence, now):
+            self.forget_ended(now)
+            if len(self.by_id) >= MAX_SILENCES:
+                raise SilenceError(f"there are {MAX_SILENCES} silences already")
+            if previous:
+                self.expire(previous.id, now)
+            silence = silence._replace(id=str(uuid.uuid4()), starts_at=max(now, silence.starts_at))
+        self.by_id[silence.id] = silence
+        return silence
+
+    def _can_become(self, previous: Silence, wanted: Silence, now: float) -> bool:
+        state = previous.state(now)
+        if previous.matchers != wanted.matchers or state == "expired":
+            return False
+        if state == "active":
+            return int(previous.starts_at) == int(wanted.starts_at) and wanted.ends_at >= now
+        return wanted.starts_at >= now
+
+    def expire(self, id: str, now: float) -> None:
+        """End a silence. Raises KeyError."""
+        silence = self.by_id[id]
+        if silence.state(now) != "expired":
+            starts_at = min(silence.starts_at, now)
+            self.by_id[id] = silence._replace(starts_at=starts_at, ends_at=now, updated_at=now)
+
+    def of(self, labels: Mapping[str, str], now: float) -> list[str]:
+        """The ids of those that silence an alert now."""
+        return sorted(
+            silence.id
+            for silence in self.by_id.values()
+            if silence.state(now) == "active" and accepts_labels(silence.matchers, labels)
+        )
+
+    def forget_ended(self, now: float) -> None:
+        """Forget those that ended long ago."""
+        kept = {id: each for id, each in self.by_id.items() if each.ends_at + KEPT_S > now}
+        self.by_id = kept
+
+
+class _LogEntry(NamedTuple):
+    """What a receiver was told last of a group: fingerprints, and when."""
+
+    firing: frozenset[str]
+    resolved: frozenset[str]
+    at: float
+
+
+class _LogKey(NamedTuple):
+    receiver: str
+    kind: str
+    index: int
+    group_key: str
+
+
+class _Group:
+    """Alerts of a route that share its group labels."""
+
+    __slots__ = ("route", "labels", "key", "members", "flush_at", "was_flushed", "failed", "open")
+
+    def __init__(self, route: Route, labels: dict[str, str], key: str, flush_at: float):
+        self.route, self.labels, self.key = route, labels, key
+        self.members: set[str] = set()
+        self.flush_at, self.was_flushed = flush_at, False
+        self.failed = False  # whether some receiver does not know of the last flush
+        self.open = 0  # how many notifications of the last flush have not been settled
+
+
+class Delivery(NamedTuple):
+    """A notification to be sent; `deliver` sends it, in whatever process."""
+
+    receiver: str
+    index: int  # of the integration, among those of the receiver
+    integration: Any  # what the configuration says of it
+    group_key: str
+    group_labels: dict[str, str]
+    alerts: tuple[Alert, ...]
+    now: float
+    external_url: str
+    deadline_s: float  # it takes no longer
+    attempt: int
+
+    @property
+    def name(self) -> str:
+        """How messages call it."""
+        return f"{self.receiver}/{self.integration.kind}[{self.index}]"
+
+
+@dataclasses.dataclass(slots=True)
+class _Pending:
+    """A notification that has not arrived yet."""
+
+    delivery: Delivery
+    group: _Group
+    entry: _LogEntry  # what the log says when it has arrived
+    told: list[tuple[str, float]]  # resolved alerts of the flush, and when they were updated
+    retry_at: float
+    in_transit: bool = False
+    error: str = ""
+
+
+class Notifications:
+    """Alerts, their groups, what receivers know of them, and silences.
+
+    Times are those of `clock`, in Unix seconds. `changed` is set when `state` should be saved; who
+    has saved it clears it.
+    """
+
+    def __init__(
+        self, config: NotifyConfig, external_url: str, clock: Callable[[], float] = time.time
+    ):
+        self.config, self.external_url = config, external_url
+        self.silences = Silences()
+        self.alerts: dict[str, Alert] = {}  # by fingerprint
+        self.changed = False
+        self.counts: Counter[tuple[str, str]] = Counter()  # by name of the statistic, and its label
+        self._clock = clock
+        self._seen_at = self.started_at = clock()
+        self._groups: dict[tuple[str, str], _Group] = {}  # by receiver and group key
+        self._log: dict[_LogKey, _LogEntry] = {}
+        self._pending: dict[_LogKey, _Pending] = {}
+        self._holders: Counter[str] = Counter()  # how many groups an alert is in
+        self._forget_at = 0.0
+
+    # ---- alerts come in ----
+
+    def put(self, alerts: Iterable[Alert]) -> None:
+        """Take alerts that are new, go on, or are resolved."""
+        now = self.now()
+        for alert in alerts:
+            id = fingerprint(alert.labels)
+            old = self.alerts.get(id)
+            if old is None and len(self.alerts) >= MAX_ALERTS:
+                self.counts["alerts_limited", ""] += 1
+                continue
+            merged = _merged(old, alert, now) if old else alert
+            # that it goes on firing is no news: `restore` moves its end
+            was = (old.starts_at, old.is_resolved(now)) if old else None
+            self.changed |= was != (merged.starts_at, merged.is_resolved(now))
+            self.alerts[id] = merged
+            for route in self.config.route.matching(merged.labels):
+                self._join(route, id, merged, now)
+
+    def _join(self, route: Route, id: str, alert: Alert, now: float) -> None:
+        key = _group_key(route, alert.labels)
+        group = self._groups.get((route.receiver, key))
+        if group is None:
+            labels = route.group_labels(alert.labels)
+            group = _Group(route, labels, key, now + route.group_wait_s)
+            self._groups[route.receiver, key] = group
+        if id not in group.members:
+            group.members.add(id)
+            self._holders[id] += 1
+        if not group.was_flushed and alert.starts_at + route.group_wait_s < now:
+            group.flush_at = min(group.flush_at, now)
+
+    def now(self) -> float:
+        """The time of the clock. Where it leapt since the last call, time-outs move with it."""
+        now = self._clock()
+        self._follow(self._seen_at, now)
+        self._seen_at = now
+        return now
+
+    def _follow(self, before: float, now: float) -> None:
+        leap = now - before
+        if 0 <= leap <= LEAP_S:
+            return
+        for id, alert in self.alerts.items():
+            if not alert.is_resolved(before):
+                self.alerts[id] = alert._replace(
+                    ends_at=alert.ends_at + leap, updated_at=min(alert.updated_at, now)
+                )
+        if leap < 0:
+            for group in self._groups.values():
+                group.flush_at += leap
+            for pending in self._pending.values():
+                pending.retry_at += leap
+            for key, entry in self._log.items():
+                self._log[key] = entry._replace(at=min(entry.at, now))
+
+    # ---- notifications go out ----
+
+    def due(self) -> list[Delivery]:
+        """What is to be sent now; each delivery is settled later, whatever becomes of it."""
+        now = self.now()
+        for place, group in list(self._groups.items()):
+            if group.flush_at <= now:
+                self._flush(group, now)
+                if not group.members and not group.open:
+                    del self._groups[place]
+        deliveries = []
+        for pending in self._pending.values():
+            if pending.retry_at <= now and not pending.in_transit:
+                left = max(1.0, pending.group.flush_at - now)
+                deadline_s = min(left, pending.delivery.integration.timeout_s)
+                pending.delivery = pending.delivery._replace(
+                    deadline_s=deadline_s, now=now, attempt=pending.delivery.attempt + 1
+                )
+                pending.in_transit = True
+                deliveries.append(pending.delivery)
+        if now >= self._forget_at:
+            self._forget(now)
+        return deliveries
+
+    def next_due(self) -> float | None:
+        """When `due` wants to be called again; None: not before other calls."""
+        times = [group.flush_at for group in self._groups.values()]
+        times += [each.retry_at for each in self._pending.values() if not each.in_transit]
+        return min(*times, self._seen_at + LONGEST_NAP_S) if times else None
+
+    def _flush(self, group: _Group, now: float) -> None:
+        """Compare the group with what its receivers know of it."""
+        receiver = group.route.receiver
+        integrations = list(enumerate(self.config.receivers.get(receiver, ())))
+        keys = [_LogKey(receiver, each.kind, index, group.key) for index, each in integrations]
+        mine = [self._pending[key] for key in keys if key in self._pending]
+        if any(pending.in_transit for pending in mine):
+            group.flush_at = now + 1.0
+            return
+        for key in keys:
+            if key in self._pending:
+                self._give_up(key)
+        group.flush_at, group.was_flushed = now + group.route.group_interval_s, True
+        group.failed = False
+        members = sorted((self.alerts[id] for id in group.members), key=_alert_order)
+        told = [(fingerprint(a.labels), a.updated_at) for a in members if a.is_resolved(now)]
+        alerts = [alert for alert in members if not self.silences.of(alert.labels, now)]
+        if alerts:
+            ids = {True: set[str](), False: set[str]()}
+            for alert in alerts:
+                ids[alert.is_resolved(now)].add(fingerprint(alert.labels))
+            entry = _LogEntry(frozenset(ids[False]), frozenset(ids[True]), now)
+            for key, (_, integration) in zip(keys, integrations):
+                if self._needs_update(key, entry, integration, group.route):
+                    self._begin(key, integration, group, entry, alerts, told)
+        if not group.open:
+            self._finish(group, told)
+
+    def _needs_update(
+        self, key: _LogKey, wanted: _LogEntry, integration: Webhook | Email, route: Route
+    ) -> bool:
+        """The rule of Alertmanager's dedup stage."""
+        known = self._log.get(key)
+        if known is None:
+            return bool(wanted.firing)
+        if not wanted.firing <= known.firing:
+            return True
+        if not wanted.firing:
+            return bool(known.firing)
+        if integration.send_resolved and not wanted.resolved <= known.resolved:
+            return True
+        return known.at < wanted.at - route.repeat_interval_s
+
+    def _begin(
+        self, key: _LogKey, integration: Webhook | Email, group: _Group, entry: _LogEntry,
+        alerts: list[Alert], told: list[tuple[str, float]],
+    ) -> None:  # fmt: skip
+        if not integration.send_resolved:
+            if not entry.firing:
+                # nobody is told, but the next firing is new again
+                self._note(key, entry)
+                return
+            alerts = [alert for alert in alerts if not alert.is_resolved(entry.at)]
+        delivery = Delivery(
+            key.receiver, key.index, integration, key.group_key, group.labels, tuple(alerts),
+            entry.at, self.external_url, integration.timeout_s, 0,
+        )  # fmt: skip
+        group.open += 1
+        self._pending[key] = _Pending(delivery, group, entry, told, entry.at)
+        self.counts["notifications", key.kind] += 1
+
+    def _note(self, key: _LogKey, entry: _LogEntry) -> None:
+        self._log[key] = entry
+        self.changed = True
+
+    def settle(self, delivery: Delivery, error: str) -> None:
+        """Say how a delivery ended: "" if it arrived, else why not. What begins with FINAL is not
+        tried again before the next flush of the group.
+        """
+        now = self.now()
+        kind = delivery.integration.kind
+        key = _LogKey(delivery.receiver, kind, delivery.index, delivery.group_key)
+        pending = self._pending.get(key)
+        if pending is None or pending.delivery is not delivery:
+            return
+        pending.in_transit = False
+        self.counts["notification_requests", kind] += 1
+        if not error:
+            if pending.error:
+                logger.info("notification to %s arrived after all", delivery.name)
+            del self._pending[key]
+            self._note(key, pending.entry._replace(at=now))
+            self._close(pending)
+            return
+        self.counts["notification_requests_failed", kind] += 1
+        if error != pending.error:
+            logger.warning("notification to %s failed: %s", delivery.name, error)
+        pending.error = error
+        wait_s = min(FIRST_RETRY_S * RETRY_FACTOR ** min(delivery.attempt, 20), LONGEST_RETRY_S)
+        pending.retry_at = now + wait_s
+        if (
+            error.startswith(FINAL)
+            or self._groups.get((delivery.receiver, delivery.group_key)) is not pending.group
+        ):
+            self._give_up(key)
+
+    def _give_up(self, key: _LogKey) -> None:
+        """Until the next flush, which compares anew."""
+        pending = self._pending.pop(key)
+        pending.group.failed = True
+        self.counts["notifications_failed", key.kind] += 1
+        self._close(pending)
+
+    def _close(self, pending: _Pending) -> None:
+        pending.group.open -= 1
+        if not pending.group.open and not pending.group.failed:
+            self._finish(pending.group, pending.told)
+
+    def _finish(self, group: _Group, told: list[tuple[str, float]]) -> None:
+        """All receivers know what the group was at its flush: what was resolved leaves it."""
+        receiver = group.route.receiver
+        integrations = enumerate(self.config.receivers.get(receiver, ()))
+        keys = [_LogKey(receiver, each.kind, index, group.key) for index, each in integrations]
+        for id, updated_at in told:
+            if id not in group.members or self.alerts[id].updated_at != updated_at:
+                continue
+            self._leave(group, id)
+            for key in keys:
+                entry = self._log.get(key)
+                if entry and id in entry.firing:
+                    self._log[key] = entry._replace(firing=entry.firing - {id})
+
+    def _leave(self, group: _Group, id: str) -> None:
+        group.members.discard(id)
+        self._holders[id] -= 1
+        if not self._holders[id]:
+            del self._holders[id], self.alerts[id]
+        self.changed = True
+
+    def _forget(self, now: float) -> None:
+        """Once an hour: what is of no use any more."""
+        self._forget_at = now + 3600.0
+        self.silences.forget_ended(now)
+        kept_s = max(KEPT_S, 2 * _longest_repeat_s(self.config.route))
+        self._log = {key: entry for key, entry in self._log.items() if entry.at + kept_s > now}
+
+    # ---- across restarts ----
+
+    def reload(self, config: NotifyConfig) -> None:
+        """Go on with another configuration; what a route is known for goes on if it is the same."""
+        self._regroup(config, self._saved_groups(), self.now())
+
+    def _saved_groups(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "receiver": receiver, "key": key, "members": sorted(group.members),
+                # what has not arrived is tried again at once
+                "flush_at": 0.0 if group.open or group.failed else group.flush_at,
+                "was_flushed": group.was_flushed,
+            }
+            for (receiver, key), group in self._groups.items()
+        ]  # fmt: skip
+
+    def _regroup(self, config: NotifyConfig, saved: list[dict[str, Any]], now: float) -> None:
+        """Sort all alerts into groups anew; those that were saved keep their times."""
+        for group in self._groups.values():
+            # a delivery in transit may still refer to it
+            group.members = set()
+        self._pending = {key: each for key, each in self._pending.items() if each.in_transit}
+        self.config, self._groups, self._holders = config, {}, Counter()
+        known = {(each["receiver"], each["key"]): each for each in saved}
+        left: dict[tuple[str, str], set[str]] = {
+            place: set(each["members"]) for place, each in known.items()
+        }
+        for id, alert in list(self.alerts.items()):
+            for route in config.route.matching(alert.labels):
+                place = (route.receiver, _group_key(route, alert.labels))
+                if not alert.is_resolved(now) or id in left.get(place, (id,)):
+                    self._join(route, id, alert, now)
+            if id not in self._holders:
+                del self.alerts[id]
+        for place, group in self._groups.items():
+            if place in known:
+                group.flush_at = known[place]["flush_at"]
+                group.was_flushed = known[place]["was_flushed"]
+        self.changed = True
+
+    def state(self) -> dict[str, Any]:
+        """All that a restart needs, as values of JSON."""
+        return {
+            "saved_at": self.now(),
+            "alerts": [alert._asdict() for alert in self.alerts.values()],
+            "groups": self._saved_groups(),
+            "log": [
+                {
+                    **key._asdict(), "firing": sorted(entry.firing),
+                    "resolved": sorted(entry.resolved), "at": entry.at,
+                }
+                for key, entry in self._log.items()
+            ],
+            "silences": [
+                {**silence._asdict(), "matchers": [list(m) for m in silence.matchers]}
+                for silence in self.silences.by_id.values()
+            ],
+        }  # fmt: skip
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state. While nobody ran, no alert timed out. Raises KeyError,
+        TypeError or ValueError if the state is not as it was written.
+        """
+        now = self.now()
+        alerts = [Alert(**alert) for alert in state["alerts"]]
+        log = {
+            _LogKey(row["receiver"], row["kind"], row["index"], row["group_key"]): _LogEntry(
+                frozenset(row["firing"]), frozenset(row["resolved"]), row["at"]
+            )
+            for row in state["log"]
+        }
+        silences = [
+            Silence(**{**row, "matchers": tuple(checked_matcher(*m) for m in row["matchers"])})
+            for row in state["silences"]
+        ]
+        self.alerts = {fingerprint(alert.labels): alert for alert in alerts}
+        self._log = log
+        self.silences.by_id = {silence.id: silence for silence in silences}
+        self._regroup(self.config, state["groups"], state["saved_at"])
+        self._follow(state["saved_at"], now)
+
+
+def _group_key(route: Route, labels: dict[str, str]) -> str:
+    return f"{route.key}:{label_set_text(route.group_labels(labels))}"
+
+
+def _longest_repeat_s(route: Route) -> float:
+    return max(route.repeat_interval_s, *map(_longest_repeat_s, route.routes), 0.0)
+
+
+def _alert_order(alert: Alert) -> tuple[str, str, list[tuple[str, str]]]:
+    labels = alert.labels
+    return labels.get("job", ""), labels.get("instance", ""), sorted(labels.items())
+
+
+def _merged(old: Alert, new: Alert, now: float) -> Alert:
+    """An alert that is known already, with what is said of it now: Alertmanager's provider/mem."""
+    if not (
+        old.starts_at < new.ends_at < old.ends_at or old.starts_at < new.starts_at < old.ends_at
+    ):
+        return new
+    older, younger = (new, old) if new.updated_at < old.updated_at else (old, new)
+    ends_at = younger.ends_at
+    if older.ends_at > ends_at:
+        is_final = older.is_resolved(now) if younger.is_resolved(now) else not older.times_out
+        ends_at = older.ends_at if is_final else ends_at
+    return younger._replace(starts_at=min(old.starts_at, new.starts_at), ends_at=ends_at)
+
+
+# ==================================================================================================
 # PART VI. COMMAND LINE
 # ==================================================================================================
 
 
 # ==================================================================================================
-# 36. Command line
+# 37. Command line
 # ==================================================================================================
 #
 # Options become objects, one line says what is running, and a signal ends it. What goes wrong
