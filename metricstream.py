@@ -32,11 +32,14 @@ order of dependency. `grep -nE '^# (PART|[0-9]+\\.)' metricstream.py` prints the
 """
 
 import argparse
+import base64
 import calendar
 import contextlib
 import dataclasses
 import datetime
 import decimal
+import email.message
+import email.policy
 import email.utils
 import errno
 import fcntl
@@ -46,6 +49,7 @@ import hashlib
 import heapq
 import hmac
 import http
+import http.client
 import ipaddress
 import itertools
 import logging
@@ -58,6 +62,7 @@ import resource
 import secrets
 import select
 import signal
+import smtplib
 import socket
 import socketserver
 import ssl
@@ -11432,16 +11437,27 @@ def _in_zone(name: str, when: datetime.datetime) -> datetime.datetime:
         raise ValueError(f"unknown time zone {name}") from None
 
 
-def _plain_value(value: Any) -> Any:
+def rfc3339(time: datetime.datetime) -> str:
+    """A time as Go's JSON has it."""
+    text, zone = time.isoformat()[:-6], time.isoformat()[-6:]
+    text = text.rstrip("0").rstrip(".") if "." in text else text
+    return text + ("Z" if zone == "+00:00" else zone)
+
+
+def json_value(value: Any) -> Any:
     """A value of a template as `write_json` takes it."""
     if isinstance(value, TemplateStruct):
-        return {name: _plain_value(field) for name, field in value.fields.items()}
+        # as Alertmanager's tags have it, which a Pair has not
+        first = str if value.type_name == "template.Pair" else str.lower
+        return {
+            first(name[0]) + name[1:]: json_value(field) for name, field in value.fields.items()
+        }
     if isinstance(value, dict):
-        return {str(key): _plain_value(item) for key, item in value.items()}
+        return {str(key): json_value(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_plain_value(item) for item in value]
+        return [json_value(item) for item in value]
     if isinstance(value, datetime.datetime):
-        return value.isoformat().replace("+00:00", "Z")
+        return rfc3339(value)
     return _nanoseconds(value) if isinstance(value, datetime.timedelta) else value
 
 
@@ -11453,7 +11469,7 @@ NOTIFICATION_FUNCTIONS = _COMMON_FUNCTIONS | {
         "time.Time", lambda when: datetime.datetime.now(datetime.UTC) - when
     ),
     "stringSlice": TemplateFunction("...string", lambda *texts: list(texts)),
-    "toJson": TemplateFunction("any", lambda value: write_json(_plain_value(value))),
+    "toJson": TemplateFunction("any", lambda value: write_json(json_value(value))),
     "trimSpace": TemplateFunction("string", lambda text: text.strip(" \t\r\n")),
     "tz": TemplateFunction("string time.Time", _in_zone),
     "urlUnescape": TemplateFunction("string", lambda text: _HTML(urllib.parse.unquote_plus(text))),
@@ -12025,14 +12041,16 @@ class Template:
     def __init__(self, name: str, text: str, templates: dict[str, list[_Statement]]) -> None:
         self.name, self.text, self.templates = name, text, templates
 
-    def execute(self, data: Any, functions: Mapping[str, TemplateFunction]) -> str:
+    def execute(
+        self, data: Any, functions: Mapping[str, TemplateFunction], escapes_html: bool = False
+    ) -> str:
         """What the template prints. Raises TemplateError.
 
         `data` is what the dot means: str, bool, int, float, None, datetime and timedelta, lists and
         dicts of them, `TemplateStruct`. `functions` has those whose names the template was parsed
-        with.
+        with. `escapes_html`: what is printed becomes text of HTML, unless it is safe.
         """
-        run = _TemplateRun(self, functions, data)
+        run = _TemplateRun(self, functions, data, escapes_html)
         try:
             run.walk(data, self.templates[self.name])
         except TemplateError as error:
@@ -12052,9 +12070,11 @@ class _TemplateRun:
     because an error tells which node was visited last."""
 
     def __init__(
-        self, template: Template, functions: Mapping[str, TemplateFunction], data: Any
-    ) -> None:
+        self, template: Template, functions: Mapping[str, TemplateFunction], data: Any,
+        escapes_html: bool,
+    ) -> None:  # fmt: skip
         self.template, self.functions = template, functions
+        self.escapes_html = escapes_html
         self.name = template.name
         self.variables: list[list[Any]] = [["$", data]]  # name and value, the innermost last
         self.node: Any = None
@@ -12086,6 +12106,12 @@ class _TemplateRun:
         except ValueError as error:
             self.fail(str(error))
 
+    def printable(self, value: Any) -> Any:
+        """What is printed of a value; in HTML nothing of it is markup, unless it is safe."""
+        if self.escapes_html and not isinstance(value, _HTML):
+            return _printed(value).translate(_HTML_ESCAPES)
+        return "<no value>" if value is None else value
+
     # -- statements --
 
     def walk(self, dot: Any, statements: list[_Statement]) -> None:
@@ -12096,7 +12122,7 @@ class _TemplateRun:
             elif isinstance(node, _Pipe):
                 value = self.pipeline(dot, node)
                 if not node.declared:
-                    self.show("<no value>" if value is None else value)
+                    self.show(self.printable(value))
             elif isinstance(node, _Block):
                 self.block(dot, node)
             elif isinstance(node, _Invocation):
@@ -13156,11 +13182,11 @@ class _LogEntry(NamedTuple):
 class _LogKey(NamedTuple):
     receiver: str
     kind: str
-    index: int
+    number: int  # of the integration, among those of the receiver
     group_key: str
 
 
-class _Group:
+class _AlertGroup:
     """Alerts of a route that share its group labels."""
 
     __slots__ = ("route", "labels", "key", "members", "flush_at", "was_flushed", "failed", "open")
@@ -13177,7 +13203,7 @@ class Delivery(NamedTuple):
     """A notification to be sent; `deliver` sends it, in whatever process."""
 
     receiver: str
-    index: int  # of the integration, among those of the receiver
+    number: int  # of the integration, among those of the receiver
     integration: Any  # what the configuration says of it
     group_key: str
     group_labels: dict[str, str]
@@ -13190,7 +13216,7 @@ class Delivery(NamedTuple):
     @property
     def name(self) -> str:
         """How messages call it."""
-        return f"{self.receiver}/{self.integration.kind}[{self.index}]"
+        return f"{self.receiver}/{self.integration.kind}[{self.number}]"
 
 
 @dataclasses.dataclass(slots=True)
@@ -13198,7 +13224,7 @@ class _Pending:
     """A notification that has not arrived yet."""
 
     delivery: Delivery
-    group: _Group
+    group: _AlertGroup
     entry: _LogEntry  # what the log says when it has arrived
     told: list[tuple[str, float]]  # resolved alerts of the flush, and when they were updated
     retry_at: float
@@ -13223,7 +13249,7 @@ class Notifications:
         self.counts: Counter[tuple[str, str]] = Counter()  # by name of the statistic, and its label
         self._clock = clock
         self._seen_at = self.started_at = clock()
-        self._groups: dict[tuple[str, str], _Group] = {}  # by receiver and group key
+        self._groups: dict[tuple[str, str], _AlertGroup] = {}  # by receiver and group key
         self._log: dict[_LogKey, _LogEntry] = {}
         self._pending: dict[_LogKey, _Pending] = {}
         self._holders: Counter[str] = Counter()  # how many groups an alert is in
@@ -13253,7 +13279,7 @@ class Notifications:
         group = self._groups.get((route.receiver, key))
         if group is None:
             labels = route.group_labels(alert.labels)
-            group = _Group(route, labels, key, now + route.group_wait_s)
+            group = _AlertGroup(route, labels, key, now + route.group_wait_s)
             self._groups[route.receiver, key] = group
         if id not in group.members:
             group.members.add(id)
@@ -13315,11 +13341,11 @@ class Notifications:
         times += [each.retry_at for each in self._pending.values() if not each.in_transit]
         return min(*times, self._seen_at + LONGEST_NAP_S) if times else None
 
-    def _flush(self, group: _Group, now: float) -> None:
+    def _flush(self, group: _AlertGroup, now: float) -> None:
         """Compare the group with what its receivers know of it."""
         receiver = group.route.receiver
         integrations = list(enumerate(self.config.receivers.get(receiver, ())))
-        keys = [_LogKey(receiver, each.kind, index, group.key) for index, each in integrations]
+        keys = [_LogKey(receiver, each.kind, number, group.key) for number, each in integrations]
         mine = [self._pending[key] for key in keys if key in self._pending]
         if any(pending.in_transit for pending in mine):
             group.flush_at = now + 1.0
@@ -13359,7 +13385,7 @@ class Notifications:
         return known.at < wanted.at - route.repeat_interval_s
 
     def _begin(
-        self, key: _LogKey, integration: Webhook | Email, group: _Group, entry: _LogEntry,
+        self, key: _LogKey, integration: Webhook | Email, group: _AlertGroup, entry: _LogEntry,
         alerts: list[Alert], told: list[tuple[str, float]],
     ) -> None:  # fmt: skip
         if not integration.send_resolved:
@@ -13369,7 +13395,7 @@ class Notifications:
                 return
             alerts = [alert for alert in alerts if not alert.is_resolved(entry.at)]
         delivery = Delivery(
-            key.receiver, key.index, integration, key.group_key, group.labels, tuple(alerts),
+            key.receiver, key.number, integration, key.group_key, group.labels, tuple(alerts),
             entry.at, self.external_url, integration.timeout_s, 0,
         )  # fmt: skip
         group.open += 1
@@ -13386,7 +13412,7 @@ class Notifications:
         """
         now = self.now()
         kind = delivery.integration.kind
-        key = _LogKey(delivery.receiver, kind, delivery.index, delivery.group_key)
+        key = _LogKey(delivery.receiver, kind, delivery.number, delivery.group_key)
         pending = self._pending.get(key)
         if pending is None or pending.delivery is not delivery:
             return
@@ -13423,11 +13449,11 @@ class Notifications:
         if not pending.group.open and not pending.group.failed:
             self._finish(pending.group, pending.told)
 
-    def _finish(self, group: _Group, told: list[tuple[str, float]]) -> None:
+    def _finish(self, group: _AlertGroup, told: list[tuple[str, float]]) -> None:
         """All receivers know what the group was at its flush: what was resolved leaves it."""
         receiver = group.route.receiver
         integrations = enumerate(self.config.receivers.get(receiver, ()))
-        keys = [_LogKey(receiver, each.kind, index, group.key) for index, each in integrations]
+        keys = [_LogKey(receiver, each.kind, number, group.key) for number, each in integrations]
         for id, updated_at in told:
             if id not in group.members or self.alerts[id].updated_at != updated_at:
                 continue
@@ -13437,7 +13463,7 @@ class Notifications:
                 if entry and id in entry.firing:
                     self._log[key] = entry._replace(firing=entry.firing - {id})
 
-    def _leave(self, group: _Group, id: str) -> None:
+    def _leave(self, group: _AlertGroup, id: str) -> None:
         group.members.discard(id)
         self._holders[id] -= 1
         if not self._holders[id]:
@@ -13518,7 +13544,7 @@ class Notifications:
         now = self.now()
         alerts = [Alert(**alert) for alert in state["alerts"]]
         log = {
-            _LogKey(row["receiver"], row["kind"], row["index"], row["group_key"]): _LogEntry(
+            _LogKey(row["receiver"], row["kind"], row["number"], row["group_key"]): _LogEntry(
                 frozenset(row["firing"]), frozenset(row["resolved"]), row["at"]
             )
             for row in state["log"]
@@ -13562,12 +13588,833 @@ def _merged(old: Alert, new: Alert, now: float) -> Alert:
 
 
 # ==================================================================================================
+# 37. Receivers
+# ==================================================================================================
+#
+# The problem: a notification has to reach a service that may be slow, gone or wrong about what it
+# wants. The idea: one function, `deliver`, that blocks, runs in a process of its own and says in
+# one line why it failed and whether another try could help. Templates see what Alertmanager's see.
+# What it costs: a fork for each notification; there are few.
+#
+# Credentials are read here and nowhere else, and are cut out of whatever a receiver answers.
+#
+# Sources: Alertmanager's notify/webhook, notify/email and template packages; Prometheus's notifier;
+# RFC 5321 (SMTP), RFC 3207 (STARTTLS), RFC 4954 (AUTH).
+
+MAX_ANSWER_CHARACTERS = 200  # of what a receiver answered, in a message
+QUEUE_CAPACITY = 10_000  # alerts that wait for one Alertmanager
+MAX_ALERTS_A_REQUEST = 256
+ZERO_TIME = datetime.datetime(1, 1, 1, tzinfo=datetime.UTC)  # what Go writes for no time
+
+
+class DeliveryError(Exception):
+    """A notification that did not arrive."""
+
+    def __init__(self, reason: str, is_final: bool = False):
+        super().__init__(reason)
+        self.is_final = is_final  # whether another try would end in the same way
+
+
+# ---- what templates see ----
+
+
+class _Pairs(list[TemplateStruct]):
+    type_name = "template.Pairs"
+    methods: ClassVar[Mapping[str, TemplateFunction]] = {
+        "Names": TemplateFunction("", lambda pairs: [pair.fields["Name"] for pair in pairs]),
+        "Values": TemplateFunction("", lambda pairs: [pair.fields["Value"] for pair in pairs]),
+    }
+
+
+class _KV(dict[str, str]):
+    """Labels or annotations."""
+
+    type_name = "template.KV"
+
+    def pairs(self) -> _Pairs:
+        """All of them, `alertname` first."""
+        names = sorted(self, key=lambda name: (name != "alertname", name))
+        return _Pairs(
+            TemplateStruct("template.Pair", {"Name": name, "Value": self[name]}) for name in names
+        )
+
+    def without(self, names: Container[str]) -> "_KV":
+        return _KV((name, value) for name, value in self.items() if name not in names)
+
+    methods: ClassVar[Mapping[str, TemplateFunction]] = {
+        "SortedPairs": TemplateFunction("", pairs),
+        "Remove": TemplateFunction("[]string", without),
+        "Names": TemplateFunction("", lambda kv: [p.fields["Name"] for p in kv.pairs()]),
+        "Values": TemplateFunction("", lambda kv: [p.fields["Value"] for p in kv.pairs()]),
+    }
+
+
+class _Alerts(list[TemplateStruct]):
+    type_name = "template.Alerts"
+
+    def that_are(self, status: str) -> "_Alerts":
+        return _Alerts(alert for alert in self if alert.fields["Status"] == status)
+
+    methods: ClassVar[Mapping[str, TemplateFunction]] = {
+        "Firing": TemplateFunction("", lambda alerts: alerts.that_are("firing")),
+        "Resolved": TemplateFunction("", lambda alerts: alerts.that_are("resolved")),
+    }
+
+
+def _shared(maps: Sequence[Mapping[str, str]]) -> _KV:
+    """What all maps have in common."""
+    items = set(maps[0].items()).intersection(*(each.items() for each in maps[1:]))
+    return _KV(sorted(items))
+
+
+def _utc(time_s: float) -> datetime.datetime:
+    return _EPOCH + datetime.timedelta(seconds=time_s)
+
+
+def notification_data(delivery: Delivery, alerts: Sequence[Alert]) -> TemplateStruct:
+    """What templates of a receiver see as their dot."""
+    rows = _Alerts()
+    fields: dict[str, Any]
+    for alert in alerts:
+        is_resolved = alert.is_resolved(delivery.now)
+        fields = {
+            "Status": "resolved" if is_resolved else "firing",
+            "Labels": _KV(alert.labels), "Annotations": _KV(alert.annotations),
+            "StartsAt": _utc(alert.starts_at),
+            "EndsAt": _utc(alert.ends_at) if is_resolved else ZERO_TIME,
+            "GeneratorURL": alert.generator_url, "Fingerprint": fingerprint(alert.labels),
+        }  # fmt: skip
+        rows.append(TemplateStruct("template.Alert", fields))
+    fields = {
+        "Receiver": delivery.receiver,
+        "Status": "firing" if rows.that_are("firing") else "resolved",
+        "Alerts": rows, "GroupLabels": _KV(delivery.group_labels),
+        "CommonLabels": _shared([alert.labels for alert in alerts]),
+        "CommonAnnotations": _shared([alert.annotations for alert in alerts]),
+        "ExternalURL": delivery.external_url,
+    }  # fmt: skip
+    return TemplateStruct("*template.Data", fields)
+
+
+def _expanded(template: Template, data: TemplateStruct, escapes_html: bool = False) -> str:
+    try:
+        return template.execute(data, NOTIFICATION_FUNCTIONS, escapes_html)
+    except TemplateError as error:
+        raise DeliveryError(str(error), is_final=True) from None
+
+
+# ---- webhooks ----
+
+
+def webhook_body(delivery: Delivery) -> tuple[str, str]:
+    """The content type and the body of a webhook. Raises DeliveryError."""
+    webhook: Webhook = delivery.integration
+    shown = delivery.alerts[: webhook.max_alerts or None]
+    data = notification_data(delivery, shown)
+    if webhook.payload is None:
+        body = json_value(data) | {
+            "version": "4", "groupKey": delivery.group_key,
+            "truncatedAlerts": len(delivery.alerts) - len(shown),
+        }  # fmt: skip
+        return "application/json", write_json(body)
+    if not isinstance(webhook.payload, Template):
+        return "application/json", write_json(_expanded_payload(webhook.payload, data))
+    text = _expanded(webhook.payload, data)
+    try:
+        parse_json(text)
+        return "application/json", text
+    except JSONError:
+        return "text/plain; charset=utf-8", text
+
+
+def _expanded_payload(part: Any, data: TemplateStruct) -> Any:
+    if isinstance(part, Template):
+        return _expanded(part, data)
+    if isinstance(part, dict):
+        return {name: _expanded_payload(item, data) for name, item in part.items()}
+    if isinstance(part, list):
+        return [_expanded_payload(item, data) for item in part]
+    return part
+
+
+def _tls(options: TLSOptions) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=options.ca_file or None)
+    if options.insecure:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    if options.cert_file:
+        context.load_cert_chain(options.cert_file, options.key_file or None)
+    return context
+
+
+def _authorization_field(authorization: Authorization) -> str:
+    secret = authorization.secret.reveal()
+    if authorization.scheme == "Basic":
+        pair = f"{authorization.user}:{secret}".encode()
+        return f"Basic {base64.b64encode(pair).decode()}"
+    return f"{authorization.scheme} {secret}"
+
+
+def _post(
+    target: "Webhook | AlertmanagerTarget", content_type: str, body: str, timeout_s: float,
+    hidden: list[str],
+) -> None:  # fmt: skip
+    """POST a body; credentials that were used are added to `hidden`."""
+    url = target.url.reveal()
+    parts = urllib.parse.urlsplit(_checked_url(url))
+    path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    hidden += [url, path if len(path) > 1 else ""]
+    fields = {"Content-Type": content_type, "User-Agent": f"MetricStream/{__version__}"}
+    if authorization := target.authorization or url_authorization(url):
+        fields["Authorization"] = _authorization_field(authorization)
+        hidden += [fields["Authorization"].partition(" ")[2], authorization.secret.reveal()]
+    host = parts.hostname or ""
+    if parts.scheme == "https":
+        connection: http.client.HTTPConnection = http.client.HTTPSConnection(
+            host, parts.port, timeout=timeout_s, context=_tls(target.tls)
+        )
+    else:
+        connection = http.client.HTTPConnection(host, parts.port, timeout=timeout_s)
+    with contextlib.closing(connection):
+        connection.request("POST", path, body.encode(errors="replace"), fields)
+        answer = connection.getresponse()
+        if 200 <= answer.status < 300:
+            return
+        text = answer.read(MAX_ANSWER_CHARACTERS).decode(errors="replace")
+    reason = "redirects are not followed" if 300 <= answer.status < 400 else " ".join(text.split())
+    # what is wrong with the request is wrong with it the next time, too: RFC 9110, 15.5
+    is_final = answer.status < 500 and answer.status != 429
+    raise DeliveryError(f"{target.shown} answered {answer.status}: {reason}", is_final)
+
+
+# ---- mail ----
+
+
+def mail_of(delivery: Delivery) -> tuple[email.message.EmailMessage, str, list[str]]:
+    """The message, its sender and its recipients. Raises DeliveryError."""
+    config: Email = delivery.integration
+    data = notification_data(delivery, delivery.alerts)
+    message = email.message.EmailMessage(email.policy.SMTP)
+    texts = {"From": config.sender, "To": config.to} | config.headers
+    try:
+        for name, template in texts.items():
+            # a line break in a label must not begin another header
+            message[name] = " ".join(_expanded(template, data).split())
+    except (ValueError, LookupError) as error:
+        raise DeliveryError(f"header {name}: {error}", is_final=True) from None
+    now = datetime.datetime.fromtimestamp(delivery.now, datetime.UTC)
+    message["Date"] = email.utils.format_datetime(now)
+    message["Message-ID"] = email.utils.make_msgid(domain=config.hello)
+    if config.text or not config.html:
+        message.set_content(_expanded(config.text, data) if config.text else "")
+    if config.html:
+        html = _expanded(config.html, data, escapes_html=True)
+        if config.text:
+            message.add_alternative(html, subtype="html")
+        else:
+            message.set_content(html, subtype="html")
+    senders = email.utils.getaddresses([_expanded(config.sender, data)])
+    recipients = email.utils.getaddresses([_expanded(config.to, data)])
+    addresses = [address for _, address in [*senders, *recipients]]
+    if len(senders) != 1 or not all("@" in address for address in addresses):
+        raise DeliveryError("'from' must be one address, 'to' one or more", is_final=True)
+    return message, addresses[0], addresses[1:]
+
+
+def _send_mail(delivery: Delivery, hidden: list[str]) -> None:
+    config: Email = delivery.integration
+    message, sender, recipients = mail_of(delivery)
+    connect: Callable[..., smtplib.SMTP] = smtplib.SMTP
+    is_encrypted = config.port == 465
+    if is_encrypted:
+        connect = partial(smtplib.SMTP_SSL, context=_tls(config.tls))
+    with connect(
+        config.host, config.port, local_hostname=config.hello, timeout=delivery.deadline_s
+    ) as client:
+        client.ehlo_or_helo_if_needed()
+        if config.require_tls and not is_encrypted:
+            if not client.has_extn("starttls"):
+                raise DeliveryError(f"{config.shown} offers no STARTTLS, and require_tls is set")
+            client.starttls(context=_tls(config.tls))
+            client.ehlo()
+            is_encrypted = True
+        if config.user and client.has_extn("auth"):
+            _log_in(client, config, is_encrypted, hidden)
+        _accepted(client.mail(sender))
+        for recipient in recipients:
+            _accepted(client.rcpt(recipient))
+        _accepted(client.data(message.as_bytes()))
+
+
+def _accepted(reply: tuple[int, bytes]) -> None:
+    code, text = reply
+    if not 200 <= code < 300:
+        excerpt = text.decode(errors="replace")[:MAX_ANSWER_CHARACTERS]
+        raise DeliveryError(f"the mail server answered {code}: {' '.join(excerpt.split())}")
+
+
+def _log_in(client: smtplib.SMTP, config: Email, is_encrypted: bool, hidden: list[str]) -> None:
+    """By the first mechanism of the server for which there is a credential."""
+    password, secret = config.password.reveal(), config.secret.reveal()
+    plain = f"{config.identity}\0{config.user}\0{password}"
+    hidden += [password, secret, base64.b64encode(plain.encode()).decode()]
+    for mechanism in client.esmtp_features["auth"].upper().split():
+        if mechanism == "CRAM-MD5" and secret:
+            client.user, client.password = config.user, secret
+            client.auth(mechanism, client.auth_cram_md5)
+            return
+        if mechanism in ("PLAIN", "LOGIN") and password:
+            if not is_encrypted and config.host not in ("localhost", "127.0.0.1", "::1"):
+                raise DeliveryError("no password is sent over a connection without encryption")
+            client.user, client.password = config.user, password
+            if mechanism == "PLAIN":
+                client.auth(mechanism, lambda challenge=None: plain)
+            else:
+                client.auth(mechanism, client.auth_login)
+            return
+    raise DeliveryError(f"{config.shown} offers no way to log in that fits the credentials")
+
+
+# ---- one way in ----
+
+
+def deliver(delivery: Delivery) -> str:
+    """Send a notification, and wait until it has arrived. Returns "" or why it failed; the reason
+    begins with FINAL if another try would fail, too. No credential is in it.
+    """
+    hidden: list[str] = []
+    target = delivery.integration
+    is_final = False
+    try:
+        if isinstance(target, Email):
+            _send_mail(delivery, hidden)
+        elif isinstance(target, Webhook):
+            _post(target, *webhook_body(delivery), delivery.deadline_s, hidden)
+        else:
+            body = write_json([_alert_json(alert) for alert in delivery.alerts])
+            _post(target, "application/json", body, delivery.deadline_s, hidden)
+        return ""
+    except DeliveryError as error:
+        reason, is_final = str(error), error.is_final
+    except (OSError, ValueError, http.client.HTTPException, smtplib.SMTPException) as error:
+        reason = f"{target.shown}: {error or type(error).__name__}"
+    for secret in sorted(filter(None, hidden), key=len, reverse=True):
+        reason = reason.replace(secret, HIDDEN)
+    return (FINAL if is_final else "") + reason
+
+
+def test_deliveries(config: NotifyConfig, external_url: str, now: float) -> list[Delivery]:
+    """A notification for each integration of each receiver that says that it is a test."""
+    labels = {"alertname": "MetricStreamTest", "severity": "none"}
+    text = "This is a test of the notifications of MetricStream. Nothing is wrong."
+    alert = Alert(labels, {"summary": text}, now, now + 300, now, external_url)
+    group = {"alertname": labels["alertname"]}
+    return [
+        Delivery(
+            receiver, number, integration, f"{{}}:{label_set_text(group)}", group, (alert,), now,
+            external_url, integration.timeout_s, 1,
+        )
+        for receiver, integrations in config.receivers.items()
+        for number, integration in enumerate(integrations)
+    ]  # fmt: skip
+
+
+# ---- a real Alertmanager ----
+
+
+class AlertmanagerTarget(NamedTuple):
+    """An Alertmanager that gets all alerts."""
+
+    url: Secret
+    shown: str
+    authorization: Authorization | None = None
+    tls: TLSOptions = TLSOptions()
+    timeout_s: float = WEBHOOK_TIMEOUT_S
+
+    @property
+    def kind(self) -> str:
+        return "alertmanager"
+
+
+def _alert_json(alert: Alert) -> dict[str, Any]:
+    return {
+        "labels": alert.labels, "annotations": alert.annotations,
+        "startsAt": rfc3339(_utc(alert.starts_at)), "endsAt": rfc3339(_utc(alert.ends_at)),
+        "generatorURL": alert.generator_url,
+    }  # fmt: skip
+
+
+def _is_old_alphabet(alert: Alert) -> bool:
+    return all(map(_LABEL_NAME.fullmatch, [*alert.labels, *alert.annotations]))
+
+
+class _Queue:
+    """What waits for one Alertmanager."""
+
+    def __init__(self, target: AlertmanagerTarget):
+        self.target = target
+        self.alerts: deque[Alert] = deque()
+        self.in_transit: Delivery | None = None
+        self.retry_at, self.failures = -math.inf, 0
+        self.sent = self.errors = self.dropped = 0
+
+    def put(self, alerts: Sequence[Alert]) -> None:
+        """The oldest are dropped where there is no room."""
+        self.alerts.extend(alerts)
+        while len(self.alerts) > QUEUE_CAPACITY:
+            self.alerts.popleft()
+            self.dropped += 1
+
+    def take(self) -> tuple[Alert, ...]:
+        """The next batch. Labels that an older Alertmanager refuses are in a batch of their own, so
+        that a refusal takes no other alert along.
+        """
+        first = [self.alerts.popleft() for _ in range(min(len(self.alerts), MAX_ALERTS_A_REQUEST))]
+        kind = _is_old_alphabet(first[0])
+        batch = tuple(alert for alert in first if _is_old_alphabet(alert) == kind)
+        self.alerts.extendleft(
+            reversed([alert for alert in first if _is_old_alphabet(alert) != kind])
+        )
+        return batch
+
+
+class AlertmanagerClient:
+    """Sends alerts to real Alertmanagers, as Prometheus does; each gets all. Raises ValueError for
+    a URL that is none.
+
+    Who puts alerts in puts those that fire again every minute: nothing is remembered here.
+    """
+
+    def __init__(self, urls: Sequence[str], clock: Callable[[], float] = time.time):
+        self._clock = clock
+        self._queues: list[_Queue] = []
+        for url in urls:
+            parts = urllib.parse.urlsplit(_checked_url(url))
+            host, path = parts.netloc.rpartition("@")[2], parts.path.rstrip("/")
+            api = f"{parts.scheme}://{host}{path}/api/v2/alerts"
+            target = AlertmanagerTarget(Secret(api), api, url_authorization(url))
+            self._queues.append(_Queue(target))
+
+    def put(self, alerts: Sequence[Alert]) -> None:
+        """Queue alerts for every target."""
+        for waiting in self._queues:
+            waiting.put(alerts)
+
+    def due(self) -> list[Delivery]:
+        """What is to be sent now: at most one request for each target."""
+        now, deliveries = self._clock(), []
+        for number, waiting in enumerate(self._queues):
+            if waiting.alerts and not waiting.in_transit and waiting.retry_at <= now:
+                waiting.in_transit = Delivery(
+                    "alertmanager", number, waiting.target, "", {}, waiting.take(), now, "",
+                    waiting.target.timeout_s, waiting.failures + 1,
+                )  # fmt: skip
+                deliveries.append(waiting.in_transit)
+        return deliveries
+
+    def next_due(self) -> float | None:
+        """When `due` wants to be called again; None: not before `put` or `settle`."""
+        times = [each.retry_at for each in self._queues if each.alerts and not each.in_transit]
+        return max(min(times), self._clock()) if times else None
+
+    def settle(self, delivery: Delivery, error: str) -> None:
+        """Say how a delivery ended: "" if it arrived, else why not."""
+        waiting = self._queues[delivery.number]
+        waiting.in_transit = None
+        if not error:
+            waiting.failures = 0
+            waiting.sent += len(delivery.alerts)
+            return
+        waiting.errors += len(delivery.alerts)
+        if not waiting.failures or error.startswith(FINAL):
+            logger.warning("%d alerts did not reach %s", len(delivery.alerts), error)
+        if error.startswith(FINAL):
+            waiting.dropped += len(delivery.alerts)
+            return
+        wait_s = FIRST_RETRY_S * RETRY_FACTOR ** min(waiting.failures, 20)
+        waiting.retry_at = self._clock() + min(wait_s, LONGEST_RETRY_S)
+        waiting.failures += 1
+        waiting.alerts.extendleft(reversed(delivery.alerts))
+        waiting.put(())
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether everything was sent."""
+        return not any(waiting.alerts or waiting.in_transit for waiting in self._queues)
+
+    def statistics(self) -> list[StatisticRow]:
+        """Rows of name, type, help, labels and value, as Prometheus names them."""
+        rows: list[StatisticRow] = []
+        for name, type, help, value in _CLIENT_STATISTICS:
+            for waiting in self._queues:
+                labels = {"alertmanager": waiting.target.shown}
+                full_name = f"prometheus_notifications_{name}"
+                rows.append((full_name, type, help, labels, value(waiting)))
+        return rows
+
+
+_CLIENT_STATISTICS: tuple[tuple[str, str, str, Callable[[_Queue], float]], ...] = (
+    ("sent_total", "counter", "Alerts that reached an Alertmanager.", lambda q: q.sent),
+    ("errors_total", "counter", "Alerts in requests that failed.", lambda q: q.errors),
+    ("dropped_total", "counter", "Alerts that were never sent.", lambda q: q.dropped),
+    ("queue_length", "gauge", "Alerts that wait.", lambda q: len(q.alerts)),
+    ("queue_capacity", "gauge", "Alerts that may wait.", lambda q: QUEUE_CAPACITY),
+)
+
+
+# ==================================================================================================
+# 38. Alertmanager API
+# ==================================================================================================
+#
+# The problem: people silence alerts with amtool, look at them in Grafana, and another Prometheus
+# may send its alerts here. The idea: Alertmanager's own API over the notifications above, with the
+# shapes that its OpenAPI document names. What it costs: there is one of a kind, so the cluster is
+# always said to be disabled; nothing inhibits anything.
+#
+# Source: Alertmanager's api/v2/openapi.yaml and api/v2/api.go, version 0.25.
+
+_YES = frozenset({"true", "1", "yes", "ok", "y", "on", "selected", "checked", "t", "enabled"})
+_MATCHER_OPS = {(True, False): "=", (False, False): "!=", (True, True): "=~", (False, True): "!~"}
+_SILENCE_ORDER = {"active": 1, "pending": 2, "expired": 3}
+
+
+class _RefusedRequest(Exception):
+    """A request to the API that gets an error."""
+
+    def __init__(self, status: int, message: str):
+        super().__init__(message)
+        self.status = status
+
+
+class _Filter(NamedTuple):
+    """Which alerts are asked for."""
+
+    matchers: tuple[Matcher, ...]
+    receiver: Regex | None
+    active: bool
+    silenced: bool
+
+    def wants(self, labels: Mapping[str, str], silenced_by: list[str]) -> bool:
+        """Whether an alert is among them, but for its receiver."""
+        is_wanted = self.silenced if silenced_by else self.active
+        return is_wanted and accepts_labels(self.matchers, labels)
+
+
+class Dispatcher(Notifications):
+    """Notifications that answer the API of Alertmanager."""
+
+    def answer(self, method: str, path: str, query: str, body: bytes) -> tuple[int, bytes]:
+        """The status and the JSON body for a request below /api/v2/; the query is not decoded."""
+        found = ((re.fullmatch(known, path), each) for known, each in self.ROUTES.items())
+        match, handlers = next((pair for pair in found if pair[0]), (None, {}))
+        if match is None:
+            return 404, write_json(f"path {_clipped(path)} was not found").encode()
+        if method not in handlers:
+            return 405, write_json(f"method {_clipped(method)} is not allowed").encode()
+        try:
+            form = urllib.parse.parse_qs(query, keep_blank_values=True, max_num_fields=1000)
+            value = handlers[method](self, form, body, *match.groups())
+            return 200, b"" if value is None else write_json(value).encode(errors="replace")
+        except _RefusedRequest as error:
+            return error.status, write_json(str(error)).encode(errors="replace")
+        except ValueError as error:
+            return 400, write_json(str(error)).encode(errors="replace")
+
+    def _get_status(self, form: _Form, body: bytes) -> Any:
+        python = f"Python {sys.version.split()[0]}"
+        version = dict.fromkeys(("revision", "branch", "buildUser", "buildDate"), "")
+        return {
+            "cluster": {"name": "", "peers": [], "status": "disabled"},
+            "config": {"original": self.config.shown},
+            "uptime": _api_text(self.started_at),
+            "versionInfo": version | {"version": __version__, "goVersion": python},
+        }
+
+    def _get_receivers(self, form: _Form, body: bytes) -> Any:
+        return [{"name": name} for name in self.config.receivers]
+
+    # ---- alerts ----
+
+    def _alert(self, alert: Alert, receivers: Iterable[str], silenced_by: list[str]) -> Any:
+        return {
+            "annotations": alert.annotations, "endsAt": _api_text(alert.ends_at),
+            "fingerprint": fingerprint(alert.labels),
+            "receivers": [{"name": name} for name in receivers],
+            "startsAt": _api_text(alert.starts_at),
+            "status": {
+                "inhibitedBy": [], "silencedBy": silenced_by,
+                "state": "suppressed" if silenced_by else "active",
+            },
+            "updatedAt": _api_text(alert.updated_at), "generatorURL": alert.generator_url,
+            "labels": alert.labels,
+        }  # fmt: skip
+
+    def _get_alerts(self, form: _Form, body: bytes) -> Any:
+        wanted, now = _filter_of(form), self.now()
+        found = []
+        for alert in self.alerts.values():
+            receivers = [route.receiver for route in self.config.route.matching(alert.labels)]
+            if alert.is_resolved(now) or not (
+                wanted.receiver is None or any(map(wanted.receiver.matches, receivers))
+            ):
+                continue
+            silenced_by = self.silences.of(alert.labels, now)
+            if wanted.wants(alert.labels, silenced_by):
+                found.append(self._alert(alert, receivers, silenced_by))
+        return sorted(found, key=lambda each: each["fingerprint"])
+
+    def _get_groups(self, form: _Form, body: bytes) -> Any:
+        wanted, now = _filter_of(form), self.now()
+        rows: list[tuple[dict[str, str], str, list[Alert]]] = []
+        receivers: dict[str, list[str]] = {}
+        for (receiver, _), group in sorted(self._groups.items()):
+            if wanted.receiver and not wanted.receiver.matches(receiver):
+                continue
+            alerts = []
+            for id in group.members:
+                alert = self.alerts[id]
+                silenced_by = self.silences.of(alert.labels, now)
+                if not alert.is_resolved(now) and wanted.wants(alert.labels, silenced_by):
+                    alerts.append(alert)
+                    receivers.setdefault(id, []).append(receiver)
+            if alerts:
+                rows.append((group.labels, receiver, sorted(alerts, key=_alert_order)))
+        rows.sort(key=lambda row: (sorted(row[0].items()), row[1]))
+        return [
+            {
+                "alerts": [
+                    self._alert(
+                        alert, receivers[fingerprint(alert.labels)],
+                        self.silences.of(alert.labels, now),
+                    )
+                    for alert in alerts
+                ],
+                "labels": labels, "receiver": {"name": receiver},
+            }
+            for labels, receiver, alerts in rows
+        ]  # fmt: skip
+
+    def _post_alerts(self, form: _Form, body: bytes) -> Any:
+        posted, now = parse_json(body), self.now()
+        if not isinstance(posted, list):
+            raise _RefusedRequest(400, f"expected a list of alerts, not {_kind(posted)}")
+        alerts, faults = [], []
+        for row in posted:
+            try:
+                alert = _posted_alert(row, now, self.config.resolve_timeout_s)
+                alerts.append(alert)
+                self.counts[
+                    "alerts_received", "resolved" if alert.is_resolved(now) else "firing"
+                ] += 1
+            except ValueError as error:
+                self.counts["alerts_invalid", ""] += 1
+                faults.append(str(error))
+        self.put(alerts)
+        if faults:
+            # those that are valid were taken all the same
+            raise _RefusedRequest(400, "; ".join(faults[:MAX_REASONS]))
+        return None
+
+    # ---- silences ----
+
+    def _get_silences(self, form: _Form, body: bytes) -> Any:
+        wanted, now = list(map(parse_matcher, form.get("filter", ()))), self.now()
+        found = [
+            silence for silence in self.silences.by_id.values()
+            if all(matcher in silence.matchers for matcher in wanted)
+        ]  # fmt: skip
+
+        def order(silence: Silence) -> tuple[int, float]:
+            state = silence.state(now)
+            times = {"active": silence.ends_at, "pending": silence.starts_at}
+            return _SILENCE_ORDER[state], times.get(state, -silence.ends_at)
+
+        return [_silence_json(silence, now) for silence in sorted(found, key=order)]
+
+    def _post_silences(self, form: _Form, body: bytes) -> Any:
+        now = self.now()
+        silence = _posted_silence(parse_json(body), now)
+        if silence.starts_at >= silence.ends_at:
+            fault = "start time must be before end time"
+            raise _RefusedRequest(400, f"failed to create silence: {fault}")
+        if silence.ends_at < now:
+            fault = "end time can't be in the past"
+            raise _RefusedRequest(400, f"failed to create silence: {fault}")
+        try:
+            kept = self.silences.put(silence, now)
+        except KeyError:
+            raise _RefusedRequest(404, "silence not found") from None
+        self.changed = True
+        return {"silenceID": kept.id}
+
+    def _get_silence(self, form: _Form, body: bytes, id: str) -> Any:
+        if id not in self.silences.by_id:
+            raise _RefusedRequest(404, "silence not found")
+        return _silence_json(self.silences.by_id[id], self.now())
+
+    def _delete_silence(self, form: _Form, body: bytes, id: str) -> Any:
+        try:
+            self.silences.expire(id, self.now())
+        except KeyError:
+            raise _RefusedRequest(404, "silence not found") from None
+        self.changed = True
+        return None
+
+    def statistics(self) -> list[StatisticRow]:
+        """Rows of name, type, help, labels and value, as Alertmanager names them."""
+        rows: list[StatisticRow] = []
+        kinds = sorted({each.kind for row in self.config.receivers.values() for each in row})
+        for name, help, label, values in _API_STATISTICS:
+            for value in values or kinds:
+                labels = {label: value} if label else {}
+                total = float(self.counts[name, value])
+                rows.append((f"alertmanager_{name}_total", "counter", help, labels, total))
+        now = self.now()
+        states = Counter(
+            "suppressed" if self.silences.of(alert.labels, now) else "active"
+            for alert in self.alerts.values() if not alert.is_resolved(now)
+        )  # fmt: skip
+        rows += [
+            ("alertmanager_alerts", "gauge", "Alerts by state.", {"state": state}, states[state])
+            for state in ("active", "suppressed")
+        ]
+        ages = Counter(silence.state(now) for silence in self.silences.by_id.values())
+        rows += [
+            ("alertmanager_silences", "gauge", "Silences by state.", {"state": state}, ages[state])
+            for state in _SILENCE_ORDER
+        ]
+        return rows
+
+    ROUTES: ClassVar[dict[str, dict[str, Callable[..., Any]]]] = {
+        "/api/v2/status": {"GET": _get_status},
+        "/api/v2/receivers": {"GET": _get_receivers},
+        "/api/v2/alerts": {"GET": _get_alerts, "POST": _post_alerts},
+        "/api/v2/alerts/groups": {"GET": _get_groups},
+        "/api/v2/silences": {"GET": _get_silences, "POST": _post_silences},
+        "/api/v2/silence/([^/]+)": {"GET": _get_silence, "DELETE": _delete_silence},
+    }
+
+
+# the name, its help, its label, and the values of the label; none: the kinds of integrations
+_API_STATISTICS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
+    ("notifications", "Notifications that were begun.", "integration", ()),
+    ("notifications_failed", "Notifications that were given up.", "integration", ()),
+    ("notification_requests", "Attempts to send.", "integration", ()),
+    ("notification_requests_failed", "Attempts that failed.", "integration", ()),
+    ("alerts_received", "Alerts that came by the API.", "status", ("firing", "resolved")),
+    ("alerts_invalid", "Alerts that came by the API and were refused.", "", ("",)),
+    ("alerts_limited", "Alerts for which there was no room.", "", ("",)),
+)
+
+
+def _filter_of(form: _Form) -> _Filter:
+    def is_wanted(name: str) -> bool:
+        return (form.get(name) or ["true"])[-1].lower() in _YES
+
+    matchers = tuple(map(parse_matcher, form.get("filter", ())))
+    receiver = form.get("receiver")
+    return _Filter(
+        matchers, compile_regex(receiver[-1]) if receiver else None,
+        is_wanted("active"), is_wanted("silenced"),
+    )  # fmt: skip
+
+
+def _api_text(time_s: float) -> str:
+    """A time as this API writes it, in milliseconds."""
+    return _utc(time_s).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _posted_time(row: dict[str, Any], name: str) -> float:
+    """Unix seconds; 0.0: no time is given, which Go writes as the year 1."""
+    text = row.get(name, "")
+    if text is None or text == "" or (isinstance(text, str) and text.startswith("0001-01-01T")):
+        return 0.0
+    match = _ISO_8601.fullmatch(text) if isinstance(text, str) else None
+    if match is None:
+        raise ValueError(f"{name} must be a time as 2025-09-17T13:45:23.123Z")
+    date, clock, fraction, zone = match.groups()
+    try:
+        moment = datetime.datetime.fromisoformat(
+            f"{date}T{clock}{'+00:00' if zone in 'Zz' else zone}"
+        )
+        return (moment - _EPOCH).total_seconds() + float(f"0.{fraction or 0}")
+    except (ValueError, OverflowError):
+        raise ValueError(f"{name} must be a date that the calendar has") from None
+
+
+def _text_of(row: dict[str, Any], name: str) -> str:
+    text = row.get(name, "")
+    if not isinstance(text, str):
+        raise ValueError(f"{name} must be a string")
+    return text
+
+
+def _posted_labels(row: dict[str, Any], name: str) -> dict[str, str]:
+    labels = row.get(name) or {}
+    if not isinstance(labels, dict) or not all(isinstance(v, str) for v in labels.values()):
+        raise ValueError(f"{name} must be an object of strings")
+    if "" in labels:
+        raise ValueError(f"invalid {name[:-1]} set: an empty name")
+    return labels
+
+
+def _posted_alert(row: Any, now: float, resolve_timeout_s: float) -> Alert:
+    if not isinstance(row, dict):
+        raise ValueError(f"an alert must be an object, not {_kind(row)}")
+    starts_at, ends_at = _posted_time(row, "startsAt"), _posted_time(row, "endsAt")
+    labels = {label: value for label, value in _posted_labels(row, "labels").items() if value}
+    if not labels:
+        raise ValueError("at least one label pair required")
+    alert = Alert(
+        labels, _posted_labels(row, "annotations"), starts_at or ends_at or now,
+        ends_at or now + resolve_timeout_s, now, _text_of(row, "generatorURL"), not ends_at,
+    )  # fmt: skip
+    if alert.ends_at < alert.starts_at:
+        raise ValueError("start time must be before end time")
+    return alert
+
+
+def _posted_silence(row: Any, now: float) -> Silence:
+    if not isinstance(row, dict) or not isinstance(row.get("matchers"), list):
+        raise ValueError("a silence must be an object with the list 'matchers'")
+    matchers = []
+    for each in row["matchers"]:
+        if not isinstance(each, dict):
+            raise ValueError(f"a matcher must be an object, not {_kind(each)}")
+        name, is_equal = _text_of(each, "name"), each.get("isEqual", True)
+        if not name or not isinstance(is_equal, bool) or not isinstance(each.get("isRegex"), bool):
+            raise ValueError("a matcher needs 'name', 'value' and 'isRegex'")
+        op = _MATCHER_OPS[is_equal, each["isRegex"]]
+        matchers.append(checked_matcher(name, op, _text_of(each, "value")))
+    return Silence(
+        _text_of(row, "id"), tuple(matchers), _posted_time(row, "startsAt") or now,
+        _posted_time(row, "endsAt"), now, _text_of(row, "createdBy"), _text_of(row, "comment"),
+    )  # fmt: skip
+
+
+def _silence_json(silence: Silence, now: float) -> dict[str, Any]:
+    return {
+        "id": silence.id, "status": {"state": silence.state(now)},
+        "updatedAt": _api_text(silence.updated_at), "comment": silence.comment,
+        "createdBy": silence.created_by, "endsAt": _api_text(silence.ends_at),
+        "matchers": [
+            {
+                "isEqual": op in ("=", "=~"), "isRegex": op in ("=~", "!~"), "name": name,
+                "value": value,
+            }
+            for name, op, value in silence.matchers
+        ],
+        "startsAt": _api_text(silence.starts_at),
+    }  # fmt: skip
+
+
+# ==================================================================================================
 # PART VI. COMMAND LINE
 # ==================================================================================================
 
 
 # ==================================================================================================
-# 37. Command line
+# 39. Command line
 # ==================================================================================================
 #
 # Options become objects, one line says what is running, and a signal ends it. What goes wrong
