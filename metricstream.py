@@ -14105,15 +14105,18 @@ class Dispatcher(Notifications):
 
     def answer(self, method: str, path: str, query: str, body: bytes) -> tuple[int, bytes]:
         """The status and the JSON body for a request below /api/v2/; the query is not decoded."""
-        found = ((re.fullmatch(known, path), each) for known, each in self.ROUTES.items())
-        match, handlers = next((pair for pair in found if pair[0]), (None, {}))
-        if match is None:
+        folder, _, id = path.rpartition("/")
+        ids: tuple[str, ...] = ()
+        handlers = self.ROUTES.get(path)
+        if handlers is None:
+            handlers, ids = self.ROUTES.get(f"{folder}/{{id}}"), (id,)
+        if handlers is None:
             return 404, write_json(f"path {_clipped(path)} was not found").encode()
         if method not in handlers:
             return 405, write_json(f"method {_clipped(method)} is not allowed").encode()
         try:
             form = urllib.parse.parse_qs(query, keep_blank_values=True, max_num_fields=1000)
-            value = handlers[method](self, form, body, *match.groups())
+            value = handlers[method](self, form, body, *ids)
             return 200, b"" if value is None else write_json(value).encode(errors="replace")
         except _RefusedRequest as error:
             return error.status, write_json(str(error)).encode(errors="replace")
@@ -14291,7 +14294,7 @@ class Dispatcher(Notifications):
         "/api/v2/alerts": {"GET": _get_alerts, "POST": _post_alerts},
         "/api/v2/alerts/groups": {"GET": _get_groups},
         "/api/v2/silences": {"GET": _get_silences, "POST": _post_silences},
-        "/api/v2/silence/([^/]+)": {"GET": _get_silence, "DELETE": _delete_silence},
+        "/api/v2/silence/{id}": {"GET": _get_silence, "DELETE": _delete_silence},
     }
 
 
