@@ -33,12 +33,15 @@ order of dependency. `grep -nE '^# (PART|[0-9]+\\.)' metricstream.py` prints the
 
 import argparse
 import asyncio
+import base64
 import calendar
 import contextlib
 import dataclasses
 import datetime
 import decimal
 import difflib
+import email.message
+import email.policy
 import email.utils
 import errno
 import fcntl
@@ -49,6 +52,7 @@ import hashlib
 import heapq
 import hmac
 import http
+import http.client
 import ipaddress
 import itertools
 import logging
@@ -61,6 +65,7 @@ import resource
 import secrets
 import select
 import signal
+import smtplib
 import socket
 import socketserver
 import ssl
@@ -73,6 +78,7 @@ import time
 import traceback
 import unicodedata
 import urllib.parse
+import uuid
 import zlib
 import zoneinfo
 from array import array
@@ -2058,6 +2064,7 @@ class Statistics:
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
         self.ring = EventRing()
         self._added: dict[str, tuple[_Exposed, Callable[[], Any]]] = {}  # by key
+        self._rows: list[Callable[[], Iterable[OwnMetric]]] = []
         self._clock = clock
         self._started = clock()
         self._lock = threading.Lock()  # guards the counters below
@@ -2095,6 +2102,10 @@ class Statistics:
         (where no name is given, the key is it). With a label: numbers by its values.
         """
         self._added[key] = _Exposed(key, name or key, type_, help_, label), number
+
+    def add_rows(self, rows: Callable[[], Iterable[OwnMetric]]) -> None:
+        """Show numbers of which there are many; in Prometheus's text, not in JSON."""
+        self._rows.append(rows)
 
     def snapshot(self) -> dict[str, Any]:
         """All numbers, as `GET /metrics` answers them."""
@@ -2163,6 +2174,8 @@ class Statistics:
                 yield row(f"{name}_count", {}, sum(numbers["requests_total"].values()))
             else:
                 yield row(name, {}, value)
+        for rows in self._rows:
+            yield from rows()
 
     def prometheus(self) -> str:
         """The same in Prometheus's text exposition format, version 0.0.4."""
@@ -2172,7 +2185,9 @@ class Statistics:
                 family = metric.family
                 lines.append(f"# HELP {full_name(family)} {metric.help}")
                 lines.append(f"# TYPE {full_name(family)} {metric.type}")
-            labels = ",".join(f'{label}="{value}"' for label, value in metric.labels.items())
+            labels = ",".join(
+                f"{label}={write_json_string(value)}" for label, value in metric.labels.items()
+            )
             braces = f"{{{labels}}}" if labels else ""
             lines.append(f"{full_name(metric.name)}{braces} {metric.value}")
         return "\n".join(lines) + "\n"
@@ -11870,16 +11885,27 @@ def _in_zone(name: str, when: datetime.datetime) -> datetime.datetime:
         raise ValueError(f"unknown time zone {name}") from None
 
 
-def _plain_value(value: Any) -> Any:
+def rfc3339(time: datetime.datetime) -> str:
+    """A time as Go's JSON has it."""
+    text, zone = time.isoformat()[:-6], time.isoformat()[-6:]
+    text = text.rstrip("0").rstrip(".") if "." in text else text
+    return text + ("Z" if zone == "+00:00" else zone)
+
+
+def json_value(value: Any) -> Any:
     """A value of a template as `write_json` takes it."""
     if isinstance(value, TemplateStruct):
-        return {name: _plain_value(field) for name, field in value.fields.items()}
+        # as Alertmanager's tags have it, which a Pair has not
+        first = str if value.type_name == "template.Pair" else str.lower
+        return {
+            first(name[0]) + name[1:]: json_value(field) for name, field in value.fields.items()
+        }
     if isinstance(value, dict):
-        return {str(key): _plain_value(item) for key, item in value.items()}
+        return {str(key): json_value(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_plain_value(item) for item in value]
+        return [json_value(item) for item in value]
     if isinstance(value, datetime.datetime):
-        return value.isoformat().replace("+00:00", "Z")
+        return rfc3339(value)
     return _nanoseconds(value) if isinstance(value, datetime.timedelta) else value
 
 
@@ -11891,7 +11917,7 @@ NOTIFICATION_FUNCTIONS = _COMMON_FUNCTIONS | {
         "time.Time", lambda when: datetime.datetime.now(datetime.UTC) - when
     ),
     "stringSlice": TemplateFunction("...string", lambda *texts: list(texts)),
-    "toJson": TemplateFunction("any", lambda value: write_json(_plain_value(value))),
+    "toJson": TemplateFunction("any", lambda value: write_json(json_value(value))),
     "trimSpace": TemplateFunction("string", lambda text: text.strip(" \t\r\n")),
     "tz": TemplateFunction("string time.Time", _in_zone),
     "urlUnescape": TemplateFunction("string", lambda text: _HTML(urllib.parse.unquote_plus(text))),
@@ -12463,14 +12489,16 @@ class Template:
     def __init__(self, name: str, text: str, templates: dict[str, list[_Statement]]) -> None:
         self.name, self.text, self.templates = name, text, templates
 
-    def execute(self, data: Any, functions: Mapping[str, TemplateFunction]) -> str:
+    def execute(
+        self, data: Any, functions: Mapping[str, TemplateFunction], escapes_html: bool = False
+    ) -> str:
         """What the template prints. Raises TemplateError.
 
         `data` is what the dot means: str, bool, int, float, None, datetime and timedelta, lists and
         dicts of them, `TemplateStruct`. `functions` has those whose names the template was parsed
-        with.
+        with. `escapes_html`: what is printed becomes text of HTML, unless it is safe.
         """
-        run = _TemplateRun(self, functions, data)
+        run = _TemplateRun(self, functions, data, escapes_html)
         try:
             run.walk(data, self.templates[self.name])
         except TemplateError as error:
@@ -12490,9 +12518,11 @@ class _TemplateRun:
     because an error tells which node was visited last."""
 
     def __init__(
-        self, template: Template, functions: Mapping[str, TemplateFunction], data: Any
-    ) -> None:
+        self, template: Template, functions: Mapping[str, TemplateFunction], data: Any,
+        escapes_html: bool,
+    ) -> None:  # fmt: skip
         self.template, self.functions = template, functions
+        self.escapes_html = escapes_html
         self.name = template.name
         self.variables: list[list[Any]] = [["$", data]]  # name and value, the innermost last
         self.node: Any = None
@@ -12524,6 +12554,12 @@ class _TemplateRun:
         except ValueError as error:
             self.fail(str(error))
 
+    def printable(self, value: Any) -> Any:
+        """What is printed of a value; in HTML nothing of it is markup, unless it is safe."""
+        if self.escapes_html and not isinstance(value, _HTML):
+            return _printed(value).translate(_HTML_ESCAPES)
+        return "<no value>" if value is None else value
+
     # -- statements --
 
     def walk(self, dot: Any, statements: list[_Statement]) -> None:
@@ -12534,7 +12570,7 @@ class _TemplateRun:
             elif isinstance(node, _Pipe):
                 value = self.pipeline(dot, node)
                 if not node.declared:
-                    self.show("<no value>" if value is None else value)
+                    self.show(self.printable(value))
             elif isinstance(node, _Block):
                 self.block(dot, node)
             elif isinstance(node, _Invocation):
@@ -12813,14 +12849,19 @@ class Recorded(NamedTuple):
 
 
 class Alert(NamedTuple):
-    """What others are told of an alert."""
+    """What is told. Times are Unix seconds; labels and annotations are changed by nobody."""
 
-    labels: dict[str, str]
+    labels: dict[str, str]  # alertname and all others
     annotations: dict[str, str]
-    starts_at: float  # Unix seconds, as all times here
+    starts_at: float
     ends_at: float  # in the future while it fires
     updated_at: float
     generator_url: str = ""
+    times_out: bool = False  # nobody said when it ends: it does so unless it is sent again
+
+    def is_resolved(self, now: float) -> bool:
+        """Whether it does not fire any more."""
+        return self.ends_at <= now
 
 
 class RuleContext(NamedTuple):
@@ -13287,7 +13328,7 @@ def _rfc_3339(seconds: float) -> str:
     return utc_timestamp(int(seconds * 1000))
 
 
-def _alert_json(alert: ActiveAlert) -> dict[str, Any]:
+def _active_json(alert: ActiveAlert) -> dict[str, Any]:
     shown = {
         "labels": alert.labels, "annotations": alert.annotations, "state": alert.state,
         "activeAt": _rfc_3339(alert.active_at), "value": _as_go_float(alert.value),
@@ -13300,7 +13341,7 @@ def _alert_json(alert: ActiveAlert) -> dict[str, Any]:
 def alerts_json(groups: Iterable[GroupState]) -> list[dict[str, Any]]:
     """All alerts that are pending or firing, as `/api/v1/alerts` has them."""
     return [
-        _alert_json(alert)
+        _active_json(alert)
         for group in groups
         for rule in group.alerting
         for alert in rule.alerts.values()
@@ -13328,7 +13369,7 @@ def _rule_json(state: RecordingState, with_alerts: bool) -> dict[str, Any]:
             "state": next((s for s in ("firing", "pending") if s in states), "inactive"),
         }  # fmt: skip
         if with_alerts:
-            shown["alerts"] = [_alert_json(alert) for alert in active]
+            shown["alerts"] = [_active_json(alert) for alert in active]
     return shown
 
 
@@ -13845,7 +13886,2039 @@ def firing_bar(times: Iterable[tuple[int, int]], start_ms: int, end_ms: int) -> 
 
 
 # ==================================================================================================
-# 37. Watcher process
+# 37. Alerts and routes
+# ==================================================================================================
+#
+# The problem: hundreds of alerts fire at once, and each is for somebody else. The idea is that of
+# Alertmanager: an alert is known by its labels, a tree of routes names its receivers, and alerts of
+# a route that share some labels are told together. What it costs: nobody sees from a receiver alone
+# what it gets; `amtool config routes test` says it.
+#
+# Source: Alertmanager's pkg/labels and dispatch/route.go.
+
+_SEPARATOR = "\xff"  # as a byte; no UTF-8 text has it
+
+
+def fingerprint(labels: Mapping[str, str]) -> str:
+    """The name that Alertmanager gives to a set of labels: FNV-1a of 64 bits, in hexadecimal.
+
+    >>> fingerprint({"alertname": "Down"}), fingerprint({})
+    ('6accfd3d0992a914', 'cbf29ce484222325')
+    """
+    hashed = 0xCBF29CE484222325
+    for label in sorted(labels):
+        for part in (label, labels[label]):
+            for byte in part.encode(errors="replace") + b"\xff":
+                hashed = ((hashed ^ byte) * 0x100000001B3) & 0xFFFFFFFFFFFFFFFF
+    return f"{hashed:016x}"
+
+
+def label_set_text(labels: Mapping[str, str]) -> str:
+    """Labels as Go prints a LabelSet."""
+    return "{" + ", ".join(f"{label}={_quoted(labels[label])}" for label in sorted(labels)) + "}"
+
+
+# ---- matchers ----
+
+_LABEL_NAME = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
+_LABEL_MATCHER = re.compile(r"\s*([a-zA-Z_:][a-zA-Z0-9_:]*)\s*(=~|=|!=|!~)\s*(.*?)\s*", re.DOTALL)
+_MATCHER_TOKEN = re.compile(r'(?:[^,"\\]|\\.|\\\Z|"(?:[^"\\]|\\.)*(?:"|\\?\Z))*', re.DOTALL)
+_MATCHER_VALUE = re.compile(r'(?:[^"\\]|\\.|\\\Z)*', re.DOTALL)
+_MATCHER_ESCAPE = re.compile(r'\\([n"\\])')
+_kept_label_regex = functools.lru_cache(1024)(compile_regex)
+
+
+def parse_matchers(text: str) -> list[Matcher]:
+    """Conditions on labels, separated by commas, as amtool and configurations write them. Raises
+    ValueError.
+
+    >>> [(m.name, m.op, m.value) for m in parse_matchers('{job=api, severity =~ "page|warn"}')]
+    [('job', '=', 'api'), ('severity', '=~', 'page|warn')]
+    """
+    text = text.removeprefix("{").removesuffix("}")
+    matchers, position = [], 0
+    while position <= len(text):
+        token = _MATCHER_TOKEN.match(text, position)
+        assert token is not None  # it matches the empty string
+        position = token.end() + 1
+        if token[0].strip() or position <= len(text):
+            matchers.append(parse_matcher(token[0]))
+    return matchers
+
+
+def parse_matcher(text: str) -> Matcher:
+    """One condition; its value stands in double quotes or without any. Raises ValueError."""
+    match = _LABEL_MATCHER.fullmatch(text)
+    if match is None:
+        raise ValueError(f"bad matcher format: {_clipped(text)}")
+    name, op, value = match.groups()
+    if value.startswith('"') and (len(value) < 2 or not value.endswith('"')):
+        raise ValueError(f"matcher value contains unescaped double quote: {_clipped(value)}")
+    value = value[1:-1] if value.startswith('"') else value
+    if not _MATCHER_VALUE.fullmatch(value):
+        raise ValueError(f"matcher value contains unescaped double quote: {_clipped(value)}")
+    value = _MATCHER_ESCAPE.sub(lambda escape: {"n": "\n"}.get(escape[1], escape[1]), value)
+    return checked_matcher(name, op, value)
+
+
+def checked_matcher(name: str, op: str, value: str) -> Matcher:
+    """A condition whose regular expression compiles. Raises ValueError."""
+    if op in ("=~", "!~"):
+        compile_regex(value)
+    return Matcher(name, op, value)
+
+
+def matcher_text(matcher: Matcher) -> str:
+    """A condition as Alertmanager writes it."""
+    value = matcher.value.replace("\\", "\\\\").replace("\n", "\\n").replace('"', '\\"')
+    return f'{matcher.name}{matcher.op}"{value}"'
+
+
+def accepts_labels(matchers: Iterable[Matcher], labels: Mapping[str, str]) -> bool:
+    """Whether labels fulfil all conditions."""
+    for name, op, value in matchers:
+        found = labels.get(name, "")
+        is_regex = op in ("=~", "!~")
+        holds = _kept_label_regex(value).matches(found) if is_regex else found == value
+        if holds != (op in ("=", "=~")):
+            return False
+    return True
+
+
+# ---- the tree of routes ----
+
+
+class Route(NamedTuple):
+    """A node of the tree: which alerts it is for, who is told of them, and when."""
+
+    receiver: str
+    group_by: tuple[str, ...] | None  # None: by all labels
+    group_wait_s: float
+    group_interval_s: float
+    repeat_interval_s: float
+    matchers: tuple[Matcher, ...]
+    continues: bool  # its siblings may match, too
+    key: str  # the conditions from the root to here
+    routes: "tuple[Route, ...]" = ()
+
+    def matching(self, labels: Mapping[str, str]) -> "list[Route]":
+        """The routes that an alert takes, depth first; none if it is not for this one."""
+        if not accepts_labels(self.matchers, labels):
+            return []
+        found: list[Route] = []
+        for route in self.routes:
+            deeper = route.matching(labels)
+            found += deeper
+            if deeper and not route.continues:
+                break
+        return found or [self]
+
+    def group_labels(self, labels: dict[str, str]) -> dict[str, str]:
+        """Those labels that all alerts of a group share."""
+        if self.group_by is None:
+            return labels
+        return {label: labels[label] for label in self.group_by if label in labels}
+
+
+def route_key(parent_key: str | None, matchers: Iterable[Matcher]) -> str:
+    """The conditions from the root to a route."""
+    own = "{" + ",".join(map(matcher_text, matchers)) + "}"
+    return own if parent_key is None else f"{parent_key}/{own}"
+
+
+# ==================================================================================================
+# 38. Notification configuration
+# ==================================================================================================
+#
+# The problem: who is told what stands in a file, credentials included, and people have such files
+# already. The idea: read the part of Alertmanager's own format that one machine needs, and refuse
+# all else by name rather than leave somebody untold. Templates, matchers and addresses are checked
+# when the file is read, and all faults are told with their places. What it costs: a field that is
+# valid in Alertmanager may be refused here.
+#
+# Source: https://prometheus.io/docs/alerting/latest/configuration/
+
+HIDDEN = "<secret>"  # what is shown of a credential
+RESOLVE_TIMEOUT_S = 300.0
+WEBHOOK_TIMEOUT_S = 10.0
+EMAIL_TIMEOUT_S = 30.0
+
+# What the names `email.default.…` stand for in files that were written for Alertmanager.
+DEFAULT_TEMPLATES = """\
+{{ define "email.default.subject" }}{{ .Status | toUpper }}\
+{{ if eq .Status "firing" }} {{ len .Alerts.Firing }}{{ end }}: \
+{{ range $i, $pair := .GroupLabels.SortedPairs }}{{ if $i }}, {{ end }}{{ $pair.Value }}\
+{{ else }}{{ .Receiver }}{{ end }}{{ end }}\
+{{ define "email.default.text" }}{{ range .Alerts }}\
+{{ .Status | toUpper }} {{ .Labels.alertname }}
+{{ range .Labels.SortedPairs }}  {{ .Name }} = {{ .Value }}
+{{ end }}{{ range .Annotations.SortedPairs }}  {{ .Name }}: {{ .Value }}
+{{ end }}  since {{ .StartsAt.UTC.Format "2006-01-02 15:04:05 MST" }}
+{{ if .GeneratorURL }}  {{ .GeneratorURL }}
+{{ end }}
+{{ end }}Sent by {{ .ExternalURL }}
+{{ end }}\
+{{ define "email.default.html" }}<!DOCTYPE html>
+<html><body style="font-family: sans-serif">
+<h2>{{ template "email.default.subject" . }}</h2>
+{{ range .Alerts }}\
+<h3 style="color: {{ if eq .Status "firing" }}#b00020{{ else }}#1b7a34{{ end }}">\
+{{ .Status | toUpper }} {{ .Labels.alertname }}</h3>
+<table>
+{{ range .Labels.SortedPairs }}<tr><td>{{ .Name }}</td><td>{{ .Value }}</td></tr>
+{{ end }}{{ range .Annotations.SortedPairs }}\
+<tr><td><b>{{ .Name }}</b></td><td>{{ .Value }}</td></tr>
+{{ end }}</table>
+<p>Since {{ .StartsAt.UTC.Format "2006-01-02 15:04:05 MST" }}</p>
+{{ end }}<p>Sent by {{ .ExternalURL }}</p>
+</body></html>
+{{ end }}"""
+
+
+class ConfigError(ValueError):
+    """A configuration with faults, each of which is `file:line:column: reason`."""
+
+    def __init__(self, faults: Sequence[str]):
+        self.faults = tuple(faults)
+        super().__init__("\n".join(faults))
+
+
+class Secret:
+    """A credential, or the file that holds it and is read each time. Only `reveal` shows it."""
+
+    def __init__(self, text: str = "", path: str = ""):
+        self._text, self._path = text, path
+
+    def __repr__(self) -> str:
+        return HIDDEN
+
+    def __bool__(self) -> bool:
+        return bool(self._text or self._path)
+
+    def reveal(self) -> str:
+        """The credential. Raises OSError and UnicodeDecodeError if its file can't be read."""
+        if not self._path:
+            return self._text
+        with open(self._path, encoding="utf-8") as file:
+            return file.read().strip()
+
+
+class Authorization(NamedTuple):
+    """How a request says who sends it: Basic with a user name, or any scheme with a secret."""
+
+    scheme: str
+    user: str
+    secret: Secret
+
+
+class TLSOptions(NamedTuple):
+    """How servers prove who they are, and how this one does; paths of PEM files."""
+
+    ca_file: str = ""
+    cert_file: str = ""
+    key_file: str = ""
+    insecure: bool = False
+
+
+class Webhook(NamedTuple):
+    """A URL that is told."""
+
+    url: Secret
+    shown: str  # the URL as it may be shown
+    authorization: Authorization | None = None
+    tls: TLSOptions = TLSOptions()
+    send_resolved: bool = True
+    timeout_s: float = WEBHOOK_TIMEOUT_S
+    max_alerts: int = 0  # 0: all
+    payload: Any = None  # templates in dicts and lists, or one for the whole body
+
+    @property
+    def kind(self) -> str:
+        return "webhook"
+
+
+class Email(NamedTuple):
+    """Somebody who gets mail."""
+
+    host: str
+    port: int
+    sender: Template
+    to: Template
+    headers: dict[str, Template]
+    text: Template | None
+    html: Template | None
+    hello: str = "localhost"
+    user: str = ""
+    password: Secret = Secret()
+    secret: Secret = Secret()  # for CRAM-MD5
+    identity: str = ""
+    require_tls: bool = True
+    tls: TLSOptions = TLSOptions()
+    send_resolved: bool = False
+    timeout_s: float = EMAIL_TIMEOUT_S
+
+    @property
+    def kind(self) -> str:
+        return "email"
+
+    @property
+    def shown(self) -> str:
+        return f"{self.host}:{self.port}"
+
+
+class NotifyConfig(NamedTuple):
+    """Who is told of what."""
+
+    route: Route
+    receivers: dict[str, tuple[Webhook | Email, ...]]
+    resolve_timeout_s: float = RESOLVE_TIMEOUT_S
+    shown: str = ""  # the file without its credentials
+
+
+def shown_url(url: str) -> str:
+    """A URL without what may be a credential in it: user, password, path and query.
+
+    >>> shown_url("https://user:pass@hooks.slack.com/services/T0/B0/xyz")
+    'https://hooks.slack.com/<secret>'
+    """
+    parts = urllib.parse.urlsplit(url)
+    hidden = f"/{HIDDEN}" if parts.path.strip("/") or parts.query or parts.username else parts.path
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{hidden}"
+
+
+def _checked_url(url: str) -> str:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        is_usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        if not is_usable or re.search(r"[\x00-\x20\x7f]", url):
+            raise ValueError
+    except ValueError:
+        # the URL is not repeated: it may hold a credential
+        raise ValueError("must be a URL with http:// or https:// and a host") from None
+    return url
+
+
+def url_authorization(url: str) -> Authorization | None:
+    """The user and password that a URL names."""
+    parts = urllib.parse.urlsplit(url)
+    if parts.username is None:
+        return None
+    user, password = map(urllib.parse.unquote, (parts.username, parts.password or ""))
+    return Authorization("Basic", user, Secret(password))
+
+
+def webhook_config(urls: Sequence[str]) -> NotifyConfig:
+    """Every URL is told of every alert; groups are those of `alertname`. Raises ValueError."""
+    webhooks = tuple(Webhook(Secret(_checked_url(url)), shown_url(url)) for url in urls)
+    route = Route("webhook", ("alertname",), 10.0, 60.0, 4 * 3600.0, (), False, "{}")
+    shown = "route:\n  receiver: webhook\n  group_by: [alertname]\n  group_wait: 10s\n"
+    shown += "  group_interval: 1m\n  repeat_interval: 4h\nreceivers:\n- name: webhook\n"
+    shown += "  webhook_configs:\n" + "".join(f"  - url: {hook.shown}\n" for hook in webhooks)
+    return NotifyConfig(route, {"webhook": webhooks}, shown=shown)
+
+
+def parse_notification_template(text: str, name: str = "") -> Template:
+    """A template that may use the default ones by their names. Raises TemplateError."""
+    return parse_template(text + DEFAULT_TEMPLATES, NOTIFICATION_FUNCTIONS, name)
+
+
+def read_notify_config(text: str | bytes, name: str) -> NotifyConfig:
+    """Read a configuration of Alertmanager, as YAML or JSON. Raises ConfigError, with every fault.
+
+    `name` is the path of the file; paths in the file are relative to its folder.
+
+    >>> read_notify_config("route: {receiver: me}", "notify.yml")
+    Traceback (most recent call last):
+    metricstream.ConfigError: notify.yml:1:18: no receiver has the name 'me'
+    """
+    try:
+        document = parse_yaml(text)
+    except YAMLError as error:
+        raise ConfigError([f"{name}:{error.line}:{error.column}: {error.reason}"]) from None
+    return _ConfigReader(document, name).read()
+
+
+_SECRETS = frozenset({
+    "auth_password", "auth_secret", "credentials", "password", "smtp_auth_password",
+    "smtp_auth_secret",
+})  # fmt: skip
+_GLOBAL_FIELDS = (
+    "resolve_timeout", "http_config", "smtp_from", "smtp_smarthost", "smtp_hello",
+    "smtp_auth_username", "smtp_auth_password", "smtp_auth_password_file", "smtp_auth_secret",
+    "smtp_auth_identity", "smtp_require_tls",
+)  # fmt: skip
+_ROUTE_FIELDS = (
+    "receiver", "group_by", "group_wait", "group_interval", "repeat_interval", "match", "match_re",
+    "matchers", "continue", "routes",
+)  # fmt: skip
+_WEBHOOK_FIELDS = (
+    "url", "url_file", "send_resolved", "timeout", "max_alerts", "http_config", "payload",
+)  # fmt: skip
+_HTTP_FIELDS = ("basic_auth", "authorization", "tls_config", "follow_redirects")
+_BASIC_FIELDS = ("username", "password", "password_file")
+_AUTHORIZATION_FIELDS = ("type", "credentials", "credentials_file")
+_EMAIL_FIELDS = (
+    "to", "from", "smarthost", "hello", "auth_username", "auth_password", "auth_password_file",
+    "auth_secret", "auth_identity", "headers", "html", "text", "require_tls", "tls_config",
+    "send_resolved",
+)  # fmt: skip
+_BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_ConfigFields = dict[str, YamlNode]
+
+
+def _shown_config(node: YamlNode, field: str = "", indent: str = "") -> str:
+    """What stands behind a key, or the dash of a list, without credentials."""
+    if isinstance(node, YamlMap):
+        return "".join(
+            f"\n{indent}{_shown_config(key).strip()}:{_shown_config(value, name, indent + '  ')}"
+            for name, (key, value) in node.entries.items()
+        ) or " {}"  # fmt: skip
+    if isinstance(node, YamlList):
+        items = (_shown_config(item, "", indent + "  ").lstrip() for item in node.items)
+        return "".join(f"\n{indent}- {item}" for item in items) or " []"
+    if node.is_null:
+        return " null"
+    if field in _SECRETS:
+        return f" {HIDDEN}"
+    if field == "url":
+        return f" {shown_url(node.text)}"
+    return f" {node.text if node.plain and node.text.isprintable() else write_json(node.text)}"
+
+
+class _ConfigReader:
+    """Reads one document; a fault is noted, with its position, and reading goes on."""
+
+    def __init__(self, document: YamlDocument, name: str):
+        self._document, self._name = document, name
+        self._faults: list[tuple[int, str]] = []
+        self._globals: _ConfigFields = {}
+
+    def read(self) -> NotifyConfig:
+        root = self._fields(self._document.root, "", ("global", "route", "receivers"))
+        self._globals = self._fields(root.get("global"), "global", _GLOBAL_FIELDS)
+        receivers: dict[str, tuple[Webhook | Email, ...]] = {}
+        for node in self._items(root, "receivers"):
+            fields = self._fields(node, "a receiver", ("name", "webhook_configs", "email_configs"))
+            name = self._text(fields, "name")
+            if not name or name in receivers:
+                reason = "another receiver has this name" if name else "a receiver needs a name"
+                self._fault(fields.get("name", node), reason)
+            webhooks = map(self._webhook, self._items(fields, "webhook_configs"))
+            emails = map(self._email, self._items(fields, "email_configs"))
+            receivers[name] = (*webhooks, *emails)
+        if "route" not in root:
+            self._fault(self._document.root, "no route is given")
+        route = self._route(root.get("route"), None, receivers)
+        resolve_timeout_s = self._seconds(self._globals, "resolve_timeout", RESOLVE_TIMEOUT_S)
+        if self._faults:
+            places = sorted((*self._document.place(at), why) for at, why in set(self._faults))
+            raise ConfigError([f"{self._name}:{line}:{col}: {why}" for line, col, why in places])
+        shown = _shown_config(self._document.root).lstrip() + "\n"
+        return NotifyConfig(route, receivers, resolve_timeout_s, shown)
+
+    # ---- routes ----
+
+    def _route(
+        self, node: YamlNode | None, parent: Route | None, receivers: Container[str]
+    ) -> Route:
+        above = parent or Route("", (), 30.0, 300.0, 4 * 3600.0, (), False, "{}")
+        fields = self._fields(node, "a route", _ROUTE_FIELDS)
+        receiver = self._text(fields, "receiver") or above.receiver
+        if node is not None and (not receiver or receiver not in receivers):
+            reason = f"no receiver has the name {_clipped(receiver)!r}"
+            reason = reason if receiver else "the root of the routes needs a receiver"
+            self._fault(fields.get("receiver", node), reason)
+        matchers = tuple(sorted(self._matchers(fields), key=lambda m: (m.name, m.value, m.op)))
+        if parent is None and matchers and node is not None:
+            self._fault(node, "the root of the routes must not have any matchers")
+        route = Route(
+            receiver, self._group_by(fields, above),
+            self._seconds(fields, "group_wait", above.group_wait_s, 0),
+            self._seconds(fields, "group_interval", above.group_interval_s),
+            self._seconds(fields, "repeat_interval", above.repeat_interval_s),
+            matchers, self._boolean(fields, "continue", False),
+            route_key(parent.key if parent else None, matchers),
+        )  # fmt: skip
+        children = tuple(
+            self._route(child, route, receivers) for child in self._items(fields, "routes")
+        )
+        return route._replace(routes=children)
+
+    def _group_by(self, fields: _ConfigFields, above: Route) -> tuple[str, ...] | None:
+        if "group_by" not in fields:
+            return above.group_by
+        labels = [self._scalar(item, "group_by") or "" for item in self._items(fields, "group_by")]
+        node = fields["group_by"]
+        if len(set(labels)) < len(labels):
+            self._fault(node, "a label stands in 'group_by' twice")
+        if "..." in labels and len(labels) > 1:
+            self._fault(node, "'...' in 'group_by' means all labels, and stands alone")
+        for label in labels:
+            if label != "..." and not _LABEL_NAME.fullmatch(label):
+                self._fault(node, f"{_clipped(label)!r} is no name for a label")
+        return None if labels == ["..."] else tuple(labels)
+
+    def _matchers(self, fields: _ConfigFields) -> Iterator[Matcher]:
+        for node in self._items(fields, "matchers"):
+            try:
+                yield from parse_matchers(self._scalar(node, "matchers") or "")
+            except ValueError as error:
+                self._fault(node, str(error))
+        for field, op in (("match", "="), ("match_re", "=~")):
+            for label, (key, value) in self._entries(fields.get(field), field).items():
+                if not _LABEL_NAME.fullmatch(label):
+                    self._fault(key, f"{_clipped(label)!r} is no name for a label")
+                try:
+                    yield checked_matcher(label, op, self._scalar(value, label) or "")
+                except ValueError as error:
+                    self._fault(value, str(error))
+
+    # ---- receivers ----
+
+    def _webhook(self, node: YamlNode) -> Webhook:
+        fields = self._fields(node, "a webhook", _WEBHOOK_FIELDS)
+        url, path = self._text(fields, "url"), self._path(fields, "url_file")
+        if bool(url) == bool(path):
+            self._fault(node, "a webhook needs 'url' or 'url_file', and not both")
+        try:
+            shown = shown_url(_checked_url(url)) if url else HIDDEN
+        except ValueError as error:
+            self._fault(fields["url"], str(error))
+            shown = HIDDEN
+        http_fields = fields if "http_config" in fields else self._globals
+        authorization, tls = self._http_config(http_fields.get("http_config"))
+        payload = fields.get("payload")
+        return Webhook(
+            Secret(url, path), shown, authorization, tls,
+            self._boolean(fields, "send_resolved", True),
+            self._seconds(fields, "timeout", WEBHOOK_TIMEOUT_S, 0) or WEBHOOK_TIMEOUT_S,
+            self._whole_number(fields, "max_alerts"),
+            None if payload is None else self._payload(payload),
+        )  # fmt: skip
+
+    def _payload(self, node: YamlNode) -> Any:
+        if isinstance(node, YamlMap):
+            return {name: self._payload_part(value) for name, (_, value) in node.entries.items()}
+        if isinstance(node, YamlList):
+            return [self._payload_part(item) for item in node.items]
+        return self._template(node)
+
+    def _payload_part(self, node: YamlNode) -> Any:
+        """Inside of a structure what is no text stays what it is."""
+        if isinstance(node, YamlScalar) and node.plain:
+            if node.is_null or node.text in ("true", "false"):
+                return _BOOLEANS.get(node.text)
+            if GO_FLOAT.fullmatch(node.text):
+                with contextlib.suppress(JSONError):
+                    return parse_json(node.text)
+        return self._payload(node)
+
+    def _http_config(self, node: YamlNode | None) -> tuple[Authorization | None, TLSOptions]:
+        fields = self._fields(node, "http_config", _HTTP_FIELDS)
+        if self._boolean(fields, "follow_redirects", False):
+            self._fault(fields["follow_redirects"], "redirects are not followed")
+        if "basic_auth" in fields and "authorization" in fields:
+            self._fault(fields["authorization"], "not beside 'basic_auth'")
+        authorization = None
+        if "basic_auth" in fields:
+            basic = self._fields(fields["basic_auth"], "basic_auth", _BASIC_FIELDS)
+            user, secret = self._text(basic, "username"), self._secret(basic, "password")
+            authorization = Authorization("Basic", user, secret)
+        elif "authorization" in fields:
+            own = self._fields(fields["authorization"], "authorization", _AUTHORIZATION_FIELDS)
+            scheme = self._text(own, "type") or "Bearer"
+            if scheme.lower() == "basic":
+                self._fault(own["type"], "for this type there is 'basic_auth'")
+            authorization = Authorization(scheme, "", self._secret(own, "credentials"))
+        return authorization, self._tls_config(fields.get("tls_config"))
+
+    def _tls_config(self, node: YamlNode | None) -> TLSOptions:
+        known = ("ca_file", "cert_file", "key_file", "insecure_skip_verify")
+        fields = self._fields(node, "tls_config", known)
+        return TLSOptions(
+            self._path(fields, "ca_file"), self._path(fields, "cert_file"),
+            self._path(fields, "key_file"), self._boolean(fields, "insecure_skip_verify", False),
+        )  # fmt: skip
+
+    def _email(self, node: YamlNode) -> Email:
+        fields = self._fields(node, "an email", _EMAIL_FIELDS)
+        for name in ("from", "smarthost", "hello", "auth_username", "auth_identity", "require_tls"):
+            if name not in fields and f"smtp_{name}" in self._globals:
+                fields[name] = self._globals[f"smtp_{name}"]
+        for name in ("auth_password", "auth_secret"):
+            if name not in fields and f"{name}_file" not in fields:
+                inherited = (name, f"{name}_file")
+                fields |= {own: self._globals[f"smtp_{own}"] for own in inherited
+                           if f"smtp_{own}" in self._globals}  # fmt: skip
+        for name in ("to", "from", "smarthost"):
+            if not self._text(fields, name):
+                self._fault(node, f"an email needs '{name}'")
+        host, colon, port = self._text(fields, "smarthost").rpartition(":")
+        if colon and not (host and port.isdecimal() and 0 < int(port[:6]) < 65536):
+            self._fault(fields["smarthost"], "must be a host and a port, as mail.example.org:587")
+        defaults = {name: f'{{{{ template "email.default.{name}" . }}}}'
+                    for name in ("subject", "html")}  # fmt: skip
+        headers = {name.title(): self._template(value) for name, (_, value)
+                   in self._entries(fields.get("headers"), "headers").items()}  # fmt: skip
+        if "Subject" not in headers:
+            headers["Subject"] = parse_notification_template(defaults["subject"])
+        html = parse_notification_template(defaults["html"])
+        return Email(
+            host.strip("[]"), int(port[:6]) if port.isdecimal() else 0,
+            self._template(fields.get("from")), self._template(fields.get("to")), headers,
+            self._template(fields["text"]) if self._text(fields, "text") else None,
+            html if "html" not in fields else self._template(fields["html"])
+            if self._text(fields, "html") else None,
+            self._text(fields, "hello") or "localhost", self._text(fields, "auth_username"),
+            self._secret(fields, "auth_password"), self._secret(fields, "auth_secret"),
+            self._text(fields, "auth_identity"), self._boolean(fields, "require_tls", True),
+            self._tls_config(fields.get("tls_config")),
+            self._boolean(fields, "send_resolved", False),
+        )  # fmt: skip
+
+    # ---- fields, each of a type ----
+
+    def _fault(self, node: YamlNode, reason: str) -> None:
+        self._faults.append((node.position, reason))
+
+    def _fields(self, node: YamlNode | None, what: str, known: Sequence[str]) -> _ConfigFields:
+        entries = self._entries(node, what)
+        for name, (key, value) in entries.items():
+            is_empty = isinstance(value, YamlList) and not value.items
+            if name not in known and not is_empty:
+                where = f" in {what}" if what else ""
+                reason = f"{_clipped(name)!r}{where} is not read here; known are {', '.join(known)}"
+                self._fault(key, f"{reason}. For all else run Alertmanager (--alertmanager URL)")
+        found = {name: value for name, (_, value) in entries.items()}
+        return {name: value for name, value in found.items()
+                if not (isinstance(value, YamlScalar) and value.is_null)}  # fmt: skip
+
+    def _entries(self, node: YamlNode | None, what: str) -> dict[str, tuple[YamlScalar, YamlNode]]:
+        if isinstance(node, YamlMap):
+            return node.entries
+        if node is not None and not (isinstance(node, YamlScalar) and node.is_null):
+            self._fault(node, f"{what or 'the file'} must be a map")
+        return {}
+
+    def _items(self, fields: _ConfigFields, name: str) -> list[YamlNode]:
+        node = fields.get(name)
+        if isinstance(node, YamlList):
+            return node.items
+        if node is not None:
+            self._fault(node, f"{name!r} must be a list")
+        return []
+
+    def _scalar(self, node: YamlNode | None, what: str) -> str | None:
+        if isinstance(node, YamlScalar):
+            return None if node.is_null else node.text
+        if node is not None:
+            self._fault(node, f"{what!r} must be text")
+        return None
+
+    def _text(self, fields: _ConfigFields, name: str) -> str:
+        return self._scalar(fields.get(name), name) or ""
+
+    def _path(self, fields: _ConfigFields, name: str) -> str:
+        path = self._text(fields, name)
+        return os.path.join(os.path.dirname(self._name), path) if path else ""
+
+    def _secret(self, fields: _ConfigFields, name: str) -> Secret:
+        text, path = self._text(fields, name), self._path(fields, f"{name}_file")
+        if text and path:
+            self._fault(fields[name], f"'{name}' and '{name}_file' exclude each other")
+        return Secret(text, path)
+
+    def _boolean(self, fields: _ConfigFields, name: str, otherwise: bool) -> bool:
+        if name not in fields:
+            return otherwise
+        text = (self._scalar(fields[name], name) or "").lower()
+        if text not in _BOOLEANS:
+            self._fault(fields[name], f"{name!r} must be true or false")
+        return _BOOLEANS.get(text, otherwise)
+
+    def _whole_number(self, fields: _ConfigFields, name: str) -> int:
+        text = self._text(fields, name)
+        if text and not (text.isdecimal() and len(text) < 10):
+            self._fault(fields[name], f"{name!r} must be a whole number")
+            return 0
+        return int(text or 0)
+
+    def _seconds(
+        self, fields: _ConfigFields, name: str, otherwise: float, least_ms: int = 1
+    ) -> float:
+        if name not in fields:
+            return otherwise
+        text = self._text(fields, name)
+        try:
+            duration_ms = 0 if text == "0" else parse_duration_ms(text)
+            if duration_ms < least_ms:
+                raise ValueError(f"{name!r} must be more than zero")
+            return duration_ms / 1000
+        except ValueError as error:
+            self._fault(fields[name], str(error))
+            return otherwise
+
+    def _template(self, node: YamlNode | None) -> Template:
+        try:
+            return parse_notification_template(self._scalar(node, "a template") or "")
+        except TemplateError as error:
+            assert node is not None  # nothing is a template without faults
+            self._fault(node, str(error))
+            return parse_notification_template("")
+
+
+# ==================================================================================================
+# 39. Notification
+# ==================================================================================================
+#
+# The problem: each firing and each resolve is told once, although alerts come in again every
+# minute, receivers are down, and this process may be killed at any moment. The idea is that of
+# Alertmanager: alerts gather in groups; a group is flushed some time after its first alert and then
+# at an interval; a log remembers for each receiver which alerts it knows as firing, and a flush
+# tells only what differs. What it costs: news of a group wait for its interval.
+#
+# Nothing here waits or sends. `due` says what is to be sent now, `settle` is told how that ended,
+# `state` is what a restart needs. A notification that arrived just before a crash, and was not
+# settled, comes twice: the other choice would be that it may not come at all.
+#
+# Beyond Alertmanager: alerts and timers survive a restart and a suspended machine, during which
+# nothing times out; an alert that ended while it was silenced is told as new when it fires again.
+#
+# Sources: Alertmanager's dispatch/dispatch.go, notify/notify.go, nflog, provider/mem, silence.
+
+MAX_ALERTS = 100_000
+MAX_SILENCES = 10_000
+KEPT_S = 120 * 3600.0  # so long an ended silence is shown, and an entry of the log is known
+LONGEST_NAP_S = 15.0  # so often `due` wants to be called
+LEAP_S = 60.0  # a longer pause between two calls was no time of this process
+FIRST_RETRY_S, RETRY_FACTOR, LONGEST_RETRY_S = 0.5, 1.5, 60.0
+FINAL = "not retried: "  # begins an error that would come again
+
+StatisticRow = tuple[str, str, str, dict[str, str], float]
+
+
+class Silence(NamedTuple):
+    """Alerts with such labels are not told for some time."""
+
+    id: str
+    matchers: tuple[Matcher, ...]
+    starts_at: float
+    ends_at: float
+    updated_at: float
+    created_by: str
+    comment: str
+
+    def state(self, now: float) -> str:
+        """What Alertmanager calls it: pending, active or expired."""
+        if now < self.starts_at:
+            return "pending"
+        return "active" if now < self.ends_at else "expired"
+
+
+class SilenceError(ValueError):
+    """A silence that is refused."""
+
+
+class Silences:
+    """All silences, by id."""
+
+    def __init__(self) -> None:
+        self.by_id: dict[str, Silence] = {}
+
+    def put(self, wanted: Silence, now: float) -> Silence:
+        """Add a silence, or change the one with its id. What can't be changed without rewriting
+        the past ends, and another one begins. Raises SilenceError, and KeyError for an unknown id.
+        """
+        if not wanted.matchers:
+            raise SilenceError("invalid silence: at least one matcher required")
+        if accepts_labels([m for m in wanted.matchers if m.op in ("=", "=~")], {}) and not any(
+            matcher.op in ("!=", "!~") for matcher in wanted.matchers
+        ):
+            fault = "at least one matcher must not match the empty string"
+            raise SilenceError(f"invalid silence: {fault}")
+        previous = self.by_id[wanted.id] if wanted.id else None
+        silence = wanted._replace(updated_at=now)
+        if previous is None or not self._can_become(previous, silence, now):
+            self.forget_ended(now)
+            if len(self.by_id) >= MAX_SILENCES:
+                raise SilenceError(f"there are {MAX_SILENCES} silences already")
+            if previous:
+                self.expire(previous.id, now)
+            silence = silence._replace(id=str(uuid.uuid4()), starts_at=max(now, silence.starts_at))
+        self.by_id[silence.id] = silence
+        return silence
+
+    def _can_become(self, previous: Silence, wanted: Silence, now: float) -> bool:
+        state = previous.state(now)
+        if previous.matchers != wanted.matchers or state == "expired":
+            return False
+        if state == "active":
+            return int(previous.starts_at) == int(wanted.starts_at) and wanted.ends_at >= now
+        return wanted.starts_at >= now
+
+    def expire(self, id: str, now: float) -> None:
+        """End a silence. Raises KeyError."""
+        silence = self.by_id[id]
+        if silence.state(now) != "expired":
+            starts_at = min(silence.starts_at, now)
+            self.by_id[id] = silence._replace(starts_at=starts_at, ends_at=now, updated_at=now)
+
+    def of(self, labels: Mapping[str, str], now: float) -> list[str]:
+        """The ids of those that silence an alert now."""
+        return sorted(
+            silence.id
+            for silence in self.by_id.values()
+            if silence.state(now) == "active" and accepts_labels(silence.matchers, labels)
+        )
+
+    def forget_ended(self, now: float) -> None:
+        """Forget those that ended long ago."""
+        kept = {id: each for id, each in self.by_id.items() if each.ends_at + KEPT_S > now}
+        self.by_id = kept
+
+
+class _LogEntry(NamedTuple):
+    """What a receiver was told last of a group: fingerprints, and when."""
+
+    firing: frozenset[str]
+    resolved: frozenset[str]
+    at: float
+
+
+class _LogKey(NamedTuple):
+    receiver: str
+    kind: str
+    number: int  # of the integration, among those of the receiver
+    group_key: str
+
+
+class _AlertGroup:
+    """Alerts of a route that share its group labels."""
+
+    __slots__ = ("route", "labels", "key", "members", "flush_at", "was_flushed", "failed", "open")
+
+    def __init__(self, route: Route, labels: dict[str, str], key: str, flush_at: float):
+        self.route, self.labels, self.key = route, labels, key
+        self.members: set[str] = set()
+        self.flush_at, self.was_flushed = flush_at, False
+        self.failed = False  # whether some receiver does not know of the last flush
+        self.open = 0  # how many notifications of the last flush have not been settled
+
+
+class Delivery(NamedTuple):
+    """A notification to be sent; `deliver` sends it, in whatever process."""
+
+    receiver: str
+    number: int  # of the integration, among those of the receiver
+    integration: Any  # what the configuration says of it
+    group_key: str
+    group_labels: dict[str, str]
+    alerts: tuple[Alert, ...]
+    now: float
+    external_url: str
+    deadline_s: float  # it takes no longer
+    attempt: int
+
+    @property
+    def name(self) -> str:
+        """How messages call it."""
+        return f"{self.receiver}/{self.integration.kind}[{self.number}]"
+
+
+@dataclasses.dataclass(slots=True)
+class _Pending:
+    """A notification that has not arrived yet."""
+
+    delivery: Delivery
+    group: _AlertGroup
+    entry: _LogEntry  # what the log says when it has arrived
+    told: list[tuple[str, float]]  # resolved alerts of the flush, and when they were updated
+    retry_at: float
+    in_transit: bool = False
+    error: str = ""
+
+
+class Notifications:
+    """Alerts, their groups, what receivers know of them, and silences.
+
+    Times are those of `clock`, in Unix seconds. `changed` is set when `state` should be saved; who
+    has saved it clears it.
+    """
+
+    def __init__(
+        self, config: NotifyConfig, external_url: str, clock: Callable[[], float] = time.time
+    ):
+        self.config, self.external_url = config, external_url
+        self.silences = Silences()
+        self.alerts: dict[str, Alert] = {}  # by fingerprint
+        self.changed = False
+        self.counts: Counter[tuple[str, str]] = Counter()  # by name of the statistic, and its label
+        self._clock = clock
+        self._seen_at = self.started_at = clock()
+        self._groups: dict[tuple[str, str], _AlertGroup] = {}  # by receiver and group key
+        self._log: dict[_LogKey, _LogEntry] = {}
+        self._pending: dict[_LogKey, _Pending] = {}
+        self._holders: Counter[str] = Counter()  # how many groups an alert is in
+        self._forget_at = 0.0
+
+    # ---- alerts come in ----
+
+    def put(self, alerts: Iterable[Alert]) -> None:
+        """Take alerts that are new, go on, or are resolved."""
+        now = self.now()
+        for alert in alerts:
+            id = fingerprint(alert.labels)
+            old = self.alerts.get(id)
+            if old is None and len(self.alerts) >= MAX_ALERTS:
+                self.counts["alerts_limited", ""] += 1
+                continue
+            merged = _merged(old, alert, now) if old else alert
+            # that it goes on firing is no news: `restore` moves its end
+            was = (old.starts_at, old.is_resolved(now)) if old else None
+            self.changed |= was != (merged.starts_at, merged.is_resolved(now))
+            self.alerts[id] = merged
+            for route in self.config.route.matching(merged.labels):
+                self._join(route, id, merged, now)
+
+    def _join(self, route: Route, id: str, alert: Alert, now: float) -> None:
+        key = _group_key(route, alert.labels)
+        group = self._groups.get((route.receiver, key))
+        if group is None:
+            labels = route.group_labels(alert.labels)
+            group = _AlertGroup(route, labels, key, now + route.group_wait_s)
+            self._groups[route.receiver, key] = group
+        if id not in group.members:
+            group.members.add(id)
+            self._holders[id] += 1
+        if not group.was_flushed and alert.starts_at + route.group_wait_s < now:
+            group.flush_at = min(group.flush_at, now)
+
+    def now(self) -> float:
+        """The time of the clock. Where it leapt since the last call, time-outs move with it."""
+        now = self._clock()
+        self._follow(self._seen_at, now)
+        self._seen_at = now
+        return now
+
+    def _follow(self, before: float, now: float) -> None:
+        leap = now - before
+        if 0 <= leap <= LEAP_S:
+            return
+        for id, alert in self.alerts.items():
+            if not alert.is_resolved(before):
+                self.alerts[id] = alert._replace(
+                    ends_at=alert.ends_at + leap, updated_at=min(alert.updated_at, now)
+                )
+        if leap < 0:
+            for group in self._groups.values():
+                group.flush_at += leap
+            for pending in self._pending.values():
+                pending.retry_at += leap
+            for key, entry in self._log.items():
+                self._log[key] = entry._replace(at=min(entry.at, now))
+
+    # ---- notifications go out ----
+
+    def due(self) -> list[Delivery]:
+        """What is to be sent now; each delivery is settled later, whatever becomes of it."""
+        now = self.now()
+        for place, group in list(self._groups.items()):
+            if group.flush_at <= now:
+                self._flush(group, now)
+                if not group.members and not group.open:
+                    del self._groups[place]
+        deliveries = []
+        for pending in self._pending.values():
+            if pending.retry_at <= now and not pending.in_transit:
+                left = max(1.0, pending.group.flush_at - now)
+                deadline_s = min(left, pending.delivery.integration.timeout_s)
+                pending.delivery = pending.delivery._replace(
+                    deadline_s=deadline_s, now=now, attempt=pending.delivery.attempt + 1
+                )
+                pending.in_transit = True
+                deliveries.append(pending.delivery)
+        if now >= self._forget_at:
+            self._forget(now)
+        return deliveries
+
+    def next_due(self) -> float | None:
+        """When `due` wants to be called again; None: not before other calls."""
+        times = [group.flush_at for group in self._groups.values()]
+        times += [each.retry_at for each in self._pending.values() if not each.in_transit]
+        return min(*times, self._seen_at + LONGEST_NAP_S) if times else None
+
+    def _flush(self, group: _AlertGroup, now: float) -> None:
+        """Compare the group with what its receivers know of it."""
+        receiver = group.route.receiver
+        integrations = list(enumerate(self.config.receivers.get(receiver, ())))
+        keys = [_LogKey(receiver, each.kind, number, group.key) for number, each in integrations]
+        mine = [self._pending[key] for key in keys if key in self._pending]
+        if any(pending.in_transit for pending in mine):
+            group.flush_at = now + 1.0
+            return
+        for key in keys:
+            if key in self._pending:
+                self._give_up(key)
+        group.flush_at, group.was_flushed = now + group.route.group_interval_s, True
+        group.failed = False
+        members = sorted((self.alerts[id] for id in group.members), key=_alert_order)
+        told = [(fingerprint(a.labels), a.updated_at) for a in members if a.is_resolved(now)]
+        alerts = [alert for alert in members if not self.silences.of(alert.labels, now)]
+        if alerts:
+            ids = {True: set[str](), False: set[str]()}
+            for alert in alerts:
+                ids[alert.is_resolved(now)].add(fingerprint(alert.labels))
+            entry = _LogEntry(frozenset(ids[False]), frozenset(ids[True]), now)
+            for key, (_, integration) in zip(keys, integrations):
+                if self._needs_update(key, entry, integration, group.route):
+                    self._begin(key, integration, group, entry, alerts, told)
+        if not group.open:
+            self._finish(group, told)
+
+    def _needs_update(
+        self, key: _LogKey, wanted: _LogEntry, integration: Webhook | Email, route: Route
+    ) -> bool:
+        """The rule of Alertmanager's dedup stage."""
+        known = self._log.get(key)
+        if known is None:
+            return bool(wanted.firing)
+        if not wanted.firing <= known.firing:
+            return True
+        if not wanted.firing:
+            return bool(known.firing)
+        if integration.send_resolved and not wanted.resolved <= known.resolved:
+            return True
+        return known.at < wanted.at - route.repeat_interval_s
+
+    def _begin(
+        self, key: _LogKey, integration: Webhook | Email, group: _AlertGroup, entry: _LogEntry,
+        alerts: list[Alert], told: list[tuple[str, float]],
+    ) -> None:  # fmt: skip
+        if not integration.send_resolved:
+            if not entry.firing:
+                # nobody is told, but the next firing is new again
+                self._note(key, entry)
+                return
+            alerts = [alert for alert in alerts if not alert.is_resolved(entry.at)]
+        delivery = Delivery(
+            key.receiver, key.number, integration, key.group_key, group.labels, tuple(alerts),
+            entry.at, self.external_url, integration.timeout_s, 0,
+        )  # fmt: skip
+        group.open += 1
+        self._pending[key] = _Pending(delivery, group, entry, told, entry.at)
+        self.counts["notifications", key.kind] += 1
+
+    def _note(self, key: _LogKey, entry: _LogEntry) -> None:
+        self._log[key] = entry
+        self.changed = True
+
+    def settle(self, delivery: Delivery, error: str) -> None:
+        """Say how a delivery ended: "" if it arrived, else why not. What begins with FINAL is not
+        tried again before the next flush of the group.
+        """
+        now = self.now()
+        kind = delivery.integration.kind
+        key = _LogKey(delivery.receiver, kind, delivery.number, delivery.group_key)
+        pending = self._pending.get(key)
+        if pending is None or pending.delivery is not delivery:
+            return
+        pending.in_transit = False
+        self.counts["notification_requests", kind] += 1
+        if not error:
+            if pending.error:
+                logger.info("notification to %s arrived after all", delivery.name)
+            del self._pending[key]
+            self._note(key, pending.entry._replace(at=now))
+            self._close(pending)
+            return
+        self.counts["notification_requests_failed", kind] += 1
+        if error != pending.error:
+            logger.warning("notification to %s failed: %s", delivery.name, error)
+        pending.error = error
+        wait_s = min(FIRST_RETRY_S * RETRY_FACTOR ** min(delivery.attempt, 20), LONGEST_RETRY_S)
+        pending.retry_at = now + wait_s
+        if (
+            error.startswith(FINAL)
+            or self._groups.get((delivery.receiver, delivery.group_key)) is not pending.group
+        ):
+            self._give_up(key)
+
+    def _give_up(self, key: _LogKey) -> None:
+        """Until the next flush, which compares anew."""
+        pending = self._pending.pop(key)
+        pending.group.failed = True
+        self.counts["notifications_failed", key.kind] += 1
+        self._close(pending)
+
+    def _close(self, pending: _Pending) -> None:
+        pending.group.open -= 1
+        if not pending.group.open and not pending.group.failed:
+            self._finish(pending.group, pending.told)
+
+    def _finish(self, group: _AlertGroup, told: list[tuple[str, float]]) -> None:
+        """All receivers know what the group was at its flush: what was resolved leaves it."""
+        receiver = group.route.receiver
+        integrations = enumerate(self.config.receivers.get(receiver, ()))
+        keys = [_LogKey(receiver, each.kind, number, group.key) for number, each in integrations]
+        for id, updated_at in told:
+            if id not in group.members or self.alerts[id].updated_at != updated_at:
+                continue
+            self._leave(group, id)
+            for key in keys:
+                entry = self._log.get(key)
+                if entry and id in entry.firing:
+                    self._log[key] = entry._replace(firing=entry.firing - {id})
+
+    def _leave(self, group: _AlertGroup, id: str) -> None:
+        group.members.discard(id)
+        self._holders[id] -= 1
+        if not self._holders[id]:
+            del self._holders[id], self.alerts[id]
+        self.changed = True
+
+    def _forget(self, now: float) -> None:
+        """Once an hour: what is of no use any more."""
+        self._forget_at = now + 3600.0
+        self.silences.forget_ended(now)
+        kept_s = max(KEPT_S, 2 * _longest_repeat_s(self.config.route))
+        self._log = {key: entry for key, entry in self._log.items() if entry.at + kept_s > now}
+
+    # ---- across restarts ----
+
+    def reload(self, config: NotifyConfig) -> None:
+        """Go on with another configuration; what a route is known for goes on if it is the same."""
+        self._regroup(config, self._saved_groups(), self.now())
+
+    def _saved_groups(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "receiver": receiver, "key": key, "members": sorted(group.members),
+                # what has not arrived is tried again at once
+                "flush_at": 0.0 if group.open or group.failed else group.flush_at,
+                "was_flushed": group.was_flushed,
+            }
+            for (receiver, key), group in self._groups.items()
+        ]  # fmt: skip
+
+    def _regroup(self, config: NotifyConfig, saved: list[dict[str, Any]], now: float) -> None:
+        """Sort all alerts into groups anew; those that were saved keep their times."""
+        for group in self._groups.values():
+            # a delivery in transit may still refer to it
+            group.members = set()
+        self._pending = {key: each for key, each in self._pending.items() if each.in_transit}
+        self.config, self._groups, self._holders = config, {}, Counter()
+        known = {(each["receiver"], each["key"]): each for each in saved}
+        left: dict[tuple[str, str], set[str]] = {
+            place: set(each["members"]) for place, each in known.items()
+        }
+        for id, alert in list(self.alerts.items()):
+            for route in config.route.matching(alert.labels):
+                place = (route.receiver, _group_key(route, alert.labels))
+                if not alert.is_resolved(now) or id in left.get(place, (id,)):
+                    self._join(route, id, alert, now)
+            if id not in self._holders:
+                del self.alerts[id]
+        for place, group in self._groups.items():
+            if place in known:
+                group.flush_at = known[place]["flush_at"]
+                group.was_flushed = known[place]["was_flushed"]
+        self.changed = True
+
+    def state(self) -> dict[str, Any]:
+        """All that a restart needs, as values of JSON."""
+        return {
+            "saved_at": self.now(),
+            "alerts": [alert._asdict() for alert in self.alerts.values()],
+            "groups": self._saved_groups(),
+            "log": [
+                {
+                    **key._asdict(), "firing": sorted(entry.firing),
+                    "resolved": sorted(entry.resolved), "at": entry.at,
+                }
+                for key, entry in self._log.items()
+            ],
+            "silences": [
+                {**silence._asdict(), "matchers": [list(m) for m in silence.matchers]}
+                for silence in self.silences.by_id.values()
+            ],
+        }  # fmt: skip
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state. While nobody ran, no alert timed out. Raises KeyError,
+        TypeError or ValueError if the state is not as it was written.
+        """
+        now = self.now()
+        alerts = [Alert(**alert) for alert in state["alerts"]]
+        log = {
+            _LogKey(row["receiver"], row["kind"], row["number"], row["group_key"]): _LogEntry(
+                frozenset(row["firing"]), frozenset(row["resolved"]), row["at"]
+            )
+            for row in state["log"]
+        }
+        silences = [
+            Silence(**{**row, "matchers": tuple(checked_matcher(*m) for m in row["matchers"])})
+            for row in state["silences"]
+        ]
+        self.alerts = {fingerprint(alert.labels): alert for alert in alerts}
+        self._log = log
+        self.silences.by_id = {silence.id: silence for silence in silences}
+        self._regroup(self.config, state["groups"], state["saved_at"])
+        self._follow(state["saved_at"], now)
+
+
+def _group_key(route: Route, labels: dict[str, str]) -> str:
+    return f"{route.key}:{label_set_text(route.group_labels(labels))}"
+
+
+def _longest_repeat_s(route: Route) -> float:
+    return max(route.repeat_interval_s, *map(_longest_repeat_s, route.routes), 0.0)
+
+
+def _alert_order(alert: Alert) -> tuple[str, str, list[tuple[str, str]]]:
+    labels = alert.labels
+    return labels.get("job", ""), labels.get("instance", ""), sorted(labels.items())
+
+
+def _merged(old: Alert, new: Alert, now: float) -> Alert:
+    """An alert that is known already, with what is said of it now: Alertmanager's provider/mem."""
+    if not (
+        old.starts_at < new.ends_at < old.ends_at or old.starts_at < new.starts_at < old.ends_at
+    ):
+        return new
+    older, younger = (new, old) if new.updated_at < old.updated_at else (old, new)
+    ends_at = younger.ends_at
+    if older.ends_at > ends_at:
+        is_final = older.is_resolved(now) if younger.is_resolved(now) else not older.times_out
+        ends_at = older.ends_at if is_final else ends_at
+    return younger._replace(starts_at=min(old.starts_at, new.starts_at), ends_at=ends_at)
+
+
+# ==================================================================================================
+# 40. Receivers
+# ==================================================================================================
+#
+# The problem: a notification has to reach a service that may be slow, gone or wrong about what it
+# wants. The idea: one function, `deliver`, that blocks, runs in a process of its own and says in
+# one line why it failed and whether another try could help. Templates see what Alertmanager's see.
+# What it costs: a fork for each notification; there are few.
+#
+# Credentials are read here and nowhere else, and are cut out of whatever a receiver answers.
+#
+# Sources: Alertmanager's notify/webhook, notify/email and template packages; Prometheus's notifier;
+# RFC 5321 (SMTP), RFC 3207 (STARTTLS), RFC 4954 (AUTH).
+
+MAX_ANSWER_CHARACTERS = 200  # of what a receiver answered, in a message
+QUEUE_CAPACITY = 10_000  # alerts that wait for one Alertmanager
+MAX_ALERTS_A_REQUEST = 256
+ZERO_TIME = datetime.datetime(1, 1, 1, tzinfo=datetime.UTC)  # what Go writes for no time
+
+
+class DeliveryError(Exception):
+    """A notification that did not arrive."""
+
+    def __init__(self, reason: str, is_final: bool = False):
+        super().__init__(reason)
+        self.is_final = is_final  # whether another try would end in the same way
+
+
+# ---- what templates see ----
+
+
+class _Pairs(list[TemplateStruct]):
+    type_name = "template.Pairs"
+    methods: ClassVar[Mapping[str, TemplateFunction]] = {
+        "Names": TemplateFunction("", lambda pairs: [pair.fields["Name"] for pair in pairs]),
+        "Values": TemplateFunction("", lambda pairs: [pair.fields["Value"] for pair in pairs]),
+    }
+
+
+class _KV(dict[str, str]):
+    """Labels or annotations."""
+
+    type_name = "template.KV"
+
+    def pairs(self) -> _Pairs:
+        """All of them, `alertname` first."""
+        names = sorted(self, key=lambda name: (name != "alertname", name))
+        return _Pairs(
+            TemplateStruct("template.Pair", {"Name": name, "Value": self[name]}) for name in names
+        )
+
+    def without(self, names: Container[str]) -> "_KV":
+        return _KV((name, value) for name, value in self.items() if name not in names)
+
+    methods: ClassVar[Mapping[str, TemplateFunction]] = {
+        "SortedPairs": TemplateFunction("", pairs),
+        "Remove": TemplateFunction("[]string", without),
+        "Names": TemplateFunction("", lambda kv: [p.fields["Name"] for p in kv.pairs()]),
+        "Values": TemplateFunction("", lambda kv: [p.fields["Value"] for p in kv.pairs()]),
+    }
+
+
+class _Alerts(list[TemplateStruct]):
+    type_name = "template.Alerts"
+
+    def that_are(self, status: str) -> "_Alerts":
+        return _Alerts(alert for alert in self if alert.fields["Status"] == status)
+
+    methods: ClassVar[Mapping[str, TemplateFunction]] = {
+        "Firing": TemplateFunction("", lambda alerts: alerts.that_are("firing")),
+        "Resolved": TemplateFunction("", lambda alerts: alerts.that_are("resolved")),
+    }
+
+
+def _shared(maps: Sequence[Mapping[str, str]]) -> _KV:
+    """What all maps have in common."""
+    items = set(maps[0].items()).intersection(*(each.items() for each in maps[1:]))
+    return _KV(sorted(items))
+
+
+def _utc(time_s: float) -> datetime.datetime:
+    return _EPOCH + datetime.timedelta(seconds=time_s)
+
+
+def notification_data(delivery: Delivery, alerts: Sequence[Alert]) -> TemplateStruct:
+    """What templates of a receiver see as their dot."""
+    rows = _Alerts()
+    fields: dict[str, Any]
+    for alert in alerts:
+        is_resolved = alert.is_resolved(delivery.now)
+        fields = {
+            "Status": "resolved" if is_resolved else "firing",
+            "Labels": _KV(alert.labels), "Annotations": _KV(alert.annotations),
+            "StartsAt": _utc(alert.starts_at),
+            "EndsAt": _utc(alert.ends_at) if is_resolved else ZERO_TIME,
+            "GeneratorURL": alert.generator_url, "Fingerprint": fingerprint(alert.labels),
+        }  # fmt: skip
+        rows.append(TemplateStruct("template.Alert", fields))
+    fields = {
+        "Receiver": delivery.receiver,
+        "Status": "firing" if rows.that_are("firing") else "resolved",
+        "Alerts": rows, "GroupLabels": _KV(delivery.group_labels),
+        "CommonLabels": _shared([alert.labels for alert in alerts]),
+        "CommonAnnotations": _shared([alert.annotations for alert in alerts]),
+        "ExternalURL": delivery.external_url,
+    }  # fmt: skip
+    return TemplateStruct("*template.Data", fields)
+
+
+def _expanded(template: Template, data: TemplateStruct, escapes_html: bool = False) -> str:
+    try:
+        return template.execute(data, NOTIFICATION_FUNCTIONS, escapes_html)
+    except TemplateError as error:
+        raise DeliveryError(str(error), is_final=True) from None
+
+
+# ---- webhooks ----
+
+
+def webhook_body(delivery: Delivery) -> tuple[str, str]:
+    """The content type and the body of a webhook. Raises DeliveryError."""
+    webhook: Webhook = delivery.integration
+    shown = delivery.alerts[: webhook.max_alerts or None]
+    data = notification_data(delivery, shown)
+    if webhook.payload is None:
+        body = json_value(data) | {
+            "version": "4", "groupKey": delivery.group_key,
+            "truncatedAlerts": len(delivery.alerts) - len(shown),
+        }  # fmt: skip
+        return "application/json", write_json(body)
+    if not isinstance(webhook.payload, Template):
+        return "application/json", write_json(_expanded_payload(webhook.payload, data))
+    text = _expanded(webhook.payload, data)
+    try:
+        parse_json(text)
+        return "application/json", text
+    except JSONError:
+        return "text/plain; charset=utf-8", text
+
+
+def _expanded_payload(part: Any, data: TemplateStruct) -> Any:
+    if isinstance(part, Template):
+        return _expanded(part, data)
+    if isinstance(part, dict):
+        return {name: _expanded_payload(item, data) for name, item in part.items()}
+    if isinstance(part, list):
+        return [_expanded_payload(item, data) for item in part]
+    return part
+
+
+def _tls(options: TLSOptions) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=options.ca_file or None)
+    if options.insecure:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    if options.cert_file:
+        context.load_cert_chain(options.cert_file, options.key_file or None)
+    return context
+
+
+def _authorization_field(authorization: Authorization) -> str:
+    secret = authorization.secret.reveal()
+    if authorization.scheme == "Basic":
+        pair = f"{authorization.user}:{secret}".encode()
+        return f"Basic {base64.b64encode(pair).decode()}"
+    return f"{authorization.scheme} {secret}"
+
+
+def _post(
+    target: "Webhook | AlertmanagerTarget", content_type: str, body: str, timeout_s: float,
+    hidden: list[str],
+) -> None:  # fmt: skip
+    """POST a body; credentials that were used are added to `hidden`."""
+    url = target.url.reveal()
+    parts = urllib.parse.urlsplit(_checked_url(url))
+    path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    hidden += [url, path if len(path) > 1 else ""]
+    fields = {"Content-Type": content_type, "User-Agent": f"MetricStream/{__version__}"}
+    if authorization := target.authorization or url_authorization(url):
+        fields["Authorization"] = _authorization_field(authorization)
+        hidden += [fields["Authorization"].partition(" ")[2], authorization.secret.reveal()]
+    host = parts.hostname or ""
+    if parts.scheme == "https":
+        connection: http.client.HTTPConnection = http.client.HTTPSConnection(
+            host, parts.port, timeout=timeout_s, context=_tls(target.tls)
+        )
+    else:
+        connection = http.client.HTTPConnection(host, parts.port, timeout=timeout_s)
+    with contextlib.closing(connection):
+        connection.request("POST", path, body.encode(errors="replace"), fields)
+        answer = connection.getresponse()
+        if 200 <= answer.status < 300:
+            return
+        text = answer.read(MAX_ANSWER_CHARACTERS).decode(errors="replace")
+    reason = "redirects are not followed" if 300 <= answer.status < 400 else " ".join(text.split())
+    # what is wrong with the request is wrong with it the next time, too: RFC 9110, 15.5
+    is_final = answer.status < 500 and answer.status != 429
+    raise DeliveryError(f"{target.shown} answered {answer.status}: {reason}", is_final)
+
+
+# ---- mail ----
+
+
+def mail_of(delivery: Delivery) -> tuple[email.message.EmailMessage, str, list[str]]:
+    """The message, its sender and its recipients. Raises DeliveryError."""
+    config: Email = delivery.integration
+    data = notification_data(delivery, delivery.alerts)
+    message = email.message.EmailMessage(email.policy.SMTP)
+    texts = {"From": config.sender, "To": config.to} | config.headers
+    try:
+        for name, template in texts.items():
+            # a line break in a label must not begin another header
+            message[name] = " ".join(_expanded(template, data).split())
+    except (ValueError, LookupError) as error:
+        raise DeliveryError(f"header {name}: {error}", is_final=True) from None
+    now = datetime.datetime.fromtimestamp(delivery.now, datetime.UTC)
+    message["Date"] = email.utils.format_datetime(now)
+    message["Message-ID"] = email.utils.make_msgid(domain=config.hello)
+    if config.text or not config.html:
+        message.set_content(_expanded(config.text, data) if config.text else "")
+    if config.html:
+        html = _expanded(config.html, data, escapes_html=True)
+        if config.text:
+            message.add_alternative(html, subtype="html")
+        else:
+            message.set_content(html, subtype="html")
+    senders = email.utils.getaddresses([_expanded(config.sender, data)])
+    recipients = email.utils.getaddresses([_expanded(config.to, data)])
+    addresses = [address for _, address in [*senders, *recipients]]
+    if len(senders) != 1 or not all("@" in address for address in addresses):
+        raise DeliveryError("'from' must be one address, 'to' one or more", is_final=True)
+    return message, addresses[0], addresses[1:]
+
+
+def _send_mail(delivery: Delivery, hidden: list[str]) -> None:
+    config: Email = delivery.integration
+    message, sender, recipients = mail_of(delivery)
+    connect: Callable[..., smtplib.SMTP] = smtplib.SMTP
+    is_encrypted = config.port == 465
+    if is_encrypted:
+        connect = partial(smtplib.SMTP_SSL, context=_tls(config.tls))
+    with connect(
+        config.host, config.port, local_hostname=config.hello, timeout=delivery.deadline_s
+    ) as client:
+        client.ehlo_or_helo_if_needed()
+        if config.require_tls and not is_encrypted:
+            if not client.has_extn("starttls"):
+                raise DeliveryError(f"{config.shown} offers no STARTTLS, and require_tls is set")
+            client.starttls(context=_tls(config.tls))
+            client.ehlo()
+            is_encrypted = True
+        if config.user and client.has_extn("auth"):
+            _log_in(client, config, is_encrypted, hidden)
+        _accepted(client.mail(sender))
+        for recipient in recipients:
+            _accepted(client.rcpt(recipient))
+        _accepted(client.data(message.as_bytes()))
+
+
+def _accepted(reply: tuple[int, bytes]) -> None:
+    code, text = reply
+    if not 200 <= code < 300:
+        excerpt = text.decode(errors="replace")[:MAX_ANSWER_CHARACTERS]
+        raise DeliveryError(f"the mail server answered {code}: {' '.join(excerpt.split())}")
+
+
+def _log_in(client: smtplib.SMTP, config: Email, is_encrypted: bool, hidden: list[str]) -> None:
+    """By the first mechanism of the server for which there is a credential."""
+    password, secret = config.password.reveal(), config.secret.reveal()
+    plain = f"{config.identity}\0{config.user}\0{password}"
+    hidden += [password, secret, base64.b64encode(plain.encode()).decode()]
+    for mechanism in client.esmtp_features["auth"].upper().split():
+        if mechanism == "CRAM-MD5" and secret:
+            client.user, client.password = config.user, secret
+            client.auth(mechanism, client.auth_cram_md5)
+            return
+        if mechanism in ("PLAIN", "LOGIN") and password:
+            if not is_encrypted and config.host not in ("localhost", "127.0.0.1", "::1"):
+                raise DeliveryError("no password is sent over a connection without encryption")
+            client.user, client.password = config.user, password
+            if mechanism == "PLAIN":
+                client.auth(mechanism, lambda challenge=None: plain)
+            else:
+                client.auth(mechanism, client.auth_login)
+            return
+    raise DeliveryError(f"{config.shown} offers no way to log in that fits the credentials")
+
+
+# ---- one way in ----
+
+
+def deliver(delivery: Delivery) -> str:
+    """Send a notification, and wait until it has arrived. Returns "" or why it failed; the reason
+    begins with FINAL if another try would fail, too. No credential is in it.
+    """
+    hidden: list[str] = []
+    target = delivery.integration
+    is_final = False
+    try:
+        if isinstance(target, Email):
+            _send_mail(delivery, hidden)
+        elif isinstance(target, Webhook):
+            _post(target, *webhook_body(delivery), delivery.deadline_s, hidden)
+        else:
+            body = write_json([_alert_json(alert) for alert in delivery.alerts])
+            _post(target, "application/json", body, delivery.deadline_s, hidden)
+        return ""
+    except DeliveryError as error:
+        reason, is_final = str(error), error.is_final
+    except (OSError, ValueError, http.client.HTTPException, smtplib.SMTPException) as error:
+        reason = f"{target.shown}: {error or type(error).__name__}"
+    for secret in sorted(filter(None, hidden), key=len, reverse=True):
+        reason = reason.replace(secret, HIDDEN)
+    return (FINAL if is_final else "") + reason
+
+
+def test_deliveries(config: NotifyConfig, external_url: str, now: float) -> list[Delivery]:
+    """A notification for each integration of each receiver that says that it is a test."""
+    labels = {"alertname": "MetricStreamTest", "severity": "none"}
+    text = "This is a test of the notifications of MetricStream. Nothing is wrong."
+    alert = Alert(labels, {"summary": text}, now, now + 300, now, external_url)
+    group = {"alertname": labels["alertname"]}
+    return [
+        Delivery(
+            receiver, number, integration, f"{{}}:{label_set_text(group)}", group, (alert,), now,
+            external_url, integration.timeout_s, 1,
+        )
+        for receiver, integrations in config.receivers.items()
+        for number, integration in enumerate(integrations)
+    ]  # fmt: skip
+
+
+# ---- a real Alertmanager ----
+
+
+class AlertmanagerTarget(NamedTuple):
+    """An Alertmanager that gets all alerts."""
+
+    url: Secret
+    shown: str
+    authorization: Authorization | None = None
+    tls: TLSOptions = TLSOptions()
+    timeout_s: float = WEBHOOK_TIMEOUT_S
+
+    @property
+    def kind(self) -> str:
+        return "alertmanager"
+
+
+def _alert_json(alert: Alert) -> dict[str, Any]:
+    return {
+        "labels": alert.labels, "annotations": alert.annotations,
+        "startsAt": rfc3339(_utc(alert.starts_at)), "endsAt": rfc3339(_utc(alert.ends_at)),
+        "generatorURL": alert.generator_url,
+    }  # fmt: skip
+
+
+def _is_old_alphabet(alert: Alert) -> bool:
+    return all(map(_LABEL_NAME.fullmatch, [*alert.labels, *alert.annotations]))
+
+
+class _Queue:
+    """What waits for one Alertmanager."""
+
+    def __init__(self, target: AlertmanagerTarget):
+        self.target = target
+        self.alerts: deque[Alert] = deque()
+        self.in_transit: Delivery | None = None
+        self.retry_at, self.failures = -math.inf, 0
+        self.sent = self.errors = self.dropped = 0
+
+    def put(self, alerts: Sequence[Alert]) -> None:
+        """The oldest are dropped where there is no room."""
+        self.alerts.extend(alerts)
+        while len(self.alerts) > QUEUE_CAPACITY:
+            self.alerts.popleft()
+            self.dropped += 1
+
+    def take(self) -> tuple[Alert, ...]:
+        """The next batch. Labels that an older Alertmanager refuses are in a batch of their own, so
+        that a refusal takes no other alert along.
+        """
+        first = [self.alerts.popleft() for _ in range(min(len(self.alerts), MAX_ALERTS_A_REQUEST))]
+        kind = _is_old_alphabet(first[0])
+        batch = tuple(alert for alert in first if _is_old_alphabet(alert) == kind)
+        self.alerts.extendleft(
+            reversed([alert for alert in first if _is_old_alphabet(alert) != kind])
+        )
+        return batch
+
+
+class AlertmanagerClient:
+    """Sends alerts to real Alertmanagers, as Prometheus does; each gets all. Raises ValueError for
+    a URL that is none.
+
+    Who puts alerts in puts those that fire again every minute: nothing is remembered here.
+    """
+
+    def __init__(self, urls: Sequence[str], clock: Callable[[], float] = time.time):
+        self._clock = clock
+        self._queues: list[_Queue] = []
+        for url in urls:
+            parts = urllib.parse.urlsplit(_checked_url(url))
+            host, path = parts.netloc.rpartition("@")[2], parts.path.rstrip("/")
+            api = f"{parts.scheme}://{host}{path}/api/v2/alerts"
+            target = AlertmanagerTarget(Secret(api), api, url_authorization(url))
+            self._queues.append(_Queue(target))
+
+    def put(self, alerts: Sequence[Alert]) -> None:
+        """Queue alerts for every target."""
+        for waiting in self._queues:
+            waiting.put(alerts)
+
+    def due(self) -> list[Delivery]:
+        """What is to be sent now: at most one request for each target."""
+        now, deliveries = self._clock(), []
+        for number, waiting in enumerate(self._queues):
+            if waiting.alerts and not waiting.in_transit and waiting.retry_at <= now:
+                waiting.in_transit = Delivery(
+                    "alertmanager", number, waiting.target, "", {}, waiting.take(), now, "",
+                    waiting.target.timeout_s, waiting.failures + 1,
+                )  # fmt: skip
+                deliveries.append(waiting.in_transit)
+        return deliveries
+
+    def next_due(self) -> float | None:
+        """When `due` wants to be called again; None: not before `put` or `settle`."""
+        times = [each.retry_at for each in self._queues if each.alerts and not each.in_transit]
+        return max(min(times), self._clock()) if times else None
+
+    def settle(self, delivery: Delivery, error: str) -> None:
+        """Say how a delivery ended: "" if it arrived, else why not."""
+        waiting = self._queues[delivery.number]
+        waiting.in_transit = None
+        if not error:
+            waiting.failures = 0
+            waiting.sent += len(delivery.alerts)
+            return
+        waiting.errors += len(delivery.alerts)
+        if not waiting.failures or error.startswith(FINAL):
+            logger.warning("%d alerts did not reach %s", len(delivery.alerts), error)
+        if error.startswith(FINAL):
+            waiting.dropped += len(delivery.alerts)
+            return
+        wait_s = FIRST_RETRY_S * RETRY_FACTOR ** min(waiting.failures, 20)
+        waiting.retry_at = self._clock() + min(wait_s, LONGEST_RETRY_S)
+        waiting.failures += 1
+        waiting.alerts.extendleft(reversed(delivery.alerts))
+        waiting.put(())
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether everything was sent."""
+        return not any(waiting.alerts or waiting.in_transit for waiting in self._queues)
+
+    def statistics(self) -> list[StatisticRow]:
+        """Rows of name, type, help, labels and value, as Prometheus names them."""
+        rows: list[StatisticRow] = []
+        for name, type, help, value in _CLIENT_STATISTICS:
+            for waiting in self._queues:
+                labels = {"alertmanager": waiting.target.shown}
+                full_name = f"prometheus_notifications_{name}"
+                rows.append((full_name, type, help, labels, value(waiting)))
+        return rows
+
+
+_CLIENT_STATISTICS: tuple[tuple[str, str, str, Callable[[_Queue], float]], ...] = (
+    ("sent_total", "counter", "Alerts that reached an Alertmanager.", lambda q: q.sent),
+    ("errors_total", "counter", "Alerts in requests that failed.", lambda q: q.errors),
+    ("dropped_total", "counter", "Alerts that were never sent.", lambda q: q.dropped),
+    ("queue_length", "gauge", "Alerts that wait.", lambda q: len(q.alerts)),
+    ("queue_capacity", "gauge", "Alerts that may wait.", lambda q: QUEUE_CAPACITY),
+)
+
+
+# ==================================================================================================
+# 41. Alertmanager API
+# ==================================================================================================
+#
+# The problem: people silence alerts with amtool, look at them in Grafana, and another Prometheus
+# may send its alerts here. The idea: Alertmanager's own API over the notifications above, with the
+# shapes that its OpenAPI document names. What it costs: there is one of a kind, so the cluster is
+# always said to be disabled; nothing inhibits anything.
+#
+# Source: Alertmanager's api/v2/openapi.yaml and api/v2/api.go, version 0.25.
+
+_YES = frozenset({"true", "1", "yes", "ok", "y", "on", "selected", "checked", "t", "enabled"})
+_MATCHER_OPS = {(True, False): "=", (False, False): "!=", (True, True): "=~", (False, True): "!~"}
+_SILENCE_ORDER = {"active": 1, "pending": 2, "expired": 3}
+
+
+class _RefusedRequest(Exception):
+    """A request to the API that gets an error."""
+
+    def __init__(self, status: int, message: str):
+        super().__init__(message)
+        self.status = status
+
+
+class _Filter(NamedTuple):
+    """Which alerts are asked for."""
+
+    matchers: tuple[Matcher, ...]
+    receiver: Regex | None
+    active: bool
+    silenced: bool
+
+    def wants(self, labels: Mapping[str, str], silenced_by: list[str]) -> bool:
+        """Whether an alert is among them, but for its receiver."""
+        is_wanted = self.silenced if silenced_by else self.active
+        return is_wanted and accepts_labels(self.matchers, labels)
+
+
+class Dispatcher(Notifications):
+    """Notifications that answer the API of Alertmanager."""
+
+    def answer(self, method: str, path: str, query: str, body: bytes) -> tuple[int, bytes]:
+        """The status and the JSON body for a request below /api/v2/; the query is not decoded."""
+        folder, _, id = path.rpartition("/")
+        ids: tuple[str, ...] = ()
+        handlers = self.ROUTES.get(path)
+        if handlers is None:
+            handlers, ids = self.ROUTES.get(f"{folder}/{{id}}"), (id,)
+        if handlers is None:
+            return 404, write_json(f"path {_clipped(path)} was not found").encode()
+        if method not in handlers:
+            return 405, write_json(f"method {_clipped(method)} is not allowed").encode()
+        try:
+            form = urllib.parse.parse_qs(query, keep_blank_values=True, max_num_fields=1000)
+            value = handlers[method](self, form, body, *ids)
+            return 200, b"" if value is None else write_json(value).encode(errors="replace")
+        except _RefusedRequest as error:
+            return error.status, write_json(str(error)).encode(errors="replace")
+        except ValueError as error:
+            return 400, write_json(str(error)).encode(errors="replace")
+
+    def _get_status(self, form: _Form, body: bytes) -> Any:
+        python = f"Python {sys.version.split()[0]}"
+        version = dict.fromkeys(("revision", "branch", "buildUser", "buildDate"), "")
+        return {
+            "cluster": {"name": "", "peers": [], "status": "disabled"},
+            "config": {"original": self.config.shown},
+            "uptime": _api_text(self.started_at),
+            "versionInfo": version | {"version": __version__, "goVersion": python},
+        }
+
+    def _get_receivers(self, form: _Form, body: bytes) -> Any:
+        return [{"name": name} for name in self.config.receivers]
+
+    # ---- alerts ----
+
+    def _alert(self, alert: Alert, receivers: Iterable[str], silenced_by: list[str]) -> Any:
+        return {
+            "annotations": alert.annotations, "endsAt": _api_text(alert.ends_at),
+            "fingerprint": fingerprint(alert.labels),
+            "receivers": [{"name": name} for name in receivers],
+            "startsAt": _api_text(alert.starts_at),
+            "status": {
+                "inhibitedBy": [], "silencedBy": silenced_by,
+                "state": "suppressed" if silenced_by else "active",
+            },
+            "updatedAt": _api_text(alert.updated_at), "generatorURL": alert.generator_url,
+            "labels": alert.labels,
+        }  # fmt: skip
+
+    def _get_alerts(self, form: _Form, body: bytes) -> Any:
+        wanted, now = _filter_of(form), self.now()
+        found = []
+        for alert in self.alerts.values():
+            receivers = [route.receiver for route in self.config.route.matching(alert.labels)]
+            if alert.is_resolved(now) or not (
+                wanted.receiver is None or any(map(wanted.receiver.matches, receivers))
+            ):
+                continue
+            silenced_by = self.silences.of(alert.labels, now)
+            if wanted.wants(alert.labels, silenced_by):
+                found.append(self._alert(alert, receivers, silenced_by))
+        return sorted(found, key=lambda each: each["fingerprint"])
+
+    def _get_groups(self, form: _Form, body: bytes) -> Any:
+        wanted, now = _filter_of(form), self.now()
+        rows: list[tuple[dict[str, str], str, list[Alert]]] = []
+        receivers: dict[str, list[str]] = {}
+        for (receiver, _), group in sorted(self._groups.items()):
+            if wanted.receiver and not wanted.receiver.matches(receiver):
+                continue
+            alerts = []
+            for id in group.members:
+                alert = self.alerts[id]
+                silenced_by = self.silences.of(alert.labels, now)
+                if not alert.is_resolved(now) and wanted.wants(alert.labels, silenced_by):
+                    alerts.append(alert)
+                    receivers.setdefault(id, []).append(receiver)
+            if alerts:
+                rows.append((group.labels, receiver, sorted(alerts, key=_alert_order)))
+        rows.sort(key=lambda row: (sorted(row[0].items()), row[1]))
+        return [
+            {
+                "alerts": [
+                    self._alert(
+                        alert, receivers[fingerprint(alert.labels)],
+                        self.silences.of(alert.labels, now),
+                    )
+                    for alert in alerts
+                ],
+                "labels": labels, "receiver": {"name": receiver},
+            }
+            for labels, receiver, alerts in rows
+        ]  # fmt: skip
+
+    def _post_alerts(self, form: _Form, body: bytes) -> Any:
+        posted, now = parse_json(body), self.now()
+        if not isinstance(posted, list):
+            raise _RefusedRequest(400, f"expected a list of alerts, not {_kind(posted)}")
+        alerts, faults = [], []
+        for row in posted:
+            try:
+                alert = _posted_alert(row, now, self.config.resolve_timeout_s)
+                alerts.append(alert)
+                self.counts[
+                    "alerts_received", "resolved" if alert.is_resolved(now) else "firing"
+                ] += 1
+            except ValueError as error:
+                self.counts["alerts_invalid", ""] += 1
+                faults.append(str(error))
+        self.put(alerts)
+        if faults:
+            # those that are valid were taken all the same
+            raise _RefusedRequest(400, "; ".join(faults[:MAX_REASONS]))
+        return None
+
+    # ---- silences ----
+
+    def _get_silences(self, form: _Form, body: bytes) -> Any:
+        wanted, now = list(map(parse_matcher, form.get("filter", ()))), self.now()
+        found = [
+            silence for silence in self.silences.by_id.values()
+            if all(matcher in silence.matchers for matcher in wanted)
+        ]  # fmt: skip
+
+        def order(silence: Silence) -> tuple[int, float]:
+            state = silence.state(now)
+            times = {"active": silence.ends_at, "pending": silence.starts_at}
+            return _SILENCE_ORDER[state], times.get(state, -silence.ends_at)
+
+        return [_silence_json(silence, now) for silence in sorted(found, key=order)]
+
+    def _post_silences(self, form: _Form, body: bytes) -> Any:
+        now = self.now()
+        silence = _posted_silence(parse_json(body), now)
+        if silence.starts_at >= silence.ends_at:
+            fault = "start time must be before end time"
+            raise _RefusedRequest(400, f"failed to create silence: {fault}")
+        if silence.ends_at < now:
+            fault = "end time can't be in the past"
+            raise _RefusedRequest(400, f"failed to create silence: {fault}")
+        try:
+            kept = self.silences.put(silence, now)
+        except KeyError:
+            raise _RefusedRequest(404, "silence not found") from None
+        self.changed = True
+        return {"silenceID": kept.id}
+
+    def _get_silence(self, form: _Form, body: bytes, id: str) -> Any:
+        if id not in self.silences.by_id:
+            raise _RefusedRequest(404, "silence not found")
+        return _silence_json(self.silences.by_id[id], self.now())
+
+    def _delete_silence(self, form: _Form, body: bytes, id: str) -> Any:
+        try:
+            self.silences.expire(id, self.now())
+        except KeyError:
+            raise _RefusedRequest(404, "silence not found") from None
+        self.changed = True
+        return None
+
+    def statistics(self) -> list[StatisticRow]:
+        """Rows of name, type, help, labels and value, as Alertmanager names them."""
+        rows: list[StatisticRow] = []
+        kinds = sorted({each.kind for row in self.config.receivers.values() for each in row})
+        for name, help, label, values in _API_STATISTICS:
+            for value in values or kinds:
+                labels = {label: value} if label else {}
+                total = float(self.counts[name, value])
+                rows.append((f"alertmanager_{name}_total", "counter", help, labels, total))
+        now = self.now()
+        states = Counter(
+            "suppressed" if self.silences.of(alert.labels, now) else "active"
+            for alert in self.alerts.values() if not alert.is_resolved(now)
+        )  # fmt: skip
+        rows += [
+            ("alertmanager_alerts", "gauge", "Alerts by state.", {"state": state}, states[state])
+            for state in ("active", "suppressed")
+        ]
+        ages = Counter(silence.state(now) for silence in self.silences.by_id.values())
+        rows += [
+            ("alertmanager_silences", "gauge", "Silences by state.", {"state": state}, ages[state])
+            for state in _SILENCE_ORDER
+        ]
+        return rows
+
+    ROUTES: ClassVar[dict[str, dict[str, Callable[..., Any]]]] = {
+        "/api/v2/status": {"GET": _get_status},
+        "/api/v2/receivers": {"GET": _get_receivers},
+        "/api/v2/alerts": {"GET": _get_alerts, "POST": _post_alerts},
+        "/api/v2/alerts/groups": {"GET": _get_groups},
+        "/api/v2/silences": {"GET": _get_silences, "POST": _post_silences},
+        "/api/v2/silence/{id}": {"GET": _get_silence, "DELETE": _delete_silence},
+    }
+
+
+# the name, its help, its label, and the values of the label; none: the kinds of integrations
+_API_STATISTICS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
+    ("notifications", "Notifications that were begun.", "integration", ()),
+    ("notifications_failed", "Notifications that were given up.", "integration", ()),
+    ("notification_requests", "Attempts to send.", "integration", ()),
+    ("notification_requests_failed", "Attempts that failed.", "integration", ()),
+    ("alerts_received", "Alerts that came by the API.", "status", ("firing", "resolved")),
+    ("alerts_invalid", "Alerts that came by the API and were refused.", "", ("",)),
+    ("alerts_limited", "Alerts for which there was no room.", "", ("",)),
+)
+
+
+def _filter_of(form: _Form) -> _Filter:
+    def is_wanted(name: str) -> bool:
+        return (form.get(name) or ["true"])[-1].lower() in _YES
+
+    matchers = tuple(map(parse_matcher, form.get("filter", ())))
+    receiver = form.get("receiver")
+    return _Filter(
+        matchers, compile_regex(receiver[-1]) if receiver else None,
+        is_wanted("active"), is_wanted("silenced"),
+    )  # fmt: skip
+
+
+def _api_text(time_s: float) -> str:
+    """A time as this API writes it, in milliseconds."""
+    return _utc(time_s).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _posted_time(row: dict[str, Any], name: str) -> float:
+    """Unix seconds; 0.0: no time is given, which Go writes as the year 1."""
+    text = row.get(name, "")
+    if text is None or text == "" or (isinstance(text, str) and text.startswith("0001-01-01T")):
+        return 0.0
+    match = _ISO_8601.fullmatch(text) if isinstance(text, str) else None
+    if match is None:
+        raise ValueError(f"{name} must be a time as 2025-09-17T13:45:23.123Z")
+    date, clock, fraction, zone = match.groups()
+    try:
+        moment = datetime.datetime.fromisoformat(
+            f"{date}T{clock}{'+00:00' if zone in 'Zz' else zone}"
+        )
+        return (moment - _EPOCH).total_seconds() + float(f"0.{fraction or 0}")
+    except (ValueError, OverflowError):
+        raise ValueError(f"{name} must be a date that the calendar has") from None
+
+
+def _text_of(row: dict[str, Any], name: str) -> str:
+    text = row.get(name, "")
+    if not isinstance(text, str):
+        raise ValueError(f"{name} must be a string")
+    return text
+
+
+def _posted_labels(row: dict[str, Any], name: str) -> dict[str, str]:
+    labels = row.get(name) or {}
+    if not isinstance(labels, dict) or not all(isinstance(v, str) for v in labels.values()):
+        raise ValueError(f"{name} must be an object of strings")
+    if "" in labels:
+        raise ValueError(f"invalid {name[:-1]} set: an empty name")
+    return labels
+
+
+def _posted_alert(row: Any, now: float, resolve_timeout_s: float) -> Alert:
+    if not isinstance(row, dict):
+        raise ValueError(f"an alert must be an object, not {_kind(row)}")
+    starts_at, ends_at = _posted_time(row, "startsAt"), _posted_time(row, "endsAt")
+    labels = {label: value for label, value in _posted_labels(row, "labels").items() if value}
+    if not labels:
+        raise ValueError("at least one label pair required")
+    alert = Alert(
+        labels, _posted_labels(row, "annotations"), starts_at or ends_at or now,
+        ends_at or now + resolve_timeout_s, now, _text_of(row, "generatorURL"), not ends_at,
+    )  # fmt: skip
+    if alert.ends_at < alert.starts_at:
+        raise ValueError("start time must be before end time")
+    return alert
+
+
+def _posted_silence(row: Any, now: float) -> Silence:
+    if not isinstance(row, dict) or not isinstance(row.get("matchers"), list):
+        raise ValueError("a silence must be an object with the list 'matchers'")
+    matchers = []
+    for each in row["matchers"]:
+        if not isinstance(each, dict):
+            raise ValueError(f"a matcher must be an object, not {_kind(each)}")
+        name, is_equal = _text_of(each, "name"), each.get("isEqual", True)
+        if not name or not isinstance(is_equal, bool) or not isinstance(each.get("isRegex"), bool):
+            raise ValueError("a matcher needs 'name', 'value' and 'isRegex'")
+        op = _MATCHER_OPS[is_equal, each["isRegex"]]
+        matchers.append(checked_matcher(name, op, _text_of(each, "value")))
+    return Silence(
+        _text_of(row, "id"), tuple(matchers), _posted_time(row, "startsAt") or now,
+        _posted_time(row, "endsAt"), now, _text_of(row, "createdBy"), _text_of(row, "comment"),
+    )  # fmt: skip
+
+
+def _silence_json(silence: Silence, now: float) -> dict[str, Any]:
+    return {
+        "id": silence.id, "status": {"state": silence.state(now)},
+        "updatedAt": _api_text(silence.updated_at), "comment": silence.comment,
+        "createdBy": silence.created_by, "endsAt": _api_text(silence.ends_at),
+        "matchers": [
+            {
+                "isEqual": op in ("=", "=~"), "isRegex": op in ("=~", "!~"), "name": name,
+                "value": value,
+            }
+            for name, op, value in silence.matchers
+        ],
+        "startsAt": _api_text(silence.starts_at),
+    }  # fmt: skip
+
+
+# ==================================================================================================
+# 42. Watcher process
 # ==================================================================================================
 #
 # The problem: 200 heavy rules must not slow a POST, a receiver that hangs must not hold up a rule,
@@ -14026,8 +16099,8 @@ class Watcher:
         self._began = time.time()
         url = options.external_url.rstrip("/")
         config = load_notify(options)
-        self._dispatcher = Dispatcher(config, url) if config or not options.alertmanagers else None
-        self._targets = [AlertmanagerClient(url) for url in options.alertmanagers]
+        self._dispatcher = Dispatcher(config, url) if config else None
+        self._targets = AlertmanagerClient(options.alertmanagers)
 
     async def run(self) -> None:
         """Work until the front says stop, or is gone."""
@@ -14109,36 +16182,27 @@ class Watcher:
 
     async def _tell_status(self) -> None:
         while True:
-            self._tell(status={"progress": self._progress, "error": self._error}, **self._numbers())
+            self._tell(
+                status={"progress": self._progress, "error": self._error},
+                statistics=list(self._statistics()),
+            )
             await asyncio.sleep(WATCHER_STATUS_S)
 
-    def _numbers(self) -> dict[str, Any]:
-        """What the statistics of the server show, by key; by group or receiver where it is many."""
-        groups = {group.key: group for group in self._groups}
-        firing = pending = 0
-        for group in self._groups:
-            for rule in group.alerting:
-                states = Counter(alert.state for alert in rule.alerts.values())
-                firing, pending = firing + states["firing"], pending + states["pending"]
-        numbers: dict[str, Any] = {
-            "alerts_firing": firing,
-            "alerts_pending": pending,
-            "rule_evaluations": {key: group.evaluations for key, group in groups.items()},
-            "rule_evaluation_failures": {key: group.failures for key, group in groups.items()},
-            "rule_group_iterations_missed": {key: group.missed for key, group in groups.items()},
-            "rule_group_last_duration": {key: group.duration_s for key, group in groups.items()},
-        }
-        sent = [target.statistics() for target in self._targets]
-        for key in (
-            "notifications_sent",
-            "notifications_errors",
-            "notifications_dropped",
-            "notifications_queue_length",
-        ):
-            numbers[key] = {row["target"]: row[key] for row in sent}
+    def _statistics(self) -> Iterator[StatisticRow]:
+        """What the statistics of the server show of the watcher."""
+        states = Counter(
+            alert.state
+            for group in self._groups for rule in group.alerting for alert in rule.alerts.values()
+        )  # fmt: skip
+        for state in ("pending", "firing"):
+            yield "alerts", "gauge", "Alerts by state.", {"state": state}, states[state]
+        for name, type_, help_, number in _GROUP_STATISTICS:
+            for group in self._groups:
+                labels = {"rule_group": group.key}
+                yield f"prometheus_rule_{name}", type_, help_, labels, number(group)
+        yield from self._targets.statistics()
         if self._dispatcher:
-            numbers |= self._dispatcher.statistics()
-        return {"numbers": numbers}
+            yield from self._dispatcher.statistics()
 
     # ---- rules
 
@@ -14194,8 +16258,7 @@ class Watcher:
             return
         if self._dispatcher:
             self._dispatcher.put(alerts)
-        for target in self._targets:
-            target.put(alerts)
+        self._targets.put(alerts)
         self._wake.set()
 
     def _reload(self) -> None:
@@ -14314,7 +16377,7 @@ class Watcher:
             self._save()
 
     def _sources(self) -> list[Any]:
-        return [*([self._dispatcher] if self._dispatcher else []), *self._targets]
+        return [self._dispatcher, self._targets] if self._dispatcher else [self._targets]
 
     def _start_sending(self) -> bool:
         """Begin what is due, in a fork each; whether there was any."""
@@ -14338,7 +16401,7 @@ class Watcher:
         os.close(said)
         self._sending[pid] = source, delivery
         loop = asyncio.get_running_loop()
-        late = loop.call_later(delivery.timeout_s + SENDING_GRACE_S, os.kill, pid, signal.SIGKILL)
+        late = loop.call_later(delivery.deadline_s + SENDING_GRACE_S, os.kill, pid, signal.SIGKILL)
         loop.add_reader(heard, self._reap, pid, heard, late)
 
     def _reap(self, pid: int, pipe: int, late: asyncio.TimerHandle) -> None:
@@ -14397,6 +16460,14 @@ class Watcher:
             return QueryAPI.error("bad_data", str(error))
 
 
+_GROUP_STATISTICS: tuple[tuple[str, str, str, Callable[[GroupState], float]], ...] = (
+    ("evaluations_total", "counter", "Evaluations of rules.", lambda g: g.evaluations),
+    ("evaluation_failures_total", "counter", "Evaluations that failed.", lambda g: g.failures),
+    ("group_iterations_missed_total", "counter", "Missed evaluations of groups.",
+     lambda g: g.missed),
+    ("group_last_duration_seconds", "gauge", "Duration of the last evaluation of a group.",
+     lambda g: g.duration_s),
+)  # fmt: skip
 _ESSENTIAL = ("labels", "active_at", "fired_at", "resolved_at", "keep_firing_since", "sent_at")
 
 
@@ -14404,7 +16475,7 @@ def _send_in_child(delivery: Delivery, said: int) -> NoReturn:
     """In the fork: deliver, and say how it went. Nothing of the parent goes on in it."""
     try:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(int(delivery.timeout_s + SENDING_GRACE_S) + 1)  # should the parent die
+        signal.alarm(int(delivery.deadline_s + SENDING_GRACE_S) + 1)  # should the parent die
         logger.filters.clear()
         outcome = deliver(delivery)
     except BaseException as error:
@@ -14431,11 +16502,11 @@ def watch_main(arguments: list[str]) -> int:
 
 
 # ==================================================================================================
-# 38. Watcher client
+# 43. Watcher client
 # ==================================================================================================
 #
-# The front's end of the watcher: it gives the watcher connections to this server, hands over what is
-# asked of rules, alerts and silences, and shows the watcher's numbers.
+# The front's end of the watcher: it gives the watcher connections to this server, hands over what
+# is asked of rules, alerts and silences, and shows the watcher's numbers.
 
 
 class WatcherClient:
@@ -14448,20 +16519,18 @@ class WatcherClient:
         self.follower.on_start = self._connect
         self._adopt: Callable[[socket.socket, str], None] | None = None
         self.status: dict[str, Any] = {"progress": "starting", "error": ""}
-        self._numbers: dict[str, Any] = {}
+        self._rows: list[Any] = []
+        service.statistics.add_rows(self._statistics)
         service.health_facts.append(self.health)
         service.add_routes({
             f"{API_PREFIX}rules": {"GET": self.ask},
             f"{API_PREFIX}alerts": {"GET": self.ask},
             "/api/v2/*": {"GET": self.ask, "POST": self.ask, "DELETE": self.ask},
         })  # fmt: skip
-        for key, name, type_, help_, label in _WATCHER_STATISTICS:
-            missing: Any = {} if label else 0
-            number = partial(self._numbers_of, key, missing)
-            service.statistics.add(key, type_, help_, number, name, label)
 
-    def _numbers_of(self, key: str, missing: Any) -> Any:
-        return self._numbers.get(key, missing)
+    def _statistics(self) -> Iterator[OwnMetric]:
+        for name, type_, help_, labels, value in self._rows:
+            yield OwnMetric(name, type_, help_, name, labels, value)
 
     def begin(self, adopt: Callable[[socket.socket, str], None], external_url: str) -> None:
         """Start the watcher: `adopt` serves a connection of it."""
@@ -14506,7 +16575,7 @@ class WatcherClient:
         if "ended" in said:
             self.status = {"progress": "it died and is started anew", "error": ""}
             return
-        self.status, self._numbers = said["status"], said["numbers"]
+        self.status, self._rows = said["status"], said["statistics"]
         if not self.status["progress"]:
             self.follower.is_well()
 
@@ -14522,32 +16591,6 @@ EMPTY_WATCHER = {
     f"{API_PREFIX}alerts": _empty_answer({"alerts": []}),
 }
 
-# Key, name, type, help, and the label of those that are many.
-_WATCHER_STATISTICS = (
-    ("alerts_firing", "", "gauge", "Alerts that fire.", ""),
-    ("alerts_pending", "", "gauge", "Alerts that are pending.", ""),
-    ("rule_evaluations", "prometheus_rule_evaluations_total", "counter",
-     "Evaluations of rules.", "rule_group"),
-    ("rule_evaluation_failures", "prometheus_rule_evaluation_failures_total", "counter",
-     "Evaluations of rules that failed.", "rule_group"),
-    ("rule_group_iterations_missed", "prometheus_rule_group_iterations_missed_total", "counter",
-     "Evaluations of groups that were missed.", "rule_group"),
-    ("rule_group_last_duration", "prometheus_rule_group_last_duration_seconds", "gauge",
-     "How long the last evaluation of a group took.", "rule_group"),
-    ("notifications_sent", "prometheus_notifications_sent_total", "counter",
-     "Alerts sent to an Alertmanager.", "alertmanager"),
-    ("notifications_errors", "prometheus_notifications_errors_total", "counter",
-     "Alerts that an Alertmanager did not take.", "alertmanager"),
-    ("notifications_dropped", "prometheus_notifications_dropped_total", "counter",
-     "Alerts that were dropped, as an Alertmanager took none for too long.", "alertmanager"),
-    ("notifications_queue_length", "prometheus_notifications_queue_length", "gauge",
-     "Alerts that wait for an Alertmanager.", "alertmanager"),
-    ("receiver_notifications", "alertmanager_notifications_total", "counter",
-     "Notifications that were tried, by receiver.", "receiver"),
-    ("receiver_notifications_failed", "alertmanager_notifications_failed_total", "counter",
-     "Notifications that failed, by receiver.", "receiver"),
-)  # fmt: skip
-
 
 # ==================================================================================================
 # PART VI. COMMAND LINE
@@ -14555,7 +16598,7 @@ _WATCHER_STATISTICS = (
 
 
 # ==================================================================================================
-# 39. Command line
+# 44. Command line
 # ==================================================================================================
 #
 # Options become objects, one line says what is running, and a signal ends it. What goes wrong
@@ -14754,8 +16797,8 @@ def test_rules_main(arguments: list[str]) -> int:
     """`test-rules FILE…`: promtool's unit tests, or rules over what is stored; the exit status."""
     parser = _Parser(
         prog="metricstream.py test-rules",
-        description="Run unit tests of rules, in promtool's format. With --data-dir: run rule files "
-        "over what is stored, and show when each alert would have fired.",
+        description="Run unit tests of rules, in promtool's format. With --data-dir: run rule "
+        "files over what is stored, and show when each alert would have fired.",
     )
     parser.add_argument("files", metavar="FILE", nargs="+", help="tests, or rules with --data-dir")
     parser.add_argument("--run", metavar="REGEX", default="", help="only tests of such names")
@@ -14943,8 +16986,8 @@ def _run_server(options: argparse.Namespace, lines: LineWriter) -> int:
             service.add_routes(EMPTY_WATCHER)
         try:
             server = Server(
-                (options.host, options.port), service, threads=options.threads, tls=tls,
-                max_connections=max_connections, reload=partial(_reload, options, watcher), jobs=jobs,
+                (options.host, options.port), service, threads=options.threads, tls=tls, jobs=jobs,
+                max_connections=max_connections, reload=partial(_reload, options, watcher),
             )  # fmt: skip
         except OSError as error:
             reason = error.strerror or error
