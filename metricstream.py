@@ -9879,15 +9879,17 @@ def store_main(arguments: list[str]) -> int:
     process = StoreProcess(control, options)
     logger.addFilter(process.log_to_front)
     logger.setLevel(logging.INFO)
-    with own_blocks(options.folder):
+    with only_one(os.path.join(options.folder, BLOCKS_NAME), os.O_RDONLY | os.O_DIRECTORY):
         process.run()
     return 0
 
 
 @contextlib.contextmanager
-def own_blocks(folder: str) -> Iterator[None]:
-    """Be the only store of a folder; wait a little for one whose front died. Raises OSError."""
-    descriptor = os.open(os.path.join(folder, BLOCKS_NAME), os.O_RDONLY | os.O_DIRECTORY)
+def only_one(path: str, flags: int) -> Iterator[None]:
+    """Be the only process that has a file or folder locked; wait a little for one whose front died.
+    Raises OSError.
+    """
+    descriptor = os.open(path, flags, 0o644)
     deadline = time.monotonic() + LOCK_WAIT_S
     try:
         while True:
@@ -10029,9 +10031,13 @@ class Follower:
         self._backoff_s = min(5.0, 2 * self._backoff_s + 0.1)
         mine, theirs = socket.socketpair()
         mine.setblocking(False)
+        folder, file = os.path.split(os.path.abspath(__file__))
+        paths = (folder, os.environ.get("PYTHONPATH"))
         with theirs:
+            # As a module its bytecode is kept: 0.15 s and 30 MiB less than to compile it again.
             process = subprocess.Popen(
-                [sys.executable, os.path.abspath(__file__), self._role, str(theirs.fileno())],
+                [sys.executable, "-m", file.removesuffix(".py"), self._role, str(theirs.fileno())],
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
@@ -14229,7 +14235,7 @@ def read_notify_config(text: str | bytes, name: str) -> NotifyConfig:
 
     >>> read_notify_config("route: {receiver: me}", "notify.yml")
     Traceback (most recent call last):
-    metricstream.ConfigError: notify.yml:1:18: no receiver has the name 'me'
+    metricstream.ConfigError: notify.yml:1:19: no receiver has the name 'me'
     """
     try:
         document = parse_yaml(text)
@@ -16491,13 +16497,16 @@ def watch_main(arguments: list[str]) -> int:
     sys.setrecursionlimit(MAX_RECURSION)
     control, told = begin_following(arguments)
 
+    options = WatchOptions(**told)
+
     async def run() -> None:
-        watcher = Watcher(control, WatchOptions(**told))
+        watcher = Watcher(control, options)
         logger.addFilter(watcher.log_to_front)
         logger.setLevel(logging.INFO)
         await watcher.run()
 
-    asyncio.run(run())
+    with only_one(os.path.join(options.folder, "alerts.lock"), os.O_RDWR | os.O_CREAT):
+        asyncio.run(run())
     return 0
 
 
@@ -16780,10 +16789,7 @@ def query_main(arguments: list[str]) -> int:
     sys.setrecursionlimit(MAX_RECURSION)
     try:
         time_ms = _api_time_ms(options.time, "time") if options.time else int(time.time() * 1000)
-        store = Store(options.data_dir)
-        for _ in store.open(log=os.path.join(options.data_dir, LOG_NAME)):
-            pass
-        result = Engine(store.select).instant(options.expression, time_ms)
+        result = Engine(_stored(options.data_dir).select).instant(options.expression, time_ms)
     except (APIError, QueryError, ExecutionError, OSError) as error:
         return _complain(str(error))
     if options.json:
@@ -16791,6 +16797,49 @@ def query_main(arguments: list[str]) -> int:
     else:
         print(_table(result), end="")
     return 0
+
+
+def _stored(folder: str) -> Store:
+    """The store of a folder, to be read beside the server that writes it. Raises OSError."""
+    store = Store(folder)
+    for _ in store.open(log=os.path.join(folder, LOG_NAME)):
+        pass
+    return store
+
+
+def _silent_rules(checked: RuleFile, store: Store) -> Iterator[str]:
+    """Which selectors of rules match no series, nor what another rule records."""
+    recorded = {rule.name for group in checked.groups for rule in group.rules if not rule.is_alert}
+    for group in checked.groups:
+        for rule in group.rules:
+            for selector in selectors_of(rule.expr):
+                matchers = _matchers_of(selector)
+                names = {matcher.value for matcher in matchers if matcher.name == NAME}
+                if not names & recorded and not any(store.select(matchers, 0, 2**62, Budget())):
+                    yield f"line {rule.line}: {rule.name}: no series matches {selector}"
+
+
+def test_notify_main(arguments: list[str]) -> int:
+    """`test-notify FILE`: send a test to each receiver; the exit status."""
+    parser = _Parser(
+        prog="metricstream.py test-notify",
+        description="Send one marked test notification to each receiver.",
+    )
+    parser.add_argument("file", metavar="FILE", help="a configuration file of Alertmanager")
+    parser.add_argument("--external-url", metavar="URL", default="http://localhost:8080",
+                        help="how people reach the server")  # fmt: skip
+    options = parser.parse_args(arguments)
+    try:
+        config = load_notify(WatchOptions("", notify=options.file))
+    except WatchError as error:
+        return _complain(str(error))
+    assert config is not None  # there is a file
+    failed = 0
+    for delivery in test_deliveries(config, options.external_url, time.time()):
+        outcome = deliver(delivery)
+        failed += bool(outcome)
+        print(f"{delivery.name}: {outcome or 'it arrived'}", flush=True)
+    return int(failed > 0)
 
 
 def test_rules_main(arguments: list[str]) -> int:
@@ -16852,9 +16901,7 @@ def _backtest_files(options: argparse.Namespace) -> int:
     """Run rule files over a folder, and print when each alert would have fired."""
     try:
         groups = load_groups(WatchOptions(options.data_dir, options.files))
-        store = Store(options.data_dir)
-        for _ in store.open(log=os.path.join(options.data_dir, LOG_NAME)):
-            pass
+        store = _stored(options.data_dir)
         end_ms = int(time.time() * 1000)
         start_ms = end_ms - int(options.since * 1000)
         fired: dict[tuple[str, str], list[Firing]] = {}
@@ -16911,14 +16958,20 @@ def check_rules_main(arguments: list[str]) -> int:
     """`check-rules FILE…`: say all that is wrong with rule files; returns the exit status."""
     parser = _Parser(prog="metricstream.py check-rules", description="Check rule files.")
     parser.add_argument("files", metavar="FILE", nargs="+", help="rules of Prometheus, as YAML")
+    parser.add_argument("--data-dir", metavar="DIR",
+                        help="say which selectors match no series that is stored here")  # fmt: skip
     options = parser.parse_args(arguments)
     sys.setrecursionlimit(MAX_RECURSION)
     status = 0
+    try:
+        store = _stored(options.data_dir) if options.data_dir is not None else None
+    except OSError as error:
+        return _complain(str(error))
     for path in options.files:
         print(f"Checking {path}", flush=True)
         try:
             with open(path, "rb") as file:
-                checked = read_rules(file.read(), path)
+                checked = read_rules(file.read(), path, rule_template)
         except (OSError, RuleFileError) as error:
             status = 1
             reason = f"{path}: {error.strerror}" if isinstance(error, OSError) else error
@@ -16927,6 +16980,8 @@ def check_rules_main(arguments: list[str]) -> int:
             rules = sum(len(group.rules) for group in checked.groups)
             warnings = "".join(f"  WARNING: {warning}\n" for warning in checked.warnings)
             print(f"  SUCCESS: {rules} rules found\n{warnings}")
+            for line in _silent_rules(checked, store) if store else ():
+                print(f"  {line}")
     return status
 
 
@@ -16934,16 +16989,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the server, a sub-command or the store of a server; returns the exit status."""
     if arguments is None:
         arguments = sys.argv[1:]
-    if arguments[:1] == ["query"]:
-        return query_main(arguments[1:])
-    if arguments[:1] == ["check-rules"]:
-        return check_rules_main(arguments[1:])
-    if arguments[:1] == ["store"]:
-        return store_main(arguments[1:])
-    if arguments[:1] == ["test-rules"]:
-        return test_rules_main(arguments[1:])
-    if arguments[:1] == ["watch"]:
-        return watch_main(arguments[1:])
+    if arguments[:1] and arguments[0] in _COMMANDS:
+        return _COMMANDS[arguments[0]](arguments[1:])
     parser = argument_parser()
     options = parser.parse_args(arguments)
     if options.stripes & (options.stripes - 1):
@@ -16958,6 +17005,12 @@ def main(arguments: list[str] | None = None) -> int:
         return _run_server(options, lines)
     finally:
         lines.finish(0.5)
+
+
+_COMMANDS = {
+    "query": query_main, "check-rules": check_rules_main, "test-rules": test_rules_main,
+    "test-notify": test_notify_main, "store": store_main, "watch": watch_main,
+}  # fmt: skip
 
 
 def _run_server(options: argparse.Namespace, lines: LineWriter) -> int:
