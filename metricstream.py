@@ -10031,12 +10031,18 @@ class Follower:
         self._backoff_s = min(5.0, 2 * self._backoff_s + 0.1)
         mine, theirs = socket.socketpair()
         mine.setblocking(False)
-        folder, file = os.path.split(os.path.abspath(__file__))
+        folder, program = os.path.split(os.path.abspath(__file__))
         paths = (folder, os.environ.get("PYTHONPATH"))
         with theirs:
             # As a module its bytecode is kept: 0.15 s and 30 MiB less than to compile it again.
             process = subprocess.Popen(
-                [sys.executable, "-m", file.removesuffix(".py"), self._role, str(theirs.fileno())],
+                [
+                    sys.executable,
+                    "-m",
+                    program.removesuffix(".py"),
+                    self._role,
+                    str(theirs.fileno()),
+                ],
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.PIPE,
