@@ -10272,9 +10272,8 @@ def _block_map(src: YamlDocument, position: int, depth: int) -> tuple[YamlMap, i
                 raise src.error(_MISPLACED[src.text[position]], position)
             raise src.expected("expected a key and ':'", position)
         key, _ = _flow_node(src, position, indent, depth, False)
-        assert isinstance(key, YamlScalar)  # no other node matches
         value, position = _block_node(src, match.end(), indent, depth, least_list=indent)
-        _add_entry(src, entries, key, value)
+        _with_entry(src, entries, key, value)
         position = _next_token(src, position)
         found = src.indentation(position)
         if found < indent or src.text[position] == "\0":
@@ -10283,11 +10282,14 @@ def _block_map(src: YamlDocument, position: int, depth: int) -> tuple[YamlMap, i
             raise src.expected("indented more than the key above, whose value is over", position)
 
 
-def _add_entry(src: YamlDocument, entries: _Entries, key: YamlScalar, value: YamlNode) -> None:
+def _with_entry(src: YamlDocument, entries: _Entries, key: YamlNode, value: YamlNode) -> _Entries:
+    if not isinstance(key, YamlScalar):
+        raise src.error("a key must be text; text that begins with '{' needs quotes", key.position)
     if key.text in entries:
         line, _ = src.place(entries[key.text][0].position)
         raise src.error(f"key {key.text[:80]!a} stands in line {line} already", key.position)
     entries[key.text] = key, value
+    return entries
 
 
 def _map(src: YamlDocument, entries: _Entries, position: int) -> YamlMap:
@@ -10367,13 +10369,27 @@ def _flow_value(
     return _flow_node(src, start, indent, depth, in_flow)
 
 
+def _flow_entry(
+    src: YamlDocument, position: int, depth: int
+) -> tuple[YamlNode, YamlNode | None, int]:
+    """A node in brackets, and the value behind its colon, if it has one."""
+    node, end = _flow_node(src, position, -1, depth, True)
+    colon = _behind_blanks(src, end)
+    if src.text[colon] != ":" or "\n" in src.text[position:colon]:
+        return node, None, end
+    return node, *_flow_value(src, colon + 1, -1, depth, True)
+
+
 def _flow_list(src: YamlDocument, position: int, depth: int) -> tuple[YamlList, int]:
-    start, items = position, []
+    start = position
+    items: list[YamlNode] = []
     position = _flow_token(src, position + 1)
     while src.text[position] != "]":
-        item, position = _flow_node(src, position, -1, depth, True)
+        item, value, end = _flow_entry(src, position, depth)
+        if value is not None:  # [a: b] is [{a: b}]
+            item = _map(src, _with_entry(src, {}, item, value), position)
         items.append(item)
-        position = _flow_comma(src, position, "]")
+        position = _flow_comma(src, end, "]")
     return YamlList(items, start), position + 1
 
 
@@ -10382,16 +10398,8 @@ def _flow_map(src: YamlDocument, position: int, depth: int) -> tuple[YamlMap, in
     entries: _Entries = {}
     position = _flow_token(src, position + 1)
     while src.text[position] != "}":
-        if src.text[position] in "[{":
-            raise src.error("a key must be text; text that begins with '{' needs quotes", position)
-        key, end = _flow_node(src, position, -1, depth, True)
-        if not isinstance(key, YamlScalar):
-            raise src.error("a key must be text", position)
-        value: YamlNode = _nothing(end)
-        colon = _behind_blanks(src, end)
-        if src.text[colon] == ":" and "\n" not in src.text[position:colon]:
-            value, end = _flow_value(src, colon + 1, -1, depth, True)
-        _add_entry(src, entries, key, value)
+        key, value, end = _flow_entry(src, position, depth)
+        _with_entry(src, entries, key, value or _nothing(end))
         position = _flow_comma(src, end, "}")
     return _map(src, entries, start), position + 1
 

@@ -7310,6 +7310,7 @@ YAML_VALUES: list[tuple[str, str, object]] = [
     ("flow lists and maps", "a: [b, 'c', [d, {e: f}],]\ng: {h: i, \"j\":1, k: , l}",
      {"a": ["b", "c", ["d", {"e": "f"}]], "g": {"h": "i", "j": "1", "k": None, "l": None}}),
     ("flow over lines, with comments and tabs", "a: [b, # x\n\tc,\nd\n   e]\n", {"a": ["b", "c", "d e"]}),
+    ("pairs in a list", "[a: b, 'c': [d], e]", [{"a": "b"}, {"c": ["d"]}, "e"]),
     ("a URL in flow style", "{a: http://b:80/c#d, e: f g}", {"a": "http://b:80/c#d", "e": "f g"}),
     ("JSON", '{"a": [1, -2.5e3, true, null, "\\u00e9\\n", {}],\n\t"b":"c"}\n',
      {"a": ["1", "-2.5e3", "true", None, "é\n", {}], "b": "c"}),
@@ -7344,28 +7345,31 @@ def test_yaml_that_is_read(text, value):
 ONLY_JSON = re.compile('[\x7f\ufeff\uffff\U0001ffff]|"\\r: ')
 
 
-@pytest.mark.parametrize("text", [text.decode() for _, text, _ in ACCEPTED])
+def as_yaml(value: object) -> object:
+    """A value of JSON, whose numbers are text already, as YAML has it."""
+    if isinstance(value, dict):
+        return {name: as_yaml(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return list(map(as_yaml, value))
+    return {True: "true", False: "false"}[value] if isinstance(value, bool) else value
+
+
+def with_distinct_names(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    if len(dict(pairs)) < len(pairs):
+        raise KeyError(pairs)
+    return dict(pairs)
+
+
+@pytest.mark.parametrize("text", [text.decode() for _, text, _ in ACCEPTED if not ONLY_JSON.search(text.decode())])
 def test_json_is_yaml_of_the_same_values(text):
-    if ONLY_JSON.search(text):
-        pytest.skip("not YAML")
-    literals = ("true", "false")
+    options = {"parse_int": str, "parse_float": str, "object_pairs_hook": with_distinct_names}
     try:
-        expected = json.loads(text, parse_int=str, parse_float=str, object_pairs_hook=distinct)
+        expected = as_yaml(json.loads(text, **options))
     except KeyError:
         with pytest.raises(YAMLError, match="already"):
             parse_yaml(text)
     else:
-        shown = json.dumps(expected)
-        for literal in literals:
-            shown = re.sub(rf'(?<!"){literal}(?!")', f'"{literal}"', shown)
-        assert yaml_value(text) == json.loads(shown)
-
-
-def distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """An object whose names differ, as YAML asks for."""
-    if len(dict(pairs)) < len(pairs):
-        raise KeyError(pairs)
-    return dict(pairs)
+        assert yaml_value(text) == expected
 
 
 YAML_FAULTS: list[tuple[str, str | bytes, int, int, str]] = [
@@ -7415,7 +7419,6 @@ YAML_FAULTS: list[tuple[str, str | bytes, int, int, str]] = [
     ("two commas", "[a,, b]", 1, 4, "','"),
     ("a wrong bracket", "[a}", 1, 3, "expected ',' or ']'"),
     ("a colon on the next line", '{"a"\n: b}', 2, 1, "expected ',' or '}'"),
-    ("a pair in a list", "[a: b]", 1, 3, "expected ',' or ']'"),
     ("a block in brackets", "[|\n a]", 1, 2, "needs quotes"),
     ("an alias of nothing", "a: &x b\nc: *y", 2, 4, "no anchor 'y'"),
     ("an alias of itself", "a: &x [*x ]", 1, 8, "no anchor 'x'"),
@@ -7575,7 +7578,6 @@ def test_fuzzed_yaml_raises_nothing_else(seed):
         else:
             verdicts[True] += 1
             for node in nodes_of(document.root):
-                assert document.text[node.position - 1] is not None
                 if isinstance(node, metricstream.YamlScalar) and node.plain and "\n" not in node.text:
                     first = node.text.split(" ")[0]
                     assert document.text.startswith(first, node.position)
@@ -7762,17 +7764,22 @@ def check_with_promtool(folder: Path, texts: Sequence[str]) -> list[str]:
     return [faults.get(path.name, "") for path in paths]
 
 
-# Prometheus 3 accepts these, or this server refuses them on purpose: a verdict that may differ.
-ONLY_PROMETHEUS_2 = re.compile(
-    "invalid (?:label|annotation|recording rule) name|control characters|: label |: annotation |parse expression"
+# Faults that Prometheus 3 does not have, or that only templates have.
+ONLY_PROMTOOL = re.compile(
+    "invalid (?:label|annotation|recording rule) name|: (?:label|annotation) |could not parse expression"
 )
-ONLY_HERE = re.compile("tags are|directives are|keys with|end of the document|stands in line|parse error|or 'alert'|end of the line")
+# Faults that libyaml does not see, as it reads no further than its first node, or that are not read here.
+ONLY_HERE = re.compile(
+    "tags are|directives are|keys with|end of the (?:document|line)|key must be text|stands in line|parse error"
+    "|or 'alert'|'' is no name"
+)
 
 
 @needs("promtool")
 def test_promtool_gives_the_same_verdict_on_mutated_rule_files(tmp_path):
     rng = random.Random(14)
-    texts = [mutated(rng, rng.choice((RULES_YAML, RULES_JSON))) for _ in range(scaled(400, 10_000))]
+    texts = [mutated(rng, rng.choice((RULES_YAML, RULES_JSON))) for _ in range(scaled(1_500, 20_000))]
+    # promtool reads some of what follows the first document, too
     texts = [text for text in texts if "---" not in text and "..." not in text]
     agreed: Counter[bool] = Counter()
     for text, fault in zip(texts, check_with_promtool(tmp_path, texts)):
@@ -7782,14 +7789,14 @@ def test_promtool_gives_the_same_verdict_on_mutated_rule_files(tmp_path):
         elif ours:
             assert ONLY_HERE.search(ours[0]), (ours, text)
         else:
-            assert ONLY_PROMETHEUS_2.search(fault), (fault, text)
-    assert min(agreed.values()) > 50 and agreed.total() > 0.9 * len(texts), agreed
+            assert ONLY_PROMTOOL.search(fault), (fault, text)
+    assert min(agreed.values()) > len(texts) / 8 and agreed.total() > 0.93 * len(texts), agreed
 
 
 @needs("promtool")
 def test_promtool_gives_the_same_verdict_on_the_table(tmp_path):
-    newer = ("labels of any UTF-8", "a name that no metric has", "a group's label", "a label that Prometheus 3 knows")
-    rows = [row for row in RULE_FILES if row[0] not in newer]
+    differ = ("labels of any UTF-8", "a name that no metric has")  # by Prometheus 3, by this server
+    rows = [row for row in RULE_FILES if row[0] not in differ]
     assert len(rows) > 40
     for (name, _, faults), found in zip(rows, check_with_promtool(tmp_path, [row[1] for row in rows])):
         assert bool(faults) == bool(found), (name, faults, found)
@@ -7894,6 +7901,28 @@ def test_the_limit_on_open_files_lowers_the_connections(tmp_path):
     process.communicate(timeout=10)
     assert "the limit on open files allows 192 connections, not 10000" in warning
     assert "192 connections" in startup
+
+
+@at_once()
+def test_check_rules_says_what_promtool_says(tmp_path):
+    good, bad = tmp_path / "good.yml", tmp_path / "bad.yml"
+    good.write_text(RULES_YAML + "---\n# more\n")
+    bad.write_text(ALERT + "for: 300\n    labels: [a]\n")
+    ended = run("check-rules", str(good))
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout == (
+        f"Checking {good}\n  SUCCESS: 4 rules found\n"
+        f"  WARNING: {good}:1:1: only the first document of this file is read\n\n"
+    )
+    ended = run("check-rules", str(bad), str(tmp_path / "none"), str(good))
+    assert ended.returncode == 1 and ended.stdout.count("SUCCESS: 4 rules found") == 1
+    assert ended.stderr == (
+        f"  FAILED:\n{bad}:6:10: not a duration such as 5m or 1h30m: '300'\n"
+        f"{bad}:7:13: 'labels' must be a map\n\n"
+        f"  FAILED:\n{tmp_path / 'none'}: No such file or directory\n\n"
+    )
+    ended = run("check-rules")
+    assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1
 
 
 @at_once()
