@@ -10261,12 +10261,12 @@ _END_OF_LINE = re.compile(rf"[ \t]*+{_COMMENT}(?=[\n\0])")
 _VISIBLE = r"[^ \t\n\0]"
 _PLAIN_FIRST = r"[^ \t\n\0,\[\]{}#&*!|>'\"%@`?:-]"
 _PLAIN_REST = rf"(?:[ \t]*+(?:[^ \t\n\0:#]++|:(?={_VISIBLE})|(?<={_VISIBLE})\#))*+"
-_FLOW_REST = rf"(?:[ \t]*+(?:[^ \t\n\0:#,?\[\]{{}}]++|:(?={_VISIBLE})|(?<={_VISIBLE})\#))*+"
+_FLOW_PLAIN_REST = rf"(?:[ \t]*+(?:[^ \t\n\0:#,?\[\]{{}}]++|:(?={_VISIBLE})|(?<={_VISIBLE})\#))*+"
 _PLAIN_LINE = rf"(?:{_PLAIN_FIRST}|[?:-](?={_VISIBLE})){_PLAIN_REST}"
 _BLOCK_PLAIN = re.compile(_PLAIN_LINE)
-_BLOCK_PLAIN_REST = re.compile(_PLAIN_REST)  # further lines
-_FLOW_PLAIN = re.compile(rf"(?:{_PLAIN_FIRST}|-(?={_VISIBLE})){_FLOW_REST}")
-_FLOW_PLAIN_REST = re.compile(_FLOW_REST)
+_BLOCK_REST = re.compile(_PLAIN_REST)  # further lines
+_FLOW_PLAIN = re.compile(rf"(?:{_PLAIN_FIRST}|-(?={_VISIBLE})){_FLOW_PLAIN_REST}")
+_FLOW_REST = re.compile(_FLOW_PLAIN_REST)
 _NEXT_LINE = re.compile(r"[ \t]*+\n([ ]*+)([ \t]*+)")
 _LIST_ITEM = re.compile(r"-(?=[ \t\n\0])")
 _ANCHOR = re.compile(r"[&*]([A-Za-z0-9_-]++)(?=[ \t\n\0,\]}])")
@@ -10275,8 +10275,7 @@ _KEY = re.compile(
     r"|\"(?:[^\"\\\n\0]++|\\.)*+\"|'(?:[^'\n\0]++|'')*+')[ \t]*+:(?=[ \t\n\0])"
 )
 
-_DOUBLE_QUOTED = re.compile(r"(?:[^\"\\ \t\n\0]++|[ \t]++(?!\n))++")
-_SINGLE_QUOTED = re.compile(r"(?:[^' \t\n\0]++|[ \t]++(?!\n))++")
+_QUOTED_TEXT = re.compile(r"(?:[^'\"\\ \t\n\0]++|[ \t]++(?!\n))++")
 _LINE_FOLD = re.compile(r"[ \t]*+\n[ \t]*+(?:\n[ \t]*+)*+")
 _YAML_ESCAPE = re.compile(
     r"""
@@ -10375,7 +10374,9 @@ class YamlDocument:
 
     def place(self, position: int) -> tuple[int, int]:
         """The line and column of a position, from 1."""
-        self._breaks = self._breaks or [match.start() for match in re.finditer("\n", self.text)]
+        if not self._breaks:
+            ends = itertools.accumulate(len(line) + 1 for line in self.text.split("\n"))
+            self._breaks = [end - 1 for end in ends]
         line = bisect_left(self._breaks, max(position, 1))
         return line, position - self._breaks[line - 1]
 
@@ -10453,7 +10454,7 @@ def _block_node(
     start = _next_token(src, position)
     between = src.text[position:start]
     is_item = _LIST_ITEM.match(src.text, start)
-    if "\n" in between:
+    if "\n" in between or src.text[start] == "\0":
         least = least_list if is_item and least_list is not None else indent + 1
         if src.text[start] == "\0" or src.indentation(start) < least:
             return _nothing(position), position
@@ -10501,9 +10502,8 @@ def _block_map(src: YamlDocument, position: int, depth: int) -> tuple[YamlMap, i
                 raise src.error(_MISPLACED[src.text[position]], position)
             raise src.expected("expected a key and ':'", position)
         key, _ = _flow_node(src, position, indent, depth, False)
-        assert isinstance(key, YamlScalar)  # no other node matches
         value, position = _block_node(src, match.end(), indent, depth, least_list=indent)
-        _add_entry(src, entries, key, value)
+        _with_entry(src, entries, key, value)
         position = _next_token(src, position)
         found = src.indentation(position)
         if found < indent or src.text[position] == "\0":
@@ -10512,11 +10512,14 @@ def _block_map(src: YamlDocument, position: int, depth: int) -> tuple[YamlMap, i
             raise src.expected("indented more than the key above, whose value is over", position)
 
 
-def _add_entry(src: YamlDocument, entries: _Entries, key: YamlScalar, value: YamlNode) -> None:
+def _with_entry(src: YamlDocument, entries: _Entries, key: YamlNode, value: YamlNode) -> _Entries:
+    if not isinstance(key, YamlScalar):
+        raise src.error("a key must be text; text that begins with '{' needs quotes", key.position)
     if key.text in entries:
         line, _ = src.place(entries[key.text][0].position)
         raise src.error(f"key {key.text[:80]!a} stands in line {line} already", key.position)
     entries[key.text] = key, value
+    return entries
 
 
 def _map(src: YamlDocument, entries: _Entries, position: int) -> YamlMap:
@@ -10596,13 +10599,27 @@ def _flow_value(
     return _flow_node(src, start, indent, depth, in_flow)
 
 
+def _flow_entry(
+    src: YamlDocument, position: int, depth: int
+) -> tuple[YamlNode, YamlNode | None, int]:
+    """A node in brackets, and the value behind its colon, if it has one."""
+    node, end = _flow_node(src, position, -1, depth, True)
+    colon = _behind_blanks(src, end)
+    if src.text[colon] != ":" or "\n" in src.text[position:colon]:
+        return node, None, end
+    return node, *_flow_value(src, colon + 1, -1, depth, True)
+
+
 def _flow_list(src: YamlDocument, position: int, depth: int) -> tuple[YamlList, int]:
-    start, items = position, []
+    start = position
+    items: list[YamlNode] = []
     position = _flow_token(src, position + 1)
     while src.text[position] != "]":
-        item, position = _flow_node(src, position, -1, depth, True)
+        item, value, end = _flow_entry(src, position, depth)
+        if value is not None:  # [a: b] is [{a: b}]
+            item = _map(src, _with_entry(src, {}, item, value), position)
         items.append(item)
-        position = _flow_comma(src, position, "]")
+        position = _flow_comma(src, end, "]")
     return YamlList(items, start), position + 1
 
 
@@ -10611,16 +10628,8 @@ def _flow_map(src: YamlDocument, position: int, depth: int) -> tuple[YamlMap, in
     entries: _Entries = {}
     position = _flow_token(src, position + 1)
     while src.text[position] != "}":
-        if src.text[position] in "[{":
-            raise src.error("a key must be text; text that begins with '{' needs quotes", position)
-        key, end = _flow_node(src, position, -1, depth, True)
-        if not isinstance(key, YamlScalar):
-            raise src.error("a key must be text", position)
-        value: YamlNode = _nothing(end)
-        colon = _behind_blanks(src, end)
-        if src.text[colon] == ":" and "\n" not in src.text[position:colon]:
-            value, end = _flow_value(src, colon + 1, -1, depth, True)
-        _add_entry(src, entries, key, value)
+        key, value, end = _flow_entry(src, position, depth)
+        _with_entry(src, entries, key, value or _nothing(end))
         position = _flow_comma(src, end, "}")
     return _map(src, entries, start), position + 1
 
@@ -10649,25 +10658,22 @@ def _fold(breaks: int) -> str:
 
 
 def _plain(src: YamlDocument, position: int, indent: int, in_flow: bool) -> tuple[YamlScalar, int]:
-    first = _BLOCK_PLAIN.match(src.text, position)
-    if in_flow:
-        first = _FLOW_PLAIN.match(src.text, position)
+    text = src.text
+    first = _FLOW_PLAIN.match(text, position) if in_flow else _BLOCK_PLAIN.match(text, position)
     if first is None:
-        letter = src.text[position]
+        letter = text[position]
         reason = f"text that begins with {letter!a} needs quotes"
         raise src.error(_MISPLACED.get(letter, reason), position)
     pieces, end = [(first[0], position)], first.end()
     while True:
         breaks, start = 0, end
-        while line := _NEXT_LINE.match(src.text, start):
+        while line := _NEXT_LINE.match(text, start):
             breaks, start = breaks + 1, line.end()
             if line[2] and len(line[1]) <= indent:
                 raise src.error(_MISPLACED["\t"], line.start(2))
         if not breaks or src.indentation(start) <= indent:
             break
-        rest = _BLOCK_PLAIN_REST.match(src.text, start)
-        if in_flow:
-            rest = _FLOW_PLAIN_REST.match(src.text, start)
+        rest = _FLOW_REST.match(text, start) if in_flow else _BLOCK_REST.match(text, start)
         if not rest or not rest[0]:
             break
         pieces += [(_fold(breaks), end), (rest[0], start)]
@@ -10680,28 +10686,23 @@ def _quoted_scalar(src: YamlDocument, position: int) -> tuple[YamlScalar, int]:
     pieces: list[tuple[str, int]] = []
     position += 1
     while True:
-        run = (
-            _DOUBLE_QUOTED.match(src.text, position)
-            if quote == '"'
-            else (_SINGLE_QUOTED.match(src.text, position))
-        )
-        if run:
+        if run := _QUOTED_TEXT.match(src.text, position):
             pieces.append((run[0], position))
             position = run.end()
+        letter = src.text[position]
+        piece, end = letter, position + 1
         if fold := _LINE_FOLD.match(src.text, position):
-            pieces.append((_fold(fold[0].count("\n")), position))
-            position = fold.end()
-        elif src.text[position] == "\\":
+            piece, end = _fold(fold[0].count("\n")), fold.end()
+        elif letter == "\\" and quote == '"':
             piece, end = _yaml_escape(src, position)
-            pieces.append((piece, position))
-            position = end
-        elif src.text.startswith("''", position) and quote == "'":
-            pieces.append(("'", position))
-            position += 2
-        elif src.text[position] == quote:
-            return _scalar_of(pieces, start), position + 1
-        else:
+        elif quote == "'" and src.text.startswith("''", position):
+            end += 1
+        elif letter == quote:
+            return _scalar_of(pieces, start), end
+        elif letter == "\0":
             raise src.error(f"no {quote} ends this text", start)
+        pieces.append((piece, position))
+        position = end
 
 
 def _yaml_escape(src: YamlDocument, position: int) -> tuple[str, int]:

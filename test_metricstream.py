@@ -64,6 +64,7 @@ from metricstream import (
     QueryError,
     Request,
     RequestReader,
+    RuleFileError,
     Sample,
     SampleLimitError,
     Series,
@@ -74,13 +75,16 @@ from metricstream import (
     StringResult,
     Timeouts,
     VectorResult,
+    YAMLError,
     compile_regex,
     expand,
     format_query,
     format_value,
     parse_json,
     parse_query,
+    parse_yaml,
     read_batch,
+    read_rules,
 )
 
 # ---- what the tests of all chapters use ----
@@ -7226,6 +7230,579 @@ def test_a_batch_of_new_series_is_refused_while_there_is_no_room(tmp_path):
 
 
 # ==================================================================================================
+# PART IV. WATCHING
+# ==================================================================================================
+
+
+# ==================================================================================================
+# YAML
+# ==================================================================================================
+
+
+def value_of(node: metricstream.YamlNode) -> object:
+    """A node as lists, dicts and text; null is None."""
+    if isinstance(node, metricstream.YamlScalar):
+        return None if node.is_null else node.text
+    if isinstance(node, metricstream.YamlList):
+        return [value_of(item) for item in node.items]
+    return {name: value_of(value) for name, (_, value) in node.entries.items()}
+
+
+def yaml_value(text: str | bytes) -> object:
+    return value_of(parse_yaml(text).root)
+
+
+YAML_VALUES: list[tuple[str, str, object]] = [
+    # block style
+    ("nothing", "", None),
+    ("comments alone", "# a\n  # b\n", None),
+    ("a map", "a: b\nc: d", {"a": "b", "c": "d"}),
+    ("maps in maps", "a:\n  b:\n      c: d\n  e: f\n", {"a": {"b": {"c": "d"}, "e": "f"}}),
+    ("a list", "- a\n- b\n", ["a", "b"]),
+    ("a list deeper than its key", "a:\n  - b\n  - c\n", {"a": ["b", "c"]}),
+    ("a list at the column of its key", "a:\n- b\n- c\nd: e", {"a": ["b", "c"], "d": "e"}),
+    ("a map that begins behind a dash", "- a: b\n  c: d\n-   e: f\n    g: h",
+     [{"a": "b", "c": "d"}, {"e": "f", "g": "h"}]),
+    ("lists behind a dash", "- - a\n  - b\n- - - c", [["a", "b"], [["c"]]]),
+    ("an item on the next line", "-\n  a: b\n-\n  - c\n", [{"a": "b"}, ["c"]]),
+    ("values that are missing", "a:\nb: ~\nc: null\nd:\n  -\n  - x", {"a": None, "b": None, "c": None, "d": [None, "x"]}),
+    ("text that is no null", "a: 'null'\nb: \"\"\nc: nULL", {"a": "null", "b": "", "c": "nULL"}),
+    ("scalars stay text", "a: 0x10\nb: no\nc: 1e3\nd: 2001-01-01\n0: 1",
+     {"a": "0x10", "b": "no", "c": "1e3", "d": "2001-01-01", "0": "1"}),
+    ("comments and empty lines", "# x\n\na: b # c\n\n  # d\nc:   # e\n\n   # f\n  d#e\n", {"a": "b", "c": "d#e"}),
+    ("quoted keys and a blank before the colon", "\"a: b\": c\n'd' : e\nf   : g", {"a: b": "c", "d": "e", "f": "g"}),
+    ("tabs behind a token", "a:\tb\t\nc: \t# d\n", {"a": "b", "c": None}),
+    ("CR LF and CR", "a:\r\n  - b\r\n  - |\r\n    c\r\n\r\nd: e\rf: g", {"a": ["b", "c\n"], "d": "e", "f": "g"}),
+    ("a byte order mark", "\ufeffa: b", {"a": "b"}),
+    # plain scalars
+    ("colons, hashes and dashes in words", "a: b:c d#e -f ?g :h", {"a": "b:c d#e -f ?g :h"}),
+    ("a first - ? or :", "- -a\n- ?b\n- :c\n- - -d", ["-a", "?b", ":c", ["-d"]]),
+    ("brackets, quotes and commas inside", "a: b{c}[d], 'e' \"f\" & * ! | > % @ `", {"a": "b{c}[d], 'e' \"f\" & * ! | > % @ `"}),
+    ("plain over several lines", "a: b\n  c\n\n  - d\n  # e\nf: g", {"a": "b c\n- d", "f": "g"}),
+    ("plain that begins on the next line", "a:\n  b\n   c\n", {"a": "b c"}),
+    ("blank lines with a tab behind plain text", "a: b\n  \t\nc: d", {"a": "b", "c": "d"}),
+    # quoted scalars
+    ("single quotes", "a: 'it''s \\n # no: comment'", {"a": "it's \\n # no: comment"}),
+    ("single quotes over lines", "a: 'b  \n   c\n\n\td'", {"a": "b c\nd"}),
+    ("double quotes over lines", 'a: "b  \n  c\n\n\n  d\\\n   e\\\n\n  f \\\n  g"', {"a": "b c\n\nde\nf g"}),
+    ("a quoted text that ends at column 1", "a: 'b\nc'\nd: e", {"a": "b c", "d": "e"}),
+    ("every escape", r'"\0\a\b\t\n\v\f\r\e\ \"\'\/\\\N\_\L\P\x41\u00e9\U0001F600"',
+     "\0\a\b\t\n\v\f\r\x1b \"'/\\\x85\xa0\u2028\u2029Aé😀"),
+    ("an escaped tab", '"a\\\tb"', "a\tb"),
+    ("a surrogate pair, as JSON has it", r'"\ud83d\ude00"', "😀"),
+    ("a comment right behind quotes", "a: 'b'#c", {"a": "b"}),
+    # block scalars
+    ("literal", "a: |\n  b\n   c\n\n  d # e\nf: g", {"a": "b\n c\n\nd # e\n", "f": "g"}),
+    ("literal, stripped and kept", "a: |-\n  b\n\nc: |+\n  d\n\ne: f", {"a": "b", "c": "d\n\n", "e": "f"}),
+    ("literal without a last line break", "a: |\n  b", {"a": "b"}),
+    ("literal of blank lines", "a: |\n\n\nb: |+\n\n\nc: |-\n", {"a": "", "b": "\n\n", "c": ""}),
+    ("an indentation indicator", "a: |2\n    b\n  c\nd: >1-\n  e\n f", {"a": "  b\nc\n", "d": " e\nf"}),
+    ("the signs in either order", "- |+1\n b\n\n- |1+\n b\n", ["b\n\n", "b\n"]),
+    ("a comment behind the header", "a: | # b\n  c\nd: >-  # e\n  f", {"a": "c\n", "d": "f"}),
+    ("folded", "a: >\n  b\n  c\n\n  d\n    e\n    f\n\n  g\n", {"a": "b c\nd\n  e\n  f\n\ng\n"}),
+    ("folded, stripped and kept", "a: >-\n  b\n  c\n\nd: >+\n  e\n\n", {"a": "b c", "d": "e\n\n"}),
+    ("leading blank lines", "a: |\n\n  b\n", {"a": "\nb\n"}),
+    ("literal in a list", "- |\n  a\n- |-\n b\n", ["a\n", "b"]),
+    ("a block at the root", "|\n a\n", "a\n"),
+    ("less indented comments end a block", "a: |\n  b\n # c\nd: e", {"a": "b\n", "d": "e"}),
+    # flow style
+    ("empty brackets", "a: []\nb: {}\nc: [ ]\nd: {\n}", {"a": [], "b": {}, "c": [], "d": {}}),
+    ("flow lists and maps", "a: [b, 'c', [d, {e: f}],]\ng: {h: i, \"j\":1, k: , l}",
+     {"a": ["b", "c", ["d", {"e": "f"}]], "g": {"h": "i", "j": "1", "k": None, "l": None}}),
+    ("flow over lines, with comments and tabs", "a: [b, # x\n\tc,\nd\n   e]\n", {"a": ["b", "c", "d e"]}),
+    ("pairs in a list", "[a: b, 'c': [d], e]", [{"a": "b"}, {"c": ["d"]}, "e"]),
+    ("a URL in flow style", "{a: http://b:80/c#d, e: f g}", {"a": "http://b:80/c#d", "e": "f g"}),
+    ("JSON", '{"a": [1, -2.5e3, true, null, "\\u00e9\\n", {}],\n\t"b":"c"}\n',
+     {"a": ["1", "-2.5e3", "true", None, "é\n", {}], "b": "c"}),
+    # anchors, aliases and merges
+    ("an alias", "a: &x b\nc: *x\nd: [*x, *x]", {"a": "b", "c": "b", "d": ["b", "b"]}),
+    ("anchors of maps and lists", "a: &x\n  b: c\nd: &y\n- e\nf: [*x, *y]", {"a": {"b": "c"}, "d": ["e"], "f": [{"b": "c"}, ["e"]]}),
+    ("anchors behind dashes", "- &x\n  a: b\n- &y c\n- &z d: e\n- *x\n- *y\n- *z", [{"a": "b"}, "c", {"d": "e"}, {"a": "b"}, "c", "d"]),
+    ("an anchor of a block scalar and of nothing", "a: &x |\n  b\nc: &y\nd: [*x, *y]", {"a": "b\n", "c": None, "d": ["b\n", None]}),
+    ("anchors in flow style", "[&x {a: b}, &y c, *x , *y]", [{"a": "b"}, "c", {"a": "b"}, "c"]),
+    ("the last anchor of a name counts", "[&x a, *x , &x b, *x ]", ["a", "a", "b", "b"]),
+    ("a merge", "- &x {a: b, c: d}\n- e: f\n  <<: *x\n  c: g", [{"a": "b", "c": "d"}, {"e": "f", "c": "g", "a": "b"}]),
+    ("a merge of several: the first wins", "- &x {a: b}\n- &y {a: c, d: e}\n- <<: [*x, *y]", [{"a": "b"}, {"a": "c", "d": "e"}, {"a": "b", "d": "e"}]),
+    ("a merge of a map itself", "<<: {a: b}\nc: d", {"c": "d", "a": "b"}),
+    ("a quoted << is a key", '{"<<": a}', {"<<": "a"}),
+    # documents
+    ("a document marker", "---\na: b\n", {"a": "b"}),
+    ("a value behind the marker", "--- # x\n- a\n...\n", ["a"]),
+    ("the first of several", "a: b\n---\nc: [\n", {"a": "b"}),
+    ("a marker in a block", "a: |\n  ---\n   b\n--- c", {"a": "---\n b\n"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text, value", by_name(YAML_VALUES))
+def test_yaml_that_is_read(text, value):
+    assert yaml_value(text) == value
+    assert yaml_value(text.encode()) == value
+    if "\r" not in text:
+        assert yaml_value(text.replace("\n", "\r\n")) == value
+
+
+# Characters that YAML has only as escapes, and a colon on the line behind its key.
+ONLY_JSON = re.compile('[\x7f\ufeff\uffff\U0001ffff]|"\\r: ')
+
+
+def as_yaml(value: object) -> object:
+    """A value of JSON, whose numbers are text already, as YAML has it."""
+    if isinstance(value, dict):
+        return {name: as_yaml(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return list(map(as_yaml, value))
+    return {True: "true", False: "false"}[value] if isinstance(value, bool) else value
+
+
+def with_distinct_names(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    if len(dict(pairs)) < len(pairs):
+        raise KeyError(pairs)
+    return dict(pairs)
+
+
+@pytest.mark.parametrize("text", [text.decode() for _, text, _ in ACCEPTED if not ONLY_JSON.search(text.decode())])
+def test_json_is_yaml_of_the_same_values(text):
+    options = {"parse_int": str, "parse_float": str, "object_pairs_hook": with_distinct_names}
+    try:
+        expected = as_yaml(json.loads(text, **options))
+    except KeyError:
+        with pytest.raises(YAMLError, match="already"):
+            parse_yaml(text)
+    else:
+        assert yaml_value(text) == expected
+
+
+YAML_FAULTS: list[tuple[str, str | bytes, int, int, str]] = [
+    ("a tab that indents a key", "a:\n\tb: c", 2, 1, "tab"),
+    ("a tab that indents a list", "a:\n  b: c\n\t- d", 3, 1, "tab"),
+    ("a tab on an empty line", "a:\n\t\n  b: c", 2, 1, "tab"),
+    ("a tab behind a dash", "-\ta: b", 1, 2, "tab"),
+    ("a tab before plain text", "a: b\n\t c", 2, 1, "tab"),
+    ("a tab before a block", "a: |\n\tb", 2, 1, "tab"),
+    ("a tab inside a block", "a: |\n  b\n\t\n  c", 3, 1, "tab"),
+    ("a tag", "a: !!str b", 1, 4, "tags are not read"),
+    ("a tag of a key", "a: b\n!x c: d", 2, 1, "tags are not read"),
+    ("a directive", "%YAML 1.2\n---\na: b", 1, 1, "directives are not read"),
+    ("a key with ?", "a: b\n? c\n: d", 2, 1, "'?'"),
+    ("a first key with ?", "? c\n: d", 1, 1, "'?'"),
+    ("a key with ? in a flow map", "{? a : b}", 1, 2, "'?'"),
+    ("a duplicate key", "a: b\nc: d\na: e", 3, 1, "key 'a' stands in line 1 already"),
+    ("a duplicate key in quotes", "{a: b, 'a': c}", 1, 8, "already"),
+    ("two merges", "<<: {a: b}\n<<: {c: d}", 2, 1, "already"),
+    ("a map behind a value", "a: b: c", 1, 5, "quotes"),
+    ("a map behind plain text of two lines", "a: b\n  c: d", 2, 4, "quotes"),
+    ("a list behind a key", "a: - b", 1, 4, "line of its own"),
+    ("text behind a quoted value", "a: 'b' c", 1, 8, "expected the end of the line, found 'c'"),
+    ("text behind a list", "a: [b] c", 1, 8, "expected the end of the line"),
+    ("a template without quotes", "a: {{ $value }}", 1, 5, "text that begins with '{' needs quotes"),
+    ("an unknown indicator", "a: @b", 1, 4, "text that begins with '@' needs quotes"),
+    ("a percent sign", "a: %b", 1, 4, "quotes"),
+    ("a missing key", ": a", 1, 1, "no key before ':'"),
+    ("text where a key should be", "a: b\nc", 2, 1, "expected a key and ':', found 'c'"),
+    ("a key without its blank", "a:b\nc: d", 2, 2, "quotes"),
+    ("deeper than its map", "a: b\n\n   # x\n  c: d", 4, 3, "indented more than the key above"),
+    ("between two indentations", "a:\n    b: c\n  d: e", 3, 3, "indented more than the key above"),
+    ("less deep than its map", "  a: b\nc: d", 2, 1, "another indentation"),
+    ("a key behind a list", "- a\nb: c", 2, 1, "another indentation"),
+    ("a list behind a map", "a: b\n- c", 2, 1, "expected a key"),
+    ("a first blank line that is too long", "a: |\n    \n  b\n", 3, 3, "indented more"),
+    ("an unknown block header", "a: |x\n  b", 1, 4, "only '+' or '-', a digit and a comment"),
+    ("an indentation of 0", "a: >0\n b", 1, 4, "only '+' or '-'"),
+    ("an open quote", "a: b\nc: 'd\ne: f\n", 2, 4, "no ' ends this text"),
+    ("a document that ends in a quote", 'a: "b\n---\nc"', 1, 4, 'no " ends this text'),
+    ("an unknown escape", 'a: "b\\c"', 1, 6, r"unknown escape '\\c'"),
+    ("a short escape", r'"\x4"', 1, 2, "unknown escape"),
+    ("an escape of a surrogate", r'"\udc00\ud83d"', 1, 2, "escape of no character"),
+    ("an escape beyond Unicode", r'"\U00110000"', 1, 2, "escape of no character"),
+    ("an open flow list", "a: [b,\n  c", 2, 4, "expected ',' or ']', found the end of the text"),
+    ("an open flow map", "a: {b: c,", 1, 10, "the text ends"),
+    ("two commas", "[a,, b]", 1, 4, "','"),
+    ("a wrong bracket", "[a}", 1, 3, "expected ',' or ']'"),
+    ("a colon on the next line", '{"a"\n: b}', 2, 1, "expected ',' or '}'"),
+    ("a block in brackets", "[|\n a]", 1, 2, "needs quotes"),
+    ("an alias of nothing", "a: &x b\nc: *y", 2, 4, "no anchor 'y'"),
+    ("an alias of itself", "a: &x [*x ]", 1, 8, "no anchor 'x'"),
+    ("an alias as a key", "- &x a\n- *x : b", 2, 6, "quotes"),
+    ("an alias with an anchor", "- &x a\n- &y *x", 2, 6, "another anchor or an alias"),
+    ("an anchor without a name", "a: & b", 1, 4, "a name of letters"),
+    ("a merge of text", "a: b\n<<: c", 2, 1, "'<<' merges a map"),
+    ("a merge of a list with text", "<<: [{a: b}, c]", 1, 1, "'<<' merges a map"),
+    ("a control character", "a: b\nc: 'd\x07'", 2, 6, "control character"),
+    ("DEL", "a: \x7f", 1, 4, "control character"),
+    ("a byte order mark inside", "a: b\ufeff", 1, 5, "control character"),
+    ("invalid UTF-8", b"a: b\nc: \xff", 2, 4, "invalid UTF-8"),
+    ("65 levels of lists", "[" * 65 + "a" + "]" * 65, 1, 66, "nesting deeper than 64"),
+    ("65 levels of dashes", "- " * 65 + "a", 1, 131, "nesting deeper than 64"),
+    ("65 levels of maps", "".join(" " * n + "a:\n" for n in range(65)) + " " * 65 + "b", 65, 65, "nesting deeper"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text, line, column, words", by_name(YAML_FAULTS))
+def test_yaml_that_is_refused_with_its_place(text, line, column, words):
+    with pytest.raises(YAMLError) as refused:
+        parse_yaml(text)
+    assert (refused.value.line, refused.value.column) == (line, column), refused.value
+    assert words in refused.value.reason
+    assert str(refused.value) == f"{refused.value.reason} at line {line}, column {column}"
+
+
+def test_a_document_knows_whether_more_follow():
+    assert parse_yaml("a: b\n---\nc: d").has_more and parse_yaml("a\n...\nb").has_more
+    for text in ("a: b", "---\na: b\n---\n", "a: b\n...\n", "a: b\n---\n...\n---\n"):
+        assert not parse_yaml(text).has_more
+
+
+@pytest.mark.parametrize("text, value, places", [
+    ("a:\n  - b c", "b c", {0: (2, 5), 2: (2, 7)}),
+    ("a: b\n   c\n\n  d", "b c\nd", {0: (1, 4), 2: (2, 4), 4: (4, 3)}),
+    ("a: 'b''c\n  d'", "b'c d", {0: (1, 5), 1: (1, 6), 2: (1, 8), 4: (2, 3)}),
+    (r'a: "b\n\u00e9c"', "b\néc", {0: (1, 5), 1: (1, 6), 2: (1, 8), 3: (1, 14)}),
+    ("a: |\n  b\n   c\n", "b\n c\n", {0: (2, 3), 2: (3, 3), 3: (3, 4)}),
+    ("a: >-\n\n  b\n  c\n\n  d", "\nb c\nd", {1: (3, 3), 3: (4, 3), 5: (6, 3)}),
+    ("a: ''", "", {0: (1, 4)}),
+])  # fmt: skip
+def test_each_character_of_a_scalar_knows_its_place(text, value, places):
+    document = parse_yaml(text)
+    (_, node), = document.root.entries.values()  # type: ignore[union-attr]
+    if isinstance(node, metricstream.YamlList):
+        node = node.items[0]
+    assert node.text == value  # type: ignore[union-attr]
+    found = {offset: document.place(node.position_of(offset)) for offset in places}  # type: ignore[union-attr]
+    assert found == places
+
+
+def test_aliases_are_no_bomb():
+    lists = "".join(f"l{n}: &l{n} [{', '.join([f'*l{n - 1} '] * 9)}]\n" for n in range(1, 40))
+    maps = "".join(f"m{n}: &m{n} {{a: *m{n - 1} , b: *m{n - 1} }}\n" for n in range(1, 60))
+    merges = "m0: &m0 {" + ", ".join(f"k{n}: v" for n in range(5000)) + "}\n" + "".join(
+        f"n{n}:\n  <<: *m0\n" for n in range(5000))  # fmt: skip
+    text = "t: &t " + "x" * 100_000 + "\nu: [" + "*t , " * 20 + "]"
+    for bomb in ("l0: &l0 [a]\n" + lists, "m0: &m0 {c: d}\n" + maps, merges, text):
+        with pytest.raises(YAMLError, match="aliases stand for more than"):
+            parse_yaml(bomb)
+    labels = "labels: &l {severity: page, team: a}\n" + "".join(f"r{n}: *l\n" for n in range(10_000))
+    assert len(yaml_value(labels)) == 10_001  # what people write is far below
+
+
+RULES_YAML = '''\
+groups:
+- name: example   # a comment
+  interval: 30s
+  rules:
+  - record: job:errors:ratio5m
+    expr: sum by (job) (rate(errors_total[5m])) / sum by (job) (rate(requests_total[5m]))
+    labels: &common {team: "a b", tier: 'it''s'}
+  - alert: HighErrorRate
+    expr: |
+      job:errors:ratio5m{job!="x"}
+        > 0.05
+
+    for: 10m
+    keep_firing_for: 5m
+    labels:
+      <<: *common
+      severity: page
+    annotations:
+      summary: High error rate on {{ $labels.instance }}
+        goes on here
+
+        and here
+      description: "a \\"quoted\\" text \\
+        in lines {{ $value }}\\n"
+- name: other
+  limit: 10
+  rules:
+    - alert: "Down"
+      annotations: {}
+      expr: >-
+        up == 0
+        unless on (job)
+          planned
+
+      labels: {severity: warning, x: "y",
+        z: w}
+    - alert: JustUp
+      expr: 'up
+        == 1'
+'''
+RULES_JSON = '''{
+  "groups": [{"name": "j", "interval": "1m", "rules": [
+    {"alert": "X", "expr": "up{job=\\"a\\"} == 0", "for": "5m",
+     "labels": {"severity": "critical"}, "annotations": {"summary": "x \\u00e9 \\n"}},
+    {"record": "a:b", "expr": "sum(up)"}
+  ]}]
+}
+'''
+YAML_TOKENS = (
+    " ", "  ", "\n", "\n\n", "\t", ":", ": ", "- ", "#", " #", "'", '"', "[", "]", "{", "}", ",", "&a ",
+    "*common", "|", ">", "|-\n", ">+\n", "\\", "\\n", "?", "! ", "%", "---\n", "...\n", "a", "<<: ", "\r\n",
+    "~", "null", "-", "''", "\\x41", "|2\n", "@", "0", "5m", "\x00", "é", "record", "alert", "expr: ",
+)  # fmt: skip
+
+
+def mutated(rng: random.Random, text: str, tokens: Sequence[str] = YAML_TOKENS) -> str:
+    """The text with one to three changes of the kinds that people and editors make."""
+    for _ in range(rng.choice((1, 1, 1, 2, 3))):
+        place, kind = rng.randrange(len(text) + 1), rng.random()
+        if kind < 0.45:
+            text = text[:place] + rng.choice(tokens) + text[place:]
+        elif kind < 0.65:
+            text = text[:place] + text[place + rng.choice((1, 1, 2, 5)) :]
+        else:
+            lines = text.split("\n")
+            number = rng.randrange(len(lines))
+            change = rng.randrange(4)
+            if change == 0:
+                lines[number] = " " * rng.randrange(1, 4) + lines[number]
+            elif change == 1:
+                lines[number] = lines[number][rng.randrange(1, 3) :]
+            elif change == 2:
+                del lines[number]
+            else:
+                lines.insert(number, rng.choice(lines))
+            text = "\n".join(lines)
+    return text
+
+
+@pytest.mark.parametrize("seed", range(scaled(2, 50)))
+def test_fuzzed_yaml_raises_nothing_else(seed):
+    rng = random.Random(seed)
+    verdicts: Counter[bool] = Counter()
+    for _ in range(2_000):
+        text = mutated(rng, rng.choice((RULES_YAML, RULES_JSON)))
+        try:
+            document = parse_yaml(text)
+        except YAMLError as error:
+            assert 1 <= error.line <= text.count("\n") + text.count("\r") + 1 and error.column >= 1
+            verdicts[False] += 1
+        else:
+            verdicts[True] += 1
+            for node in nodes_of(document.root):
+                if isinstance(node, metricstream.YamlScalar) and node.plain and "\n" not in node.text:
+                    first = node.text.split(" ")[0]
+                    assert document.text.startswith(first, node.position)
+    assert min(verdicts.values()) > 300
+
+
+def nodes_of(node: metricstream.YamlNode) -> Iterator[metricstream.YamlNode]:
+    yield node
+    if isinstance(node, metricstream.YamlList):
+        for item in node.items:
+            yield from nodes_of(item)
+    elif isinstance(node, metricstream.YamlMap):
+        for key, value in node.entries.values():
+            yield key
+            yield from nodes_of(value)
+
+
+@pytest.mark.parametrize("beginning, unit, end", [
+    ("", "a: b\n", ""), ("", "- a\n", ""), ("a: ", "b ", ""), ("a:\n", " b\n", ""), ("a: '", "b\n", "'"),
+    ('a: "', "\\n", '"'), ("a: |\n", " b\n", ""), ("a: >\n", " b\n\n", ""), ("a: |\n", "\n", " b"),
+    ("a:\n", "\n", "b: c"), ("", "# x\n", ""), ("a: [", "b, ", "]"), ("a: {", "b, ", ""), ("a: [", "\n", "]"),
+    ("a: &x b\nc: [", "*x , ", "]"), ("", "- &x a\n", ""), ("- a\n", "-\n", ""), ("a: b", " ", "#"),
+    ("a: ", "[", ""), ("", "- ", "a"), ("", "a:\n", ""), ("a: b\n", "\n", "\t"), ("a: \n", " \t\n", "b: c"),
+    ("{", '"a": {', ""), ("", "a: |\n", ""), ("a:\n", "  - b:\n    - c\n", ""), ("", "? ", ""), ("a: '", "''", ""),
+])  # fmt: skip
+def test_yaml_takes_linear_time(beginning, unit, end):
+    def read(text: object) -> None:
+        with contextlib.suppress(YAMLError):
+            parse_yaml(str(text))
+
+    small, large = of_about(4_000, beginning, unit, end), of_about(32_000, beginning, unit, end)
+    if unit == "a: b\n":  # keys must differ
+        small, large = ("".join(f"k{n}: b\n" for n in range(count)) for count in (500, 4_000))
+    assert growth(read, small, large, 24) <= 24
+
+
+# ==================================================================================================
+# Rule files
+# ==================================================================================================
+
+
+def faults_of(text: str | bytes, **options: Any) -> list[str]:
+    """What is wrong with a rule file called r, without its name."""
+    try:
+        read_rules(text, "r", **options)
+    except RuleFileError as error:
+        assert all(fault.startswith("r:") for fault in error.faults)
+        assert str(error) == "\n".join(error.faults)
+        return [fault.removeprefix("r:") for fault in error.faults]
+    return []
+
+
+def test_a_rule_file_is_read():
+    read = read_rules(RULES_YAML, "rules.yml")
+    assert (read.name, read.warnings) == ("rules.yml", ())
+    example, other = read.groups
+    assert (example.name, example.interval_ms, example.limit, example.labels) == ("example", 30_000, 0, {})
+    assert (other.name, other.interval_ms, other.limit) == ("other", 0, 10)
+    recorded, alert = example.rules
+    assert (recorded.name, recorded.is_alert, recorded.line) == ("job:errors:ratio5m", False, 5)
+    assert recorded.labels == {"team": "a b", "tier": "it's"}
+    assert alert == metricstream.Rule(
+        "HighErrorRate", True, 'job:errors:ratio5m{job!="x"}\n  > 0.05\n', 600_000, 300_000,
+        {"severity": "page", "team": "a b", "tier": "it's"},
+        {"summary": "High error rate on {{ $labels.instance }} goes on here\nand here",
+         "description": 'a "quoted" text in lines {{ $value }}\n'}, 8,
+    )  # fmt: skip
+    assert [rule.expr for rule in other.rules] == ["up == 0 unless on (job)\n  planned", "up == 1"]
+
+
+def test_a_rule_file_of_prometheus_3_is_read():
+    (group,) = read_rules(
+        "groups: [{name: g, query_offset: 1m, labels: {host-name: a, b: ~}, rules: [{record: foo.bar, expr: up}]}]", "r"
+    ).groups
+    assert group == metricstream.RuleGroup(
+        "g", 0, 0, 60_000, {"host-name": "a", "b": ""},
+        (metricstream.Rule("foo.bar", False, "up", 0, 0, {}, {}, 1),),
+    )  # fmt: skip
+
+
+GROUP = "groups:\n- name: g\n  "
+ALERT = GROUP + "rules:\n  - alert: a\n    expr: up\n    "
+RECORD = GROUP + "rules:\n  - record: a\n    expr: up\n    "
+RULE_FILES: list[tuple[str, str, list[str]]] = [
+    ("nothing", "", []), ("no groups", "groups:", []), ("an empty list", "groups: []", []),
+    ("items that are null", "groups:\n-\n- name: a\n  rules: [null, ~]", []),
+    ("no rules", GROUP + "rules:", []), ("a limit", GROUP + "limit: 1_000", []),
+    ("a limit that is text", GROUP + "limit: '10'", ["3:10: 'limit' must be a whole number"]),
+    ("a limit that is a word", GROUP + "limit: ten", ["3:10: 'limit' must be a whole number"]),
+    ("a limit beyond 64 bits", GROUP + "limit: 99999999999999999999", ["3:10: 'limit' must be a whole number"]),
+    ("a limit that is not a number", GROUP + "limit: nan", ["3:10: 'limit' must be a whole number"]),
+    ("text for groups", "groups: ''", ["1:9: 'groups' must be a list"]),
+    ("a list for a file", "- a", ["1:1: a rule file must be a map"]),
+    ("text for a rule", GROUP + "rules: [a]", [
+        "3:11: a rule must be a map", "3:11: a rule needs 'record' or 'alert', and not both",
+        "3:11: a rule needs an expression, 'expr'"]),
+    ("unknown fields", "a: b\ngroups:\n- name: g\n  foo: 1\n  rules:\n  - alert: a\n    expr: up\n    fro: 5m", [
+        "1:1: unknown field 'a' in a rule file; known are groups",
+        "4:3: unknown field 'foo' in a group; known are name, interval, limit, query_offset, labels, rules",
+        "8:5: unknown field 'fro' in a rule; known are record, alert, expr, for, keep_firing_for, labels, annotations"]),
+    ("a duplicate field", ALERT + "expr: down", ["6:5: key 'expr' stands in line 5 already"]),
+    ("a duplicate label", ALERT + "labels: {b: c, b: d}", ["6:20: key 'b' stands in line 6 already"]),
+    ("a group without a name", "groups:\n- rules: []\n- name: ''", ["2:3: a group needs a name", "3:3: a group needs a name"]),
+    ("a duplicate group", "groups:\n- name: g\n- name: h\n- name: g", ["4:9: group 'g' stands in line 2 already"]),
+    ("neither record nor alert", GROUP + "rules:\n  - expr: up", ["4:5: a rule needs 'record' or 'alert', and not both"]),
+    ("both record and alert", ALERT + "record: b", ["4:5: a rule needs 'record' or 'alert', and not both"]),
+    ("an empty name", GROUP + "rules:\n  - alert:\n    expr: up", ["4:5: a rule needs 'record' or 'alert', and not both"]),
+    ("no expression", GROUP + "rules:\n  - alert: a\n  - alert: b\n    expr: ~", [
+        "4:5: a rule needs an expression, 'expr'", "6:11: a rule needs an expression, 'expr'"]),
+    ("a number for an expression", GROUP + "rules: [{alert: a, expr: 1}]", []),
+    ("durations that are none", ALERT + "for: 0\n    keep_firing_for: ~", []),
+    ("a duration of none for a record", RECORD + "for: 0s\n    annotations: {}", []),
+    ("a number for a duration", ALERT + "for: 300", ["6:10: not a duration such as 5m or 1h30m: '300'"]),
+    ("a fraction for a duration", ALERT + "keep_firing_for: 1.5h", ["6:22: not a duration such as 5m or 1h30m: '1.5h'"]),
+    ("an empty duration", ALERT + "for: ''", ["6:10: not a duration such as 5m or 1h30m: ''"]),
+    ("a long duration", ALERT + "for: 300y", ["6:10: duration out of range"]),
+    ("a list for a duration", ALERT + "for: [5m]", ["6:10: 'for' must be text"]),
+    ("an interval without a unit", GROUP + "interval: 30", ["3:13: not a duration such as 5m or 1h30m: '30'"]),
+    ("what only alerts have", RECORD + "for: 5m\n    keep_firing_for: 1m\n    annotations: {a: b}", [
+        "6:10: a recording rule can't have 'for'", "7:22: a recording rule can't have 'keep_firing_for'",
+        "8:18: a recording rule can't have 'annotations'"]),
+    ("an expression for a record", GROUP + "rules:\n  - record: a{b=\"c\"}\n    expr: up", ["4:13: 'a{b=\"c\"}' is no name for a metric"]),
+    ("a name that no metric has", GROUP + f"rules:\n  - record: {'a' * 256}\n    expr: up", [
+        f"4:13: '{'a' * 64}…' is no name for a metric"]),
+    ("a label with the name of the name", ALERT + "labels: {__name__: b}", ["6:14: '__name__' is no name for a label"]),
+    ("a group's label", GROUP + "labels: {__name__: b}", ["3:12: '__name__' is no name for a label"]),
+    ("a label without a name", ALERT + "annotations: {'': b}", ["6:19: '' is no name for a label"]),
+    ("labels of any UTF-8", ALERT + "labels: {host-name: b, é: ~}\n    annotations: {__name__: b}", []),
+    ("a list for a label", ALERT + "labels: {a: [b]}", ["6:17: 'a' must be text"]),
+    ("text for labels", ALERT + "labels: ''", ["6:13: 'labels' must be a map"]),
+    ("an expression that does not parse", GROUP + "rules:\n  - alert: a\n    expr: sum(up", [
+        "5:17: parse error: expected ',' or ')', found the end of the query"]),
+    ("the place in a literal", GROUP + "rules:\n  - alert: a\n    expr: |\n\n      up ==\n         foo(1)", [
+        '8:10: parse error: unknown function with name "foo"']),
+    ("the place in a folded text", GROUP + "rules:\n  - alert: a\n    expr: >-\n      up\n      == foo(1)", [
+        '7:10: parse error: unknown function with name "foo"']),
+    ("the place in a plain text of two lines", GROUP + "rules:\n  - alert: a\n    expr: up\n       == foo(1)", [
+        '6:11: parse error: unknown function with name "foo"']),
+    ("the place behind escapes", GROUP + r'''rules: [{alert: a, expr: "up{a=\"\"} == foo(1)"}]''', [
+        '3:43: parse error: unknown function with name "foo"']),
+    ("a fault that aliases repeat", GROUP + "rules:\n  - &r\n    alert: a\n    expr: up +\n  - *r\n  - *r", [
+        "6:15: parse error: expected an expression, found the end of the query"]),
+    ("a merged field that is unknown", ALERT + "<<: {foo: bar}", [
+        "6:10: unknown field 'foo' in a rule; known are record, alert, expr, for, keep_firing_for, labels, annotations"]),
+    ("YAML that is none", "groups:\n\t- name: g", ["2:1: a tab can't indent; write spaces"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text, faults", by_name(RULE_FILES))
+def test_rule_files_and_all_their_faults(text, faults):
+    assert faults_of(text) == faults
+    assert faults_of(text.encode()) == faults
+
+
+def test_templates_are_checked_where_they_are_ones():
+    def check(text: str) -> None:
+        if "{{" in text:
+            raise ValueError(f"no template: {text}")
+
+    labels = 'labels: {a: "{{b", c: d}\n    annotations: {e: "{{f"}'
+    assert faults_of(ALERT + labels, check_template=check) == [
+        "6:17: no template: {{b", "7:22: no template: {{f"]  # fmt: skip
+    assert faults_of(RECORD + 'labels: {a: "{{b"}', check_template=check) == []
+
+
+def test_what_is_odd_in_a_rule_file_is_a_warning():
+    text = ALERT + "labels: {b: c}\n  - alert: a\n    expr: down\n    labels: {b: c}\n  - alert: a\n    expr: up\n---\nx"
+    assert read_rules(text, "r").warnings == (
+        "r:1:1: only the first document of this file is read",
+        "r:7:5: the rule of line 4 has the same name and labels",
+    )
+
+
+def check_with_promtool(folder: Path, texts: Sequence[str]) -> list[str]:
+    """What promtool finds wrong with each text: its first words, or ""."""
+    paths = [folder / f"{number}.yml" for number in range(len(texts))]
+    for path, text in zip(paths, texts):
+        path.write_bytes(text.encode())
+    ended = subprocess.run(
+        ["promtool", "check", "rules", "--lint=none", *map(str, paths)], capture_output=True, text=True
+    )
+    assert ended.stdout.count("Checking ") == len(texts)
+    faults = dict(re.findall(rf"^{re.escape(str(folder))}/(\d+\.yml): (.*)", ended.stderr, re.MULTILINE)[::-1])
+    return [faults.get(path.name, "") for path in paths]
+
+
+# Faults that Prometheus 3 does not have, or that only templates have.
+ONLY_PROMTOOL = re.compile(
+    "invalid (?:label|annotation|recording rule) name|: (?:label|annotation) |could not parse expression"
+)
+# Faults that libyaml does not see, as it reads no further than its first node, or that are not read here.
+ONLY_HERE = re.compile(
+    "tags are|directives are|keys with|end of the (?:document|line)|key must be text|stands in line|parse error"
+    "|or 'alert'|'' is no name"
+)
+
+
+@needs("promtool")
+def test_promtool_gives_the_same_verdict_on_mutated_rule_files(tmp_path):
+    rng = random.Random(14)
+    texts = [mutated(rng, rng.choice((RULES_YAML, RULES_JSON))) for _ in range(scaled(1_500, 20_000))]
+    # promtool reads some of what follows the first document, too
+    texts = [text for text in texts if "---" not in text and "..." not in text]
+    agreed: Counter[bool] = Counter()
+    for text, fault in zip(texts, check_with_promtool(tmp_path, texts)):
+        ours = faults_of(text)
+        if bool(ours) == bool(fault):
+            agreed[bool(ours)] += 1
+        elif ours:
+            assert ONLY_HERE.search(ours[0]), (ours, text)
+        else:
+            assert ONLY_PROMTOOL.search(fault), (fault, text)
+    assert min(agreed.values()) > len(texts) / 8 and agreed.total() > 0.93 * len(texts), agreed
+
+
+@needs("promtool")
+def test_promtool_gives_the_same_verdict_on_the_table(tmp_path):
+    differ = ("labels of any UTF-8", "a name that no metric has")  # by Prometheus 3, by this server
+    rows = [row for row in RULE_FILES if row[0] not in differ]
+    assert len(rows) > 40
+    for (name, _, faults), found in zip(rows, check_with_promtool(tmp_path, [row[1] for row in rows])):
+        assert bool(faults) == bool(found), (name, faults, found)
+
+
+# ==================================================================================================
 # PART VI. COMMAND LINE
 # ==================================================================================================
 
@@ -7324,6 +7901,28 @@ def test_the_limit_on_open_files_lowers_the_connections(tmp_path):
     process.communicate(timeout=10)
     assert "the limit on open files allows 192 connections, not 10000" in warning
     assert "192 connections" in startup
+
+
+@at_once()
+def test_check_rules_says_what_promtool_says(tmp_path):
+    good, bad = tmp_path / "good.yml", tmp_path / "bad.yml"
+    good.write_text(RULES_YAML + "---\n# more\n")
+    bad.write_text(ALERT + "for: 300\n    labels: [a]\n")
+    ended = run("check-rules", str(good))
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout == (
+        f"Checking {good}\n  SUCCESS: 4 rules found\n"
+        f"  WARNING: {good}:1:1: only the first document of this file is read\n\n"
+    )
+    ended = run("check-rules", str(bad), str(tmp_path / "none"), str(good))
+    assert ended.returncode == 1 and ended.stdout.count("SUCCESS: 4 rules found") == 1
+    assert ended.stderr == (
+        f"  FAILED:\n{bad}:6:10: not a duration such as 5m or 1h30m: '300'\n"
+        f"{bad}:7:13: 'labels' must be a map\n\n"
+        f"  FAILED:\n{tmp_path / 'none'}: No such file or directory\n\n"
+    )
+    ended = run("check-rules")
+    assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1
 
 
 @at_once()
@@ -7790,6 +8389,29 @@ WORST_INPUTS: dict[str, list[tuple[str, str, str]]] = {
     "_STRING_ESCAPE": [("", "\\", ""), ("", "\\x4", ""), ("", "\\U0000", ""), ("", "\\01", "")],
     "0[0-7]+": [("", "0", "8")],
     "PLAIN_NAME": [("", "a", ".")],
+    "_UNPRINTABLE": [("", "a", "")],
+    "_DOCUMENT_MARKER": [("", "\n", ""), ("", "\n--", ""), ("", "\n---a", "")],
+    "_UP_TO_TOKEN": [("", " ", "x"), ("", "\t", "x"), ("", "\n", ""), ("\n", " ", "\t\0"), ("", "\n \t", "x"),
+                     ("", "#", ""), ("", "\n #", "\0"), ("\n \t", " ", "x")],
+    "_UP_TO_FLOW_TOKEN": [("", " \n", "x"), ("", "#", ""), ("", "#\n", "\0"), ("", " ", "x")],
+    "_END_OF_LINE": [("", " ", "x"), ("", "#", "\0"), (" ", "#", "")],
+    "_BLOCK_PLAIN": [("", "a", ""), ("", "a ", "#"), ("a", " ", "#"), ("a", ":", ""), ("a", " :", " "),
+                     ("a", "#", ""), ("", "-", " "), ("a", " ", "")],
+    "_BLOCK_REST": [("", "a", ""), ("", " a", "#"), ("", " ", ""), ("", "a:", " "), ("a", "#", " #")],
+    "_FLOW_PLAIN": [("", "a", ","), ("a", " ", ","), ("a", ":", "]"), ("", "a ", "?"), ("a", "#", "")],
+    "_FLOW_REST": [("", "a", ","), ("", " ", ","), ("", " a", ": "), ("a", "#", "")],
+    "_NEXT_LINE": [("", " ", "x"), ("", "\n", ""), ("\n", " ", "x"), ("\n", "\t", "x")],
+    "_LIST_ITEM": [("", "-", "")],
+    "_ANCHOR": [("&", "a", "!"), ("", "&", "")],
+    "_KEY": [("", "a", ""), ("&", "a", ""), ("&a", " ", "x"), ("a", " ", "x"), ("a", " :", "x"), ('"', "a", ""),
+             ('"', "\\", ""), ("'", "''", ""), ("'", "a", "'x"), ("a", ":", "x"), ("a ", "#", " #"), ("&a", " &", "")],
+    "_QUOTED_TEXT": [("", "a", ""), ("", " ", "\n"), ("", "a ", "\n"), ("", " a", "'")],
+    "_LINE_FOLD": [("", " ", "x"), ("\n", " ", "x"), ("", "\n", ""), ("", "\n ", "x")],
+    "_YAML_ESCAPE": [("\\\n", " ", "x"), ("", "\\", ""), ("\\", "\n", "x"), ("\\\n", "\n ", "x"), ("\\U", "0", "")],
+    "_BLOCK_HEADER": [("|", " ", "x"), ("|", "+", ""), ("| ", "#", "\0"), (">1", "-", "")],
+    "_INDENTATIONS": [("", "\n", ""), ("\n", " ", "x"), ("", "\n ", "x")],
+    "_BLOCK_LINE": [("\n", " ", ""), ("\n", "a", ""), ("", "\n", "")],
+    "_RECORDED": [("", "a", "{"), ("", "é", "\0")],
     "GO_FLOAT": [("", "1", "x"), (".", "1", "x"), ("1e", "1", "x"), ("", "inf", "")],
     "_RFC_3339": [("2025-09-17T13:45:23.", "1", "x"), ("", "2025-09-17T13:45:23Z", ""), ("", "1", "")],
     "_ESCAPED_NAME": [("U__", "a", "_"), ("U__", "_", ""), ("U__", "_a_", "_"), ("", "U__", "")],
