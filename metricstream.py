@@ -1495,7 +1495,7 @@ class MetricLog:
         self._gone: OSError | None = None  # why a deleted file can't be made anew
         self._folder_fd = self._own_folder(folder)
         try:
-            self._fd, self.cut_bytes = self._open()
+            self._fd, self.cut_bytes = self._open_and_cut()
         except OSError as error:
             os.close(self._folder_fd)
             raise LogError(f"can't use {self.path}: {error.strerror}") from None
@@ -1531,8 +1531,8 @@ class MetricLog:
             ) from None
         return folder_fd
 
-    def _open(self) -> tuple[int, int]:
-        """(the file, how many bytes of a torn line were cut off it)."""
+    def _open(self) -> int:
+        """Open the file by its name, and look at nothing in it: a line may be half written."""
         # O_NONBLOCK: to open a pipe by that name must not block; for a regular file it means
         # nothing
         fd = os.open(
@@ -1541,12 +1541,20 @@ class MetricLog:
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise OSError(errno.EINVAL, "it is not a regular file")
-            cut_bytes = self._cut_torn_tail(fd)
             os.fsync(self._folder_fd)  # or a new file's name could be lost with the power
         except OSError:
             os.close(fd)
             raise
-        return fd, cut_bytes
+        return fd
+
+    def _open_and_cut(self) -> tuple[int, int]:
+        """(the file, how many bytes of a torn line were cut off it); nobody may write to it yet."""
+        fd = self._open()
+        try:
+            return fd, self._cut_torn_tail(fd)
+        except OSError:
+            os.close(fd)
+            raise
 
     @staticmethod
     def _cut_torn_tail(fd: int) -> int:
@@ -1799,7 +1807,7 @@ class MetricLog:
                 with contextlib.suppress(FileNotFoundError):  # somebody else took it away
                     os.rename(self.path, path)
                     moved = True
-            fd, _ = self._open()
+            fd = self._open()
         except OSError as error:
             if moved:
                 os.rename(path, self.path)
@@ -1812,6 +1820,12 @@ class MetricLog:
             if os.fstat(self._fd).st_nlink == 0:  # it was deleted: nobody would find what is in it
                 os.close(fd)
                 self._replace_deleted()
+                return
+            try:
+                self._cut_torn_tail(fd)
+            except OSError as error:
+                os.close(fd)
+                self._report(f"can't cut a torn line off {self.path}: {error.strerror}")
                 return
             self._try_to_cut()
             old = self._switch_to(fd)
@@ -1871,7 +1885,7 @@ class MetricLog:
         """Make a deleted file anew. The lock is held."""
         self._try_to_cut()
         try:
-            fd, _ = self._open()
+            fd, _ = self._open_and_cut()
         except OSError as error:
             self._gone = error
             self._report(f"can't write {self.path}: {error.strerror}")

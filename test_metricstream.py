@@ -3592,6 +3592,51 @@ def test_a_log_that_was_not_moved_may_be_reopened_too(tmp_path, durability):
     assert lines_of(tmp_path) == list("01234")
 
 
+@pytest.mark.parametrize("taken", range(1, 11))
+def test_a_log_that_was_not_moved_may_be_reopened_while_a_batch_is_being_written(
+    tmp_path, monkeypatch, taken
+):
+    """What a batch has left in the file so far looks like a torn line, and is none."""
+    batch = b"012\n456789\n"
+    disk, opened = Disk(7, taken), threading.Event()
+
+    def write(fd: int, octets: bytes) -> int:
+        if octets == batch[taken:]:
+            disk.hold()  # it hangs half-way
+        return disk.write(fd, octets)
+
+    log = MetricLog(str(tmp_path), write=write, fsync=disk.fsync)
+    log.append(b"before\n")
+    monkeypatch.setattr(os, "fsync", lambda fd: opened.set())  # of the folder
+    with ThreadPoolExecutor(1) as pool:
+        appended = pool.submit(log.append, batch)
+        assert disk.stuck.wait(10)
+        log.reopen()
+        assert opened.wait(10)
+        disk.release()
+        assert appended.result(10) is None
+    log.append(b"after\n")
+    log.close()
+    assert lines_of(tmp_path) == ["before", "012", "456789", "after"]
+
+
+@pytest.mark.parametrize("durability", LEVELS)
+def test_a_torn_line_in_the_file_that_takes_the_place_of_a_moved_one_is_cut_off(
+    tmp_path, durability
+):
+    log = MetricLog(str(tmp_path), durability)
+    append_and_wait(log, b"first\n")
+    eventually(lambda: log.size_bytes)
+    os.rename(log.path, tmp_path / "moved")
+    Path(log.path).write_bytes(b"of another\nto")
+    log.reopen()
+    eventually(lambda: log.position == (1, len(b"of another\n")))
+    append_and_wait(log, b"second\n")
+    log.close()
+    assert lines_of(tmp_path) == ["of another", "second"]
+    assert (tmp_path / "moved").read_bytes() == b"first\n"
+
+
 @pytest.mark.parametrize("looks", [True, False], ids=["noticed", "noticed-at-the-stop"])
 @pytest.mark.parametrize("durability", LEVELS)
 def test_what_is_appended_to_a_deleted_log_is_found_in_a_new_one(tmp_path, durability, looks):
