@@ -263,18 +263,12 @@ def _parse_target(method: str, target: str, host: str) -> tuple[str, str, str]:
 
 
 def _parse_fields(lines: list[bytes]) -> dict[str, str]:
-    """The field lines of a header or trailer section by lower-case name: RFC 9112, 5 and RFC 9110,
-    5.
-    """
+    """The field lines of a header section by lower-case name: RFC 9112, 5 and RFC 9110, 5."""
     if len(lines) > MAX_HEADER_FIELDS:
         raise HTTPError(431, f"more than {MAX_HEADER_FIELDS} header fields")
     fields: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
-        match = _FIELD_LINE.fullmatch(line)
-        if match is None:
-            raise HTTPError(400, f"header field {number}: {_fault_in_field(line)}: {_shown(line)}")
-        name = match[1].decode().lower()
-        value = match[2].strip(b" \t").decode("latin-1")
+        name, value = _parse_field(line, f"header field {number}")
         if name not in fields:
             fields[name] = value
         elif name in _SINGLETONS:
@@ -282,6 +276,14 @@ def _parse_fields(lines: list[bytes]) -> dict[str, str]:
         else:
             fields[name] = f"{fields[name]}, {value}"
     return fields
+
+
+def _parse_field(line: bytes, what: str) -> tuple[str, str]:
+    """(lower-case name, value) of one field line; `what` says which one it is."""
+    match = _FIELD_LINE.fullmatch(line)
+    if match is None:
+        raise HTTPError(400, f"{what}: {_fault_in_field(line)}: {_shown(line)}")
+    return match[1].decode().lower(), match[2].strip(b" \t").decode("latin-1")
 
 
 def _fault_in_field(line: bytes) -> str:
@@ -544,7 +546,7 @@ class RequestReader:
 class _ChunkedBody:
     """What is known of a chunked body whose end has not come yet."""
 
-    __slots__ = ("body", "missing", "in_chunk", "ended", "ignored_bytes", "trailers")
+    __slots__ = ("body", "missing", "in_chunk", "ended", "ignored_bytes", "trailer_count")
 
     def __init__(self) -> None:
         self.body = bytearray()
@@ -552,7 +554,7 @@ class _ChunkedBody:
         self.in_chunk = False  # the CRLF behind its data is still to come
         self.ended = False  # the last chunk was seen; trailers follow
         self.ignored_bytes = 0  # of extensions and trailers
-        self.trailers: list[bytes] = []
+        self.trailer_count = 0
 
     def start_chunk(self, line: bytes) -> None:
         match = _CHUNK_SIZE.fullmatch(line)
@@ -566,9 +568,9 @@ class _ChunkedBody:
 
     def add_trailer(self, line: bytes) -> None:
         self._ignore(len(line))
-        self.trailers.append(line)
-        _parse_fields(self.trailers[-1:])
-        if len(self.trailers) > MAX_HEADER_FIELDS:
+        self.trailer_count += 1
+        _parse_field(line, f"trailer field {self.trailer_count}")  # and drop it
+        if self.trailer_count > MAX_HEADER_FIELDS:
             raise HTTPError(431, f"more than {MAX_HEADER_FIELDS} trailer fields")
 
     def _ignore(self, size: int) -> None:
@@ -1680,22 +1682,23 @@ class MetricLog:
             return self.stall or self.error
         done: Future[None] = Future()
 
-        def probe() -> None:
+        def attempt() -> None:
             try:
                 with self._file_lock():
-                    self._probe()
+                    self._try_write()
             except LogError as error:
                 logger.debug("the log still can't be written: %s", error)
-            done.set_result(None)
+            finally:
+                done.set_result(None)
 
-        self._do(probe)
+        self._do(attempt)
         try:
             done.result(STALL_S)
         except TimeoutError:
             return NO_ANSWER
         return self.error
 
-    def _probe(self) -> None:
+    def _try_write(self) -> None:
         size = self._true_end()
         self._write_lines(PROBE)
         self._torn_at = size
@@ -2580,7 +2583,8 @@ class Service:
         return Answer(Response(200, b"", fields=[("Allow", allowed)]))
 
     def _allowed_methods(self, path: str) -> str:
-        routes = self._routes.values() if path == "*" else [self._handlers(path)]
+        every = [*self._routes.values(), *self._prefixes.values()]
+        routes = every if path == "*" else [self._handlers(path)]
         return ", ".join(dict.fromkeys(method for handlers in routes for method in handlers))
 
     def _handlers(self, path: str) -> dict[str, Handler]:
@@ -2651,10 +2655,12 @@ class Service:
         log_unexpected(error)
         return error_response(HTTPError(500, INTERNAL_ERROR))
 
-    def refuse(self, error: Exception, peer: str) -> Response:
-        """The answer to what never became a request, or to what should not have happened (500)."""
+    def refuse(self, error: Exception, peer: str, started: float) -> Response:
+        """The answer to what never became a request, or to what should not have happened (500).
+        `started` is when its last bytes came, or when it was given up.
+        """
         response = error_response(error) if isinstance(error, HTTPError) else self._failed(error)
-        self._record(peer, response.status, time.perf_counter(), 0)
+        self._record(peer, response.status, started, 0)
         return response
 
     def _record(
@@ -2942,6 +2948,19 @@ class Connections:
             self.epoll.register(listener_fd, READ)
             self.epoll.register(stop_fd, READ)
 
+    def pause_listener(self, paused: bool) -> None:
+        """Have epoll report no new connections, or report them again."""
+        with self.lock:  # so that the listener does not close in between
+            if self.epoll is not None and self._listener_fd >= 0:
+                self.epoll.modify(self._listener_fd, 0 if paused else READ)
+
+    def forget_listener(self) -> None:
+        """Have epoll report no new connections any more: the listener is about to be closed."""
+        with self.lock:
+            if self.epoll is not None and self._listener_fd >= 0:
+                self.epoll.unregister(self._listener_fd)
+            self._listener_fd = -1
+
     def add(self, connection: Connection) -> None:
         """Add a connection, claimed by the caller."""
         with self.lock:
@@ -3029,9 +3048,21 @@ class Connections:
                 connection.ready_at = now
                 self.claimed.append(connection)
 
+    def take_claimed(self) -> list[Connection]:
+        """Take all that is claimed and has not had its turn: the caller is to park it again."""
+        with self.lock:
+            left = list(self._backlog)
+            self._backlog.clear()
+        while self.claimed:
+            with contextlib.suppress(IndexError):  # another worker was faster
+                connection = self.claimed.popleft()
+                if connection is not None:  # the listener reports again by itself
+                    left.append(connection)
+        return left
+
     def claim_late(self) -> list[Connection]:
         """Claim what has waited for too long."""
-        now, late = self._clock(), []
+        now, ready_at, late = self._clock(), time.perf_counter(), []
         with self.lock:
             for queue in (self.idle, self.shaking_hands, self.in_head, self.in_body,
                           self.answering, self.lingering, self.relaying, self.ready):  # fmt: skip
@@ -3040,15 +3071,18 @@ class Connections:
                         break
                     if connection.parked:
                         connection.parked = False
+                        connection.ready_at = ready_at
                         late.append(connection)
         return late
 
     def claim_idle(self) -> list[Connection]:
         """Claim all that are idle."""
+        ready_at = time.perf_counter()
         with self.lock:
             idle = [connection for connection in self.idle.queue if connection.parked]
             for connection in idle:
                 connection.parked = False
+                connection.ready_at = ready_at
         return idle
 
     def close_if_idle(self, connection: Connection) -> None:
@@ -3236,7 +3270,7 @@ class Turns:
                 return None  # the client must see that it was cut off
             self._connections.end_relay(connection)
             error = unavailable("the process that answers ended before it did")
-            refusal = self._service.refuse(error, connection.peer)
+            refusal = self._service.refuse(error, connection.peer, pending.started)
             self._put_response(connection, Answer(refusal), pending.head)
             return self._after_pending(connection)
         if relay.left_bytes < 0:
@@ -3276,7 +3310,7 @@ class Turns:
         """Answer what can't be answered otherwise; the connection ends, but not before the client
         could read it.
         """
-        response = self._service.refuse(error, connection.peer)
+        response = self._service.refuse(error, connection.peer, connection.ready_at)
         connection.put(response.encode(CLOSE, date_field(int(time.time()))))
         connection.progressed = connection.ending = True
         return self._send(connection)
@@ -3324,13 +3358,14 @@ class Turns:
         source = connection.pending.source if connection.pending else None
         if isinstance(source, Relay) and source.left_bytes < 0:
             queues.end_relay(connection)
-            return self._refuse(connection, HTTPError(503, "no answer came in time"))
+            return self._refuse(connection, unavailable("no answer came in time"))
         return None
 
     def turn_away(self, connection: Connection) -> None:
         """Tell a client that there is no room for its connection, if that needs no waiting."""
         if not connection.shaking_hands:
-            refusal = self._service.refuse(unavailable("too many connections"), connection.peer)
+            error = unavailable("too many connections")
+            refusal = self._service.refuse(error, connection.peer, connection.ready_at)
             try:
                 connection.put(refusal.encode(CLOSE, date_field(int(time.time()))))
                 connection.receive()  # so that closing does not reset
@@ -3438,13 +3473,8 @@ class _Workers:
         turns.send_answers()
         # It may have been replaced while it claimed: its successor, which waits for epoll by then,
         # would look there only when the wait times out.
-        while claimed:
-            try:
-                connection = claimed.popleft()
-            except IndexError:
-                break
-            if connection is not None:  # the listener reports again by itself
-                turns.step(connection, lambda connection: connection.waits_in)
+        for connection in self._connections.take_claimed():
+            turns.step(connection, lambda connection: connection.waits_in)
         with self._lock:
             self.running.discard(worker)
 
@@ -3535,7 +3565,6 @@ class Server(socketserver.ThreadingTCPServer):
         except BaseException:
             self._close_own_descriptors()
             raise
-        self._listener_fd = self.socket.fileno()
         add = service.statistics.add
         add(
             "connections_open", "gauge", "Connections open now.", lambda: len(self.connections.open)
@@ -3589,9 +3618,7 @@ class Server(socketserver.ThreadingTCPServer):
         ):  # fmt: skip
             return
         self.connections.evict_idle(ACCEPTS_A_TURN)
-        if self.connections.epoll is not None:
-            # level-triggered, it would report without end
-            self.connections.epoll.modify(self._listener_fd, 0)
+        self.connections.pause_listener(True)  # level-triggered, it would report without end
         self._paused = True  # after that: the housekeeper undoes both
         now = self._clock()
         if now - self._warned_at >= 1.0:
@@ -3601,8 +3628,7 @@ class Server(socketserver.ThreadingTCPServer):
     def _resume_accepting(self) -> None:
         if self._paused:
             self._paused = False
-            if self.connections.epoll is not None:
-                self.connections.epoll.modify(self._listener_fd, READ)
+            self.connections.pause_listener(False)
 
     def adopt(self, sock: socket.socket, name: str) -> None:
         """Serve a connection of another process of this server: one end of a socket pair. It speaks
@@ -3639,6 +3665,7 @@ class Server(socketserver.ThreadingTCPServer):
         turns.step(connection, turns.take)
         self.service.count_answered()
         while (waits_in := connection.waits_in) is not None:
+            self._wake()
             source = connection.pending.source if connection.pending else None
             if isinstance(source, Future):
                 wait_for_futures([source], TICK_S)
@@ -3661,14 +3688,14 @@ class Server(socketserver.ThreadingTCPServer):
         """Called by socketserver with what got past everything else."""
         error = sys.exception()
         assert isinstance(error, Exception)  # that is when it is called
-        self.service.refuse(error, client_address[0])
+        self.service.refuse(error, client_address[0], time.perf_counter())
 
     # ---- from start to stop
 
     def serve_forever(self, poll_interval: float = 0.1) -> None:
         """Serve until told to stop, then finish what is in flight. This thread keeps house."""
         try:
-            self.connections.watch(self._listener_fd, self._woken.fileno())
+            self.connections.watch(self.socket.fileno(), self._woken.fileno())
             if self.connections.epoll is not None:
                 self._workers.start(self.threads)
             else:
@@ -3694,24 +3721,33 @@ class Server(socketserver.ThreadingTCPServer):
                 order = ""
                 quiet += 1
             self._asleep = False
-            try:
-                if self._workers.replace_stuck():
-                    quiet = 0
-                now = self._clock()
-                for number, (interval_s, job) in enumerate(self._jobs):
-                    if now >= due[number]:
-                        due[number] = now + interval_s
-                        job()
-                if order == "reload" and self._reload is not None:
-                    # elsewhere, for it may have to wait for a slow disk
-                    threading.Thread(
-                        target=self._reload, args=(self,), name="reload", daemon=True
-                    ).start()
-            except Exception as error:  # the next round is another one
-                log_unexpected(error)
+            if order == "reload":
+                self._try(self._start_reload)
+            if self._try(self._workers.replace_stuck):
+                quiet = 0
+            now = self._clock()
+            for number, (interval_s, job) in enumerate(self._jobs):
+                if now >= due[number]:
+                    due[number] = now + interval_s
+                    self._try(job)
+
+    @staticmethod
+    def _try(job: Callable[[], object]) -> object:
+        """Do a job; one that fails must not keep the others from theirs."""
+        try:
+            return job()
+        except Exception as error:
+            log_unexpected(error)
+            return None
+
+    def _start_reload(self) -> None:
+        """Call `reload` in a thread of its own, as it may have to wait for a slow disk."""
+        if self._reload is not None:
+            thread = threading.Thread(target=self._reload, args=(self,), name="reload", daemon=True)
+            thread.start()
 
     def _wake(self) -> None:
-        """Called by workers: there is work, so the housekeeper must look."""
+        """Called by every thread that gives turns: there is work, so the housekeeper must look."""
         if self._asleep:
             self._orders.put("work")
 
@@ -3730,9 +3766,8 @@ class Server(socketserver.ThreadingTCPServer):
         """Stop accepting, answer what is in flight, close what is idle."""
         connections, turns = self.connections, self._turns
         self.service.stopping = True
-        if connections.epoll is not None:
-            connections.epoll.unregister(self._listener_fd)
-        else:
+        connections.forget_listener()
+        if connections.epoll is None:
             super().shutdown()
         self.socket.close()
         deadline = time.monotonic() + connections.timeouts.stop_s
