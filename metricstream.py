@@ -1408,8 +1408,8 @@ DURABILITY_LEVELS = ("memory", "os", "disk")
 LOG_NAME = "metrics.jsonl"
 MAX_QUEUED_BYTES = 64 * 1024 * 1024  # at level memory
 WRITER_PAUSE_S = 0.05  # how long the writer of level memory gathers batches for one write
-PROBE = b" " * 4096  # one block, written to see whether writing works again
-WRITE_RETRY_S = 0.5  # and how long it waits when the write failed
+WRITE_RETRY_S = 0.5  # wait before the writer of level memory tries a failed write again
+PROBE_BLOCK = b" " * 4096  # written to see whether writing works again
 APPEND_WAIT_S = 0.5  # so long a batch waits for others that are written
 STALL_S = 2.0  # a disk that takes longer for one call does not answer
 NO_ANSWER = "the disk does not answer"
@@ -1420,9 +1420,11 @@ class LogError(Exception):
 
 
 class Position(NamedTuple):
-    """Where the acknowledged log ends: nothing before it is ever taken back."""
+    """How far the log is acknowledged. Readers may read up to here. Nothing before it is taken
+    back, except when somebody else empties the file.
+    """
 
-    file: int  # how many files there were before it, since the start
+    file: int  # number of the file, from 0 at the start
     size_bytes: int
 
 
@@ -1700,7 +1702,7 @@ class MetricLog:
 
     def _try_write(self) -> None:
         size = self._true_end()
-        self._write_lines(PROBE)
+        self._write_lines(PROBE_BLOCK)
         self._torn_at = size
         try:
             self._cut(size)
@@ -1729,7 +1731,7 @@ class MetricLog:
                     lambda: self._tasks or self._group.lines or self._closing,
                     WRITE_RETRY_S if kept.lines else None,
                 )
-                if self.durability == "memory":  # gather a little; only close() ends it early
+                if self.durability == "memory":  # gather, unless there is a task or the log closes
                     self._queued.wait_for(lambda: self._closing or self._tasks, WRITER_PAUSE_S)
                 tasks, self._tasks = self._tasks, []
                 group, self._group = self._group, _Group([], [])
@@ -1774,7 +1776,9 @@ class MetricLog:
                 self.error = f"can't sync {self.path}: {error.strerror}"
                 failure = LogError(self.error)
                 self._try_to_cut()
-            except Exception as error:  # a fault of ours costs this group alone
+            except Exception as error:
+                # A fault of ours. At level disk it costs this group alone; at level memory the
+                # group is acknowledged already, so it is kept, and tried again for ever.
                 log_unexpected(error)
                 self.error = "internal error in the log; the server's log has the details"
                 failure = LogError(self.error)
@@ -1949,9 +1953,8 @@ class MetricLog:
 # requests.
 
 RING_SIZE = 4096
-RATE_SPAN_S = (
-    10.0  # requests per second are those of this long, or of as long as the ring remembers
-)
+# Requests per second are those of this long, or of as long as the ring remembers.
+RATE_SPAN_S = 10.0
 LOOK_INTERVAL_S = 0.5  # a full ring is not looked through again before
 QUANTILES = (0.5, 0.9, 0.95, 0.99)
 
@@ -1997,9 +2000,8 @@ class EventRing:
     def __init__(self, size: int = RING_SIZE):
         self._slots: list[tuple[int, Any]] = [(-1, None)] * size
         self._mask = size - 1
-        self._lock = (
-            threading.Lock()
-        )  # guards the write index; nothing else is done under it but filling the slot
+        # Guards the write index; nothing else is done under it but filling the slot.
+        self._lock = threading.Lock()
         self._end = 0  # the write index: how many events there ever were
 
     def append(self, event: Any) -> None:
@@ -2207,8 +2209,8 @@ BUSIEST_CLIENTS = 10
 
 
 def limiter_summary(limiter: SlidingWindowLimiter) -> str:
-    """What the limiter decided since the last call, in one line, as strangers choose the ids:
-    totals, and the clients with the most requests. Each decision is counted once.
+    """One log line about the limiter since the last call: totals and the busiest clients; "" where
+    nothing was asked of it. Ids are cleaned: clients choose them.
 
     >>> limiter = SlidingWindowLimiter(1)
     >>> for client in "aab": _ = limiter.decide(client, 1)
@@ -2233,10 +2235,11 @@ def limiter_summary(limiter: SlidingWindowLimiter) -> str:
 # 8. Service
 # ==================================================================================================
 #
-# A request comes in, an answer goes out; all that the chapters above can do meets here, and nothing
-# else is here. What went wrong on the way is an exception of the chapter in which it did, and is
-# turned into its status in one place. Routes stand in a table, to which other parts may add. The
-# service reads and writes no socket.
+# The problem: a request passes through six chapters, each of which may refuse it. The idea: a
+# service that takes a whole request and gives a whole answer, and reads and writes no socket.
+# Handlers stand in a table of routes, to which other parts may add. Errors are exceptions of the
+# chapter that found them; `error_response` alone turns them into a status. What it costs: an answer
+# that is not ready at once (a sync, another process) needs a second kind of answer, `Pending`.
 
 RETRY_AFTER_S = 1  # what a client is told when the log can't be written
 MAX_CLIENT_ID_LENGTH = 128
@@ -3119,20 +3122,18 @@ class Connections:
 # 10. Turns
 # ==================================================================================================
 #
-# A turn is what is done for a connection between two waits: read once, answer the whole requests
-# that have come, write. Nothing in it waits for a client. Each step returns the queue in which the
-# connection waits next, so all that can become of a connection stands in this chapter.
+# The problem: a thread that waits for one client serves no other. The idea: a turn is what is done
+# for a connection between two waits: read once, answer the whole requests that have come, write.
+# Nothing in it waits for a client. Each step returns the queue in which the connection waits next,
+# so all that can become of a connection stands in this chapter. What it costs: what a client has
+# left to say is kept in its connection, not in the local variables of a loop.
 
 LINGER_BYTES = 1024 * 1024  # how much is read and dropped after an error
 REQUESTS_A_TURN = 4  # pipelined; then the others have their turn
 
 
 class Turns:
-    """What is done for a connection between two waits.
-
-    A turn reads once, answers the whole requests that have come, and writes. Each step returns what
-    the connection waits for next, or None if it is over, and waits for no client itself.
-    """
+    """The steps of connections. Each returns the queue to wait in, or None: close it."""
 
     def __init__(self, service: Service, connections: Connections):
         self._service, self._connections = service, connections
@@ -3394,7 +3395,7 @@ SPARE_DESCRIPTORS = 64  # for the log, epoll and the like, beside the connection
 MAX_WORKERS = 64
 TICK_S = 0.02  # a worker that takes longer than this for one turn is replaced
 QUIET_TICKS = 50  # so many without work, and the housekeeper sleeps a second at a time
-FLUSH_INTERVAL_S = 60.0
+DECISIONS_INTERVAL_S = 60.0
 ACCEPTS_A_TURN = 16
 
 
@@ -3547,7 +3548,7 @@ class Server(socketserver.ThreadingTCPServer):
         self._workers = _Workers(self.connections, self._turns, self._accept, self._wake)
         shortest_s = min(limit for limit in timeouts if limit > 0)
         self._jobs = [
-            (FLUSH_INTERVAL_S, self.log_decisions),
+            (DECISIONS_INTERVAL_S, self.log_decisions),
             (min(1.0, shortest_s), self.expire),
             (0.0, self._resume_accepting),
             (0.0, service.log.recreate_if_deleted),
@@ -3710,7 +3711,7 @@ class Server(socketserver.ThreadingTCPServer):
 
     def _keep_house(self) -> None:
         due = [self._clock() for _ in self._jobs]
-        due[0] += FLUSH_INTERVAL_S
+        due[0] += DECISIONS_INTERVAL_S
         quiet, order = 0, ""
         while order != "stop":
             self._asleep = quiet >= QUIET_TICKS
