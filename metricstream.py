@@ -282,18 +282,12 @@ def _parse_target(method: str, target: str, host: str) -> tuple[str, str, str]:
 
 
 def _parse_fields(lines: list[bytes]) -> dict[str, str]:
-    """The field lines of a header or trailer section by lower-case name: RFC 9112, 5 and RFC 9110,
-    5.
-    """
+    """The field lines of a header section by lower-case name: RFC 9112, 5 and RFC 9110, 5."""
     if len(lines) > MAX_HEADER_FIELDS:
         raise HTTPError(431, f"more than {MAX_HEADER_FIELDS} header fields")
     fields: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
-        match = _FIELD_LINE.fullmatch(line)
-        if match is None:
-            raise HTTPError(400, f"header field {number}: {_fault_in_field(line)}: {_shown(line)}")
-        name = match[1].decode().lower()
-        value = match[2].strip(b" \t").decode("latin-1")
+        name, value = _parse_field(line, f"header field {number}")
         if name not in fields:
             fields[name] = value
         elif name in _SINGLETONS:
@@ -301,6 +295,14 @@ def _parse_fields(lines: list[bytes]) -> dict[str, str]:
         else:
             fields[name] = f"{fields[name]}, {value}"
     return fields
+
+
+def _parse_field(line: bytes, what: str) -> tuple[str, str]:
+    """(lower-case name, value) of one field line; `what` says which one it is."""
+    match = _FIELD_LINE.fullmatch(line)
+    if match is None:
+        raise HTTPError(400, f"{what}: {_fault_in_field(line)}: {_shown(line)}")
+    return match[1].decode().lower(), match[2].strip(b" \t").decode("latin-1")
 
 
 def _fault_in_field(line: bytes) -> str:
@@ -563,7 +565,7 @@ class RequestReader:
 class _ChunkedBody:
     """What is known of a chunked body whose end has not come yet."""
 
-    __slots__ = ("body", "missing", "in_chunk", "ended", "ignored_bytes", "trailers")
+    __slots__ = ("body", "missing", "in_chunk", "ended", "ignored_bytes", "trailer_count")
 
     def __init__(self) -> None:
         self.body = bytearray()
@@ -571,7 +573,7 @@ class _ChunkedBody:
         self.in_chunk = False  # the CRLF behind its data is still to come
         self.ended = False  # the last chunk was seen; trailers follow
         self.ignored_bytes = 0  # of extensions and trailers
-        self.trailers: list[bytes] = []
+        self.trailer_count = 0
 
     def start_chunk(self, line: bytes) -> None:
         match = _CHUNK_SIZE.fullmatch(line)
@@ -585,9 +587,9 @@ class _ChunkedBody:
 
     def add_trailer(self, line: bytes) -> None:
         self._ignore(len(line))
-        self.trailers.append(line)
-        _parse_fields(self.trailers[-1:])
-        if len(self.trailers) > MAX_HEADER_FIELDS:
+        self.trailer_count += 1
+        _parse_field(line, f"trailer field {self.trailer_count}")  # and drop it
+        if self.trailer_count > MAX_HEADER_FIELDS:
             raise HTTPError(431, f"more than {MAX_HEADER_FIELDS} trailer fields")
 
     def _ignore(self, size: int) -> None:
@@ -1425,8 +1427,8 @@ DURABILITY_LEVELS = ("memory", "os", "disk")
 LOG_NAME = "metrics.jsonl"
 MAX_QUEUED_BYTES = 64 * 1024 * 1024  # at level memory
 WRITER_PAUSE_S = 0.05  # how long the writer of level memory gathers batches for one write
-PROBE = b" " * 4096  # one block, written to see whether writing works again
-WRITE_RETRY_S = 0.5  # and how long it waits when the write failed
+WRITE_RETRY_S = 0.5  # wait before the writer of level memory tries a failed write again
+PROBE_BLOCK = b" " * 4096  # written to see whether writing works again
 APPEND_WAIT_S = 0.5  # so long a batch waits for others that are written
 STALL_S = 2.0  # a disk that takes longer for one call does not answer
 NO_ANSWER = "the disk does not answer"
@@ -1437,9 +1439,11 @@ class LogError(Exception):
 
 
 class Position(NamedTuple):
-    """Where the acknowledged log ends: nothing before it is ever taken back."""
+    """How far the log is acknowledged. Readers may read up to here. Nothing before it is taken
+    back, except when somebody else empties the file.
+    """
 
-    file: int  # how many files there were before it, since the start
+    file: int  # number of the file, from 0 at the start
     size_bytes: int
 
 
@@ -1514,7 +1518,7 @@ class MetricLog:
         self._gone: OSError | None = None  # why a deleted file can't be made anew
         self._folder_fd = self._own_folder(folder)
         try:
-            self._fd, self.cut_bytes = self._open()
+            self._fd, self.cut_bytes = self._open_and_cut()
         except OSError as error:
             os.close(self._folder_fd)
             raise LogError(f"can't use {self.path}: {error.strerror}") from None
@@ -1550,8 +1554,8 @@ class MetricLog:
             ) from None
         return folder_fd
 
-    def _open(self) -> tuple[int, int]:
-        """(the file, how many bytes of a torn line were cut off it)."""
+    def _open(self) -> int:
+        """Open the file by its name, and look at nothing in it: a line may be half written."""
         # O_NONBLOCK: to open a pipe by that name must not block; for a regular file it means
         # nothing
         fd = os.open(
@@ -1560,12 +1564,20 @@ class MetricLog:
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise OSError(errno.EINVAL, "it is not a regular file")
-            cut_bytes = self._cut_torn_tail(fd)
             os.fsync(self._folder_fd)  # or a new file's name could be lost with the power
         except OSError:
             os.close(fd)
             raise
-        return fd, cut_bytes
+        return fd
+
+    def _open_and_cut(self) -> tuple[int, int]:
+        """(the file, how many bytes of a torn line were cut off it); nobody may write to it yet."""
+        fd = self._open()
+        try:
+            return fd, self._cut_torn_tail(fd)
+        except OSError:
+            os.close(fd)
+            raise
 
     @staticmethod
     def _cut_torn_tail(fd: int) -> int:
@@ -1691,24 +1703,25 @@ class MetricLog:
             return self.stall or self.error
         done: Future[None] = Future()
 
-        def probe() -> None:
+        def attempt() -> None:
             try:
                 with self._file_lock():
-                    self._probe()
+                    self._try_write()
             except LogError as error:
                 logger.debug("the log still can't be written: %s", error)
-            done.set_result(None)
+            finally:
+                done.set_result(None)
 
-        self._do(probe)
+        self._do(attempt)
         try:
             done.result(STALL_S)
         except TimeoutError:
             return NO_ANSWER
         return self.error
 
-    def _probe(self) -> None:
+    def _try_write(self) -> None:
         size = self._true_end()
-        self._write_lines(PROBE)
+        self._write_lines(PROBE_BLOCK)
         self._torn_at = size
         try:
             self._cut(size)
@@ -1737,7 +1750,7 @@ class MetricLog:
                     lambda: self._tasks or self._group.lines or self._closing,
                     WRITE_RETRY_S if kept.lines else None,
                 )
-                if self.durability == "memory":  # gather a little; only close() ends it early
+                if self.durability == "memory":  # gather, unless there is a task or the log closes
                     self._queued.wait_for(lambda: self._closing or self._tasks, WRITER_PAUSE_S)
                 tasks, self._tasks = self._tasks, []
                 group, self._group = self._group, _Group([], [])
@@ -1782,7 +1795,9 @@ class MetricLog:
                 self.error = f"can't sync {self.path}: {error.strerror}"
                 failure = LogError(self.error)
                 self._try_to_cut()
-            except Exception as error:  # a fault of ours costs this group alone
+            except Exception as error:
+                # A fault of ours. At level disk it costs this group alone; at level memory the
+                # group is acknowledged already, so it is kept, and tried again for ever.
                 log_unexpected(error)
                 self.error = "internal error in the log; the server's log has the details"
                 failure = LogError(self.error)
@@ -1818,7 +1833,7 @@ class MetricLog:
                 with contextlib.suppress(FileNotFoundError):  # somebody else took it away
                     os.rename(self.path, path)
                     moved = True
-            fd, _ = self._open()
+            fd = self._open()
         except OSError as error:
             if moved:
                 os.rename(path, self.path)
@@ -1831,6 +1846,12 @@ class MetricLog:
             if os.fstat(self._fd).st_nlink == 0:  # it was deleted: nobody would find what is in it
                 os.close(fd)
                 self._replace_deleted()
+                return
+            try:
+                self._cut_torn_tail(fd)
+            except OSError as error:
+                os.close(fd)
+                self._report(f"can't cut a torn line off {self.path}: {error.strerror}")
                 return
             self._try_to_cut()
             old = self._switch_to(fd)
@@ -1891,7 +1912,7 @@ class MetricLog:
         """Make a deleted file anew. The lock is held."""
         self._try_to_cut()
         try:
-            fd, _ = self._open()
+            fd, _ = self._open_and_cut()
         except OSError as error:
             self._gone = error
             self._report(f"can't write {self.path}: {error.strerror}")
@@ -1952,9 +1973,8 @@ class MetricLog:
 # requests.
 
 RING_SIZE = 4096
-RATE_SPAN_S = (
-    10.0  # requests per second are those of this long, or of as long as the ring remembers
-)
+# Requests per second are those of this long, or of as long as the ring remembers.
+RATE_SPAN_S = 10.0
 LOOK_INTERVAL_S = 0.5  # a full ring is not looked through again before
 QUANTILES = (0.5, 0.9, 0.95, 0.99)
 
@@ -2000,9 +2020,8 @@ class EventRing:
     def __init__(self, size: int = RING_SIZE):
         self._slots: list[tuple[int, Any]] = [(-1, None)] * size
         self._mask = size - 1
-        self._lock = (
-            threading.Lock()
-        )  # guards the write index; nothing else is done under it but filling the slot
+        # Guards the write index; nothing else is done under it but filling the slot.
+        self._lock = threading.Lock()
         self._end = 0  # the write index: how many events there ever were
 
     def append(self, event: Any) -> None:
@@ -2241,8 +2260,8 @@ BUSIEST_CLIENTS = 10
 
 
 def limiter_summary(limiter: SlidingWindowLimiter) -> str:
-    """What the limiter decided since the last call, in one line, as strangers choose the ids:
-    totals, and the clients with the most requests. Each decision is counted once.
+    """One log line about the limiter since the last call: totals and the busiest clients; "" where
+    nothing was asked of it. Ids are cleaned: clients choose them.
 
     >>> limiter = SlidingWindowLimiter(1)
     >>> for client in "aab": _ = limiter.decide(client, 1)
@@ -2267,10 +2286,11 @@ def limiter_summary(limiter: SlidingWindowLimiter) -> str:
 # 8. Service
 # ==================================================================================================
 #
-# A request comes in, an answer goes out; all that the chapters above can do meets here, and nothing
-# else is here. What went wrong on the way is an exception of the chapter in which it did, and is
-# turned into its status in one place. Routes stand in a table, to which other parts may add. The
-# service reads and writes no socket.
+# The problem: a request passes through six chapters, each of which may refuse it. The idea: a
+# service that takes a whole request and gives a whole answer, and reads and writes no socket.
+# Handlers stand in a table of routes, to which other parts may add. Errors are exceptions of the
+# chapter that found them; `error_response` alone turns them into a status. What it costs: an answer
+# that is not ready at once (a sync, another process) needs a second kind of answer, `Pending`.
 
 RETRY_AFTER_S = 1  # what a client is told when the log can't be written
 MAX_CLIENT_ID_LENGTH = 128
@@ -2622,7 +2642,8 @@ class Service:
         return Answer(Response(200, b"", fields=[("Allow", allowed)]))
 
     def _allowed_methods(self, path: str) -> str:
-        routes = self._routes.values() if path == "*" else [self._handlers(path)]
+        every = [*self._routes.values(), *self._prefixes.values()]
+        routes = every if path == "*" else [self._handlers(path)]
         return ", ".join(dict.fromkeys(method for handlers in routes for method in handlers))
 
     def _handlers(self, path: str) -> dict[str, Handler]:
@@ -2693,10 +2714,12 @@ class Service:
         log_unexpected(error)
         return error_response(HTTPError(500, INTERNAL_ERROR))
 
-    def refuse(self, error: Exception, peer: str) -> Response:
-        """The answer to what never became a request, or to what should not have happened (500)."""
+    def refuse(self, error: Exception, peer: str, started: float) -> Response:
+        """The answer to what never became a request, or to what should not have happened (500).
+        `started` is when its last bytes came, or when it was given up.
+        """
         response = error_response(error) if isinstance(error, HTTPError) else self._failed(error)
-        self._record(peer, response.status, time.perf_counter(), 0)
+        self._record(peer, response.status, started, 0)
         return response
 
     def _record(
@@ -2985,6 +3008,19 @@ class Connections:
             self.epoll.register(listener_fd, READ)
             self.epoll.register(stop_fd, READ)
 
+    def pause_listener(self, paused: bool) -> None:
+        """Have epoll report no new connections, or report them again."""
+        with self.lock:  # so that the listener does not close in between
+            if self.epoll is not None and self._listener_fd >= 0:
+                self.epoll.modify(self._listener_fd, 0 if paused else READ)
+
+    def forget_listener(self) -> None:
+        """Have epoll report no new connections any more: the listener is about to be closed."""
+        with self.lock:
+            if self.epoll is not None and self._listener_fd >= 0:
+                self.epoll.unregister(self._listener_fd)
+            self._listener_fd = -1
+
     def add(self, connection: Connection) -> None:
         """Add a connection, claimed by the caller."""
         with self.lock:
@@ -3072,9 +3108,21 @@ class Connections:
                 connection.ready_at = now
                 self.claimed.append(connection)
 
+    def take_claimed(self) -> list[Connection]:
+        """Take all that is claimed and has not had its turn: the caller is to park it again."""
+        with self.lock:
+            left = list(self._backlog)
+            self._backlog.clear()
+        while self.claimed:
+            with contextlib.suppress(IndexError):  # another worker was faster
+                connection = self.claimed.popleft()
+                if connection is not None:  # the listener reports again by itself
+                    left.append(connection)
+        return left
+
     def claim_late(self) -> list[Connection]:
         """Claim what has waited for too long."""
-        now, late = self._clock(), []
+        now, ready_at, late = self._clock(), time.perf_counter(), []
         with self.lock:
             for queue in (self.idle, self.shaking_hands, self.in_head, self.in_body,
                           self.answering, self.lingering, self.relaying, self.ready):  # fmt: skip
@@ -3083,15 +3131,18 @@ class Connections:
                         break
                     if connection.parked:
                         connection.parked = False
+                        connection.ready_at = ready_at
                         late.append(connection)
         return late
 
     def claim_idle(self) -> list[Connection]:
         """Claim all that are idle."""
+        ready_at = time.perf_counter()
         with self.lock:
             idle = [connection for connection in self.idle.queue if connection.parked]
             for connection in idle:
                 connection.parked = False
+                connection.ready_at = ready_at
         return idle
 
     def close_if_idle(self, connection: Connection) -> None:
@@ -3128,20 +3179,18 @@ class Connections:
 # 10. Turns
 # ==================================================================================================
 #
-# A turn is what is done for a connection between two waits: read once, answer the whole requests
-# that have come, write. Nothing in it waits for a client. Each step returns the queue in which the
-# connection waits next, so all that can become of a connection stands in this chapter.
+# The problem: a thread that waits for one client serves no other. The idea: a turn is what is done
+# for a connection between two waits: read once, answer the whole requests that have come, write.
+# Nothing in it waits for a client. Each step returns the queue in which the connection waits next,
+# so all that can become of a connection stands in this chapter. What it costs: what a client has
+# left to say is kept in its connection, not in the local variables of a loop.
 
 LINGER_BYTES = 1024 * 1024  # how much is read and dropped after an error
 REQUESTS_A_TURN = 4  # pipelined; then the others have their turn
 
 
 class Turns:
-    """What is done for a connection between two waits.
-
-    A turn reads once, answers the whole requests that have come, and writes. Each step returns what
-    the connection waits for next, or None if it is over, and waits for no client itself.
-    """
+    """The steps of connections. Each returns the queue to wait in, or None: close it."""
 
     def __init__(self, service: Service, connections: Connections):
         self._service, self._connections = service, connections
@@ -3279,7 +3328,7 @@ class Turns:
                 return None  # the client must see that it was cut off
             self._connections.end_relay(connection)
             error = unavailable("the process that answers ended before it did")
-            refusal = self._service.refuse(error, connection.peer)
+            refusal = self._service.refuse(error, connection.peer, pending.started)
             self._put_response(connection, Answer(refusal), pending.head)
             return self._after_pending(connection)
         if relay.left_bytes < 0:
@@ -3319,7 +3368,7 @@ class Turns:
         """Answer what can't be answered otherwise; the connection ends, but not before the client
         could read it.
         """
-        response = self._service.refuse(error, connection.peer)
+        response = self._service.refuse(error, connection.peer, connection.ready_at)
         connection.put(response.encode(CLOSE, date_field(int(time.time()))))
         connection.progressed = connection.ending = True
         return self._send(connection)
@@ -3367,13 +3416,14 @@ class Turns:
         source = connection.pending.source if connection.pending else None
         if isinstance(source, Relay) and source.left_bytes < 0:
             queues.end_relay(connection)
-            return self._refuse(connection, HTTPError(503, "no answer came in time"))
+            return self._refuse(connection, unavailable("no answer came in time"))
         return None
 
     def turn_away(self, connection: Connection) -> None:
         """Tell a client that there is no room for its connection, if that needs no waiting."""
         if not connection.shaking_hands:
-            refusal = self._service.refuse(unavailable("too many connections"), connection.peer)
+            error = unavailable("too many connections")
+            refusal = self._service.refuse(error, connection.peer, connection.ready_at)
             try:
                 connection.put(refusal.encode(CLOSE, date_field(int(time.time()))))
                 connection.receive()  # so that closing does not reset
@@ -3402,7 +3452,7 @@ SPARE_DESCRIPTORS = 64  # for the log, epoll and the like, beside the connection
 MAX_WORKERS = 64
 TICK_S = 0.02  # a worker that takes longer than this for one turn is replaced
 QUIET_TICKS = 50  # so many without work, and the housekeeper sleeps a second at a time
-FLUSH_INTERVAL_S = 60.0
+DECISIONS_INTERVAL_S = 60.0
 ACCEPTS_A_TURN = 16
 
 
@@ -3481,13 +3531,8 @@ class _Workers:
         turns.send_answers()
         # It may have been replaced while it claimed: its successor, which waits for epoll by then,
         # would look there only when the wait times out.
-        while claimed:
-            try:
-                connection = claimed.popleft()
-            except IndexError:
-                break
-            if connection is not None:  # the listener reports again by itself
-                turns.step(connection, lambda connection: connection.waits_in)
+        for connection in self._connections.take_claimed():
+            turns.step(connection, lambda connection: connection.waits_in)
         with self._lock:
             self.running.discard(worker)
 
@@ -3560,7 +3605,7 @@ class Server(socketserver.ThreadingTCPServer):
         self._workers = _Workers(self.connections, self._turns, self._accept, self._wake)
         shortest_s = min(limit for limit in timeouts if limit > 0)
         self._jobs = [
-            (FLUSH_INTERVAL_S, self.log_decisions),
+            (DECISIONS_INTERVAL_S, self.log_decisions),
             (min(1.0, shortest_s), self.expire),
             (0.0, self._resume_accepting),
             (0.0, service.log.recreate_if_deleted),
@@ -3578,7 +3623,6 @@ class Server(socketserver.ThreadingTCPServer):
         except BaseException:
             self._close_own_descriptors()
             raise
-        self._listener_fd = self.socket.fileno()
         add = service.statistics.add
         add(
             "connections_open", "gauge", "Connections open now.", lambda: len(self.connections.open)
@@ -3632,9 +3676,7 @@ class Server(socketserver.ThreadingTCPServer):
         ):  # fmt: skip
             return
         self.connections.evict_idle(ACCEPTS_A_TURN)
-        if self.connections.epoll is not None:
-            # level-triggered, it would report without end
-            self.connections.epoll.modify(self._listener_fd, 0)
+        self.connections.pause_listener(True)  # level-triggered, it would report without end
         self._paused = True  # after that: the housekeeper undoes both
         now = self._clock()
         if now - self._warned_at >= 1.0:
@@ -3644,8 +3686,7 @@ class Server(socketserver.ThreadingTCPServer):
     def _resume_accepting(self) -> None:
         if self._paused:
             self._paused = False
-            if self.connections.epoll is not None:
-                self.connections.epoll.modify(self._listener_fd, READ)
+            self.connections.pause_listener(False)
 
     def adopt(self, sock: socket.socket, name: str) -> None:
         """Serve a connection of another process of this server: one end of a socket pair. It speaks
@@ -3682,6 +3723,7 @@ class Server(socketserver.ThreadingTCPServer):
         turns.step(connection, turns.take)
         self.service.count_answered()
         while (waits_in := connection.waits_in) is not None:
+            self._wake()
             source = connection.pending.source if connection.pending else None
             if isinstance(source, Future):
                 wait_for_futures([source], TICK_S)
@@ -3704,14 +3746,14 @@ class Server(socketserver.ThreadingTCPServer):
         """Called by socketserver with what got past everything else."""
         error = sys.exception()
         assert isinstance(error, Exception)  # that is when it is called
-        self.service.refuse(error, client_address[0])
+        self.service.refuse(error, client_address[0], time.perf_counter())
 
     # ---- from start to stop
 
     def serve_forever(self, poll_interval: float = 0.1) -> None:
         """Serve until told to stop, then finish what is in flight. This thread keeps house."""
         try:
-            self.connections.watch(self._listener_fd, self._woken.fileno())
+            self.connections.watch(self.socket.fileno(), self._woken.fileno())
             if self.connections.epoll is not None:
                 self._workers.start(self.threads)
             else:
@@ -3726,7 +3768,7 @@ class Server(socketserver.ThreadingTCPServer):
 
     def _keep_house(self) -> None:
         due = [self._clock() for _ in self._jobs]
-        due[0] += FLUSH_INTERVAL_S
+        due[0] += DECISIONS_INTERVAL_S
         quiet, order = 0, ""
         while order != "stop":
             self._asleep = quiet >= QUIET_TICKS
@@ -3737,24 +3779,33 @@ class Server(socketserver.ThreadingTCPServer):
                 order = ""
                 quiet += 1
             self._asleep = False
-            try:
-                if self._workers.replace_stuck():
-                    quiet = 0
-                now = self._clock()
-                for number, (interval_s, job) in enumerate(self._jobs):
-                    if now >= due[number]:
-                        due[number] = now + interval_s
-                        job()
-                if order == "reload" and self._reload is not None:
-                    # elsewhere, for it may have to wait for a slow disk
-                    threading.Thread(
-                        target=self._reload, args=(self,), name="reload", daemon=True
-                    ).start()
-            except Exception as error:  # the next round is another one
-                log_unexpected(error)
+            if order == "reload":
+                self._try(self._start_reload)
+            if self._try(self._workers.replace_stuck):
+                quiet = 0
+            now = self._clock()
+            for number, (interval_s, job) in enumerate(self._jobs):
+                if now >= due[number]:
+                    due[number] = now + interval_s
+                    self._try(job)
+
+    @staticmethod
+    def _try(job: Callable[[], object]) -> object:
+        """Do a job; one that fails must not keep the others from theirs."""
+        try:
+            return job()
+        except Exception as error:
+            log_unexpected(error)
+            return None
+
+    def _start_reload(self) -> None:
+        """Call `reload` in a thread of its own, as it may have to wait for a slow disk."""
+        if self._reload is not None:
+            thread = threading.Thread(target=self._reload, args=(self,), name="reload", daemon=True)
+            thread.start()
 
     def _wake(self) -> None:
-        """Called by workers: there is work, so the housekeeper must look."""
+        """Called by every thread that gives turns: there is work, so the housekeeper must look."""
         if self._asleep:
             self._orders.put("work")
 
@@ -3773,9 +3824,8 @@ class Server(socketserver.ThreadingTCPServer):
         """Stop accepting, answer what is in flight, close what is idle."""
         connections, turns = self.connections, self._turns
         self.service.stopping = True
-        if connections.epoll is not None:
-            connections.epoll.unregister(self._listener_fd)
-        else:
+        connections.forget_listener()
+        if connections.epoll is None:
             super().shutdown()
         self.socket.close()
         deadline = time.monotonic() + connections.timeouts.stop_s

@@ -1438,6 +1438,13 @@ def test_request_is_the_same_wherever_it_is_cut(raw):
     assert read_in_pieces(octets_of(raw)) == whole
 
 
+def test_a_bad_trailer_is_named_by_its_number():
+    reader = RequestReader()
+    reader.feed(chunked(b"0\r\nX: a\r\nY: b\r\nZ\r\n\r\n"))
+    with pytest.raises(HTTPError, match=r"^trailer field 3: no colon"):
+        reader.next_request()
+
+
 def test_cr_at_the_end_of_a_body_is_no_part_of_the_next_line_end():
     raw = post(body=b"x\r") + b"\n"
     whole = read_in_pieces([raw])
@@ -3481,6 +3488,17 @@ def test_a_probe_tells_the_reason_for_as_long_as_it_lasts(tmp_path):
     log.close()
 
 
+def test_a_probe_that_fails_unexpectedly_holds_nobody_up(tmp_path, caplog):
+    disk = Disk(FULL, RuntimeError("a fault of ours"))
+    log = MetricLog(str(tmp_path), write=disk.write)
+    with pytest.raises(LogError):
+        log.append(b"a\n")
+    assert "No space left" in log.probe()
+    eventually(lambda: "a fault of ours" in caplog.text)
+    assert log.probe() == "" and lines_of(tmp_path) == []
+    log.close()
+
+
 def test_a_failed_fsync_refuses_all_who_waited_and_keeps_nothing_of_them(tmp_path):
     disk = Disk()
     log = MetricLog(str(tmp_path), "disk", fsync=disk.fsync)
@@ -3594,6 +3612,51 @@ def test_a_log_that_was_not_moved_may_be_reopened_too(tmp_path, durability):
         log.reopen()
     log.close()
     assert lines_of(tmp_path) == list("01234")
+
+
+@pytest.mark.parametrize("taken", range(1, 11))
+def test_a_log_that_was_not_moved_may_be_reopened_while_a_batch_is_being_written(
+    tmp_path, monkeypatch, taken
+):
+    """What a batch has left in the file so far looks like a torn line, and is none."""
+    batch = b"012\n456789\n"
+    disk, opened = Disk(7, taken), threading.Event()
+
+    def write(fd: int, octets: bytes) -> int:
+        if octets == batch[taken:]:
+            disk.hold()  # it hangs half-way
+        return disk.write(fd, octets)
+
+    log = MetricLog(str(tmp_path), write=write, fsync=disk.fsync)
+    log.append(b"before\n")
+    monkeypatch.setattr(os, "fsync", lambda fd: opened.set())  # of the folder
+    with ThreadPoolExecutor(1) as pool:
+        appended = pool.submit(log.append, batch)
+        assert disk.stuck.wait(10)
+        log.reopen()
+        assert opened.wait(10)
+        disk.release()
+        assert appended.result(10) is None
+    log.append(b"after\n")
+    log.close()
+    assert lines_of(tmp_path) == ["before", "012", "456789", "after"]
+
+
+@pytest.mark.parametrize("durability", LEVELS)
+def test_a_torn_line_in_the_file_that_takes_the_place_of_a_moved_one_is_cut_off(
+    tmp_path, durability
+):
+    log = MetricLog(str(tmp_path), durability)
+    append_and_wait(log, b"first\n")
+    eventually(lambda: log.size_bytes)
+    os.rename(log.path, tmp_path / "moved")
+    Path(log.path).write_bytes(b"of another\nto")
+    log.reopen()
+    eventually(lambda: log.position == (1, len(b"of another\n")))
+    append_and_wait(log, b"second\n")
+    log.close()
+    assert lines_of(tmp_path) == ["of another", "second"]
+    assert (tmp_path / "moved").read_bytes() == b"first\n"
 
 
 @pytest.mark.parametrize("looks", [True, False], ids=["noticed", "noticed-at-the-stop"])
@@ -4163,6 +4226,18 @@ def test_statistics_account_for_every_request(tmp_path, threads):
         assert numbers["connections_open"] == 1
 
 
+def test_options_of_the_server_itself_names_the_methods_of_all_routes(tmp_path):
+    service = a_service(tmp_path)
+    handler = service.show_statistics
+    service.add_routes({"/things/*": {"GET": handler, "DELETE": handler}})
+    response = answer_to(service, head(b"OPTIONS * HTTP/1.1"))
+    allowed = re.search(rb"Allow: (.*)\r\n", response.encode(b"", b""))
+    assert allowed and set(allowed[1].decode().split(", ")) == {
+        "POST", "GET", "HEAD", "OPTIONS", "DELETE",
+    }  # fmt: skip
+    service.log.close()
+
+
 def test_prometheus_gets_its_text_and_others_get_json(client):
     accept = (
         "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3,*/*;q=0.1"
@@ -4399,6 +4474,30 @@ def test_latency_counts_the_wait_for_a_turn(tmp_path):
     assert isinstance(statistics, dict) and statistics["latency_seconds_sum"] > seen_s / 8
 
 
+@pytest.mark.parametrize("raw, status", [(b"nonsense\r\n\r\n", 400), (HEALTH, 200)])
+def test_latency_of_what_the_server_finishes_counts_from_its_arrival(tmp_path, raw, status):
+    """Whatever the status; the time in which the connection was idle is none of it."""
+    service = a_service(tmp_path)
+    connections = metricstream.Connections(Timeouts(), Clock(), has_epoll=False)
+    turns = metricstream.Turns(service, connections)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        connection = metricstream.Connection(ours, "10.0.0.7")
+        connections.add(connection)
+        connections.park(connection, connections.idle)
+        before = time.perf_counter()
+        theirs.sendall(raw)
+        (claimed,) = connections.claim_idle()
+        assert claimed is connection and before <= claimed.ready_at <= time.perf_counter()
+        connection.ready_at -= 5  # it has waited for its turn
+        turns.step(connection, turns.take)
+        turns.send_answers()
+        assert theirs.recv(12) == b"HTTP/1.1 %d" % status
+    ((event,), _, _) = service.statistics.ring.read()
+    assert event.status == status and 5 <= event.latency_s < 60
+    service.log.close()
+
+
 def test_a_request_that_has_arrived_is_answered_before_a_stop(tmp_path, threads):
     with running(tmp_path, threads=threads) as started, contextlib.ExitStack() as stack:
         connections = [stack.enter_context(connect(started.port)) for _ in range(50)]
@@ -4531,6 +4630,40 @@ def test_an_unexpected_error_of_the_housekeeper_is_logged_and_the_house_kept_on(
     assert not any("\n" in fault for fault in faults)
 
 
+def test_a_job_that_fails_keeps_no_other_from_its_turn_and_loses_no_order(tmp_path, caplog):
+    done, reloaded = threading.Event(), threading.Event()
+
+    def fails() -> None:
+        raise RuntimeError("always")
+
+    jobs = [(0.0, fails), (0.0, done.set)]
+    with running(tmp_path, jobs=jobs, reload=lambda server: reloaded.set()) as started:
+        started.server.reload_soon()
+        assert reloaded.wait(10) and done.wait(10)
+
+
+def test_a_request_wakes_the_housekeeper(tmp_path, threads, monkeypatch):
+    orders: list[str] = []
+
+    class Orders(metricstream.queue.SimpleQueue):
+        def put(self, order: str) -> None:
+            orders.append(order)
+            super().put(order)
+
+    monkeypatch.setattr(metricstream.queue, "SimpleQueue", Orders)
+    monkeypatch.setattr(metricstream, "QUIET_TICKS", 0)  # it sleeps as long as nothing happens
+    with running(tmp_path, threads=threads) as started, connect(started.port) as connection:
+        eventually(lambda: started.server._asleep)
+        connection.sendall(HEALTH)
+        eventually(lambda: "work" in orders)
+
+
+def test_accepting_may_fail_just_as_the_server_stops(tmp_path, threads):
+    with running(tmp_path, threads=threads) as started:
+        started.server.connections.evict_idle = lambda count: started.server.shutdown() or 0
+        started.server._accept_failed(OSError(errno.EMFILE, "Too many open files"))
+
+
 class ReplacedOnReturn:
     """An epoll that never times out, and that can mark the worker whom it wakes as replaced."""
 
@@ -4564,6 +4697,28 @@ def test_what_a_worker_claimed_as_it_was_replaced_is_served(tmp_path):
             connection.sendall(HEALTH)
             assert is_healthy(read_answer(stream))
             eventually(lambda: len(started.server._workers.running) == 1)
+
+
+@pytest.mark.skipif(not hasattr(metricstream.select, "epoll"), reason="has no epoll")
+def test_a_worker_that_was_replaced_leaves_nothing_claimed(tmp_path):
+    """Neither what it claimed, nor what has requests left over from an earlier turn."""
+    service = a_service(tmp_path)
+    connections = metricstream.Connections(Timeouts(), Clock(), has_epoll=True)
+    with contextlib.ExitStack() as stack:
+        stack.callback(connections.epoll.close)
+        for _ in range(3):
+            ours, _ = map(stack.enter_context, socket.socketpair())
+            connection = metricstream.Connection(ours, "10.0.0.7")
+            connections.add(connection)
+            connections.park(connection, connections.ready)
+        turns = metricstream.Turns(service, connections)
+        connections.claim_ready(64)  # one for its turn, and two for the backlog
+        worker = metricstream._Worker(lambda worker: None)
+        worker.replaced = True
+        workers = metricstream._Workers(connections, turns, lambda worker: None, lambda: None)
+        workers._work(worker)
+        assert [connection.parked for connection in connections.open.values()] == [True] * 3
+    service.log.close()
 
 
 # ---- TLS ----
@@ -4810,6 +4965,15 @@ def test_another_process_that_ends_too_soon_is_an_error_and_never_half_an_answer
                     while piece := connection.recv(4096):
                         received += piece
                 assert received.endswith(b"\r\n\r\nabc")
+
+
+def test_another_process_that_does_not_answer_in_time_is_an_error(tmp_path, threads, monkeypatch):
+    monkeypatch.setattr(metricstream, "RELAY_S", 0.05)
+    with running(tmp_path, threads=threads, timeouts=SHORT) as started:
+        told = Told(started.service)
+        answer = answer_once(started.port, get(b"/api/x"))
+        assert answer.status == 503 and "retry-after" in answer.headers
+        told.end().close()
 
 
 def test_a_client_that_leaves_tells_the_other_process(told):
