@@ -76,7 +76,7 @@ import urllib.parse
 import zlib
 from array import array
 from bisect import bisect_left, bisect_right
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for_futures
@@ -10407,7 +10407,8 @@ class WriteRequestEncoder:
 
     def encode_metadata(self) -> bytes:
         """The types of the metrics that were encoded since the last call, as a snappy block: a
-        WriteRequest, whose field 3 are MetricMetadata (type in field 1, name in field 2).
+        WriteRequest, whose field 3 are MetricMetadata (type in field 1, name in field 2). b"" if
+        there are none.
         """
         block = SnappyBlock()
         for name_text, rest in self._types.items():
@@ -10415,7 +10416,7 @@ class WriteRequestEncoder:
             name = bytes_field(2, self._sent_name(name_text).encode())
             block.add(bytes_field(3, field_key(1, _VARINT) + varint(type_) + name))
         self._types.clear()
-        return block.finish()
+        return block.finish() if block.length else b""
 
 
 # ---- receivers
@@ -10484,7 +10485,7 @@ class Receiver:
 
 
 def _retry_after_s(text: str) -> float | None:
-    """The wait that a Retry-After field (RFC 9110, 10.2.3) asks for: in seconds, or until a date."""
+    """The wait that a Retry-After field asks for, in seconds or until a date (RFC 9110, 10.2.3)."""
     try:
         if text.isdigit():
             wait_s = float(text[:9])
@@ -10535,7 +10536,7 @@ class SenderOptions(NamedTuple):
     url: str
     headers: Sequence[str] = ()
     ca: str | None = None
-    external_labels: dict[str, str] = {}
+    external_labels: Sequence[tuple[str, str]] = ()
     names: str = "underscore"
     backlog_bytes: int = BACKLOG_BYTES
 
@@ -10696,7 +10697,7 @@ class Sender:
         self._control, self._options = control, options
         control.setblocking(False)
         self._receiver = Receiver(options.url, options.headers, options.ca)
-        self._encoder = WriteRequestEncoder(options.external_labels, options.names)
+        self._encoder = WriteRequestEncoder(dict(options.external_labels), options.names)
         self._log = FollowedLog(PIECE_BYTES)
         self._reader = LogReader(options.folder, options.checkpoint, self._log)
         self._stopping = False
@@ -10705,14 +10706,14 @@ class Sender:
         self._next_status = self._next_metadata = 0.0
         self._complaints: dict[str, float] = {}  # when each was logged last
         self._error = ""  # why the receiver takes nothing now
-        self._counts: Counter[str] = Counter()  # as in _SENDER_STATISTICS
+        self._counts: dict[str, float] = defaultdict(float)  # as in _SENDER_STATISTICS
         self._line_bytes = 150.0  # of the log, on average
         self._highest_ms = 0  # the newest time of a sample that was taken
 
     def run(self) -> None:
         """Send until the front says stop, or is gone."""
         signal.signal(signal.SIGALRM, self._look)
-        signal.setitimer(signal.ITIMER_REAL, LOOK_S, LOOK_S)
+        self._look()
         while not self._log.has_next_file:  # the first one
             self._pause(LOOK_S)
         self._reader.begin()
@@ -10735,21 +10736,26 @@ class Sender:
     def _look(self, *_: object) -> None:
         """The alarm: hear the front, and tell it how things are."""
         try:
-            while True:
-                frame, descriptors, _, _ = socket.recv_fds(self._control, _FRAME.size, 1)
-                if len(frame) < _FRAME.size:
-                    os._exit(0)
-                kind, file, size_bytes, _ = _FRAME.unpack(frame)
-                position = Position(file, size_bytes)
-                if kind == _SWITCH:
-                    self._log.begin_file(position, descriptors[0])
-                else:
-                    self._log.acknowledge(position)
-                self._stopping |= kind == _STOP
-        except BlockingIOError:
-            self._tell()
+            with contextlib.suppress(BlockingIOError):
+                self._hear()
+            with contextlib.suppress(BlockingIOError):
+                self._tell()
         except OSError:
             os._exit(0)
+        signal.setitimer(signal.ITIMER_REAL, LOOK_S)
+
+    def _hear(self) -> None:
+        while True:
+            frame, descriptors, _, _ = socket.recv_fds(self._control, _FRAME.size, 1)
+            if len(frame) < _FRAME.size:  # the front is gone
+                os._exit(0)
+            kind, file, size_bytes, _ = _FRAME.unpack(frame)
+            position = Position(file, size_bytes)
+            if kind == _SWITCH:
+                self._log.begin_file(position, descriptors[0])
+            else:
+                self._log.acknowledge(position)
+            self._stopping |= kind == _STOP
 
     def _tell(self) -> None:
         now = time.monotonic()
@@ -10833,7 +10839,7 @@ class Sender:
         self._highest_ms = max(self._highest_ms, newest_ms or 0)
 
     def _send(self, body: bytes, samples: int) -> tuple[Reply, bool]:
-        """Send a request until it is taken or refused; with whether it may have been taken before."""
+        """Send a request until it is taken or refused; whether it may have been taken twice."""
         wait_s, maybe_taken = FIRST_RETRY_S, False
         while True:
             began = time.monotonic()
@@ -10865,21 +10871,20 @@ class Sender:
                 raise _Stopped
 
     def _give_up_beyond_backlog(self) -> None:
-        if self._reader.pending_bytes > self._options.backlog_bytes:
-            if lost := self._reader.give_up():
-                self._counts["samples_dropped_total"] += lost
-                logger.error(
-                    "%d samples are not sent to %s: the backlog is too long", lost,
-                    self._receiver.name,
-                )  # fmt: skip
-                raise _GivenUp
+        if self._reader.pending_bytes <= self._options.backlog_bytes:
+            return
+        if lost := self._reader.give_up():
+            self._counts["samples_dropped_total"] += lost
+            message = "%d samples are not sent to %s: the backlog is too long"
+            logger.error(message, lost, self._receiver.name)
+            raise _GivenUp
 
     def _send_metadata(self) -> None:
         """Send the types of metrics, now and then; they are sent again, so a fault is none."""
         now = time.monotonic()
-        if now >= self._next_metadata:
+        if now >= self._next_metadata and (body := self._encoder.encode_metadata()):
             self._next_metadata = now + METADATA_S
-            reply = self._receiver.post(self._encoder.encode_metadata())
+            reply = self._receiver.post(body)
             logger.debug("metadata: %d %s", reply.status, reply.reason)
 
 
@@ -10911,20 +10916,24 @@ class SenderClient:
         title = f"the sender to {self.name}"
         self.follower = Follower(log, "sender", title, options._asdict(), self._hear)
         self._status: dict[str, Any] = {"counts": {}}
-        self._earlier: Counter[str] = Counter()  # what senders counted that have died
+        # what senders counted that have died
+        self._earlier: dict[str, float] = defaultdict(float)
 
     def _hear(self, said: dict[str, Any]) -> None:
         if "ended" in said:
-            self._earlier.update(self._status["counts"])
+            for key, count in self._status["counts"].items():
+                self._earlier[key] += count
             self._status["counts"] = {}
         else:
             self._status = said
-            self.follower.is_well()
+            if "samples_total" in said["counts"]:
+                self.follower.is_well()
 
     def number(self, key: str) -> float:
         """A number of _SENDER_STATISTICS."""
-        counted: float = self._earlier[key] + self._status["counts"].get(key, 0)
-        return self._status.get(key, counted)
+        counted = self._earlier.get(key, 0) + self._status["counts"].get(key, 0)
+        number: float = self._status.get(key, counted)
+        return number
 
     @property
     def state(self) -> str:
@@ -10955,37 +10964,27 @@ _SENDER_STATISTICS = (
 )
 
 
-class RemoteWrite:
-    """All senders of a server; raises what Receiver raises."""
+def add_senders(service: Service, targets: Iterable[SenderOptions]) -> list[Follower]:
+    """Have a service say how its senders are; returns the front's ends of the processes. Raises
+    what Receiver raises.
+    """
+    clients = [SenderClient(service.log, options) for options in targets]
 
-    def __init__(self, log: MetricLog, statistics: Statistics, targets: Iterable[SenderOptions]):
-        self._clients = [SenderClient(log, options) for options in targets]
+    def numbers(key: str) -> Callable[[], dict[str, float]]:
+        return lambda: {client.name: client.number(key) for client in clients}
 
-        def numbers(key: str) -> Callable[[], dict[str, float]]:
-            return lambda: {client.name: client.number(key) for client in self._clients}
+    for key, own_name, type_, help_ in _SENDER_STATISTICS:
+        name = f"remote_storage_{own_name or key}"
+        service.statistics.add(name, type_, help_, numbers(key), label="url")
+    service.health_facts.append(
+        lambda: {"remote_write": {client.name: client.state for client in clients}}
+    )
+    return [client.follower for client in clients]
 
-        for key, name, type_, help_ in _SENDER_STATISTICS:
-            name = f"remote_storage_{name or key}"
-            statistics.add(name, type_, help_, numbers(key), label="url")
 
-    def look(self) -> None:
-        """What the housekeeper does for the senders, again and again."""
-        for client in self._clients:
-            client.follower.look()
-
-    def health(self) -> dict[str, Any]:
-        """What `/health` says of the senders."""
-        return {"remote_write": {client.name: client.state for client in self._clients}}
-
-    def stop(self) -> None:
-        """Tell the senders to stop."""
-        for client in self._clients:
-            client.follower.stop()
-
-    def close(self) -> None:
-        """Wait until the senders have stopped, as long as they may take."""
-        for client in self._clients:
-            client.follower.close()
+def refuse_query(request: Request, client: str) -> NoReturn:
+    """What an agent says to a query."""
+    raise HTTPError(404, "this is an agent: it only sends samples on; query their receiver")
 
 
 class AgentSegments:
@@ -11276,6 +11275,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--tls-cert and --tls-key go together")
     if options.agent and not options.remote_write:
         parser.error("--agent needs a receiver: --remote-write URL")
+    if len({Receiver(url).name for url in options.remote_write}) < len(options.remote_write):
+        parser.error("argument --remote-write: the same receiver twice")
     if options.new_client is not None:
         return _make_client(parser, options.new_client)
     lines = LineWriter(1)
@@ -11303,7 +11304,10 @@ def _run_server(options: argparse.Namespace, lines: LineWriter) -> int:
         return _complain(str(error))
     service = _service(options, log, clients, lines)
     try:
-        store, jobs = _store(options, service)
+        try:
+            followers, jobs = _followers(options, service)
+        except OSError as error:
+            return _complain(f"can't use certificates {options.remote_write_ca}: {error.strerror}")
         try:
             server = Server(
                 (options.host, options.port), service, threads=options.threads, tls=tls,
@@ -11312,9 +11316,16 @@ def _run_server(options: argparse.Namespace, lines: LineWriter) -> int:
         except OSError as error:
             reason = error.strerror or error
             return _complain(f"can't listen on {options.host} port {options.port}: {reason}")
-        with server, contextlib.closing(store.follower):
-            store.follower.look()
-            _serve(options, server, log, lines)
+        with server:
+            try:
+                for follower in followers:
+                    follower.look()
+                _serve(options, server, log, lines)
+            finally:
+                for follower in followers:
+                    follower.stop()
+                for follower in followers:
+                    follower.close()
     finally:
         kept = log.close(LOG_CLOSE_S)
     lines.say(f"stopped {write_json(service.statistics.snapshot())}")
@@ -11344,23 +11355,49 @@ def _service(
     return Service(log, limiter, statistics, clients=clients, allowed_hosts=hosts)
 
 
+_Jobs = list[tuple[float, Callable[[], None]]]  # what is to be done, at intervals in seconds
+
+
+def _followers(options: argparse.Namespace, service: Service) -> tuple[list[Follower], _Jobs]:
+    """The processes that follow the log of a service, and what is to be done for them."""
+    targets = [
+        SenderOptions(
+            options.data_dir, url, options.remote_write_header, options.remote_write_ca,
+            options.external_label, options.remote_write_names, options.remote_write_backlog,
+        )
+        for url in options.remote_write
+    ]  # fmt: skip
+    followers = add_senders(service, targets) if targets else []
+    checkpoints = [target.checkpoint for target in targets]
+    # The backlog is given up by segments, so that it has to have some.
+    most_bytes = max(1, options.remote_write_backlog // 4) if targets else SEGMENT_BYTES
+    jobs: _Jobs = []
+    if options.agent:
+        segment_bytes = min(AGENT_SEGMENT_BYTES, most_bytes)
+        jobs.append((1.0, AgentSegments(service.log, checkpoints, segment_bytes).look))
+        service.add_routes({f"{API_PREFIX}*": {"GET": refuse_query, "POST": refuse_query}})
+    else:
+        store = _store(options, service, checkpoints, min(SEGMENT_BYTES, most_bytes))
+        followers.append(store.follower)
+        if options.self_metrics:
+            jobs.append((options.self_metrics, store.send_own_metrics))
+    return followers, [(TICK_S, follower.look) for follower in followers] + jobs
+
+
 def _store(
-    options: argparse.Namespace, service: Service
-) -> tuple[StoreClient, list[tuple[float, Callable[[], None]]]]:
-    """The store of a service, and what is to be done for it at which intervals in seconds."""
+    options: argparse.Namespace, service: Service, checkpoints: list[str], segment_bytes: int
+) -> StoreClient:
+    """The store of a service."""
     store_options = StoreOptions(
         options.data_dir, options.max_series, options.retention, options.retention_size,
-        options.keep_log, (), SEGMENT_BYTES, options.query_timeout, options.query_memory,
+        options.keep_log, checkpoints, segment_bytes, options.query_timeout, options.query_memory,
         __version__,
     )  # fmt: skip
     store = StoreClient(service.log, service.statistics, store_options)
     service.admit = store.admit
     service.health_facts.append(store.health)
     service.add_routes({f"{API_PREFIX}*": {"GET": store.ask, "POST": store.ask}})
-    jobs = [(TICK_S, store.follower.look)]
-    if options.self_metrics:
-        jobs.append((options.self_metrics, store.send_own_metrics))
-    return store, jobs
+    return store
 
 
 def _serve(options: argparse.Namespace, server: Server, log: MetricLog, lines: LineWriter) -> None:
@@ -11441,6 +11478,9 @@ def _startup_line(options: argparse.Namespace, server: Server, log: MetricLog) -
     ]
     if clients is not None:
         facts.append(f"clients listed: {len(clients.rates)}")
+    facts += [f"remote write to {Receiver(url).name}" for url in options.remote_write]
+    if options.agent:
+        facts.append("agent: no store, no queries")
     if log.cut_bytes:
         facts.append(f"cut a torn line of {log.cut_bytes} bytes off the log")
     return ", ".join(facts)
