@@ -10706,7 +10706,7 @@ class Sender:
         self._next_status = self._next_metadata = 0.0
         self._complaints: dict[str, float] = {}  # when each was logged last
         self._error = ""  # why the receiver takes nothing now
-        self._counts: dict[str, float] = defaultdict(float)  # as in _SENDER_STATISTICS
+        self._counts: dict[str, float] = defaultdict(int)  # as in _SENDER_STATISTICS
         self._line_bytes = 150.0  # of the log, on average
         self._highest_ms = 0  # the newest time of a sample that was taken
 
@@ -10917,7 +10917,7 @@ class SenderClient:
         self.follower = Follower(log, "sender", title, options._asdict(), self._hear)
         self._status: dict[str, Any] = {"counts": {}}
         # what senders counted that have died
-        self._earlier: dict[str, float] = defaultdict(float)
+        self._earlier: dict[str, float] = defaultdict(int)
 
     def _hear(self, said: dict[str, Any]) -> None:
         if "ended" in said:
