@@ -10822,7 +10822,7 @@ class Sender:
             requests += 1
             if not _is_refused(reply):
                 self._counts["samples_total"] += len(part)
-            elif len(part) > 1 and requests + len(parts) < SPLIT_REQUESTS:
+            elif len(part) > 1 and requests + len(parts) + 2 <= SPLIT_REQUESTS:
                 if part is samples:  # by series, so that few parts have any of a bad one
                     part.sort(key=operator.itemgetter(3, 1, 0))
                 middle = len(part) // 2
@@ -10996,7 +10996,7 @@ class AgentSegments:
         self._log, self._checkpoints, self._segment_bytes = log, checkpoints, segment_bytes
         self._folder = os.path.dirname(log.path)
         self._last_number = 0
-        self._next_rotation = 0.0
+        self._asked_in, self._ask_again = -1, 0.0  # for a new file: in which file, and when
 
     def look(self) -> None:
         """What the housekeeper does for the log, again and again."""
@@ -11005,9 +11005,11 @@ class AgentSegments:
             self._last_number = max(self._last_number, number)
             if number <= min(taken):
                 os.unlink(path)
+        file, size_bytes = self._log.position
         now = time.monotonic()
-        if self._log.size_bytes >= self._segment_bytes and now >= self._next_rotation:
-            self._next_rotation = now + STORE_RETRY_S
+        may_ask = file != self._asked_in or now >= self._ask_again
+        if size_bytes >= self._segment_bytes and may_ask:
+            self._asked_in, self._ask_again = file, now + STORE_RETRY_S
             # a number of its own for each attempt: none is moved onto another
             self._last_number = max(self._last_number, *taken) + 1
             name = f"metrics.{self._last_number:08d}.jsonl"
