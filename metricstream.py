@@ -10177,6 +10177,10 @@ _STORE_STATISTICS = (
 MAX_CACHED_TEXTS = 65_536  # of names, and of sets of labels
 RECEIVER_TIMEOUT_S = 30.0  # for each step of a request
 MAX_RETRY_AFTER_S = 600.0
+# These tell of a wrong set-up, which somebody mends; no sample is at fault.
+_SET_UP_FAULTS = (401, 403, 404, 405, 407)
+# Prometheus before 2.49 answers them with 500, for ever.
+_BLAMES_SAMPLE = re.compile("too old sample|invalid sample")
 
 # ---- protocol buffers
 
@@ -10305,17 +10309,16 @@ class SnappyBlock:
 
 _LineOfLog = tuple[bytes, bytes, bytes, bytes]  # time, name, value, type and tags; as in the log
 _STALE_VALUE = struct.pack("<Q", STALE_BITS)
-_NOT_IN_METRIC_NAME = re.compile(r"[^A-Za-z0-9_:]")
-_NOT_IN_LABEL_NAME = re.compile(r"[^A-Za-z0-9_]")
+_NOT_IN_NAME = re.compile(r"[^A-Za-z0-9_:]")
 
 
-def underscored(name: str, not_in_name: re.Pattern[str] = _NOT_IN_METRIC_NAME) -> str:
+def underscored(name: str) -> str:
     """A name in the alphabet that Prometheus had before version 3.
 
     >>> underscored("cpu.usage"), underscored("95th")
     ('cpu_usage', '_95th')
     """
-    name = not_in_name.sub("_", name)
+    name = _NOT_IN_NAME.sub("_", name)
     return f"_{name}" if name[0].isdigit() else name
 
 
@@ -10355,7 +10358,7 @@ class WriteRequestEncoder:
         tags = parse_json(b'{"":0' + rest).get("tags", {})
         own: dict[str, str] = {}
         for tag, value in sorted(tags.items()):
-            sent = tag if self._utf8 else underscored(tag, _NOT_IN_LABEL_NAME)
+            sent = tag if self._utf8 else underscored(tag).replace(":", "_")
             if not value or sent == NAME:  # no tag; and none can hide the name
                 continue
             if own.setdefault(sent, value) != value:
@@ -10423,11 +10426,33 @@ class WriteRequestEncoder:
 
 
 class Reply(NamedTuple):
-    """What a receiver said to a request; its status is 0 where it said nothing."""
+    """What a receiver said to a request: status 0 if nothing, and -1 if it was not even reached."""
 
     status: int
     reason: str
     retry_after_s: float | None = None
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether the receiver has the samples."""
+        return 200 <= self.status < 300
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether the request would be refused again, for what is in it."""
+        if self.status == 500:
+            return _BLAMES_SAMPLE.search(self.reason) is not None
+        return 400 <= self.status < 500 and self.status not in (*_SET_UP_FAULTS, 408, 429)
+
+    @property
+    def needs_somebody(self) -> bool:
+        """Whether it will be so until somebody mends the set-up."""
+        return self.status in _SET_UP_FAULTS or 300 <= self.status < 400
+
+    @property
+    def is_uncertain(self) -> bool:
+        """Whether the receiver may have the samples all the same."""
+        return self.status in (0, 502, 504)
 
 
 class Receiver:
@@ -10472,6 +10497,11 @@ class Receiver:
     def post(self, body: bytes) -> Reply:
         """Send a request, and wait for what the receiver says."""
         try:
+            if self._connection.sock is None:
+                self._connection.connect()
+        except OSError as error:
+            return Reply(-1, f"can't connect: {error}")
+        try:
             self._connection.request("POST", self._target, body, self._headers)
             response = self._connection.getresponse()
             reason = response.read(65_536)[:300].decode("utf-8", "backslashreplace").strip()
@@ -10481,7 +10511,7 @@ class Receiver:
             return Reply(response.status, reason, retry_after_s)
         except (OSError, http.client.HTTPException) as error:
             self._connection.close()
-            return Reply(0, str(error) or type(error).__name__)
+            return Reply(0, f"no answer: {error or type(error).__name__}")
 
 
 def _retry_after_s(text: str) -> float | None:
@@ -10518,15 +10548,11 @@ GATHER_S = 1.0  # an idle sender sends what came in so long
 LOOK_S = 0.25  # how often the alarm rings
 FIRST_RETRY_S, LONGEST_RETRY_S = 0.03, 5.0  # waits between attempts: doubled, and a little random
 SPLIT_REQUESTS = 64  # at most so many to find which samples a receiver refuses
-COMPLAINT_S = 60.0  # the same complaint is not logged again before
+COMPLAINT_S = 60.0  # a receiver is not complained of again before
 METADATA_S = 60.0  # how often types are sent
 BACKLOG_BYTES = 10 * 1024**3
 CHECKED_BYTES = 256  # before an offset: by them a file is known again
 AGENT_SEGMENT_BYTES = 64 * 1024 * 1024
-# These tell of a wrong set-up, which somebody mends; no sample is at fault.
-_SET_UP_FAULTS = (401, 403, 404, 405, 407)
-# Prometheus before 2.49 answers them with 500, for ever.
-_BLAMES_SAMPLE = re.compile("too old sample|invalid sample")
 
 
 class SenderOptions(NamedTuple):
@@ -10704,11 +10730,12 @@ class Sender:
         self._said: deque[str] = deque()  # lines for the front; the alarm sends them
         self._unsent = b""
         self._next_status = self._next_metadata = 0.0
-        self._complaints: dict[str, float] = {}  # when each was logged last
+        self._next_complaints: dict[str, float] = {}  # by their first words
+        self._maybe_taken = False  # the receiver may have what is being sent
         self._error = ""  # why the receiver takes nothing now
         self._counts: dict[str, float] = defaultdict(int)  # as in _SENDER_STATISTICS
         self._line_bytes = 150.0  # of the log, on average
-        self._highest_ms = 0  # the newest time of a sample that was taken
+        self._newest_ms = self._newest_taken_ms = 0  # times of samples
 
     def run(self) -> None:
         """Send until the front says stop, or is gone."""
@@ -10773,7 +10800,8 @@ class Sender:
             "error": self._error,
             "pending_bytes": pending_bytes,
             "samples_pending": math.ceil(pending_bytes / self._line_bytes),
-            "highest_sent_s": self._highest_ms / 1000,
+            "highest_s": self._newest_ms / 1000,
+            "highest_sent_s": self._newest_taken_ms / 1000,
             "counts": dict(self._counts),
         }
 
@@ -10783,81 +10811,74 @@ class Sender:
             self._said.append(write_json({"log": record.getMessage(), "level": record.levelno}))
         return False
 
-    def _complain(self, about: str, text: str, *values: object) -> None:
-        """Log a complaint, if the last one about the same thing is long ago."""
-        now = time.monotonic()
-        if now >= self._complaints.get(about, -math.inf) + COMPLAINT_S:
-            self._complaints[about] = now
-            logger.warning(text, *values)
+    def _complain(self, complaint: str) -> None:
+        """Log what is wrong with the receiver, each kind at most once a minute."""
+        kind, now = complaint.split()[0], time.monotonic()
+        if now >= self._next_complaints.get(kind, 0.0):
+            self._next_complaints[kind] = now + COMPLAINT_S
+            logger.warning("%s %s", self._receiver.name, complaint)
 
     # ---- samples are sent
 
     def _send_piece(self) -> int:
         """Send the next piece of the log; how many bytes it had."""
         known = self._reader.checkpoint
-        maybe_taken = known.end > known.offset  # a sender ended before it had the answer
+        self._maybe_taken = known.end > known.offset  # a sender ended before it had the answer
         try:
             self._give_up_beyond_backlog()
             lines = self._reader.read()
             if lines:
                 self._reader.note(lines, is_taken=False)
-                self._deliver(lines, maybe_taken)
+                self._deliver(lines)
                 self._reader.note(lines, is_taken=True)
                 self._send_metadata()
         except _GivenUp:
             return PIECE_BYTES
         return len(lines)
 
-    def _deliver(self, lines: bytes, maybe_taken: bool) -> None:
+    def _deliver(self, lines: bytes) -> None:
         """Send lines until they are taken; what is refused is halved, to find what really is."""
         samples: list[_LineOfLog] = _LOG_LINE.findall(lines)
         if not samples:
             return
         self._line_bytes = len(lines) / len(samples)
+        newest_ms = _line_time_ms(max(sample[0] for sample in samples)) or 0
+        self._newest_ms = max(self._newest_ms, newest_ms)
         parts, requests = [samples], 0
         while parts:
             part = parts.pop()
-            reply, may_be_repeated = self._send(self._encoder.encode(part), len(part))
-            maybe_taken |= may_be_repeated
+            reply = self._send(self._encoder.encode(part), len(part))
             requests += 1
-            if not _is_refused(reply):
-                self._counts["samples_total"] += len(part)
-            elif len(part) > 1 and requests + len(parts) + 2 <= SPLIT_REQUESTS:
-                if part is samples:  # by series, so that few parts have any of a bad one
+            if reply.is_refused and len(part) > 1 and requests + len(parts) + 2 <= SPLIT_REQUESTS:
+                if part is samples:  # by series: a bad one is in few parts, and none overtakes
                     part.sort(key=operator.itemgetter(3, 1, 0))
                 middle = len(part) // 2
                 parts += (part[middle:], part[:middle])
-            elif maybe_taken:  # the receiver has it already, and that is what it complains of
+            elif reply.is_taken or self._maybe_taken:  # then it complains of what it has already
                 self._counts["samples_total"] += len(part)
             else:
                 self._counts["samples_failed_total"] += len(part)
-                self._complain(
-                    "refused", "%s refuses %d samples: %d %s", self._receiver.name, len(part),
-                    reply.status, reply.reason,
-                )  # fmt: skip
-        newest_ms = _line_time_ms(max(sample[0] for sample in samples))
-        self._highest_ms = max(self._highest_ms, newest_ms or 0)
+                self._complain(f"refuses {len(part)} samples: {reply.status} {reply.reason}")
+        self._newest_taken_ms = self._newest_ms
 
-    def _send(self, body: bytes, samples: int) -> tuple[Reply, bool]:
-        """Send a request until it is taken or refused; whether it may have been taken twice."""
-        wait_s, maybe_taken = FIRST_RETRY_S, False
+    def _send(self, body: bytes, samples: int) -> Reply:
+        """Send a request until it is taken or refused."""
+        wait_s = FIRST_RETRY_S
         while True:
             began = time.monotonic()
             reply = self._receiver.post(body)
             self._counts["sent_batch_duration_seconds_sum"] += time.monotonic() - began
             self._counts["sent_batch_duration_seconds_count"] += 1
-            if 200 <= reply.status < 300 or _is_refused(reply):
+            if reply.is_taken or reply.is_refused:
                 self._counts["bytes_total"] += len(body)
                 self._error = ""
-                return reply, maybe_taken
+                return reply
             self._counts["samples_retried_total"] += samples
-            maybe_taken |= reply.status in (0, 502, 504)
-            self._error = f"{reply.status or 'no answer'}: {reply.reason}"
+            self._maybe_taken |= reply.is_uncertain
+            self._error = f"{reply.status if reply.status > 0 else ''} {reply.reason}".strip()
             if wait_s > FIRST_RETRY_S:  # once is nothing: a kept connection was closed
-                self._complain(
-                    self._error, "%s takes nothing: %s", self._receiver.name, self._error
-                )
-            if reply.status in _SET_UP_FAULTS or 300 <= reply.status < 400:
+                self._complain(f"takes nothing: {self._error}")
+            if reply.needs_somebody:
                 wait_s = LONGEST_RETRY_S
             self._wait_for_receiver(reply.retry_after_s or wait_s * random.uniform(0.5, 1.0))
             wait_s = min(2 * wait_s, LONGEST_RETRY_S)
@@ -10886,13 +10907,6 @@ class Sender:
             self._next_metadata = now + METADATA_S
             reply = self._receiver.post(body)
             logger.debug("metadata: %d %s", reply.status, reply.reason)
-
-
-def _is_refused(reply: Reply) -> bool:
-    """Whether a request would be refused again, for what is in it."""
-    if reply.status == 500:
-        return _BLAMES_SAMPLE.search(reply.reason) is not None
-    return 400 <= reply.status < 500 and reply.status not in (*_SET_UP_FAULTS, 408, 429)
 
 
 def sender_main(arguments: list[str]) -> int:
@@ -10952,6 +10966,12 @@ _SENDER_STATISTICS = (
     ("samples_dropped_total", "", "counter", "Samples given up, as the backlog was too long."),
     ("samples_pending", "", "gauge", "About how many samples wait to be sent."),
     ("pending_bytes", "", "gauge", "How much of the log waits to be sent."),
+    (
+        "highest_s",
+        "highest_timestamp_in_seconds",
+        "gauge",
+        "The newest time of a sample that was read from the log.",
+    ),
     (
         "highest_sent_s",
         "queue_highest_sent_timestamp_seconds",

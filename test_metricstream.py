@@ -7827,10 +7827,10 @@ def test_of_a_refused_request_all_but_the_refused_samples_arrive(tmp_path, statu
         eventually(lambda: statistics_of(started, "samples_total") == 898)
         assert receiver.names() == set(names) - {"m77", "m500"}
         assert set(receiver.taken.values()) == {1}
-        assert statistics_of(started, "samples_failed_total") == 2
+        eventually(lambda: statistics_of(started, "samples_failed_total") == 2)
         assert len(receiver.requests) <= 64
         out = started.stop()[1]
-        assert out.count(f" refuses 1 samples: {status} {reason}") == 1
+        assert out.count(f" refuses 1 samples: {status} {reason}") == 1  # once a minute
 
 
 @at_once()
@@ -7897,7 +7897,7 @@ def test_a_receiver_that_is_away_holds_up_nobody_and_gets_all_when_it_is_back(tm
     with forwarding(tmp_path, "--remote-write", url, receiver=other) as (started, _):
         writers = Writers(started.port, "w", count=2, pause_s=0.01)
         eventually(lambda: len(other.taken) > 300)
-        behind = re.compile("[0-9]+ bytes behind; no answer: .*refused")
+        behind = re.compile("[0-9]+ bytes behind; can't connect: .*refused")
         eventually(lambda: behind.fullmatch(started.health()["remote_write"][url]))
         assert started.health()["status"] == "healthy"
         with FakeReceiver(port) as back:
@@ -8020,9 +8020,10 @@ def test_a_real_prometheus_gets_all_though_it_is_killed(tmp_path):
         wanted = len(writers.acknowledged) + 100
         eventually(lambda: len(writers.acknowledged) > wanted)
         with PrometheusProcess(tmp_path, port=port) as prometheus:
-            post_names(started.port, "late", timestamp=time.time() - 7200)  # Prometheus refuses it
             writers.stop()
             eventually(lambda: found(prometheus) == len(writers.acknowledged), 20)
+            # Prometheus refuses it, and nothing that goes with it
+            post_names(started.port, "late", timestamp=time.time() - 7200)
             post_names(started.port, "gone", timestamp=time.time() - 2)
             with contextlib.closing(Client(port)) as client:
                 gone = "/api/v1/query?query=gone"
@@ -8634,6 +8635,10 @@ WORST_INPUTS: dict[str, list[tuple[str, str, str]]] = {
     "_JSON_ESCAPE": [("", "\\", ""), ("", "\\ud8", ""), ("", "\\ud800", "")],
     "_LABEL_VALUES": [("label/", "a", ""), ("label/", "/values", "/value")],
     "[-+]?[0-9]{1,19}": [("", "1", ""), ("", "-", "")],
+    "_NOT_IN_NAME": [("", "a", ""), ("", "é", "")],
+    r"""[^!-~]|["\\]""": [("", "a", ""), ("", "a", "é")],
+    "_BLAMES_SAMPLE": [("", "too old sampl", ""), ("", "invalid ", ""), ("", "t", "")],
+    "[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\\t -~]*": [("", "a", ""), ("a:", "a", "\0"), ("", ":", "\0")],
     "([0-9]{1,15})(?:([KMGT])B|B)?": [("", "1", ""), ("1K", "B", "")],
 }  # fmt: skip
 
