@@ -25,7 +25,8 @@ The way of one POST, from the socket to the disk and back, with the chapter of e
     7    Statistics.record               one event for each
 
 That is part I, a complete server by itself. The log is the seam: a second process follows it, keeps
-series, and answers queries (parts II and III); no query can hold up ingestion.
+series, and answers queries (parts II and III); no query can hold up ingestion. Others send what the
+log holds on to a cluster (part V).
 
 A chapter uses only what stands above it, so the order of reading is the order of the flow is the
 order of dependency. `grep -nE '^# (PART|[0-9]+\\.)' metricstream.py` prints the table of contents.
@@ -10168,8 +10169,8 @@ _STORE_STATISTICS = (
 # snappy block, over HTTP. Both formats are small when they are only written. A general compressor
 # looks for repetitions at every few bytes; this encoder knows what repeats, for it has put it
 # there: the name and the labels of a series become copies of their last occurrence, all else stands
-# as it is. What it costs: 22 to 30 bytes a sample, where a search for all repetitions takes 13 and,
-# in Python, 12 µs more.
+# as it is. What it costs: 20 bytes a sample where a series has several in a request, 36 where it has
+# one; a search for all repetitions makes 8 and, in Python, takes 12 µs a sample instead of 3.
 #
 # Sources: Prometheus Remote-Write 1.0; the encoding of protocol buffers; snappy's
 # format_description.txt.
@@ -11004,7 +11005,7 @@ def add_senders(service: Service, targets: Iterable[SenderOptions]) -> list[Foll
 
 def refuse_query(request: Request, client: str) -> NoReturn:
     """What an agent says to a query."""
-    raise HTTPError(404, "this is an agent: it only sends samples on; query their receiver")
+    raise HTTPError(404, "this is an agent: it only sends samples on; query the receiver")
 
 
 class AgentSegments:

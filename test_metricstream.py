@@ -8142,6 +8142,13 @@ def test_mistakes_are_one_clear_line_and_a_status(tmp_path):
             (["0", "--tls-cert", str(readable), "--tls-key", str(readable)], 1, "can't use certificate"),
             (["0", "--tls-cert", "none", "--tls-key", "none"], 1, "No such file"),
             (["--new-client", "10.0.0.7"], 2, "must be a letter and"),
+            (["0", "--agent"], 2, "--agent needs a receiver"),
+            (["0", "--remote-write", "host:9090"], 2, "must be a URL of http or https"),
+            (["0", *["--remote-write", "http://host/"] * 2], 2, "the same receiver twice"),
+            (["0", "--remote-write-header", "Name"], 2, "not of the form 'Name: value'"),
+            (["0", "--external-label", "9=x"], 2, "'9=x' is not of the form name=value"),
+            (["0", "--data-dir", str(tmp_path / "d"), "--remote-write", "https://host/",
+              "--remote-write-ca", "none"], 1, "can't use certificates none: No such file"),
         ]  # fmt: skip
         outcomes = list(pool.map(lambda mistake: run(*mistake[0]), mistakes))
         for (_, status, reason), ended in zip(mistakes, outcomes):
