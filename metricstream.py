@@ -11156,6 +11156,19 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--allowed-host", metavar="NAME", action="append", default=[],
         help="a name, beside localhost and addresses, under which browsers may write here; "
         "may be repeated")
+    add("--tls-cert", metavar="FILE", help="serve HTTPS: the certificate and its chain, as PEM")
+    add("--tls-key", metavar="FILE", help="its private key, as PEM")
+    add("--log-level", choices=("debug", "info", "warning", "error"), default="info",
+        help="default info")
+    add("--version", action="version", version=f"MetricStream {__version__}")
+    # fmt: on
+    _add_remote_write_options(parser)
+    return parser
+
+
+def _add_remote_write_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    # fmt: off
     add("--remote-write", metavar="URL", type=_receiver_url, action="append", default=[],
         help="send every sample on to a receiver of Prometheus's remote write; may be repeated")
     add("--remote-write-header", metavar="'NAME: VALUE'", type=_header, action="append", default=[],
@@ -11170,13 +11183,7 @@ def argument_parser() -> argparse.ArgumentParser:
         help="a label of every sample that is sent on; may be repeated")
     add("--agent", action="store_true",
         help="only send samples on: no store, no queries; needs --remote-write")
-    add("--tls-cert", metavar="FILE", help="serve HTTPS: the certificate and its chain, as PEM")
-    add("--tls-key", metavar="FILE", help="its private key, as PEM")
-    add("--log-level", choices=("debug", "info", "warning", "error"), default="info",
-        help="default info")
-    add("--version", action="version", version=f"MetricStream {__version__}")
     # fmt: on
-    return parser
 
 
 def _number_from(least: int, most: int = 10**9) -> Callable[[str], int]:

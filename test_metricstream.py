@@ -7888,6 +7888,27 @@ def test_kill_9_of_front_and_sender_loses_nothing(tmp_path):
     assert set(times.values()) == {1}, "what was sent twice has another timestamp"
 
 
+@needs_proc
+@at_once()
+def test_a_long_backlog_costs_no_memory(tmp_path):
+    samples = (Sample(f"m{number % 50}", number, "gauge", {"host": f"h{number // 50 % 40}"}, number)
+               for number in range(200_000))  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_text("".join(map(metricstream.log_line, samples)))
+    receiver = FakeReceiver()
+    receiver.usual = 503
+    with forwarding(tmp_path, "--agent", receiver=receiver) as (started, _):
+        eventually(lambda: len(receiver.requests) > 3)
+        (sender,) = children_of(started.process.pid)
+        assert 150_000 < statistics_of(started, "samples_pending") < 250_000
+        before = Footprint.of(sender)
+        receiver.usual = 204
+        eventually(lambda: statistics_of(started, "samples_total") == 200_000, 30)
+        assert Footprint.of(sender).resident_bytes - before.resident_bytes < 16 * MIB
+        assert before.resident_bytes < 96 * MIB
+        assert Footprint.of(started.process.pid).resident_bytes < 96 * MIB
+    assert {time_ms for _, time_ms, _ in receiver.taken} == set(range(200_000))
+
+
 @at_once()
 def test_a_receiver_that_is_away_holds_up_nobody_and_gets_all_when_it_is_back(tmp_path):
     other = FakeReceiver()
