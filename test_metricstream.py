@@ -16,6 +16,7 @@ import gc
 import gzip
 import hashlib
 import http.client
+import http.server
 import itertools
 import json
 import math
@@ -6785,9 +6786,12 @@ def needs(*programs: str) -> pytest.MarkDecorator:
 
 
 class PrometheusProcess:
-    """An installed Prometheus over given samples, on a free port."""
+    """An installed Prometheus over given samples, which also takes remote write; on a free port
+    where none is given.
+    """
 
-    def __init__(self, folder: Path, samples: Iterable[tuple[dict[str, str], float, float]]) -> None:
+    def __init__(self, folder: Path, samples: Iterable[tuple[dict[str, str], float, float]] = (),
+                 port: int = 0) -> None:  # fmt: skip
         text, tsdb, config = folder / "samples.txt", folder / "tsdb", folder / "prometheus.yml"
         with text.open("w") as file:
             for labels, value, time_s in samples:
@@ -6796,13 +6800,15 @@ class PrometheusProcess:
                 file.write(f"{labels['__name__']}{{{tags}}} {value!r} {time_s:.3f}\n")
             file.write("# EOF\n")
         command = ["promtool", "tsdb", "create-blocks-from", "openmetrics", str(text), str(tsdb)]
-        subprocess.run(command, check=True, capture_output=True)
+        if samples:
+            subprocess.run(command, check=True, capture_output=True)
         config.write_text("")
-        with socket.create_server(("127.0.0.1", 0)) as free:
+        with socket.create_server(("127.0.0.1", port)) as free:
             self.port = free.getsockname()[1]
         self.process = subprocess.Popen(
             ["prometheus", f"--web.listen-address=127.0.0.1:{self.port}", f"--config.file={config}",
-             f"--storage.tsdb.path={tsdb}", "--storage.tsdb.retention.time=100y"],
+             f"--storage.tsdb.path={tsdb}", "--storage.tsdb.retention.time=100y",
+             "--web.enable-remote-write-receiver"],
             stderr=subprocess.DEVNULL,
         )  # fmt: skip
         eventually(self.is_ready, 30)
@@ -7967,6 +7973,859 @@ def test_promtool_gives_the_same_verdict_on_the_table(tmp_path):
 
 
 # ==================================================================================================
+# PART V. SCALING OUT
+# ==================================================================================================
+
+Labelled = tuple[tuple[str, str], ...]  # the labels of a series, in the order in which they came
+
+
+# ---- a reader of requests that believes nothing ----
+
+
+def read_varint(octets: bytes, position: int) -> tuple[int, int]:
+    number = shift = 0
+    while True:
+        number |= (octets[position] & 127) << shift
+        shift += 7
+        position += 1
+        if octets[position - 1] < 128:
+            return number, position
+
+
+def unsnapped(block: bytes) -> bytes:
+    """What a snappy block stands for: its format_description.txt, word by word."""
+    length, position = read_varint(block, 0)
+    out = bytearray()
+    while position < len(block):
+        tag = block[position]
+        position += 1
+        if tag & 3 == 0:
+            size = tag >> 2
+            if size >= 60:
+                octets = size - 59
+                size = int.from_bytes(block[position : position + octets], "little")
+                position += octets
+            literal = block[position : position + size + 1]
+            assert len(literal) == size + 1
+            out += literal
+            position += size + 1
+            continue
+        octets = (0, 1, 2, 4)[tag & 3]
+        back = int.from_bytes(block[position : position + octets], "little")
+        position += octets
+        size = (tag >> 2) + 1
+        if tag & 3 == 1:
+            size, back = (tag >> 2 & 7) + 4, back | tag >> 5 << 8
+        assert 0 < back <= len(out)
+        for _ in range(size):
+            out.append(out[-back])
+    assert len(out) == length
+    return bytes(out)
+
+
+def protobuf_fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """The fields of a message: number, and an integer or bytes."""
+    position = 0
+    while position < len(message):
+        key, position = read_varint(message, position)
+        if key & 7 == 0:
+            value, position = read_varint(message, position)
+        else:
+            size = 8
+            if key & 7 == 2:
+                size, position = read_varint(message, position)
+            else:
+                assert key & 7 == 1
+            value = message[position : position + size]
+            assert len(value) == size
+            position += size
+        yield key >> 3, value
+
+
+class WriteRequest:
+    """A request of remote write 1.0, with all that its specification asks of one."""
+
+    def __init__(self, body: bytes):
+        self.series: dict[Labelled, list[tuple[int, bytes]]] = {}  # time in ms, octets of the value
+        self.types: dict[str, int] = {}
+        for number, message in protobuf_fields(unsnapped(body)):
+            if number == 1:
+                self._add_series(message)
+            else:
+                assert number == 3
+                metadata = dict(protobuf_fields(message))
+                self.types[metadata[2].decode()] = metadata[1]
+
+    def _add_series(self, message: bytes) -> None:
+        labels, samples = [], []
+        for number, part in protobuf_fields(message):
+            (first, one), (second, two) = protobuf_fields(part)
+            assert (first, second) == (1, 2)
+            if number == 1:
+                labels.append((one.decode(), two.decode()))
+            else:
+                assert number == 2 and len(one) == 8
+                samples.append((two, one))
+        names = [name for name, _ in labels]
+        assert names == sorted(set(names)) and "__name__" in names and all(v for _, v in labels)
+        times = [time_ms for time_ms, _ in samples]
+        assert times == sorted(set(times)) and times
+        assert tuple(labels) not in self.series
+        self.series[tuple(labels)] = samples
+
+    def samples(self) -> Iterator[tuple[str, int, bytes]]:
+        """(name of the metric, time in ms, octets of the value)"""
+        for labels, samples in self.series.items():
+            for time_ms, value in samples:
+                yield dict(labels)["__name__"], time_ms, value
+
+
+# ==================================================================================================
+# Remote write
+# ==================================================================================================
+
+
+def encoded(*samples: Sample, names: str = "underscore", **external: str) -> WriteRequest:
+    lines = "".join(map(metricstream.log_line, samples)).encode()
+    encoder = metricstream.WriteRequestEncoder(external, names)
+    request = WriteRequest(encoder.encode(metricstream._LOG_LINE.findall(lines)))
+    metadata = encoder.encode_metadata()
+    if metadata:
+        request.types = WriteRequest(metadata).types
+    return request
+
+
+def double(value: float) -> bytes:
+    return struct.pack("<d", value)
+
+
+def test_a_request_has_the_bytes_of_the_specification():
+    line = metricstream.log_line(Sample("cpu", 1.5, "counter", {"host": "a"}, 300)).encode()
+    encoder = metricstream.WriteRequestEncoder({})
+    body = encoder.encode(metricstream._LOG_LINE.findall(line))
+    labels = b"\x0a\x0f" + b"\x0a\x08__name__" + b"\x12\x03cpu" + b"\x0a\x09" + b"\x0a\x04host\x12\x01a"
+    sample = b"\x12\x0c" + b"\x09" + double(1.5) + b"\x10\xac\x02"
+    series = b"\x0a" + bytes([len(labels + sample)]) + labels + sample
+    assert body == bytes([len(series), (len(series) - 1) << 2]) + series
+    metadata = b"\x1a\x07" + b"\x08\x01" + b"\x12\x03cpu"
+    assert encoder.encode_metadata() == bytes([len(metadata), (len(metadata) - 1) << 2]) + metadata
+    assert encoder.encode_metadata() == b""
+
+
+@pytest.mark.parametrize(("sample", "labels"), by_name([
+    ("a name with a dot", Sample("cpu.usage", 1, "gauge", {}, 0), {"__name__": "cpu_usage"}),
+    ("a name that begins with a digit", Sample("95th", 1, "gauge", {}, 0), {"__name__": "_95th"}),
+    ("a colon is of the old alphabet in names alone", Sample("a:b", 1, "gauge", {"c:d": "x"}, 0),
+     {"__name__": "a:b", "c_d": "x"}),
+    ("each character that is not", Sample("é→\\", 1, "gauge", {}, 0), {"__name__": "___"}),
+    ("values of tags stay", Sample("a", 1, "gauge", {"t": "é\\\"\n"}, 0),
+     {"__name__": "a", "t": "é\\\"\n"}),
+    ("an empty tag is none", Sample("a", 1, "gauge", {"t": ""}, 0), {"__name__": "a"}),
+    ("no tag hides the name", Sample("a", 1, "gauge", {"__name__": "b", "..name..": "c"}, 0),
+     {"__name__": "a"}),
+    ("upper case stands before the name", Sample("a", 1, "gauge", {"Z": "1", "z": "2"}, 0),
+     {"Z": "1", "__name__": "a", "z": "2"}),
+    ("two tags of one name", Sample("a", 1, "gauge", {"x_y": "2", "x.y": "1"}, 0),
+     {"__name__": "a", "x_y": "1"}),
+]))  # fmt: skip
+def test_labels_are_unique_in_order_and_of_the_old_alphabet(sample, labels):
+    (found,) = encoded(sample).series
+    assert dict(found) == labels
+
+
+def test_names_stay_where_the_receiver_knows_all_characters():
+    (found,) = encoded(Sample("cpu.é", 1, "gauge", {"x.y": "1"}, 0), names="utf8").series
+    assert dict(found) == {"__name__": "cpu.é", "x.y": "1"}
+
+
+def test_a_label_of_the_series_wins_over_an_external_one():
+    request = encoded(Sample("a", 1, "gauge", {"zone": "1"}, 0), Sample("b", 1, "gauge", {}, 0),
+                      zone="2", Area="3")  # fmt: skip
+    assert list(request.series) == [
+        (("Area", "3"), ("__name__", "a"), ("zone", "1")),
+        (("Area", "3"), ("__name__", "b"), ("zone", "2")),
+    ]
+
+
+def test_a_null_is_prometheus_staleness_marker():
+    ((_, value),) = encoded(Sample("a", None, "gauge", {}, 0)).series[("__name__", "a"),]
+    assert value == bytes.fromhex("020000000000f07f")
+
+
+def test_samples_of_a_series_ascend_and_of_two_with_one_time_the_later_wins(caplog):
+    tags, other_order = {"a": "1", "b": "2"}, {"b": "2", "a": "1"}
+    request = encoded(
+        Sample("m.x", 3, "gauge", tags, 3000), Sample("m_x", 1, "gauge", other_order, 1000),
+        Sample("m.x", 2, "counter", tags, 2000), Sample("m.x", 4, "gauge", tags, 1000),
+    )  # fmt: skip
+    labels = (("__name__", "m_x"), ("a", "1"), ("b", "2"))
+    times = [(1000, double(4)), (2000, double(2)), (3000, double(3))]
+    assert request.series == {labels: times}
+    assert 'two metrics as "m_x": "m_x" and "m.x"' in caplog.text
+
+
+def test_types_are_sent_as_metadata():
+    kinds = ["counter", "gauge", "histogram", "summary"]
+    request = encoded(*(Sample(f"of.{kind}", 1, kind, {}, 0) for kind in kinds))
+    assert request.types == {"of_counter": 1, "of_gauge": 2, "of_histogram": 3, "of_summary": 5}
+
+
+@pytest.mark.parametrize("seed", range(scaled(5, 100)))
+def test_what_is_encoded_is_what_was_pushed(seed):
+    rng = random.Random(seed)
+    tags = [{"host": "h" * rng.randrange(300) + str(n), "zone": "z" * rng.randrange(70)} for n in range(40)]
+    samples = [
+        Sample(f"m{rng.randrange(9)}", rng.choice([rng.uniform(-9, 9), 10**17, -0.0, 1e300]), "gauge",
+               rng.choice(tags), rng.randrange(10**6))
+        for _ in range(rng.choice([1, 30, 5000]))
+    ]  # fmt: skip
+    expected: dict[Labelled, dict[int, bytes]] = {}
+    for sample in samples:
+        labels = {name: value for name, value in sample.tags.items() if value}
+        key = tuple(sorted({"__name__": sample.name, **labels}.items()))
+        expected.setdefault(key, {})[sample.timestamp_ms] = double(sample.value)
+    assert {k: dict(v) for k, v in encoded(*samples).series.items()} == expected
+
+
+def test_lines_of_the_log_that_are_no_metrics_are_left_out():
+    good = metricstream.log_line(Sample("a", 1, "gauge", {}, 0)).encode()
+    bad = b'\nnoise\n{"timestamp":"2026-99-99T00:00:00.000Z","name":"a","value":1,"type":"gauge"}\n'
+    found = metricstream._LOG_LINE.findall(good + bad + good.replace(b"1970", b"1971"))
+    request = WriteRequest(metricstream.WriteRequestEncoder({}).encode(found))
+    assert [len(samples) for samples in request.series.values()] == [2]
+
+
+@pytest.mark.parametrize(("url", "reason"), [
+    ("ftp://host/", "http or https"), ("localhost:9090/api", "http or https"), ("http://", "http or"),
+    ("http://host:port/", "ort"), ('http://host/"', "nothing in it"), ("http://hö/", "nothing in it"),
+])  # fmt: skip
+def test_what_is_no_url_of_a_receiver_is_refused(url, reason):
+    with pytest.raises(ValueError, match=reason):
+        metricstream.Receiver(url)
+
+
+def test_a_password_in_a_url_is_in_no_name():
+    receiver = metricstream.Receiver("http://user:p%40ss@[::1]:9/api?token=secret")
+    assert receiver.name == "http://[::1]:9/api"
+    assert receiver._headers["Authorization"] == "Basic dXNlcjpwQHNz"
+    options = [metricstream.SenderOptions("d", f"http://{user}h/") for user in ("", "a:b@", "a:c@")]
+    assert len({option.checkpoint for option in options}) == 1
+
+
+@pytest.mark.parametrize(("text", "wait_s"), [
+    ("7", 7), ("", None), ("soon", None), ("99999", 600), ("Wed, 21 Oct 2015 07:28:00 GMT", 0),
+])  # fmt: skip
+def test_retry_after_is_seconds_or_a_date(text, wait_s):
+    assert metricstream._retry_after_s(text) == wait_s
+
+
+# ==================================================================================================
+# Sender process
+# ==================================================================================================
+
+
+# ---- the log is read, whatever becomes of its files ----
+
+
+class Crash(Exception):
+    """The sender has ended here."""
+
+
+class ReaderUnderTest:
+    """A log, whose files change, and a reader of it that ends at random steps."""
+
+    def __init__(self, folder: Path, seed: int):
+        self.folder, self.rng = folder, random.Random(seed)
+        self.path = str(folder / "checkpoint.json")
+        self.acknowledged: list[bytes] = []
+        self.received: list[bytes] = []
+        self.sent: bytes | None = None  # noted, and not answered when the reader ended
+        self.moved = 0
+        self.start_front()
+
+    def start_front(self) -> None:
+        self.log = MetricLog(str(self.folder))
+        self.log.on_switch.append(
+            lambda file, descriptor, size: self.followed.begin_file(
+                metricstream.Position(file, size), os.dup(descriptor)
+            )
+        )
+        self.start_reader()
+
+    def start_reader(self) -> None:
+        self.followed = metricstream.FollowedLog(500)
+        self.followed.begin_file(self.log.position, os.dup(self.log.descriptor))
+        self.reader = metricstream.LogReader(str(self.folder), self.path, self.followed, 500)
+        self.reader.begin()
+
+    def append(self) -> None:
+        for _ in range(self.rng.randrange(1, 8)):
+            line = metricstream.log_line(Sample(f"m{len(self.acknowledged)}", 1, "gauge", {}, 0))
+            self.log.append(line.encode())
+            self.acknowledged.append(line.encode())
+
+    def change_file(self, change: Callable[[], None]) -> None:
+        number = self.log.position.file
+        change()
+        eventually(lambda: self.log.position.file > number)
+
+    def rotate(self) -> None:
+        segments = metricstream.log_segments(str(self.folder))
+        taken = metricstream.Checkpoint.read(self.path).segment
+        number = max([taken, *(number for number, _ in segments)]) + 1
+        path = str(self.folder / f"metrics.{number:08d}.jsonl")
+        self.change_file(lambda: self.log.rotate(path))
+
+    def move_away(self) -> None:
+        """As somebody does it who archives logs."""
+        while self.send():  # what was not begun is not known again by its content
+            pass
+        self.append()
+        self.send()
+        self.moved += 1
+
+        def move() -> None:
+            os.rename(self.log.path, self.folder / f"archive-{self.moved}")
+            self.log.reopen()
+
+        self.change_file(move)
+
+    def delete(self) -> None:
+        os.unlink(self.log.path)
+        self.change_file(self.log.recreate_if_deleted)
+        while self.send():  # nobody else has the file
+            pass
+
+    def retire(self) -> None:
+        for number, path in metricstream.log_segments(str(self.folder)):
+            if number <= metricstream.Checkpoint.read(self.path).segment:
+                os.unlink(path)
+
+    def send(self, may_crash: bool = False) -> bytes:
+        def step() -> None:
+            if may_crash and self.rng.random() < 0.2:
+                raise Crash
+
+        self.followed.acknowledge(self.log.position)
+        step()
+        lines = self.reader.read()
+        if self.sent is not None and lines:
+            assert lines == self.sent, "another request than before the crash"
+            self.sent = None
+        step()
+        if lines:
+            self.reader.note(lines, is_taken=False)
+            self.sent = lines
+            step()
+            self.received += lines.splitlines(keepends=True)
+            step()
+            self.reader.note(lines, is_taken=True)
+            self.sent = None
+            step()
+        return lines
+
+    def run(self) -> None:
+        steps = [self.append, self.append, self.rotate, self.move_away, self.delete, self.retire]
+        for _ in range(60):
+            self.rng.choice(steps)()
+            for _ in range(self.rng.randrange(4)):
+                try:
+                    self.send(may_crash=True)
+                except Crash:
+                    if self.rng.random() < 0.3:
+                        self.log.close()
+                        self.start_front()
+                    else:
+                        self.start_reader()
+        while self.send():
+            pass
+        self.log.close()
+
+
+@pytest.mark.parametrize("seed", range(scaled(20, 500)))
+def test_whatever_becomes_of_files_and_senders_nothing_acknowledged_is_skipped(seed, tmp_path):
+    under = ReaderUnderTest(tmp_path, seed)
+    under.run()
+    assert set(under.acknowledged) == set(under.received)
+    assert len(under.acknowledged) > 50
+    assert under.reader.pending_bytes == 0
+
+
+def test_a_log_that_is_another_one_is_sent_from_its_beginning(tmp_path, caplog):
+    under = ReaderUnderTest(tmp_path, 1)
+    under.append()
+    under.send()
+    under.log.close()
+    os.unlink(under.log.path)
+    under.acknowledged.clear()
+    under.start_front()
+    for _ in range(9):
+        under.append()
+    while under.send():
+        pass
+    assert set(under.acknowledged) <= set(under.received)
+    assert "is not the one that was sent" in caplog.text
+    under.log.close()
+
+
+def test_the_oldest_files_are_given_up_and_never_the_one_that_grows(tmp_path):
+    under = ReaderUnderTest(tmp_path, 1)
+    for _ in range(3):
+        under.append()
+        under.rotate()
+    under.append()
+    under.followed.acknowledge(under.log.position)
+    total = len(under.acknowledged)
+    lost = [under.reader.give_up() for _ in range(4)]
+    assert all(lost[:3]) and lost[3] == 0 and under.reader.checkpoint.segment == 3
+    while under.send():
+        pass
+    assert under.received == under.acknowledged[sum(lost) :] and total == len(under.acknowledged)
+    under.log.close()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"segment":1}', '{"segment":"x"}', "\0" * 60])
+def test_a_checkpoint_that_makes_no_sense_is_none(text, tmp_path):
+    (tmp_path / "checkpoint").write_text(text)
+    assert metricstream.Checkpoint.read(str(tmp_path / "checkpoint")) == (0, 0, 0, 0)
+
+
+def test_a_store_keeps_what_others_have_not_taken_of_the_log(tmp_path):
+    path = str(tmp_path / "checkpoint")
+    under = a_store(tmp_path, checkpoints=(path,))
+    for number in range(2):
+        under.push([Sample("m", number, "gauge", {}, number)])
+        under.cut()
+    under.maintain()
+    segments = functools.partial(metricstream.log_segments, str(tmp_path))
+    assert [number for number, _ in segments()] == [1, 2]
+    metricstream.Checkpoint(1).write(path)
+    under.maintain()
+    assert [number for number, _ in segments()] == [2]
+    under.close()
+    under.open()  # what is kept for others is not read again
+    assert under.store.replayed == 0
+    metricstream.Checkpoint(7).write(path)
+    under.store.refresh()
+    assert under.store.next_segment().endswith("metrics.00000008.jsonl")
+    under.close()
+
+
+# ---- a receiver that does what it is told ----
+
+
+class FakeReceiver(http.server.ThreadingHTTPServer):
+    """A receiver of remote write. `plan` is what it does with the next requests: a status, a status
+    with a reason or a Retry-After, or a word for a fault; it takes all others. `refuses` says which
+    names it refuses; `usual` what it does when the plan is empty.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), FakeReceiverHandler)
+        self.port = self.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}/write"
+        self.plan: list[Any] = []
+        self.usual: Any = 204
+        self.refuses: Callable[[str], bool] = lambda name: False
+        self.refusal = (400, "out of order sample")
+        self.requests: list[tuple[float, dict[str, str], WriteRequest]] = []
+        self.taken: Counter[tuple[str, int, bytes]] = Counter()
+        self.released = threading.Event()  # for those that hang
+        self.thread = threading.Thread(target=self.serve_forever, args=(0.01,))
+        self.thread.start()
+
+    def names(self) -> set[str]:
+        return {name for name, _, _ in list(self.taken)}
+
+    def server_close(self) -> None:
+        self.released.set()
+        self.shutdown()
+        self.thread.join()
+        super().server_close()
+
+
+class FakeReceiverHandler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: FakeReceiver
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_POST(self) -> None:
+        request = WriteRequest(self.rfile.read(int(self.headers["Content-Length"])))
+        fields = {name.lower(): value for name, value in self.headers.items()}
+        samples = list(request.samples())
+        server = self.server
+        server.requests.append((time.monotonic(), fields, request))
+        step = server.usual
+        if samples and server.plan:
+            step = server.plan.pop(0)
+        status, reason = step if isinstance(step, tuple) else (step, "")
+        if step == "hang":
+            server.released.wait(60)
+        if step == "take and say nothing" or (status == 204 and samples):
+            if any(server.refuses(name) for name, _, _ in samples):
+                status, reason = server.refusal
+            else:
+                server.taken.update(samples)
+        if step == "half an answer":
+            self.wfile.write(b"HTTP/1.1 20")
+        if isinstance(step, str):
+            self.close_connection = True
+            return
+        self.send_response(status)
+        if isinstance(reason, int):
+            self.send_header("Retry-After", str(reason))
+            reason = ""
+        self.send_header("Content-Length", str(len(reason)))
+        self.end_headers()
+        self.wfile.write(reason.encode())
+
+
+@contextlib.contextmanager
+def forwarding(folder: Path, *options: str, receiver: FakeReceiver | None = None
+               ) -> Iterator[tuple[ServerProcess, FakeReceiver]]:  # fmt: skip
+    """A server process that sends on to a receiver."""
+    receiver = receiver or FakeReceiver()
+    arguments = ("--rate-limit", "0", "--remote-write", receiver.url, *options)
+    with receiver, ServerProcess(folder, *arguments) as started:
+        yield started, receiver
+
+
+def post_names(port: int, *names: str, **fields: Any) -> None:
+    with contextlib.closing(Client(port)) as client:
+        metrics = [{"name": name, "value": 1, **fields} for name in names]
+        assert client.ask("POST", "/metrics", {"metrics": metrics}).status == 200
+
+
+def statistics_of(started: ServerProcess, name: str) -> float:
+    """A number of the only sender."""
+    with contextlib.closing(Client(started.port)) as client:
+        (number,) = client.ask("GET", "/metrics").json[f"remote_storage_{name}"].values()
+        return number
+
+
+@at_once()
+def test_what_is_pushed_arrives_with_its_headers_types_and_labels(tmp_path):
+    options = ("--external-label", "region=eu", "--remote-write-header", "X-Scope-OrgID: team")
+    with forwarding(tmp_path, *options) as (started, receiver):
+        post_names(started.port, "a.b", type="counter", tags={"host": "web1"}, timestamp=1.5)
+        eventually(lambda: len(receiver.requests) == 2)
+        (_, fields, request), (_, _, metadata) = receiver.requests
+        expected = {
+            "content-type": "application/x-protobuf", "content-encoding": "snappy",
+            "x-prometheus-remote-write-version": "0.1.0", "x-scope-orgid": "team",
+        }  # fmt: skip
+        assert expected.items() <= fields.items() and "authorization" not in fields
+        labels = (("__name__", "a_b"), ("host", "web1"), ("region", "eu"))
+        assert request.series == {labels: [(1500, double(1))]}
+        assert metadata.types == {"a_b": 1} and not metadata.series
+        eventually(lambda: statistics_of(started, "samples_total") == 1)
+        assert statistics_of(started, "queue_highest_sent_timestamp_seconds") == 1.5
+        assert statistics_of(started, "samples_pending") == 0
+        with contextlib.closing(Client(started.port)) as client:
+            text = client.ask("GET", "/metrics", Accept="text/plain").body.decode()
+        assert f'prometheus_remote_storage_samples_total{{url="{receiver.url}"}} 1\n' in text
+        assert started.stop()[::2] == (0, "")
+
+
+FAULTS = [
+    ("an error of the receiver", [500, 503, 502]), ("too many", [429, (429, 1)]),
+    ("no answer", ["nothing", "take and say nothing"]), ("half an answer", ["half an answer"]),
+    ("a wrong password", [401]), ("no such page", [404, 403]), ("elsewhere", [302]),
+]  # fmt: skip
+
+
+@at_once(FAULTS)
+def test_a_receiver_with_a_fault_gets_all_in_the_end(tmp_path, fault, plan):
+    with forwarding(tmp_path) as (started, receiver):
+        receiver.plan += plan
+        names = [f"m{number}" for number in range(50)]
+        post_names(started.port, *names)
+        eventually(lambda: receiver.names() == set(names), 20)
+        eventually(lambda: statistics_of(started, "samples_total") == 50)
+        assert statistics_of(started, "samples_retried_total") == 50 * len(plan)
+        assert statistics_of(started, "samples_failed_total") == 0
+        times = [when for when, _, request in receiver.requests if request.series]
+        waits = [later - earlier for earlier, later in itertools.pairwise(times)]
+        if plan[0] in (401, 404, 302):  # whoever mends it takes his time
+            assert min(waits) > 2
+        elif (429, 1) in plan:
+            assert waits[1] >= 1
+        else:
+            assert waits[0] < 2
+        assert started.stop()[::2] == (0, "")
+
+
+@at_once([(400, "out of order sample"), (422, ""), (500, "too old sample"), (500, "invalid sample")])
+def test_of_a_refused_request_all_but_the_refused_samples_arrive(tmp_path, status, reason):
+    with forwarding(tmp_path) as (started, receiver):
+        receiver.refuses, receiver.refusal = {"m77", "m500"}.__contains__, (status, reason)
+        names = [f"m{number}" for number in range(900)]
+        post_names(started.port, *names)
+        eventually(lambda: statistics_of(started, "samples_total") == 898)
+        assert receiver.names() == set(names) - {"m77", "m500"}
+        assert set(receiver.taken.values()) == {1}
+        eventually(lambda: statistics_of(started, "samples_failed_total") == 2)
+        assert len(receiver.requests) <= 64
+        out = started.stop()[1]
+        assert out.count(f" refuses 1 samples: {status} {reason}") == 1  # once a minute
+
+
+@at_once()
+def test_a_receiver_that_refuses_everything_is_asked_64_times(tmp_path):
+    with forwarding(tmp_path) as (started, receiver):
+        receiver.refuses = lambda name: name != "good"
+        post_names(started.port, *(f"m{number}" for number in range(1000)))
+        eventually(lambda: statistics_of(started, "samples_failed_total") == 1000)
+        assert len([1 for *_, request in receiver.requests if request.series]) <= 64
+        post_names(started.port, "good")
+        eventually(lambda: receiver.names() == {"good"})
+
+
+@at_once()
+def test_a_request_that_was_sent_before_and_is_refused_now_is_there_already(tmp_path):
+    with forwarding(tmp_path) as (started, receiver):
+        receiver.plan.append("take and say nothing")
+        receiver.usual = (400, "out of order sample")
+        post_names(started.port, *(f"m{number}" for number in range(40)))
+        eventually(lambda: statistics_of(started, "samples_total") == 40)
+        assert statistics_of(started, "samples_failed_total") == 0
+        assert set(receiver.taken.values()) == {1}
+
+
+@at_once()
+def test_kill_9_of_front_and_sender_loses_nothing(tmp_path):
+    rng = random.Random(1)
+    acknowledged: set[str] = set()
+    receiver = FakeReceiver()
+    for number in range(scaled(4, 20)):
+        with contextlib.ExitStack() as stack:
+            options = ("--rate-limit", "0", "--remote-write", receiver.url)
+            started = stack.enter_context(ServerProcess(tmp_path, *options))
+            writers = Writers(started.port, f"w{number}", count=2, pause_s=0.01)
+            for _ in range(2):
+                wanted = len(receiver.taken) + rng.randrange(200)
+                receiver.plan += rng.sample([500, 204, "take and say nothing", "nothing"], 2)
+                eventually(lambda wanted=wanted: len(receiver.taken) >= wanted)
+                for pid in children_of(started.process.pid):
+                    with contextlib.suppress(OSError):
+                        if b"sender" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                            os.kill(pid, signal.SIGKILL)
+            eventually(lambda: len(receiver.taken) > wanted)
+            started.process.kill()
+            started.process.wait()
+            writers.join()
+            acknowledged |= writers.acknowledged
+    with forwarding(tmp_path, receiver=receiver) as (started, _):
+        sent = {name.replace(".", "_") for name in acknowledged}
+        eventually(lambda: sent <= receiver.names(), 20)
+        assert started.stop()[::2] == (0, "")
+    logged_times = Counter(names_in(tmp_path / "metrics.jsonl"))
+    assert set(logged_times.values()) == {1}
+    times = Counter(name for name, _, _ in receiver.taken)
+    assert set(times.values()) == {1}, "what was sent twice has another timestamp"
+
+
+@needs_proc
+@at_once()
+def test_a_long_backlog_costs_no_memory(tmp_path):
+    samples = (Sample(f"m{number % 50}", number, "gauge", {"host": f"h{number // 50 % 40}"}, number)
+               for number in range(200_000))  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_text("".join(map(metricstream.log_line, samples)))
+    receiver = FakeReceiver()
+    receiver.usual = 503
+    with forwarding(tmp_path, "--agent", receiver=receiver) as (started, _):
+        eventually(lambda: len(receiver.requests) > 3)
+        (sender,) = children_of(started.process.pid)
+        assert 150_000 < statistics_of(started, "samples_pending") < 250_000
+        before = Footprint.of(sender)
+        receiver.usual = 204
+        eventually(lambda: statistics_of(started, "samples_total") == 200_000, 30)
+        assert Footprint.of(sender).resident_bytes - before.resident_bytes < 16 * MIB
+        assert before.resident_bytes < 96 * MIB
+        assert Footprint.of(started.process.pid).resident_bytes < 96 * MIB
+    assert {time_ms for _, time_ms, _ in receiver.taken} == set(range(200_000))
+
+
+@at_once()
+def test_a_receiver_that_is_away_holds_up_nobody_and_gets_all_when_it_is_back(tmp_path):
+    other = FakeReceiver()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}/write"
+    with forwarding(tmp_path, "--remote-write", url, receiver=other) as (started, _):
+        writers = Writers(started.port, "w", count=2, pause_s=0.01)
+        eventually(lambda: len(other.taken) > 300)
+        behind = re.compile("[0-9]+ bytes behind; can't connect: .*refused")
+        eventually(lambda: behind.fullmatch(started.health()["remote_write"][url]))
+        assert started.health()["status"] == "healthy"
+        with FakeReceiver(port) as back:
+            writers.stop()
+            sent = {name.replace(".", "_") for name in writers.acknowledged}
+            eventually(lambda: sent <= back.names() and sent <= other.names(), 20)
+            eventually(lambda: started.health()["remote_write"][url] == "0 bytes behind")
+        assert started.stop()[::2] == (0, "")
+
+
+@at_once()
+def test_a_stop_does_not_wait_for_a_receiver_and_the_next_start_sends_the_rest(tmp_path):
+    receiver = FakeReceiver()
+    receiver.plan.append("hang")
+    with ServerProcess(tmp_path, "--remote-write", receiver.url) as started:
+        post_names(started.port, "a")
+        eventually(lambda: receiver.requests)
+        assert started.stop()[::2] == (0, "")
+    with forwarding(tmp_path, receiver=receiver) as (started, _):
+        eventually(lambda: receiver.names() == {"a"})
+
+
+@at_once()
+def test_a_stop_sends_what_came_last(tmp_path):
+    with forwarding(tmp_path) as (started, receiver):
+        post_names(started.port, "a")
+        eventually(lambda: receiver.names() == {"a"})
+        post_names(started.port, "b")
+        assert started.stop()[::2] == (0, "")
+        assert receiver.names() == {"a", "b"}
+
+
+def push_segments(port: int, folder: Path, count: int) -> int:
+    """Push until the log has begun so many new files; how many metrics it took."""
+    pushed = 0
+    for _ in range(count):
+        inode = (folder / "metrics.jsonl").stat().st_ino
+        for _ in range(4):
+            post_names(port, *(f"m{number}" for number in range(pushed, pushed + 500)))
+            pushed += 500
+        eventually(lambda inode=inode: (folder / "metrics.jsonl").stat().st_ino != inode)
+    return pushed
+
+
+@at_once()
+def test_beyond_the_backlog_the_oldest_is_given_up_counted_and_said(tmp_path):
+    receiver = FakeReceiver()
+    receiver.usual = 503
+    with forwarding(tmp_path, "--remote-write-backlog", "400KB", receiver=receiver) as (started, _):
+        pushed = push_segments(started.port, tmp_path, 6)
+        eventually(lambda: statistics_of(started, "samples_dropped_total"))
+        receiver.usual = 204
+        eventually(lambda: statistics_of(started, "pending_bytes") == 0, 20)
+        lost = statistics_of(started, "samples_dropped_total")
+        assert len(receiver.names()) == pushed - lost
+        assert f"m{int(pushed) - 1}" in receiver.names() and "m0" not in receiver.names()
+        assert "the backlog is too long" in started.stop()[1]
+
+
+@at_once()
+def test_an_agent_only_sends_on(tmp_path):
+    with forwarding(tmp_path, "--agent", "--remote-write-backlog", "200KB") as (started, receiver):
+        assert ", agent: no store, no queries" in started.startup_line
+        with contextlib.closing(Client(started.port)) as client:
+            answer = client.ask("GET", "/api/v1/query?query=up")
+        assert answer.status == 404 and "this is an agent" in answer.json["error"]
+        assert "store" not in started.health()
+        (sender,) = children_of(started.process.pid)
+        assert b"sender" in Path(f"/proc/{sender}/cmdline").read_bytes()
+        pushed = push_segments(started.port, tmp_path, 3)
+        eventually(lambda: len(receiver.names()) == pushed)
+        eventually(lambda: not metricstream.log_segments(str(tmp_path)))
+        assert not (tmp_path / "blocks").exists()
+        assert started.stop()[::2] == (0, "")
+
+
+@at_once()
+def test_a_password_is_shown_nowhere(tmp_path):
+    with FakeReceiver() as receiver, contextlib.ExitStack() as stack:
+        url = receiver.url.replace("//", "//user:s3cret@")
+        options = ("--log-level", "debug", "--remote-write", url)
+        started = stack.enter_context(ServerProcess(tmp_path, *options))
+        receiver.plan.append(401)
+        post_names(started.port, "a")
+        eventually(lambda: receiver.requests)
+        assert receiver.requests[0][1]["authorization"] == "Basic dXNlcjpzM2NyZXQ="
+        with contextlib.closing(Client(started.port)) as client:
+            shown = [client.ask("GET", path).body.decode() for path in ("/metrics", "/health")]
+        for pid in children_of(started.process.pid):
+            shown.append(Path(f"/proc/{pid}/cmdline").read_text())
+        _, out, err = started.stop()
+    everything = "".join([*shown, started.startup_line, out, err])
+    assert "s3cret" not in everything and receiver.url in everything
+    assert not any(b"s3cret" in path.read_bytes() for path in tmp_path.glob("*.json*"))
+
+
+# ---- real receivers ----
+
+
+@needs("prometheus", "promtool")
+@at_once()
+def test_a_real_prometheus_gets_all_though_it_is_killed(tmp_path):
+    (tmp_path / "ours").mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}/api/v1/write"
+    options = ("--rate-limit", "0", "--remote-write", url, "--external-label", "region=eu")
+    query = "/api/v1/query?" + urllib.parse.urlencode({"query": 'count({region="eu"})'})
+    with ServerProcess(tmp_path / "ours", *options) as started:
+        writers = Writers(started.port, "w", count=2, pause_s=0.02)
+
+        def found(prometheus: PrometheusProcess) -> int:
+            with contextlib.closing(Client(prometheus.port)) as client:
+                result = client.ask("GET", query).json["data"]["result"]
+            return int(result[0]["value"][1]) if result else 0
+
+        with PrometheusProcess(tmp_path, port=port) as prometheus:
+            eventually(lambda: found(prometheus) > 100)
+            prometheus.process.kill()
+        wanted = len(writers.acknowledged) + 100
+        eventually(lambda: len(writers.acknowledged) > wanted)
+        with PrometheusProcess(tmp_path, port=port) as prometheus:
+            writers.stop()
+            eventually(lambda: found(prometheus) == len(writers.acknowledged), 20)
+            # Prometheus refuses it, and nothing that goes with it
+            post_names(started.port, "late", timestamp=time.time() - 7200)
+            post_names(started.port, "gone", timestamp=time.time() - 2)
+            with contextlib.closing(Client(port)) as client:
+                gone = "/api/v1/query?query=gone"
+                eventually(lambda: client.ask("GET", gone).json["data"]["result"])
+                with contextlib.closing(Client(started.port)) as ours:
+                    ended = {"metrics": [{"name": "gone", "value": None}]}
+                    assert ours.ask("POST", "/metrics", ended).status == 200
+                eventually(lambda: not client.ask("GET", gone).json["data"]["result"])
+        eventually(lambda: statistics_of(started, "samples_failed_total") == 1)
+        assert started.stop()[::2] == (0, "")
+
+
+@needs("victoria-metrics")
+@at_once()
+def test_a_real_victoriametrics_gets_all(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = ["victoria-metrics", f"-httpListenAddr=127.0.0.1:{port}", "-retentionPeriod=100y",
+               f"-storageDataPath={tmp_path / 'vm'}", "-dedup.minScrapeInterval=1ms"]  # fmt: skip
+    url = f"http://127.0.0.1:{port}/api/v1/write"
+    with ServerProcess(tmp_path / "ours", "--remote-write", url, "--remote-write-names", "utf8") as started:
+        post_names(started.port, *(f"m.{number}" for number in range(300)), tags={"host": "é"})
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        try:
+            eventually(lambda: statistics_of(started, "samples_total") == 300, 30)
+            query = "/api/v1/query?" + form_of(query='count({host="é"})', nocache=1).decode()
+
+            def found() -> list:
+                with contextlib.closing(Client(port)) as client:
+                    result = client.ask("GET", query).json["data"]["result"]
+                return [row["value"][1] for row in result]
+
+            eventually(lambda: found() == ["300"], 60)
+        finally:
+            process.terminate()
+            process.wait(30)
+        assert started.stop()[::2] == (0, "")
+
+
+# ==================================================================================================
 # PART VI. COMMAND LINE
 # ==================================================================================================
 
@@ -8045,6 +8904,13 @@ def test_mistakes_are_one_clear_line_and_a_status(tmp_path):
             (["0", "--tls-cert", str(readable), "--tls-key", str(readable)], 1, "can't use certificate"),
             (["0", "--tls-cert", "none", "--tls-key", "none"], 1, "No such file"),
             (["--new-client", "10.0.0.7"], 2, "must be a letter and"),
+            (["0", "--agent"], 2, "--agent needs a receiver"),
+            (["0", "--remote-write", "host:9090"], 2, "must be a URL of http or https"),
+            (["0", *["--remote-write", "http://host/"] * 2], 2, "the same receiver twice"),
+            (["0", "--remote-write-header", "Name"], 2, "not of the form 'Name: value'"),
+            (["0", "--external-label", "9=x"], 2, "'9=x' is not of the form name=value"),
+            (["0", "--data-dir", str(tmp_path / "d"), "--remote-write", "https://host/",
+              "--remote-write-ca", "none"], 1, "can't use certificates none: No such file"),
         ]  # fmt: skip
         outcomes = list(pool.map(lambda mistake: run(*mistake[0]), mistakes))
         for (_, status, reason), ended in zip(mistakes, outcomes):
@@ -8583,6 +9449,10 @@ WORST_INPUTS: dict[str, list[tuple[str, str, str]]] = {
     "_JSON_ESCAPE": [("", "\\", ""), ("", "\\ud8", ""), ("", "\\ud800", "")],
     "_LABEL_VALUES": [("label/", "a", ""), ("label/", "/values", "/value")],
     "[-+]?[0-9]{1,19}": [("", "1", ""), ("", "-", "")],
+    "_NOT_IN_NAME": [("", "a", ""), ("", "é", "")],
+    r"""[^!-~]|["\\]""": [("", "a", ""), ("", "a", "é")],
+    "_BLAMES_SAMPLE": [("", "too old sampl", ""), ("", "invalid ", ""), ("", "t", "")],
+    "[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\\t -~]*": [("", "a", ""), ("a:", "a", "\0"), ("", ":", "\0")],
     "([0-9]{1,15})(?:([KMGT])B|B)?": [("", "1", ""), ("1K", "B", "")],
 }  # fmt: skip
 
