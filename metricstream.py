@@ -12508,7 +12508,7 @@ class _TemplateParser:
             is_hexadecimal = text.lstrip("+-")[:2] in ("0x", "0X")
             number = float.fromhex(text) if is_hexadecimal else float(text)
             if math.isfinite(number) and "_" not in text:
-                if not re.search("[pP]" if is_hexadecimal else "[.eE]", text):
+                if not any(letter in text for letter in ("pP" if is_hexadecimal else ".eE")):
                     self.fail(f"integer overflow: {_quoted(text)}")
                 return number
         self.fail(f"illegal number syntax: {_quoted(text)}")
@@ -13631,7 +13631,7 @@ class RuleTestFile(NamedTuple):
 
 
 _STALE_ITEM = "stale"
-_SERIES_NUMBER = r"[-+]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[iI]nf|[nN]a[nN])"
+_SERIES_NUMBER = r"[-+]?(?:(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[iI]nf|[nN]a[nN])"
 _SERIES_ITEM = re.compile(
     rf"(?P<gap>_)(?:x(?P<gaps>[0-9]{{1,9}}))?|(?P<stale>stale)"
     rf"|(?P<first>{_SERIES_NUMBER})(?:(?P<step>[-+]{_SERIES_NUMBER})?x(?P<times>[0-9]{{1,9}}))?"
@@ -13991,7 +13991,7 @@ def label_set_text(labels: Mapping[str, str]) -> str:
 # ---- matchers ----
 
 _LABEL_NAME = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
-_LABEL_MATCHER = re.compile(r"\s*([a-zA-Z_:][a-zA-Z0-9_:]*)\s*(=~|=|!=|!~)\s*(.*?)\s*", re.DOTALL)
+_LABEL_MATCHER = re.compile(r"\s*([a-zA-Z_:][a-zA-Z0-9_:]*)\s*(=~|=|!=|!~)\s*(.*)", re.DOTALL)
 _MATCHER_TOKEN = re.compile(r'(?:[^,"\\]|\\.|\\\Z|"(?:[^"\\]|\\.)*(?:"|\\?\Z))*', re.DOTALL)
 _MATCHER_VALUE = re.compile(r'(?:[^"\\]|\\.|\\\Z)*', re.DOTALL)
 _MATCHER_ESCAPE = re.compile(r'\\([n"\\])')
@@ -14021,7 +14021,7 @@ def parse_matcher(text: str) -> Matcher:
     match = _LABEL_MATCHER.fullmatch(text)
     if match is None:
         raise ValueError(f"bad matcher format: {_clipped(text)}")
-    name, op, value = match.groups()
+    name, op, value = match[1], match[2], match[3].rstrip()
     if value.startswith('"') and (len(value) < 2 or not value.endswith('"')):
         raise ValueError(f"matcher value contains unescaped double quote: {_clipped(value)}")
     value = value[1:-1] if value.startswith('"') else value
@@ -17469,7 +17469,7 @@ class SenderClient:
         return f"{behind}; {self._status['error']}" if self._status["error"] else behind
 
 
-# Number of a sender, its name behind "prometheus_remote_storage_", type and help.
+# Number of a sender, its name behind "remote_storage_", type and help.
 _SENDER_STATISTICS = (
     ("samples_total", "", "counter", "Samples that the receiver has taken."),
     ("samples_failed_total", "", "counter", "Samples that the receiver refused."),
@@ -17505,8 +17505,8 @@ def add_senders(service: Service, targets: Iterable[SenderOptions]) -> list[Foll
         return lambda: {client.name: client.number(key) for client in clients}
 
     for key, own_name, type_, help_ in _SENDER_STATISTICS:
-        name = f"prometheus_remote_storage_{own_name or key}"
-        service.statistics.add(name, type_, help_, numbers(key), label="url")
+        name = f"remote_storage_{own_name or key}"
+        service.statistics.add(name, type_, help_, numbers(key), f"prometheus_{name}", "url")
     service.health_facts.append(
         lambda: {"remote_write": {client.name: client.state for client in clients}}
     )

@@ -10,6 +10,8 @@ import ast
 import bisect
 import contextlib
 import doctest
+import email
+import email.policy
 import errno
 import functools
 import gc
@@ -7973,6 +7975,1234 @@ def test_promtool_gives_the_same_verdict_on_the_table(tmp_path):
 
 
 # ==================================================================================================
+# Alerts and routes
+# ==================================================================================================
+
+# Conditions on labels, and what they are; None: refused, as amtool refuses them.
+LABEL_MATCHERS: dict[str, list[tuple[str, str, str]] | None] = {
+    "a=b": [("a", "=", "b")],
+    " a = b ": [("a", "=", "b")],
+    'a="b c"': [("a", "=", "b c")],
+    "a=b c": [("a", "=", "b c")],
+    "{a=b,c!=d}": [("a", "=", "b"), ("c", "!=", "d")],
+    "a=~b|c, d!~e": [("a", "=~", "b|c"), ("d", "!~", "e")],
+    'a="b,c",d=e,': [("a", "=", "b,c"), ("d", "=", "e")],
+    'a="\\"b\\" \\\\ \\n \\x"': [("a", "=", '"b" \\ \n \\x')],
+    "a=": [("a", "=", "")],
+    "a=\\": [("a", "=", "\\")],
+    "a=b=c": [("a", "=", "b=c")],
+    "": [],
+    "{}": [],
+    "a": None,
+    "=b": None,
+    "1a=b": None,
+    "a-b=c": None,
+    'a="b': None,
+    'a=b"': None,
+    'a="b"c"': None,
+    "a=~(": None,
+    "a=b,,c=d": None,
+}
+
+
+@pytest.mark.parametrize("text", LABEL_MATCHERS, ids=ascii)
+def test_conditions_on_labels_are_read_as_amtool_reads_them(text):
+    expected = LABEL_MATCHERS[text]
+    if expected is None:
+        with pytest.raises(ValueError):
+            metricstream.parse_matchers(text)
+    else:
+        assert metricstream.parse_matchers(text) == [Matcher(*each) for each in expected]
+
+
+@pytest.mark.parametrize(
+    "condition, labels, holds",
+    [
+        ("a=b", {"a": "b"}, True), ("a=b", {"a": "bc"}, False), ("a=b", {}, False),
+        ("a!=b", {}, True), ("a!=b", {"a": "b"}, False), ("a=", {}, True), ("a=~b.*", {"a": "bc"}, True),
+        ("a=~b", {"a": "bc"}, False), ("a!~b|c", {"a": "c"}, False), ("a!~b", {}, True),
+        ("a=~b,c=d", {"a": "b"}, False), ("a=~b,c=d", {"a": "b", "c": "d"}, True),
+    ],
+)  # fmt: skip
+def test_a_condition_holds_for_labels(condition, labels, holds):
+    assert metricstream.accepts_labels(metricstream.parse_matchers(condition), labels) is holds
+
+
+def a_route_tree(rng: random.Random, depth: int = 0) -> dict[str, Any]:
+    """A route as it stands in a configuration; all of its matchers are of few labels."""
+    route: dict[str, Any] = {}
+    if not depth or rng.random() < 0.7:
+        route["receiver"] = f"r{rng.randrange(5)}"
+    if depth:
+        kind = rng.choice(("matchers", "match", "match_re"))
+        names = rng.sample("abc", rng.randint(1, 2))
+        values = {name: rng.choice(("x", "y", "x|y", ".*", "")) for name in names}
+        if kind == "matchers":
+            route[kind] = [f'{name}{rng.choice(("=", "!=", "=~", "!~"))}"{value}"'
+                           for name, value in values.items()]  # fmt: skip
+        else:
+            route[kind] = values
+        route["continue"] = rng.random() < 0.4
+    if depth < 3:
+        route["routes"] = [a_route_tree(rng, depth + 1) for _ in range(rng.randrange(4))]
+    return route
+
+
+@needs("amtool")
+@pytest.mark.parametrize("seed", range(6))
+def test_routes_lead_where_amtool_says(tmp_path, seed):
+    rng = random.Random(seed)
+    config = {"route": a_route_tree(rng), "receivers": [{"name": f"r{n}"} for n in range(5)]}
+    file = tmp_path / "notify.yml"
+    file.write_text(json.dumps(config))
+    route = metricstream.read_notify_config(file.read_text(), str(file)).route
+    for _ in range(12):
+        labels = {name: rng.choice("xyz") for name in rng.sample("abcd", rng.randint(1, 4))}
+        told = subprocess.run(
+            ["amtool", "config", "routes", "test", f"--config.file={file}",
+             *(f"{name}={value}" for name, value in labels.items())],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        found = [each.receiver for each in route.matching(labels)]
+        assert told.stdout.strip().split(",") == found, (config, labels)
+
+
+# ==================================================================================================
+# Notification configuration
+# ==================================================================================================
+
+ROUTE_AND_RECEIVERS = "route: {receiver: a}\nreceivers: [{name: a}]\n"
+WEBHOOK = "route: {receiver: a}\nreceivers: [{name: a, webhook_configs: [{%s}]}]\n"
+EMAIL = "route: {receiver: a}\nreceivers: [{name: a, email_configs: [{%s}]}]\n"
+MAIL_ADDRESSES = "to: a@b.c, from: d@e.f, smarthost: 'h:25'"
+
+# Configurations that are read, and those that are refused, as amtool 0.25 has it.
+GOOD_CONFIGS = {
+    "the smallest": ROUTE_AND_RECEIVERS,
+    "all of a route": """
+route:
+  receiver: a
+  group_by: [alertname, job]
+  group_wait: 0s
+  group_interval: 1m
+  repeat_interval: 1h30m
+  routes:
+  - matchers: [ severity = page, 'team=~"x|y"' ]
+    receiver: a
+    continue: true
+    group_by: ['...']
+    routes:
+    - match: {a: b}
+    - match_re:
+        c: d.*
+receivers: [{name: a}]
+""",
+    "a webhook": WEBHOOK % "url: 'http://user:pass@h:1/p', send_resolved: false, max_alerts: 3",
+    "basic authentication": WEBHOOK
+    % "url: 'https://h', http_config: {basic_auth: {username: u, password: p}}",
+    "a token": WEBHOOK % "url: 'https://h', http_config: {authorization: {credentials: c}}",
+    "mail": EMAIL % MAIL_ADDRESSES,
+    "mail with its own texts": EMAIL
+    % (MAIL_ADDRESSES + ", html: '', text: '{{ .Status }}', headers: {subject: 's'}"),
+    "mail by globals": "global: {smtp_from: a@b.c, smtp_smarthost: 'h:25', smtp_require_tls: no}\n"
+    + EMAIL % "to: a@b.c",
+    "empty lists of what is not read": ROUTE_AND_RECEIVERS
+    + "inhibit_rules: []\ntemplates: []\ntime_intervals: []\n",
+    "comments and null": "# c\nglobal:\n" + ROUTE_AND_RECEIVERS,
+}
+BAD_CONFIGS = {
+    "no route": ("receivers: [{name: a}]", "1:1: no route is given"),
+    "no receiver": ("route: {}\nreceivers: [{name: a}]", "1:8: the root of the routes needs"),
+    "unknown receiver": ("route: {receiver: b}\nreceivers: [{name: a}]", "1:18: no receiver has"),
+    "twice the same name": ("route: {receiver: a}\nreceivers: [{name: a}, {name: a}]", "2:31: anoth"),
+    "matchers at the root": (
+        "route: {receiver: a, matchers: [a=b]}\nreceivers: [{name: a}]", "1:8: the root of"),
+    "a bad matcher": (
+        "route: {receiver: a, routes: [{matchers: ['a']}]}\nreceivers: [{name: a}]", "1:43: bad match"),
+    "a bad pattern": (
+        "route: {receiver: a, routes: [{match_re: {a: '('}}]}\nreceivers: [{name: a}]", "1:46: inval"),
+    "no list of matchers": (
+        "route: {receiver: a, routes: [{matchers: {a: b}}]}\nreceivers: [{name: a}]", "1:42: 'matche"),
+    "a duration without a unit": (
+        "route: {receiver: a, group_wait: 10}\nreceivers: [{name: a}]", "1:34: not a duration"),
+    "no group interval": (
+        "route: {receiver: a, group_interval: 0s}\nreceivers: [{name: a}]", "1:38: 'group_interval'"),
+    "the same label twice": (
+        "route: {receiver: a, group_by: [a, a]}\nreceivers: [{name: a}]", "1:32: a label stands"),
+    "all labels and one": (
+        "route: {receiver: a, group_by: [a, '...']}\nreceivers: [{name: a}]", "1:32: '...' in"),
+    "an unknown field": ("rute: {}\n" + ROUTE_AND_RECEIVERS, "1:1: 'rute' is not read here"),
+    "no URL": (WEBHOOK % "send_resolved: true", "2:41: a webhook needs 'url'"),
+    "a URL without a scheme": (WEBHOOK % "url: h", "2:47: must be a URL"),
+    "a bad boolean": (WEBHOOK % "url: 'http://h', send_resolved: 1.5", "2:74: 'send_resolved' must"),
+    "two ways to log in": (
+        WEBHOOK % "url: 'http://h', http_config: {authorization: {credentials: c}, "
+        "basic_auth: {username: u}}", "not beside 'basic_auth'"),
+    "basic as a scheme": (
+        WEBHOOK % "url: 'http://h', http_config: {authorization: {type: Basic}}", "there is 'basic_"),
+    "mail to nobody": (EMAIL % "from: a@b.c, smarthost: 'h:25'", "an email needs 'to'"),
+    "mail from nobody": (EMAIL % "to: a@b.c, smarthost: 'h:25'", "an email needs 'from'"),
+    "mail without a server": (EMAIL % "to: a@b.c, from: a@b.c", "an email needs 'smarthost'"),
+    "a server without a port": (
+        EMAIL % "to: a@b.c, from: a@b.c, smarthost: 'h:'", "must be a host and a port"),
+    "no YAML": ("a: [", "1:5:"),
+}  # fmt: skip
+# What Alertmanager reads, and this chapter refuses by name.
+REFUSED_CONFIGS = {
+    "inhibition": (ROUTE_AND_RECEIVERS + "inhibit_rules: [{equal: [a]}]", "3:1: 'inhibit_rules' is"),
+    "time intervals": (
+        "route: {receiver: a, routes: [{mute_time_intervals: [x]}]}\nreceivers: [{name: a}]\n"
+        "time_intervals: [{name: x}]", "1:32: 'mute_time_intervals' in a route is not read here"),
+    "other receivers": (
+        "route: {receiver: a}\nreceivers: [{name: a, slack_configs: [{channel: c, api_url: 'http://h'}]}]",
+        "2:23: 'slack_configs' in a receiver is not read here"),
+    "redirects": (
+        WEBHOOK % "url: 'http://h', http_config: {follow_redirects: true}", "redirects are not followed"),
+}  # fmt: skip
+
+
+def amtool_accepts(tmp_path: Path, text: str) -> bool:
+    file = tmp_path / "checked.yml"
+    file.write_text(text)
+    return not subprocess.run(["amtool", "check-config", str(file)], capture_output=True).returncode
+
+
+@pytest.mark.parametrize("text", GOOD_CONFIGS.values(), ids=GOOD_CONFIGS)
+def test_a_configuration_is_read(text):
+    config = metricstream.read_notify_config(text, "notify.yml")
+    # what is shown of it is read again, and shows the same
+    again = metricstream.read_notify_config(config.shown, "notify.yml")
+    assert again.shown == config.shown and again.route == config.route
+    assert "pass" not in config.shown.replace("password", "")
+
+
+@pytest.mark.parametrize(
+    "text, place", (BAD_CONFIGS | REFUSED_CONFIGS).values(), ids=BAD_CONFIGS | REFUSED_CONFIGS
+)
+def test_a_configuration_is_refused_with_its_place(text, place):
+    with pytest.raises(metricstream.ConfigError) as refused:
+        metricstream.read_notify_config(text, "notify.yml")
+    assert str(refused.value).startswith("notify.yml:") and place in str(refused.value)
+
+
+@needs("amtool")
+@pytest.mark.parametrize("name", GOOD_CONFIGS | BAD_CONFIGS | REFUSED_CONFIGS)
+def test_amtool_has_the_same_verdict(tmp_path, name):
+    if name in GOOD_CONFIGS:
+        assert amtool_accepts(tmp_path, GOOD_CONFIGS[name])
+        config = metricstream.read_notify_config(GOOD_CONFIGS[name], "notify.yml")
+        assert amtool_accepts(tmp_path, config.shown), config.shown
+    else:
+        text, _ = (BAD_CONFIGS | REFUSED_CONFIGS)[name]
+        assert amtool_accepts(tmp_path, text) == (name in REFUSED_CONFIGS)
+
+
+def test_all_faults_of_a_configuration_are_told_at_once():
+    text = "route:\n  receiver: b\n  group_wait: 5\nreceivers:\n- webhook_configs: [{url: ftp://x}]\n"
+    with pytest.raises(metricstream.ConfigError) as refused:
+        metricstream.read_notify_config(text, "f")
+    assert [fault.split(" ")[0] for fault in refused.value.faults] == ["f:2:13:", "f:3:15:", "f:5:3:", "f:5:26:"]
+
+
+def test_a_bad_template_is_refused_with_its_place():
+    text = EMAIL % (MAIL_ADDRESSES + ", text: '{{ .Status '")
+    with pytest.raises(metricstream.ConfigError, match=r"f:2:\d+: template: :1: unclosed action"):
+        metricstream.read_notify_config(text, "f")
+
+
+# ==================================================================================================
+# Notification
+# ==================================================================================================
+
+FAST_ROUTE = """
+route: {receiver: a, group_by: [alertname], group_wait: 10s, group_interval: 1m, repeat_interval: 4h}
+receivers: [{name: a, webhook_configs: [{url: 'http://h', send_resolved: %s}]}]
+"""
+
+
+TOLD_AT = 1_700_000_000.0
+
+
+def a_clock() -> Clock:
+    clock = Clock()
+    clock.now = TOLD_AT
+    return clock
+
+
+class Watch:
+    """Notifications over a clock of their own, a receiver that may be down, and a process that may
+    be killed at any moment: it saves its state whenever that has changed, as the watcher does.
+    """
+
+    def __init__(self, config: str = FAST_ROUTE % "true"):
+        self.config = metricstream.read_notify_config(config, "notify.yml")
+        self.clock = a_clock()
+        self.error = ""
+        self.told: list[tuple[float, dict[str, str]]] = []  # when, and the status of each alert
+        self.firing: dict[str, float] = {}  # since when
+        self.started_at = self.clock()
+        self.dispatcher = self.new_dispatcher()
+        self.saved = self.dump()
+
+    def new_dispatcher(self) -> metricstream.Dispatcher:
+        return metricstream.Dispatcher(self.config, "http://me", clock=self.clock)
+
+    def dump(self) -> str:
+        self.dispatcher.changed = False
+        return json.dumps(self.dispatcher.state())
+
+    def save(self) -> None:
+        if self.dispatcher.changed:
+            self.saved = self.dump()
+
+    def put(self, name: str, ends_at: float) -> None:
+        alertname, _, host = name.partition("/")
+        labels = {"alertname": alertname} | ({"host": host} if host else {})
+        now = self.clock()
+        self.dispatcher.put([metricstream.Alert(labels, {}, self.firing[name], ends_at, now)])
+
+    def fire(self, *names: str) -> None:
+        """They fire, or go on firing: each evaluation says so again."""
+        for name in names:
+            self.firing.setdefault(name, self.clock())
+            self.put(name, self.clock() + 240)
+        self.save()
+
+    def resolve(self, *names: str) -> None:
+        for name in names:
+            self.put(name, self.clock())
+            del self.firing[name]
+        self.save()
+
+    def name(self, alert: metricstream.Alert) -> str:
+        return "/".join(alert.labels.values())
+
+    def send(self) -> None:
+        for delivery in self.dispatcher.due():
+            if not self.error:
+                status = {self.name(each): "resolved" if each.is_resolved(delivery.now) else "firing"
+                          for each in delivery.alerts}  # fmt: skip
+                self.told.append((self.clock() - self.started_at, status))
+            self.dispatcher.settle(delivery, self.error)
+        self.save()
+
+    def run(self, seconds: float) -> None:
+        """Let time pass: rules are evaluated each minute, and what is due is sent."""
+        end = self.clock() + seconds
+        evaluated_at = self.clock()
+        while True:
+            self.send()
+            due = self.dispatcher.next_due()
+            now = min(end, evaluated_at + 60, math.inf if due is None else max(due, self.clock()))
+            self.clock.now = now
+            if now >= evaluated_at + 60:
+                evaluated_at = now
+                self.fire(*self.firing)
+            if now >= end:
+                self.send()
+                return
+
+    def crash(self, downtime_s: float = 0.0) -> None:
+        self.clock.now += downtime_s
+        self.dispatcher = self.new_dispatcher()
+        self.dispatcher.restore(json.loads(self.saved))
+
+
+def test_a_group_waits_and_is_told_once():
+    watch = Watch()
+    watch.fire("Down/1", "Down/2", "Slow")
+    watch.run(9)
+    assert watch.told == []
+    watch.run(3600)
+    assert watch.told == [(10, {"Down/1": "firing", "Down/2": "firing"}), (10, {"Slow": "firing"})]
+
+
+def test_what_is_new_in_a_group_is_told_at_its_interval():
+    watch = Watch()
+    watch.fire("Down/1")
+    watch.run(20)
+    watch.fire("Down/2")
+    watch.run(20)
+    assert len(watch.told) == 1
+    watch.run(60)
+    assert watch.told[1:] == [(70, {"Down/1": "firing", "Down/2": "firing"})]
+    watch.resolve("Down/1")
+    watch.run(600)
+    assert watch.told[2:] == [(130, {"Down/1": "resolved", "Down/2": "firing"})]
+    watch.resolve("Down/2")
+    watch.run(3600)
+    assert [status for _, status in watch.told[3:]] == [{"Down/2": "resolved"}]
+    assert not watch.dispatcher.alerts and watch.dispatcher.next_due() is None
+
+
+def test_an_alert_that_fired_long_ago_does_not_wait():
+    watch = Watch()
+    watch.firing["Down"] = watch.clock() - 60
+    watch.fire("Down")
+    watch.send()
+    assert watch.told == [(0, {"Down": "firing"})]
+
+
+def test_what_goes_on_firing_is_told_again_after_the_repeat_interval():
+    watch = Watch()
+    watch.fire("Down")
+    watch.run(9 * 3600)
+    assert [round(at) for at, _ in watch.told] == [10, 4 * 3600 + 70, 8 * 3600 + 130]
+
+
+def test_what_ends_before_it_is_told_is_never_told():
+    watch = Watch()
+    watch.fire("Down")
+    watch.run(5)
+    watch.resolve("Down")
+    watch.run(3600)
+    assert watch.told == [] and not watch.dispatcher.alerts
+
+
+def test_without_send_resolved_only_firing_is_told_and_again_when_it_fires_again():
+    watch = Watch(FAST_ROUTE % "false")
+    watch.fire("Down/1", "Down/2")
+    watch.run(60)
+    watch.resolve("Down/1")
+    watch.run(300)
+    watch.fire("Down/1")
+    watch.run(300)
+    watch.resolve("Down/1", "Down/2")
+    watch.run(300)
+    both = {"Down/1": "firing", "Down/2": "firing"}
+    assert [status for _, status in watch.told] == [both, both]
+    assert not watch.dispatcher.alerts
+
+
+def test_an_alert_that_nobody_sends_again_times_out():
+    watch = Watch()
+    watch.fire("Down")
+    watch.firing.clear()
+    watch.run(3600)
+    assert watch.told == [(10, {"Down": "firing"}), (250, {"Down": "resolved"})]
+
+
+def test_while_the_machine_sleeps_nothing_times_out():
+    watch = Watch()
+    watch.fire("Down")
+    watch.run(30)
+    watch.clock.now += 7200
+    watch.send()
+    watch.run(600)
+    assert watch.told == [(10, {"Down": "firing"})]
+
+
+def test_a_failure_is_tried_again_and_again_until_the_interval_is_over():
+    watch = Watch()
+    watch.error = "h:25: refused"
+    watch.fire("Down")
+    watch.run(60)
+    counts = watch.dispatcher.counts
+    assert 5 < counts["notification_requests_failed", "webhook"] < 12
+    assert counts["notifications", "webhook"] == 1 and not counts["notifications_failed", "webhook"]
+    watch.run(30)
+    assert counts["notifications", "webhook"] == 2 and counts["notifications_failed", "webhook"] == 1
+    watch.error = ""
+    watch.run(3600)
+    assert [status for _, status in watch.told] == [{"Down": "firing"}]
+
+
+def test_what_would_fail_again_waits_for_the_interval():
+    watch = Watch()
+    watch.error = metricstream.FINAL + "h answered 400"
+    watch.fire("Down")
+    watch.run(65)
+    assert watch.dispatcher.counts["notification_requests", "webhook"] == 1
+    watch.error = ""
+    watch.run(10)
+    assert watch.told == [(70, {"Down": "firing"})]
+
+
+def test_a_receiver_that_is_down_at_the_end_is_told_of_it_later():
+    watch = Watch()
+    watch.fire("Down")
+    watch.run(60)
+    watch.error = "down"
+    watch.resolve("Down")
+    watch.run(7200)
+    watch.error = ""
+    watch.run(120)
+    assert [status for _, status in watch.told] == [{"Down": "firing"}, {"Down": "resolved"}]
+
+
+def test_a_receiver_that_works_is_not_told_twice_because_another_fails():
+    watch = Watch("""
+route: {receiver: a, group_wait: 10s, group_interval: 1m}
+receivers: [{name: a, webhook_configs: [{url: 'http://good'}, {url: 'http://bad'}]}]
+""")
+    told = []
+
+    def run() -> None:
+        for _ in range(600):
+            watch.clock.now += 1
+            for delivery in watch.dispatcher.due():
+                is_good = delivery.integration.shown == "http://good"
+                told.extend([watch.name(each) for each in delivery.alerts] if is_good else [])
+                watch.dispatcher.settle(delivery, "" if is_good else "down")
+            watch.fire(*watch.firing)
+
+    watch.fire("Down")
+    run()
+    watch.resolve("Down")
+    run()
+    assert told == ["Down", "Down"] and watch.dispatcher.alerts
+
+
+def test_while_a_delivery_is_in_transit_its_group_is_not_flushed():
+    watch = Watch()
+    watch.fire("Down")
+    watch.clock.now += 10
+    (delivery,) = watch.dispatcher.due()
+    watch.clock.now += 50
+    watch.fire("Down")
+    watch.clock.now += 20
+    assert watch.dispatcher.due() == []
+    watch.dispatcher.settle(delivery, "")
+    watch.run(300)
+    assert watch.told == []
+
+
+def test_a_silenced_alert_is_told_when_the_silence_is_over():
+    watch = Watch()
+    body = {"matchers": [{"name": "alertname", "value": "Do.*", "isRegex": True}], "comment": "c", "createdBy": "me",
+            "startsAt": "2023-11-14T22:13:20Z", "endsAt": "2023-11-14T23:13:20Z"}  # fmt: skip
+    status, _ = watch.dispatcher.answer("POST", "/api/v2/silences", "", json.dumps(body).encode())
+    assert status == 200
+    watch.save()
+    watch.fire("Down", "Slow")
+    watch.run(600)
+    watch.crash()
+    watch.run(600)
+    assert watch.told == [(10, {"Slow": "firing"})]
+    watch.run(2400)
+    assert watch.told[1:] == [(3610, {"Down": "firing"})]
+
+
+def test_what_ended_in_silence_is_told_when_it_fires_again():
+    watch = Watch()
+    watch.fire("Down")
+    watch.run(60)
+    silence = metricstream.Silence("", (Matcher("alertname", "=", "Down"),), 0, watch.clock() + 600, 0, "", "")
+    watch.dispatcher.silences.put(silence, watch.clock())
+    watch.resolve("Down")
+    watch.run(900)
+    assert len(watch.told) == 1
+    watch.fire("Down")
+    watch.run(60)
+    assert [status for _, status in watch.told] == [{"Down": "firing"}] * 2
+
+
+@pytest.mark.parametrize("downtime_s", [0, 30, 7200, -7200])
+def test_after_a_crash_nothing_is_told_twice_and_no_end_is_lost(downtime_s):
+    watch = Watch()
+    watch.fire("Down/1", "Down/2")
+    watch.run(60)
+    watch.crash(downtime_s)
+    watch.run(300)
+    assert len(watch.told) == 1
+    watch.resolve("Down/1")
+    watch.crash(downtime_s)
+    watch.run(300)
+    watch.crash(downtime_s)
+    watch.run(300)
+    assert [status for _, status in watch.told[1:]] == [{"Down/1": "resolved", "Down/2": "firing"}]
+
+
+def test_what_was_in_transit_at_a_crash_is_sent_again_at_once():
+    watch = Watch()
+    watch.fire("Down")
+    watch.clock.now += 10
+    assert len(watch.dispatcher.due()) == 1
+    watch.saved = watch.dump()
+    watch.crash()
+    watch.send()
+    assert watch.told == [(10, {"Down": "firing"})]
+
+
+def test_after_a_reload_only_what_its_new_receiver_does_not_know_is_told():
+    watch = Watch()
+    watch.fire("Down", "Slow")
+    watch.run(60)
+    other = """
+route: {receiver: a, group_by: [alertname], routes: [{receiver: b, match: {alertname: Slow}}]}
+receivers: [{name: a, webhook_configs: [{url: 'http://h'}]}, {name: b, webhook_configs: [{url: 'http://h'}]}]
+"""
+    watch.dispatcher.reload(metricstream.read_notify_config(other, "notify.yml"))
+    watch.run(600)
+    assert [status for _, status in watch.told[2:]] == [{"Slow": "firing"}]
+    assert {each.receiver for each in watch.dispatcher.config.route.matching({"alertname": "Slow"})} == {"b"}
+
+
+@pytest.mark.parametrize("group_by", ["'...'", "alertname"])
+@pytest.mark.parametrize("seed", range(20))
+def test_each_firing_and_each_end_is_told_once_whatever_happens(seed, group_by):
+    rng = random.Random(f"{seed} {group_by}")
+    watch = Watch((FAST_ROUTE % "true").replace("group_by: [alertname]", f"group_by: [{group_by}]")
+                  .replace("4h", "10000h"))  # fmt: skip
+    names = ["Down/1", "Down/2", "Down/3", "Slow"]
+
+    def step() -> None:
+        name = rng.choice(names)
+        action = rng.randrange(10)
+        if action < 3 and name not in watch.firing:
+            watch.fire(name)
+        elif action < 6 and name in watch.firing:
+            watch.resolve(name)
+        elif action == 6:
+            watch.error = rng.choice(["", "", "down", metricstream.FINAL + "400"])
+        elif action == 7:
+            if rng.random() < 0.3:
+                # it dies with notifications in transit that never arrive
+                watch.dispatcher.due()
+                watch.save()
+            watch.crash(rng.choice([0, 1, 50, 4000, -50, -4000]))
+        elif action == 8:
+            watch.clock.now += rng.choice([100, 90_000, -100, -90_000])
+        else:
+            watch.dispatcher.reload(watch.config)
+        watch.run(rng.choice([0, 1, 15, 70, 200]))
+
+    for _ in range(40):
+        step()
+    watch.error = ""
+    watch.run(300)
+    known: dict[str, str] = {}
+    for _, status in watch.told:
+        news = {name: each for name, each in status.items() if known.get(name) != each}
+        assert news, "nothing in it was new"
+        if group_by == "'...'":
+            assert len(status) == 1 and (known or "firing" in status.values())
+        known |= status
+    for name in names:
+        told = known.get(name, "nothing")
+        assert told == "firing" if name in watch.firing else told != "firing"
+
+
+# ==================================================================================================
+# Receivers
+# ==================================================================================================
+
+
+class Sink:
+    """An HTTP server that answers as it is told, and keeps what it got."""
+
+    def __init__(self) -> None:
+        self.status, self.body, self.fields = 200, b"", {}
+        self.requests: list[tuple[str, dict[str, str], bytes]] = []
+        sink = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                sink.requests.append((self.path, dict(self.headers), body))
+                self.send_response(sink.status)
+                for name, value in (sink.fields | {"Content-Length": str(len(sink.body))}).items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(sink.body)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
+        self.thread.start()
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+
+@pytest.fixture
+def sink():
+    started = Sink()
+    yield started
+    started.close()
+
+
+def a_delivery(config: str) -> metricstream.Delivery:
+    """Of a group with an alert that fires and one that does not any more."""
+    (integration,) = metricstream.read_notify_config(config, "notify.yml").receivers["a"]
+    alerts = (
+        metricstream.Alert({"alertname": "Down", "host": "web1"}, {"summary": "<b> & ü\n"}, TOLD_AT - 60.5, TOLD_AT + 60, TOLD_AT, "http://p/graph"),
+        metricstream.Alert({"alertname": "Down", "host": "web2"}, {"summary": "<b> & ü\n"}, TOLD_AT - 90, TOLD_AT - 5.25, TOLD_AT),
+    )  # fmt: skip
+    return metricstream.Delivery("a", 0, integration, '{}:{alertname="Down"}', {"alertname": "Down"},
+                                 alerts, TOLD_AT, "http://me", 5.0, 1)  # fmt: skip
+
+
+WEBHOOK_BODY = {
+    "receiver": "a", "status": "firing",
+    "alerts": [
+        {"status": "firing", "labels": {"alertname": "Down", "host": "web1"},
+         "annotations": {"summary": "<b> & ü\n"}, "startsAt": "2023-11-14T22:12:19.5Z",
+         "endsAt": "0001-01-01T00:00:00Z", "generatorURL": "http://p/graph",
+         "fingerprint": "ffb2bfc77ff0bbf0"},
+        {"status": "resolved", "labels": {"alertname": "Down", "host": "web2"},
+         "annotations": {"summary": "<b> & ü\n"}, "startsAt": "2023-11-14T22:11:50Z",
+         "endsAt": "2023-11-14T22:13:14.75Z", "generatorURL": "", "fingerprint": ""},
+    ],
+    "groupLabels": {"alertname": "Down"}, "commonLabels": {"alertname": "Down"},
+    "commonAnnotations": {"summary": "<b> & ü\n"}, "externalURL": "http://me", "version": "4",
+    "groupKey": '{}:{alertname="Down"}', "truncatedAlerts": 0,
+}  # fmt: skip
+for each in WEBHOOK_BODY["alerts"]:
+    each["fingerprint"] = metricstream.fingerprint(each["labels"])
+
+
+def test_a_webhook_gets_the_body_that_alertmanager_sends(sink):
+    assert metricstream.deliver(a_delivery(WEBHOOK % f"url: '{sink.url}/hook?a=b'")) == ""
+    ((path, fields, body),) = sink.requests
+    assert path == "/hook?a=b" and fields["Content-Type"] == "application/json"
+    assert json.loads(body) == WEBHOOK_BODY and list(json.loads(body)) == list(WEBHOOK_BODY)
+
+
+def test_a_webhook_gets_no_more_alerts_than_it_wants(sink):
+    metricstream.deliver(a_delivery(WEBHOOK % f"url: '{sink.url}', max_alerts: 1"))
+    body = json.loads(sink.requests[0][2])
+    assert len(body["alerts"]) == 1 and body["truncatedAlerts"] == 1
+
+
+PAYLOADS = {
+    "a structure": (
+        "payload: {text: '{{ .Status }} {{ .GroupLabels.alertname }}', n: 3, b: true, z: null, "
+        "l: [{s: '{{ len .Alerts }}'}]}",
+        "application/json",
+        '{"text":"firing Down","n":3,"b":true,"z":null,"l":[{"s":"2"}]}',
+    ),
+    "text": (
+        "payload: '{{ range .Alerts.Firing }}{{ .Labels.host }}{{ end }} {{ .CommonLabels.Names }}'",
+        "text/plain; charset=utf-8",
+        "web1 [alertname]",
+    ),
+    "text that is JSON": (
+        "payload: '{\"a\": {{ .GroupLabels | toJson }}, \"r\": {{ len .Alerts.Resolved }}}'",
+        "application/json",
+        '{"a": {"alertname":"Down"}, "r": 1}',
+    ),
+    "pairs": (
+        "payload: '{{ range (index .Alerts 1).Labels.SortedPairs }}{{ .Name }}={{ .Value }};{{ end }}"
+        "{{ ((index .Alerts 0).Labels.Remove .GroupLabels.Names).Values }}'",
+        "text/plain; charset=utf-8",
+        "alertname=Down;host=web2;[web1]",
+    ),
+    "a time": (
+        "payload: '{{ (index .Alerts 1).EndsAt.Format \"15:04:05\" }} {{ (index .Alerts 1).EndsAt | toJson }}'",
+        "text/plain; charset=utf-8",
+        '22:13:14 "2023-11-14T22:13:14.75Z"',
+    ),
+}
+
+
+@pytest.mark.parametrize("payload, content_type, expected", PAYLOADS.values(), ids=PAYLOADS)
+def test_a_payload_is_a_template(payload, content_type, expected):
+    delivery = a_delivery(WEBHOOK.replace("{%s}", "%s") % json_flow(payload))
+    assert metricstream.webhook_body(delivery) == (content_type, expected)
+
+
+def json_flow(payload: str) -> str:
+    return "{url: 'http://h', " + payload + "}"
+
+
+@pytest.mark.parametrize(
+    "status, is_final", [(200, None), (204, None), (301, True), (302, True), (400, True), (404, True),
+                         (429, False), (500, False), (503, False)],
+)  # fmt: skip
+def test_the_answer_of_a_webhook_says_whether_it_is_tried_again(sink, status, is_final):
+    sink.status, sink.fields = status, {"Location": f"{sink.url}/other"}
+    sink.body = b"" if status == 204 else b"no such\x00channel"
+    error = metricstream.deliver(a_delivery(WEBHOOK % f"url: '{sink.url}'"))
+    assert len(sink.requests) == 1
+    if is_final is None:
+        assert error == ""
+    else:
+        assert error.startswith(metricstream.FINAL) == is_final and f"answered {status}" in error
+
+
+def test_a_receiver_that_is_down_may_be_tried_again(sink):
+    sink.close()
+    error = metricstream.deliver(a_delivery(WEBHOOK % f"url: '{sink.url}/x'"))
+    assert "refused" in error and not error.startswith(metricstream.FINAL)
+
+
+def test_a_template_that_fails_is_not_tried_again(sink):
+    config = WEBHOOK % f"url: '{sink.url}', payload: '{{{{ .Nothing }}}}'"
+    error = metricstream.deliver(a_delivery(config))
+    assert error.startswith(metricstream.FINAL) and "can't evaluate field Nothing" in error
+
+
+@pytest.mark.parametrize(
+    "credentials",
+    [
+        "url: 'http://Us3r:S3cret@%s/T0ken', payload: x",
+        "url: 'http://%s/T0ken', http_config: {basic_auth: {username: Us3r, password: S3cret}}",
+        "url: 'http://%s/T0ken', http_config: {authorization: {type: Key, credentials: S3cret}}",
+        "url: 'http://%s/T0ken', http_config: {authorization: {credentials_file: secret}}",
+    ],
+)
+def test_credentials_are_sent_and_shown_nowhere(sink, tmp_path, credentials, caplog):
+    (tmp_path / "secret").write_text("S3cret\n")
+    text = WEBHOOK % (credentials % sink.url.removeprefix("http://"))
+    config = metricstream.read_notify_config(text, str(tmp_path / "notify.yml"))
+    dispatcher = metricstream.Dispatcher(config, "http://me")
+    (delivery,) = metricstream.test_deliveries(config, "http://me", time.time())
+    # a receiver that repeats what it got
+    sink.status, sink.body = 500, b"S3cret /T0ken VXMzcjpTM2NyZXQ="
+    error = metricstream.deliver(delivery)
+    authorization = sink.requests[0][1]["Authorization"]
+    assert authorization in ("Basic VXMzcjpTM2NyZXQ=", "Key S3cret", "Bearer S3cret")
+    status = dispatcher.answer("GET", "/api/v2/status", "", b"")[1].decode()
+    for shown in (error, status, repr(config), repr(dispatcher.state()), repr(dispatcher.statistics())):
+        assert not re.search("S3cret|T0ken|VXMz", shown)
+
+
+class MailServer:
+    """A tiny SMTP server on a socket: keeps the lines of one session."""
+
+    def __init__(self, features: tuple[str, ...] = (), refused: str = "", tls: ssl.SSLContext | None = None):
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.features, self.refused, self.tls = features, refused, tls
+        self.lines: list[str] = []
+        self.message = b""
+        self.thread = threading.Thread(target=self.serve)
+        self.thread.start()
+
+    def serve(self) -> None:
+        with contextlib.suppress(OSError):
+            connection, _ = self.listener.accept()
+            connection.settimeout(10)
+            with connection:
+                self.talk(connection)
+
+    def talk(self, connection: socket.socket) -> None:
+        connection.sendall(b"220 hello\r\n")
+        stream = connection.makefile("rb")
+        while line := stream.readline():
+            text = line.decode().strip()
+            self.lines.append(text)
+            word = text.split(" ")[0].upper()
+            if self.refused and text.upper().startswith(self.refused):
+                answer = "550 no S3cret here"
+            elif word == "EHLO":
+                answer = "\r\n".join([*(f"250-{each}" for each in self.features), "250 SIZE"])
+            elif word == "DATA":
+                connection.sendall(b"354 go\r\n")
+                while (line := stream.readline()) != b".\r\n":
+                    self.message += line
+                answer = "250 queued"
+            elif word == "STARTTLS":
+                connection.sendall(b"220 go\r\n")
+                assert self.tls
+                connection = self.tls.wrap_socket(connection, server_side=True)
+                stream = connection.makefile("rb")
+                continue
+            else:
+                answer = {"AUTH": "235 ok", "QUIT": "221 bye"}.get(word, "250 ok")
+            connection.sendall(answer.encode() + b"\r\n")
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            # ends an accept() for which nobody came
+            self.listener.shutdown(socket.SHUT_RDWR)
+        self.thread.join()
+        self.listener.close()
+
+
+def send_mail(server: MailServer, fields: str) -> str:
+    common = f"to: 'a@b.c, D <d@e.f>', from: 'M <m@n.o>', smarthost: '127.0.0.1:{server.port}', "
+    try:
+        return metricstream.deliver(a_delivery(EMAIL % (common + fields)))
+    finally:
+        server.close()
+
+
+def test_mail_arrives_as_text_and_html():
+    server = MailServer()
+    assert send_mail(server, "require_tls: false, text: '{{ template \"email.default.text\" . }}', headers: {X-Team: 'a\nb'}") == ""
+    assert [line for line in server.lines if line.startswith(("MAIL", "RCPT"))] == [
+        "MAIL FROM:<m@n.o>", "RCPT TO:<a@b.c>", "RCPT TO:<d@e.f>"]  # fmt: skip
+    message = email.message_from_bytes(server.message, policy=email.policy.default)
+    assert message["Subject"] == "FIRING 1: Down" and message["X-Team"] == "a b"
+    assert str(message["To"]) == "a@b.c, D <d@e.f>" and message["Date"] and message["Message-ID"]
+    text, html = message.iter_parts()
+    assert "host = web1" in text.get_content() and "<b> & ü" in text.get_content()
+    assert "&lt;b&gt; &amp; ü" in html.get_content() and "<b> &" not in html.get_content()
+
+
+def test_mail_is_encrypted_before_anything_is_said(tmp_path):
+    certificate, key = tmp_path / "c.pem", tmp_path / "k.pem"
+    certificate.write_text(TEST_CERTIFICATE)
+    key.write_text(TEST_KEY)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server = MailServer(("STARTTLS", "AUTH PLAIN LOGIN"), tls=context)
+    options = f"tls_config: {{ca_file: '{certificate}'}}, auth_username: Us3r, auth_password: S3cret"
+    assert send_mail(server, options) == ""
+    words = [line.split(" ")[0].upper() for line in server.lines]
+    assert words[:4] == ["EHLO", "STARTTLS", "EHLO", "AUTH"] and b"alert" in server.message.lower()
+
+
+@pytest.mark.parametrize(
+    "server, fields, expected",
+    [
+        ((), "hello: x", "offers no STARTTLS"),
+        (("AUTH CRAM-MD5",), "require_tls: false, auth_username: u, auth_password: S3cret", "no way to log in"),
+        ((), "require_tls: false, text: '{{ .Nope }}'", "can't evaluate field Nope"),
+        ((), "require_tls: false, headers: {'b d': x}", "header"),
+    ],
+    ids=["no STARTTLS", "no mechanism", "bad template", "bad header"],
+)  # fmt: skip
+def test_mail_that_can_not_be_sent(server, fields, expected):
+    assert expected in send_mail(MailServer(server), fields)
+
+
+@pytest.mark.parametrize("refused", ["MAIL", "RCPT TO:<D@E.F>", "DATA", "AUTH"])
+def test_mail_that_is_refused(refused):
+    server = MailServer(("AUTH PLAIN",), refused)
+    error = send_mail(server, "require_tls: false, auth_username: u, auth_password: S3cret")
+    assert "550" in error and "S3cret" not in error and not server.message
+
+
+def test_each_receiver_gets_a_test_that_says_so(sink):
+    text = ("route: {receiver: a}\nreceivers: [{name: a, webhook_configs: [{url: '%s/1'}, {url: '%s/2'}]}, "
+            "{name: b, webhook_configs: [{url: '%s/3'}]}]") % ((sink.url,) * 3)  # fmt: skip
+    config = metricstream.read_notify_config(text, "f")
+    deliveries = metricstream.test_deliveries(config, "http://me", TOLD_AT)
+    assert [each.name for each in deliveries] == ["a/webhook[0]", "a/webhook[1]", "b/webhook[0]"]
+    assert [metricstream.deliver(each) for each in deliveries] == [""] * 3
+    assert all(b"This is a test" in body for _, _, body in sink.requests)
+
+
+# ---- a real Alertmanager ----
+
+
+def some_alerts(count: int, label: str = "n") -> list[metricstream.Alert]:
+    return [metricstream.Alert({"alertname": "A", label: str(n)}, {}, TOLD_AT, TOLD_AT + 60, TOLD_AT) for n in range(count)]
+
+
+def test_alerts_go_to_each_alertmanager_in_batches(sink):
+    clock = a_clock()
+    client = metricstream.AlertmanagerClient([f"{sink.url}/one/", sink.url.replace("//", "//u:p@")], clock=clock)
+    client.put([*some_alerts(300), *some_alerts(2, "host-name")])
+    sizes: list[list[int]] = []
+    while deliveries := client.due():
+        sizes.append([len(each.alerts) for each in deliveries])
+        assert client.due() == []
+        for each in deliveries:
+            client.settle(each, metricstream.deliver(each))
+    assert sizes == [[256, 256], [44, 44], [2, 2]] and client.is_empty
+    assert {path for path, _, _ in sink.requests} == {"/one/api/v2/alerts", "/api/v2/alerts"}
+    assert json.loads(sink.requests[0][2])[0] == {
+        "labels": {"alertname": "A", "n": "0"}, "annotations": {}, "startsAt": "2023-11-14T22:13:20Z",
+        "endsAt": "2023-11-14T22:14:20Z", "generatorURL": ""}  # fmt: skip
+    assert [f.get("Authorization") for p, f, _ in sink.requests if p == "/api/v2/alerts"] == ["Basic dTpw"] * 3
+    assert "u:p" not in repr(client.statistics())
+
+
+def test_the_oldest_alerts_are_dropped_where_there_is_no_room():
+    clock = a_clock()
+    client = metricstream.AlertmanagerClient(["http://h"], clock=clock)
+    client.put(some_alerts(10_100))
+    (delivery,) = client.due()
+    assert delivery.alerts[0].labels["n"] == "100"
+    client.put(some_alerts(300, "m"))
+    client.settle(delivery, "down")
+    rows = {(name, value) for name, _, _, _, value in client.statistics()}
+    assert ("prometheus_notifications_dropped_total", 400) in rows
+    assert ("prometheus_notifications_queue_length", 10_000) in rows
+    assert client.due() == []
+    clock.now = client.next_due()
+    (again,) = client.due()
+    client.settle(again, metricstream.FINAL + "400")
+    assert ("prometheus_notifications_dropped_total", 656) in {(row[0], row[4]) for row in client.statistics()}
+
+
+# ==================================================================================================
+# Alertmanager API
+# ==================================================================================================
+
+
+def ask(dispatcher: metricstream.Dispatcher, method: str, path: str, body: Any = None) -> tuple[int, Any]:
+    path, _, query = path.partition("?")
+    raw = b"" if body is None else json.dumps(body).encode()
+    status, answer = dispatcher.answer(method, f"/api/v2/{path}", query, raw)
+    return status, json.loads(answer) if answer else None
+
+
+@pytest.fixture
+def firing():
+    watch = Watch()
+    watch.fire("Down/1", "Down/2", "Slow")
+    return watch
+
+
+def silence_of(watch: Watch, **fields: Any) -> dict[str, Any]:
+    now = watch.clock()
+    return {"matchers": [{"name": "alertname", "value": "Down", "isRegex": False}], "createdBy": "me", "comment": "c",
+            "startsAt": metricstream._api_text(now), "endsAt": metricstream._api_text(now + 3600)} | fields  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "query, count",
+    [
+        ("", 3), ("?active=false", 1), ("?silenced=false", 2), ("?active=false&silenced=false", 0),
+        ("?inhibited=false", 3), ("?filter=alertname%3DDown", 2), ("?filter=alertname%3D%22Down%22&filter=host!%3D1", 1),
+        ("?filter=host%3D~%22.%22", 2), ("?receiver=a", 3), ("?receiver=.*", 3), ("?receiver=b", 0), ("?unprocessed=false", 3),
+    ],
+)  # fmt: skip
+def test_alerts_are_asked_for(firing, query, count):
+    silence = silence_of(firing, matchers=[{"name": "alertname", "value": "Sl.*", "isRegex": True}])
+    _, answer = ask(firing.dispatcher, "POST", "silences", silence)
+    status, alerts = ask(firing.dispatcher, "GET", "alerts" + query)
+    assert status == 200 and len(alerts) == count
+    assert alerts == sorted(alerts, key=lambda each: each["fingerprint"])
+    for alert in alerts:
+        is_slow = alert["labels"]["alertname"] == "Slow"
+        assert alert["status"] == {
+            "state": "suppressed" if is_slow else "active", "inhibitedBy": [],
+            "silencedBy": [answer["silenceID"]] if is_slow else [],
+        }  # fmt: skip
+    _, groups = ask(firing.dispatcher, "GET", "alerts/groups" + query)
+    assert sum(len(group["alerts"]) for group in groups) == count
+    assert all(group["receiver"] == {"name": "a"} and list(group["labels"]) == ["alertname"] for group in groups)
+
+
+@pytest.mark.parametrize(
+    "path", ["alerts?filter=x", "alerts?receiver=(", "alerts/groups?filter=x", "silences?filter=a%3D~("]
+)
+def test_a_filter_that_is_none_is_refused(firing, path):
+    status, reason = ask(firing.dispatcher, "GET", path)
+    assert status == 400 and isinstance(reason, str)
+
+
+# What a Prometheus or amtool may post, and the answer; a list: the good ones beside it are taken.
+POSTED_ALERTS: dict[str, tuple[Any, str]] = {
+    "no list": ({}, "expected a list"),
+    "no object": ([1], "must be an object"),
+    "no labels": ([{"labels": {}}], "at least one label pair required"),
+    "only an empty label": ([{"labels": {"a": ""}}], "at least one label pair required"),
+    "a number": ([{"labels": {"a": 1}}], "labels must be an object of strings"),
+    "no name": ([{"labels": {"": "x"}}], "an empty name"),
+    "a bad time": ([{"labels": {"a": "b"}, "startsAt": "now"}], "startsAt must be a time"),
+    "no such day": ([{"labels": {"a": "b"}, "startsAt": "2023-02-30T00:00:00Z"}], "a date that"),
+    "the end before the start": (
+        [{"labels": {"a": "b"}, "startsAt": "2023-01-02T00:00:00Z", "endsAt": "2023-01-01T00:00:00Z"}],
+        "start time must be before end time"),
+    "a link that is no text": ([{"labels": {"a": "b"}, "generatorURL": 1}], "generatorURL must be"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("body, reason", POSTED_ALERTS.values(), ids=POSTED_ALERTS)
+def test_an_alert_is_refused_and_the_others_are_taken(body, reason):
+    watch = Watch()
+    posted = [*body, {"labels": {"alertname": "Good"}}] if isinstance(body, list) else body
+    status, answer = ask(watch.dispatcher, "POST", "alerts", posted)
+    assert status == 400 and reason in answer
+    assert len(watch.dispatcher.alerts) == isinstance(body, list)
+
+
+def test_a_posted_alert_ends_when_it_says_or_after_the_resolve_timeout():
+    watch = Watch()
+    ends_at = metricstream._api_text(watch.clock() + 30)
+    posted = [{"labels": {"alertname": "A", "empty": ""}, "startsAt": "0001-01-01T00:00:00.000Z"},
+              {"labels": {"alertname": "B"}, "endsAt": ends_at, "annotations": {"x": "y"}}]  # fmt: skip
+    assert ask(watch.dispatcher, "POST", "alerts", posted) == (200, None)
+    _, alerts = ask(watch.dispatcher, "GET", "alerts?filter=alertname%3DA")
+    assert alerts[0]["labels"] == {"alertname": "A"} and alerts[0]["endsAt"] == metricstream._api_text(watch.clock() + 300)
+    watch.run(40)
+    assert [each["labels"] for each in ask(watch.dispatcher, "GET", "alerts")[1]] == [{"alertname": "A"}]
+    watch.run(600)
+    assert {name for _, status in watch.told for name in status if status[name] == "resolved"} == {"A"}
+
+
+POSTED_SILENCES: dict[str, tuple[dict[str, Any], str]] = {
+    "no matcher": ({"matchers": []}, "at least one matcher required"),
+    "a matcher for all": ({"matchers": [{"name": "a", "value": ".*", "isRegex": True}]}, "must not match the empty"),
+    "a bad pattern": ({"matchers": [{"name": "a", "value": "(", "isRegex": True}]}, "invalid regular expression"),
+    "no kind": ({"matchers": [{"name": "a", "value": "b"}]}, "a matcher needs"),
+    "no name": ({"matchers": [{"name": "", "value": "b", "isRegex": False}]}, "a matcher needs"),
+    "the end before the start": ({"endsAt": "2001-01-01T00:00:00Z"}, "start time must be before end time"),
+    "in the past": (
+        {"startsAt": "2000-01-01T00:00:00Z", "endsAt": "2001-01-01T00:00:00Z"}, "end time can't be in the past"),
+    "no end": ({"endsAt": ""}, "start time must be before end time"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fields, reason", POSTED_SILENCES.values(), ids=POSTED_SILENCES)
+def test_a_silence_is_refused(firing, fields, reason):
+    status, answer = ask(firing.dispatcher, "POST", "silences", silence_of(firing, **fields))
+    assert status == 400 and reason in answer
+
+
+def test_a_silence_is_changed_or_replaced_and_ended(firing):
+    dispatcher = firing.dispatcher
+    _, answer = ask(dispatcher, "POST", "silences", silence_of(firing))
+    id = answer["silenceID"]
+    started = ask(dispatcher, "GET", f"silence/{id}")[1]
+    later = metricstream._api_text(firing.clock() + 7200)
+    longer = started | {"endsAt": later}
+    assert ask(dispatcher, "POST", "silences", longer)[1] == {"silenceID": id}
+    assert ask(dispatcher, "GET", f"silence/{id}")[1]["endsAt"] == later
+    firing.clock.now += 10
+    other = longer | {"matchers": [{"name": "a", "value": "b", "isRegex": False, "isEqual": False}]}
+    new = ask(dispatcher, "POST", "silences", other)[1]["silenceID"]
+    assert new != id and ask(dispatcher, "GET", f"silence/{id}")[1]["status"] == {"state": "expired"}
+    found = ask(dispatcher, "GET", "silences")[1]
+    assert [each["id"] for each in found] == [new, id]
+    assert [each["id"] for each in ask(dispatcher, "GET", "silences?filter=a!%3Db")[1]] == [new]
+    assert ask(dispatcher, "DELETE", f"silence/{new}") == (200, None)
+    assert ask(dispatcher, "GET", f"silence/{new}")[1]["status"] == {"state": "expired"}
+    for method, path, body in [("GET", "silence/x", None), ("DELETE", "silence/x", None),
+                               ("POST", "silences", silence_of(firing, id="x"))]:  # fmt: skip
+        assert ask(dispatcher, method, path, body)[0] == 404
+    assert ask(dispatcher, "PUT", "silences")[0] == 405 and ask(dispatcher, "GET", "nothing")[0] == 404
+
+
+def test_the_status_says_what_alertmanagers_says(firing):
+    _, status = ask(firing.dispatcher, "GET", "status")
+    assert set(status) == {"cluster", "config", "uptime", "versionInfo"}
+    assert status["cluster"]["status"] == "disabled" and "route:" in status["config"]["original"]
+    assert ask(firing.dispatcher, "GET", "receivers") == (200, [{"name": "a"}])
+    assert firing.dispatcher.answer("POST", "/api/v2/alerts", "", b"{")[0] == 400
+
+
+@contextlib.contextmanager
+def served(dispatcher: metricstream.Dispatcher) -> Iterator[str]:
+    """The API on a port, for amtool."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            path, _, query = self.path.partition("?")
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            status, answer = dispatcher.answer(self.command, path, query, body)
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        do_POST = do_DELETE = do_GET  # noqa: N815
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@needs("amtool")
+def test_amtool_works():
+    config = metricstream.read_notify_config(GOOD_CONFIGS["all of a route"], "f")
+    dispatcher = metricstream.Dispatcher(config, "http://me")
+    with served(dispatcher) as url:
+
+        def amtool(*arguments: str) -> str:
+            command = ["amtool", f"--alertmanager.url={url}", *arguments]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+        amtool("alert", "add", "Down", "host=web1", "--annotation=summary=it is down")
+        amtool("alert", "add", "Slow", "host=web2")
+        assert re.search(r"Down .* it is down  active", amtool("alert", "query"))
+        assert "Slow" not in amtool("alert", "query", 'host=~"web1|x"')
+        assert "Slow" not in amtool("alert", "query", "Down")
+        id = amtool("silence", "add", "host=web1", "alertname=~D.*", "-c", "work", "-a", "me")
+        assert "suppressed" in amtool("alert", "query", "--silenced")
+        assert "Down" not in amtool("alert", "query", "--active")
+        assert id in amtool("silence", "query", "host=web1") and "work" in amtool("silence", "query")
+        assert id in amtool("silence", "update", id, "-c", "more", "-d", "2h")
+        assert "more" in amtool("silence", "query", "-o", "extended")
+        amtool("silence", "expire", id)
+        assert id in amtool("silence", "query", "--expired")
+        assert amtool("config", "show") == config.shown.strip()
+        assert amtool("config", "routes", "test", "severity=page", "team=x") == "a"
+        assert "disabled" in amtool("cluster", "show")
+
+
+@needs("prometheus-alertmanager")
+def test_the_api_answers_as_a_real_alertmanager_does(tmp_path):
+    config = tmp_path / "notify.yml"
+    config.write_text(ROUTE_AND_RECEIVERS.replace("receiver: a", "receiver: a, group_by: [alertname]"))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    process = subprocess.Popen(
+        ["prometheus-alertmanager", f"--config.file={config}", f"--storage.path={tmp_path}", "--cluster.listen-address=",
+         f"--web.listen-address=127.0.0.1:{port}"], stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    mine = metricstream.Dispatcher(metricstream.read_notify_config(config.read_text(), "f"), "http://me")
+
+    def real(method: str, path: str, body: Any = None) -> tuple[int, Any]:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        with contextlib.closing(connection):
+            raw = None if body is None else json.dumps(body)
+            connection.request(method, f"/api/v2/{path}", raw, {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            text = answer.read()
+            return answer.status, json.loads(text) if text else None
+
+    def is_ready() -> bool:
+        with contextlib.suppress(OSError):
+            return real("GET", "status")[0] == 200
+        return False
+
+    def comparable(value: Any) -> Any:
+        """Without times of the clock and ids."""
+        if isinstance(value, dict):
+            return {name: comparable(each) for name, each in value.items() if name not in ("updatedAt", "id", "silenceID", "silencedBy")}
+        if isinstance(value, list):
+            return [comparable(each) for each in value]
+        return value
+
+    start, end = "2023-01-01T00:00:00.000Z", "2200-01-01T00:00:00.000Z"
+    requests: list[tuple[str, str, Any]] = [
+        ("POST", "alerts", [
+            {"labels": {"alertname": "A", "x": "ü"}, "startsAt": start, "endsAt": end, "generatorURL": "http://p"},
+            {"labels": {"alertname": "A", "x": "1"}, "annotations": {"a": "b"}, "startsAt": start, "endsAt": end},
+            {"labels": {"alertname": "B", "x": ""}, "startsAt": start, "endsAt": end},
+        ]),
+        ("POST", "alerts", [{"labels": {"alertname": "A", "x": "1"}, "startsAt": "2023-02-01T00:00:00.000Z", "endsAt": end}]),
+        ("POST", "silences", {"matchers": [{"name": "alertname", "value": "B", "isRegex": False, "isEqual": True}],
+                              "createdBy": "me", "comment": "c", "startsAt": "2150-01-01T00:00:00.000Z", "endsAt": end}),
+        ("GET", "alerts", None), ("GET", "alerts?filter=x%3D%221%22", None), ("GET", "alerts?filter=x!%3D%221%22", None),
+        ("GET", "silences", None), ("GET", "alerts/groups", None), ("GET", "receivers", None),
+        ("GET", "alerts?filter=bad", None), ("GET", "silences?filter=alertname%3DB", None), ("GET", "silences?filter=x%3DB", None),
+    ]  # fmt: skip
+    try:
+        eventually(is_ready, 30)
+        for method, path, body in requests:
+            if path == "alerts/groups":
+                eventually(lambda: len(real("GET", path)[1]) == 2)
+            theirs, ours = real(method, path, body), ask(mine, method, path, body)
+            if theirs[0] == 200:
+                assert comparable(theirs) == comparable(ours), path
+            else:
+                assert theirs[0] == ours[0], path
+        client = metricstream.AlertmanagerClient([f"http://127.0.0.1:{port}"])
+        now = time.time()
+        client.put([metricstream.Alert({"alertname": "C"}, {}, now, now + 60, now)])
+        for delivery in client.due():
+            client.settle(delivery, metricstream.deliver(delivery))
+        assert client.is_empty
+        eventually(lambda: real("GET", "alerts?filter=alertname%3DC")[1])
+    finally:
+        process.terminate()
+        process.wait()
+
+
+# ==================================================================================================
 # PART V. SCALING OUT
 # ==================================================================================================
 
@@ -9454,6 +10684,31 @@ WORST_INPUTS: dict[str, list[tuple[str, str, str]]] = {
     "_BLAMES_SAMPLE": [("", "too old sampl", ""), ("", "invalid ", ""), ("", "t", "")],
     "[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\\t -~]*": [("", "a", ""), ("a:", "a", "\0"), ("", ":", "\0")],
     "([0-9]{1,15})(?:([KMGT])B|B)?": [("", "1", ""), ("1K", "B", "")],
+    # what templates, matchers and rule tests are read by
+    r"[*?\[]": [("", "a", "")],
+    "[-+]?0[0-7_]+": [("0", "7", "8")],
+    "[1-9][0-9]{0,8}": [("1", "1", "x")],
+    r"""[\\'\"<>&=\x00-\x1f]|[^\x00-\x7f]""": [("", "a", ""), ("", "<", "")],
+    r"[\x00-\x20\x7f]": [("", "a", "")],
+    r"\r\ncontent-length: *([0-9]+)": [("", "\r\ncontent-length:", ""),
+                                      ("\r\ncontent-length:", " ", "x")],
+    r"\s*\{\s*\}\s*": [("", " ", "x"), ("{", " ", "x"), ("{}", " ", "x")],
+    r"^([-+]?)\.(inf|Inf|INF|nan|NaN|NAN)$": [("", ".", "x"), (".inf", ".inf", "")],
+    "_CLOSE": [("", " ", "x"), (" -", "}", "")],
+    "_ENDS_WORD": [("", "a", "")],
+    "_HOST_PORT": [("[", "a", ""), ("", "a", ""), ("a:", "1", ":"), ("[a]:", "1", "]")],
+    "_ITEM": [("", " ", "x"), ("", " -", ""), ('"', "a", ""), ('"', "\\a", ""), ("`", "a", ""),
+              ("'", "a", ""), ("", "1", "_"), ("0x", "f", "p"), ("1e", "1", "x"), ("$", "a", "-"),
+              (".", "a", "-"), ("", "a", "-")],
+    "_LABEL_MATCHER": [("", " ", "x"), ("a", " ", "x"), ("a=", " ", "x"), ("a=", "b ", "")],
+    "_LABEL_NAME": [("", "a", "-")],
+    "_LAYOUT": [("", "J", ""), (".", "0", "1"), ("", ".0", "0"), ("", "2006", "")],
+    "_LEFT_TRIM": [("-", " ", "")],
+    "_MATCHER_ESCAPE": [("", "\\", ""), ("", "\\n", "")],
+    "_MATCHER_TOKEN": [("", "a", ","), ("", '"', ""), ('"', "\\", ""), ("", '"a', ""), ("", "\\", "")],
+    "_MATCHER_VALUE": [("", "a", '"'), ("", "\\", '"'), ("", "\\a", '"')],
+    "_SERIES_ITEM": [("", "1", "y"), ("1.", "1", "y"), ("1e", "1", "y"), ("1+", "1", "y"), ("_x", "1", "y")],
+    "_VERB": [("%", " ", ""), ("%", "0", ""), ("", "%1", ""), ("%.", "1", ""), ("%[", "1", "")],
 }  # fmt: skip
 
 
