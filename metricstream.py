@@ -32,6 +32,7 @@ order of dependency. `grep -nE '^# (PART|[0-9]+\\.)' metricstream.py` prints the
 """
 
 import argparse
+import base64
 import calendar
 import contextlib
 import dataclasses
@@ -637,7 +638,8 @@ class Response:
         self._status_line = status_line(status)
         head = f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
         self._fields = (head + "".join(f"{name}: {value}\r\n" for name, value in fields)).encode()
-        self._end = b"\r\n" + body
+        # 304 has the fields of the answer that it stands for, and no body: RFC 9110, 15.4.5.
+        self._end = b"\r\n" + (body if status != 304 else b"")
 
     def encode(
         self, persistence: bytes, date: bytes, head_only: bool = False, more_fields: bytes = b""
@@ -2483,6 +2485,10 @@ class Service:
                 self._prefixes[path[:-1]] = table
             else:
                 self._routes[path] = table
+
+    def has_route(self, path: str) -> bool:
+        """Whether a path has a route of its own."""
+        return path in self._routes
 
     def ingest(self, request: Request, client: str) -> Answer:
         """The pipeline of `POST /metrics`: allowed? → JSON → batch → log (durable) → Response."""
@@ -9994,12 +10000,1648 @@ _STORE_STATISTICS = (
 
 
 # ==================================================================================================
+# PART IV. WATCHING
+# ==================================================================================================
+
+
+# ==================================================================================================
+# 29. Dashboard
+# ==================================================================================================
+#
+# The problem: whoever pushed something wants to see it, and to install nothing for it. The idea: one
+# document, style and script within it, at `/`. It is a client of the query API like any other and
+# has no rights of its own. Everything is drawn by itself: the type of a metric decides how. What it
+# costs: 20 KB once for a browser, and no framework that would keep elements and state together.
+#
+# Names and tags are the text of strangers. The page makes elements and sets their text; it never
+# makes markup of text, and its Content-Security-Policy forbids the browser to do so: it runs this
+# script alone, takes this style alone, and talks to this server alone.
+
+PAGE = r"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>MetricStream</title>
+<link rel="icon" href="data:image/svg+xml,%ICON%">
+<style>%STYLE%</style>
+</head>
+<body>
+<header>
+  <a class="brand" href="#"><svg width="22" height="22" viewBox="0 0 16 16" aria-hidden="true">
+    <path d="M1 11 5 5l4 6 6-9" fill="none" stroke="currentColor" stroke-width="2"/>
+  </svg>MetricStream</a>
+  <nav aria-label="Views" id="views"></nav>
+  <form class="row controls space" id="time"></form>
+</header>
+<p class="notice" id="notice" role="alert" hidden></p>
+<main id="main" tabindex="-1"></main>
+<div class="spoken" id="spoken" role="status"></div>
+<noscript>This page draws with JavaScript. Without it, query the API at <code>api/v1/</code>.
+</noscript>
+<script>%SCRIPT%</script>
+</body>
+</html>
+"""
+
+STYLE = r"""
+:root {
+  color-scheme: light dark;
+  --page: #f5f6f8; --card: #ffffff; --line: #d9dde3; --grid: #e8ebef; --field: #7b8494;
+  --text: #1b2230; --muted: #596273; --accent: #1d5fc4; --bad: #b42318; --warn: #8a5300;
+  --shade: #d92d2026;
+  --series-0: #1f6fd0; --series-1: #c2410c; --series-2: #15803d; --series-3: #9333ea;
+  --series-4: #a16207; --series-5: #be185d; --series-6: #0e7490; --series-7: #4b5563;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --page: #12151a; --card: #1a1e25; --line: #323843; --grid: #262b34; --field: #7f8999;
+    --text: #e7eaf0; --muted: #a0a9b8; --accent: #8ab4f8; --bad: #ff9a8f; --warn: #f5c26b;
+    --shade: #ff6b5e2e;
+    --series-0: #6ea8fe; --series-1: #fb923c; --series-2: #4ade80; --series-3: #c99bff;
+    --series-4: #facc15; --series-5: #f583bd; --series-6: #22d3ee; --series-7: #cbd5e1;
+  }
+}
+* { box-sizing: border-box; }
+[hidden] { display: none !important; }
+body {
+  margin: 0; background: var(--page); color: var(--text); overflow-y: scroll;
+  font: 15px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif;
+}
+a { color: var(--accent); text-decoration: none; }
+a:hover { text-decoration: underline; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; border-radius: 4px; }
+h1 { font-size: 1.4rem; font-weight: 600; margin: 0; overflow-wrap: anywhere; }
+h2 { font-size: 1.05rem; font-weight: 600; margin: 2rem 0 .75rem; overflow-wrap: anywhere; }
+h3 { font-size: .95rem; font-weight: 600; margin: 0; min-width: 0; }
+h3, h3 a { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; display: block; }
+ul { list-style: none; margin: 0; padding: 0; }
+header, main { max-width: 1280px; margin: 0 auto; padding: 0 1.25rem; }
+header, .row { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem 1rem; }
+header { padding-top: .75rem; padding-bottom: .75rem; }
+main { padding-bottom: 4rem; min-height: 80vh; }
+main:focus { outline: none; }
+.row { margin: .75rem 0; }
+.space { margin-left: auto; }
+.brand { font-weight: 650; color: var(--text); display: flex; gap: .5rem; align-items: center; }
+nav { display: flex; gap: .25rem; }
+nav a { padding: .25rem .6rem; border-radius: 6px; color: var(--muted); }
+nav a[aria-current] { background: var(--card); color: var(--text); font-weight: 600; }
+label { color: var(--muted); font-size: .9rem; }
+button, select, input, textarea {
+  font: inherit; font-size: .9rem; color: var(--text); background: var(--card);
+  border: 1px solid var(--field); border-radius: 6px; padding: .25rem .6rem; max-width: 100%;
+}
+button { cursor: pointer; }
+button:hover { border-color: var(--accent); }
+button[aria-pressed=true] { background: var(--accent); border-color: var(--accent); }
+button[aria-pressed=true] { color: var(--card); }
+textarea { width: 100%; resize: vertical; display: block; padding: .5rem .75rem; }
+textarea, pre, code { font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: .85rem; }
+pre { background: var(--card); border-radius: 8px; padding: .75rem; overflow: auto; margin: .5rem 0; }
+.cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(290px, 1fr)); }
+.panels { display: grid; gap: 1rem; grid-template-columns: repeat(12, minmax(0, 1fr)); }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
+.card { padding: .75rem .9rem; min-width: 0; }
+.top { display: flex; justify-content: space-between; gap: .75rem; align-items: baseline; }
+.value { font-variant-numeric: tabular-nums; font-weight: 600; white-space: nowrap; }
+.meta { color: var(--muted); font-size: .82rem; margin: .25rem 0 0; min-height: 1.5em; }
+.meta { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.error { color: var(--bad); white-space: normal; overflow-wrap: anywhere; }
+.notice { background: var(--bad); color: var(--card); border-radius: 8px; margin: 0 auto .5rem; }
+.notice { padding: .5rem 1rem; max-width: 1240px; }
+.chart { position: relative; height: 150px; margin: .4rem 0 0; touch-action: pan-y; }
+.chart.large { height: 340px; }
+.chart.medium { height: 220px; }
+.chart canvas { position: absolute; inset: 0; width: 100%; height: 100%; }
+.slow { opacity: .45; }
+.cursor, .selection { position: absolute; top: 6px; bottom: 22px; left: 0; pointer-events: none; }
+.cursor { width: 1px; background: var(--muted); }
+.selection { background: var(--accent); opacity: .2; }
+.tip { position: absolute; top: 4px; left: 0; z-index: 2; pointer-events: none; max-width: 75%; }
+.tip { background: var(--card); border: 1px solid var(--line); border-radius: 6px; }
+.tip { padding: .3rem .5rem; font-size: .8rem; box-shadow: 0 2px 8px #0003; }
+.tip div { display: flex; gap: .5rem; align-items: center; white-space: nowrap; }
+.tip span { overflow: hidden; text-overflow: ellipsis; }
+.tip b { margin-left: auto; font-variant-numeric: tabular-nums; }
+.scroll { overflow: auto; max-height: 26rem; margin-top: .75rem; }
+table { border-collapse: collapse; width: 100%; font-size: .85rem; }
+th, td { text-align: right; padding: .25rem .6rem; font-variant-numeric: tabular-nums; }
+th:first-child, td:first-child { text-align: left; overflow-wrap: anywhere; }
+tr { border-bottom: 1px solid var(--grid); }
+th button { border: 0; padding: 0; background: none; font-weight: 600; }
+td button { border-color: transparent; text-align: left; display: flex; gap: .5rem; }
+td button { align-items: center; background: none; }
+svg { flex: none; }
+.query { position: relative; }
+.options { position: absolute; z-index: 3; left: 0; right: 0; max-height: 16rem; overflow: auto; }
+.options { background: var(--card); border: 1px solid var(--field); border-radius: 6px; }
+.options li { padding: .2rem .75rem; cursor: pointer; overflow-wrap: anywhere; }
+.options li[aria-selected=true] { background: var(--accent); color: var(--card); }
+.firing { color: var(--bad); font-weight: 600; }
+.pending { color: var(--warn); font-weight: 600; }
+.tags { color: var(--muted); font-size: .85rem; overflow-wrap: anywhere; }
+.spoken { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+@media (max-width: 700px) {
+  .panels > * { grid-column: 1 / -1 !important; }
+  header, main { padding-left: .75rem; padding-right: .75rem; }
+  .space { margin-left: 0; }
+}
+@media (prefers-reduced-motion: no-preference) { .chart canvas { transition: opacity .2s; } }
+@media print {
+  body { background: none; }
+  nav, .controls, .tools, .notice { display: none; }
+  .card { break-inside: avoid; }
+}
+"""
+
+_STATE_SCRIPT = r"""
+"use strict";
+
+// The words of the query language that are no names of metrics.
+const WORDS = %WORDS%;
+
+// ---- State: what is looked at. All of it is in the URL, behind the "#". ----
+
+const DEFAULTS = {
+  view: "metrics", name: "", range: "1h", refresh: "15", search: "", all: "", sort: "",
+};
+const RANGES = {
+  "5m": "5 minutes", "15m": "15 minutes", "1h": "1 hour", "6h": "6 hours", "24h": "24 hours",
+  "7d": "7 days", "30d": "30 days",
+};
+const REFRESHES = {0: "off", 5: "5 s", 15: "15 s", 60: "1 min"};
+const UNIT_SECONDS = {s: 1, m: 60, h: 3600, d: 86400};
+
+let state = readState();
+
+function readState() {
+  const fields = new URLSearchParams(location.hash.slice(1));
+  const read = {by: fields.getAll("by"), only: fields.getAll("only"), q: fields.getAll("q")};
+  for (const name in DEFAULTS) read[name] = fields.get(name) ?? DEFAULTS[name];
+  read.variables = new Map();
+  for (const [name, value] of fields) {
+    if (name.startsWith("$")) read.variables.set(name.slice(1), value);
+  }
+  return read;
+}
+
+function hashOf(changes) {
+  const fields = new URLSearchParams(), wanted = {...state, ...changes};
+  for (const name in DEFAULTS) {
+    if (wanted[name] !== DEFAULTS[name]) fields.set(name, wanted[name]);
+  }
+  for (const name of ["by", "only", "q"]) {
+    for (const value of wanted[name]) fields.append(name, value);
+  }
+  for (const [name, value] of wanted.variables) fields.set("$" + name, value);
+  return "#" + fields;
+}
+
+// Another view, with nothing of this one but the time.
+function linkTo(view, name = "") {
+  const fresh = {search: "", all: "", sort: "", by: [], only: [], q: [], variables: new Map()};
+  return hashOf({...fresh, view, name});
+}
+
+// A change that "back" undoes.
+function go(changes) {
+  history.pushState({zoomed: "range" in changes}, "", hashOf(changes));
+  render();
+}
+
+// A change too small for that.
+function adjust(changes) {
+  history.replaceState(history.state, "", hashOf(changes));
+  state = readState();
+}
+
+function secondsOf(duration) {
+  const match = /^(\d{1,6})([smhd])$/.exec(duration);
+  return match ? match[1] * UNIT_SECONDS[match[2]] : NaN;
+}
+
+// First and last second of "1h", or of "1700000000-1700003600".
+function timeRange() {
+  const [from, to] = state.range.split("-").map(Number), now = Date.now() / 1000;
+  return to > from ? [from, to] : [now - (secondsOf(state.range) || 3600), now];
+}
+"""
+
+_ASK_SCRIPT = r"""
+// ---- Asking: the query API, four requests at a time ----
+
+const MAX_ASKING = 4;
+const MAX_SERIES = 1000;
+const queue = [];
+let asking = 0;
+
+class Refusal extends Error {}
+
+async function ask(path, parameters, signal, options = {}) {
+  if (asking < MAX_ASKING) asking++;
+  else await new Promise((resolve) => queue.push(resolve));
+  try {
+    return await answerOf(path, parameters, {...options, signal});
+  } finally {
+    if (queue.length) queue.shift()();
+    else asking--;
+  }
+}
+
+async function answerOf(path, parameters, options) {
+  if (parameters) options = {method: "POST", body: new URLSearchParams(parameters), ...options};
+  let answer, body;
+  try {
+    answer = await fetch("api/" + path, options);
+    body = await answer.text();
+  } catch (error) {
+    if (error.name !== "AbortError") setNotice("The server does not answer. Trying again …");
+    throw error;
+  }
+  const value = body ? JSON.parse(body) : null;
+  setNotice(answer.status === 503 ? value.error : "");
+  if (answer.ok) return value?.data ?? value;
+  throw Object.assign(new Refusal(value?.error ?? String(value)), {status: answer.status});
+}
+
+function setNotice(text) {
+  const notice = document.getElementById("notice");
+  if (notice.textContent !== text) notice.textContent = text;
+  if (text && notice.hidden) setTimeout(refresh, 2000);
+  notice.hidden = !text;
+}
+
+// ---- Metrics: their names, types, units, and how often they are pushed ----
+
+let catalogue = new Map();
+const intervals = new Map();
+
+async function readCatalogue(signal) {
+  const [from, to] = timeRange();
+  const query = 'count by (__name__) ({__name__=~".+"})';
+  const counted = {query, time: to, lookback_delta: to - from};
+  const [counts, types] = await Promise.all([
+    ask("v1/query", counted, signal), ask("v1/metadata", {}, signal),
+  ]);
+  catalogue = new Map(counts.result.map(({metric: {__name__: name}, value}) => [
+    name, {name, series: Number(value[1]), type: types[name]?.[0].type},
+  ]));
+}
+
+const isPlain = (name) => /^[A-Za-z_][A-Za-z0-9_]*$/.test(name);
+const tagName = (name) => isPlain(name) ? name : JSON.stringify(name);
+
+// A name as a query has it; words of the language are no names.
+function selectorOf(name) {
+  const plain = isPlain(name.replaceAll(":", "_")) && !WORDS.includes(name.toLowerCase());
+  return plain ? name : `{${JSON.stringify(name)}}`;
+}
+
+// The stored type decides, then the name.
+function kindOf({name, type}) {
+  if (name.endsWith("_bucket")) return "histogram";
+  if (type === "gauge") return "gauge";
+  return type === "counter" || /_(total|count|sum)$/.test(name) ? "counter" : "gauge";
+}
+
+function unitOf(name) {
+  if (name.endsWith("_count")) return "";
+  const [, word] = /_([a-z]+?)(?:_total|_sum|_bucket)?$/.exec(name) ?? [];
+  return {seconds: "s", bytes: "B", ratio: "ratio", percent: "%", milliseconds: "ms"}[word] ?? "";
+}
+
+// A metric as a panel: counters as rates, histograms as quantiles, gauges as they are.
+function panelOf(metric, by = []) {
+  const selector = selectorOf(metric.name), tags = by.map(tagName), unit = unitOf(metric.name);
+  const panel = {title: metric.name, metric: metric.name, series: metric.series, unit};
+  const grouped = (operator, of) => tags.length ? `${operator} by (${tags.join(", ")}) (${of})` : of;
+  const rate = `rate(${selector}[$window])`, kind = kindOf(metric);
+  if (kind === "histogram") {
+    const buckets = `sum by (${["le", ...tags].join(", ")}) (${rate})`;
+    panel.query = [0.5, 0.9, 0.99].map((rank) => `histogram_quantile(${rank}, ${buckets})`);
+    const of = by.map((tag) => ` {{${tag}}}`).join("");
+    panel.legend = ["p50", "p90", "p99"].map((name) => name + of);
+  } else if (kind === "counter") {
+    panel.query = [grouped("sum", rate)];
+    panel.unit += "/s";
+  } else {
+    panel.query = [grouped("avg", selector)];
+    panel.low = grouped("min", `min_over_time(${selector}[$step])`);
+    panel.high = grouped("max", `max_over_time(${selector}[$step])`);
+  }
+  return panel;
+}
+
+// When a metric was last pushed, and the usual time between two pushes of a series, in seconds.
+async function pushesOf(name, signal) {
+  const [from, to] = timeRange(), selector = selectorOf(name);
+  const latest = {query: `max(timestamp(${selector}))`, time: to, lookback_delta: to - from};
+  const [found] = (await ask("v1/query", latest, signal)).result;
+  const last = found ? Number(found.value[1]) : NaN, known = intervals.get(name);
+  if (!found || known?.until > to) return {last, interval: known?.interval ?? 0};
+  let times = [];
+  for (const window of ["10m", "1d"]) {
+    const samples = {query: `${selector}[${window}]`, time: last, limit: 1};
+    const [series] = (await ask("v1/query", samples, signal)).result;
+    times = series?.values.map(([time]) => time) ?? [];
+    if (times.length > 2) break;
+  }
+  const gaps = times.slice(1).map((time, i) => time - times[i]).sort((a, b) => a - b);
+  const interval = gaps[gaps.length >> 1] ?? 0;
+  intervals.set(name, {interval, until: to + (gaps.length > 1 ? 300 : 0)});
+  return {last, interval};
+}
+
+const STEPS = [
+  1, 2, 5, 10, 15, 20, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 21600, 43200, 86400,
+];
+
+// ---- Panels: their series on a grid of times; NaN where nothing was pushed ----
+
+async function readPanel(panel, variables, signal) {
+  const words = panel.query.join(" ").match(/[A-Za-z_:][A-Za-z0-9_:]*/g) ?? [];
+  const metric = panel.metric ?? words.find((word) => catalogue.has(word));
+  const pushed = metric ? await pushesOf(metric, signal) : {last: NaN, interval: 0};
+  const {interval} = pushed, [from, to] = timeRange(), finest = Math.max(interval, (to - from) / 300);
+  const step = STEPS.find((length) => length >= finest * 0.99) ?? Math.ceil(finest);
+  const start = Math.floor(from / step) * step, end = Math.ceil(to / step) * step;
+  const window = Math.ceil(Math.max(4 * interval, step + interval, 4)) + "s";
+  const known = new Map([...variables, ["window", window], ["step", step + "s"]]);
+  // Never the usual lookback of five minutes: a client that died ends its line.
+  const grid = {start, end, step, lookback_delta: Math.max(step, 2 * interval)};
+  const limit = panel.isCard ? MAX_DRAWN : MAX_SERIES;
+  const read = async (query, index) => {
+    const filled = query.replace(/\$(\w+)/g, (all, name) => known.get(name) ?? all);
+    const {result} = await ask("v1/query_range", {...grid, query: filled, limit}, signal);
+    if (Array.isArray(result[0])) return [];
+    const template = panel.legend?.[index];
+    return result.map(({metric, values}) => (
+      {tags: metric, query, template, values: onGrid(values, grid)}
+    ));
+  };
+  const [shades, lows, highs, ...found] = await Promise.all([
+    metric ? firingTimes(metric, grid, signal) : [],
+    ...[panel.low, panel.high].map((query) => query && step > 1.5 * interval && interval
+      ? read(query) : []),
+    ...panel.query.map(read),
+  ]);
+  const series = found.flat();
+  addBands(series, lows, highs);
+  nameSeries(series);
+  return {...grid, from, to, series, shades, ...pushed};
+}
+
+function onGrid(values, {start, end, step}) {
+  const points = new Float64Array(Math.round((end - start) / step) + 1).fill(NaN);
+  for (const [time, text] of values) points[Math.round((time - start) / step)] = numberOf(text);
+  return points;
+}
+
+const numberOf = (text) => Number(text.replace("Inf", "Infinity"));
+const keyOf = ({tags}) => JSON.stringify(Object.entries(tags).filter(([tag]) => tag !== "__name__"));
+
+// The least and the greatest sample of each step, for steps that span several.
+function addBands(series, lows, highs) {
+  const byKey = (found) => new Map(found.map((one) => [keyOf(one), one.values]));
+  const low = byKey(lows), high = byKey(highs);
+  for (const one of series) Object.assign(one, {low: low.get(keyOf(one)), high: high.get(keyOf(one))});
+}
+
+// Names by the template, else by the tags in which the series differ.
+function nameSeries(series) {
+  const entries = series.map(({tags}) => Object.entries(tags));
+  const shared = new Set(series.length > 1 ? entries[0].map(String) : []);
+  for (const own of entries) {
+    const has = new Set(own.map(String));
+    for (const entry of shared) if (!has.has(entry)) shared.delete(entry);
+  }
+  const names = new Map();
+  series.forEach((one, index) => {
+    const differing = entries[index].filter((entry) => !shared.has(String(entry)));
+    const tags = differing.filter(([tag]) => tag !== "__name__").map((entry) => entry.join("="));
+    const plain = [one.tags.__name__ ?? "", tags.join(", ")].filter(Boolean).join(" ");
+    const named = one.template?.replace(/\{\{(.+?)\}\}/g, (_, tag) => one.tags[tag] ?? "");
+    const name = named || (series.length > 1 ? tags.join(", ") : plain) || plain || one.query;
+    const seen = names.get(name) ?? 0;
+    names.set(name, seen + 1);
+    one.name = seen ? `${name} #${seen + 1}` : name;
+    one.color = `var(--series-${index % 8})`;
+    one.dash = DASHES[index % DASHES.length];
+  });
+}
+"""
+
+_CHART_SCRIPT = r"""
+// ---- Units ----
+
+const TIMES = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"], [1e-3, "ms"], [1e-6, "µs"]];
+
+function scaled(value, factor, names) {
+  let power = 0;
+  while (Math.abs(value) >= factor && power < names.length - 1) {
+    value /= factor;
+    power++;
+  }
+  return `${Number(value.toPrecision(4))} ${names[power]}`.trim();
+}
+
+function format(value, unit = "") {
+  if (!Number.isFinite(value)) return Number.isNaN(value) ? "–" : String(value);
+  const [, base, rate] = /^(.*?)(\/s)?$/.exec(unit);
+  if (base === "B") return scaled(value, 1024, ["B", "KiB", "MiB", "GiB", "TiB"]) + (rate ?? "");
+  if (base === "ratio") return format(value * 100, "%");
+  if (base === "%") return Number(value.toPrecision(4)) + " %";
+  const seconds = !rate && {s: value, ms: value / 1000}[base];
+  if (seconds) {
+    const [length, name] = TIMES.find(([least]) => Math.abs(seconds) >= least) ?? TIMES.at(-1);
+    return `${Number((seconds / length).toPrecision(4))} ${name}`;
+  }
+  return (scaled(value, 1000, ["", "k", "M", "G", "T"]) + ` ${base}`).trim() + (rate ?? "");
+}
+
+function ago(time) {
+  if (Number.isNaN(time)) return "not pushed in this time";
+  return `pushed ${format(Math.max(0, Math.round(Date.now() / 1000 - time)), "s")} ago`;
+}
+
+const clock = (time, options) => new Date(time * 1000).toLocaleString([], options);
+const exactTime = (time) => clock(time, {dateStyle: "medium", timeStyle: "medium"});
+
+// ---- Scales: where the ticks are ----
+
+function valueTicks(low, high, unit) {
+  const least = (high - low) / 4;
+  let base = 10 ** Math.floor(Math.log10(least));
+  if (unit.startsWith("B")) base = Math.min(base, 1024 ** Math.floor(Math.log(least) / Math.log(1024)));
+  if (unit.startsWith("B") && least >= 1) base = 2 ** Math.floor(Math.log2(least));
+  if (unit === "s" && least > 60) base = least > 3600 ? 3600 : 60;
+  let step = base;
+  for (const times of [1, 2, 5, 10, 20, 50, 100, 1000]) {
+    step = base * times;
+    if (step >= least) break;
+  }
+  const ticks = [];
+  for (let i = Math.floor(low / step); i * step < high + step; i++) ticks.push(i * step);
+  return ticks;
+}
+
+function timeTicks(from, to, width) {
+  const least = (to - from) / Math.max(2, width / 90);
+  const step = STEPS.find((length) => length >= least) ?? Math.ceil(least / 86400) * 86400;
+  const zone = new Date(from * 1000).getTimezoneOffset() * 60, ticks = [];
+  const first = Math.ceil((from - zone) / step) * step + zone;
+  for (let time = first; time <= to; time += step) ticks.push(time);
+  const day = {day: "numeric", month: "short"}, minute = {hour: "2-digit", minute: "2-digit"};
+  const second = {...minute, second: "2-digit"};
+  const label = step >= 86400 ? day : step < 60 ? second
+    : to - from > 2 * 86400 ? {...day, ...minute} : minute;
+  return ticks.map((time) => [time, clock(time, label)]);
+}
+
+// ---- Elements ----
+
+function el(tag, properties = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(properties)) {
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (name in element) element[name] = value;
+    else element.setAttribute(name, value);
+  }
+  element.append(...children);
+  return element;
+}
+
+function speak(text) {
+  document.getElementById("spoken").textContent = text;
+}
+
+function swatch({color, dash}) {
+  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+  const line = document.createElementNS(svg.namespaceURI, "path");
+  const attributes = {d: "M0 5h26", "stroke-width": 2.5, "stroke-dasharray": dash.join(" ")};
+  for (const [name, value] of Object.entries(attributes)) line.setAttribute(name, value);
+  line.style.stroke = color;
+  for (const [name, value] of [["width", 26], ["height", 10], ["aria-hidden", "true"]]) {
+    svg.setAttribute(name, value);
+  }
+  svg.append(line);
+  return svg;
+}
+
+// ---- Chart: a picture on a canvas; the cursor is an element moved over it ----
+
+const DASHES = [[], [6, 3], [2, 2], [9, 3, 2, 3]];
+const PLOT = {left: 62, right: 8, top: 8, bottom: 22};
+const KEY_HELP = "Arrow keys move a cursor, t shows the table";
+const charts = new Set();
+
+class Chart {
+  constructor(size) {
+    this.canvas = el("canvas", {"aria-hidden": "true"});
+    this.cursor = el("div", {className: "cursor", hidden: true});
+    this.selection = el("div", {className: "selection", hidden: true});
+    this.tip = el("div", {className: "tip", hidden: true});
+    this.root = el("div", {
+      className: `chart ${size}`, tabIndex: 0, role: "application", "aria-roledescription": "chart",
+      "aria-description": KEY_HELP, onpointermove: (event) => this.pointed(event),
+      onpointerdown: (event) => this.pressed(event), onpointerup: (event) => this.released(event),
+      onpointercancel: () => this.unselect(), onpointerleave: () => hideCursors(),
+      onblur: hideCursors, onkeydown: (event) => this.typed(event),
+    }, this.canvas, this.selection, this.cursor, this.tip);
+    this.picture = null;
+    this.drawn = [];
+    new ResizeObserver(() => this.draw()).observe(this.root);
+    charts.add(this);
+  }
+
+  show(picture, drawn, unit, title) {
+    Object.assign(this, {picture, drawn, unit});
+    const lasts = drawn.slice(0, 5).map((one) => `${one.name} ${format(lastOf(one), unit)}`);
+    this.root.setAttribute("aria-label", `${title}: last value ${lasts.join("; ") || "none"}`);
+    this.draw();
+  }
+
+  x(time) {
+    const {start, end} = this.picture;
+    return PLOT.left + (time - start) / (end - start) * (this.width - PLOT.left - PLOT.right);
+  }
+
+  y(value) {
+    return this.bottom - (value - this.low) / (this.high - this.low) * (this.bottom - PLOT.top);
+  }
+
+  timeAt(x) {
+    const {start, end} = this.picture, width = this.width - PLOT.left - PLOT.right;
+    return start + Math.min(1, Math.max(0, (x - PLOT.left) / width)) * (end - start);
+  }
+
+  fit() {
+    let low = Infinity, high = -Infinity;
+    for (const {values, low: lows, high: highs} of this.drawn) {
+      for (const value of [...values, ...(lows ?? []), ...(highs ?? [])]) {
+        if (!Number.isFinite(value)) continue;
+        low = Math.min(low, value);
+        high = Math.max(high, value);
+      }
+    }
+    if (low > high) [low, high] = [0, 1];
+    if (low > 0 && low < high / 2) low = 0;
+    if (low === high) [low, high] = low ? [low - Math.abs(low) / 4, high + Math.abs(low) / 4] : [0, 1];
+    const ticks = valueTicks(low, high, this.unit);
+    [this.low, this.high] = [ticks[0], ticks.at(-1)];
+    return ticks;
+  }
+
+  draw() {
+    const {clientWidth: width, clientHeight: height} = this.root;
+    if (!this.picture || !width) return;
+    const scale = devicePixelRatio, pen = this.canvas.getContext("2d");
+    Object.assign(this, {width, height, bottom: height - PLOT.bottom});
+    Object.assign(this.canvas, {width: width * scale, height: height * scale});
+    pen.scale(scale, scale);
+    const styles = getComputedStyle(document.documentElement);
+    const colorOf = (name) => styles.getPropertyValue(name.replace(/var\((.+)\)/, "$1"));
+    this.drawGrid(pen, colorOf);
+    pen.lineJoin = "round";
+    for (const one of this.drawn) {
+      pen.strokeStyle = pen.fillStyle = colorOf(one.color);
+      if (one.low && one.high) this.drawBand(pen, one);
+      this.drawLine(pen, one);
+    }
+  }
+
+  drawGrid(pen, colorOf) {
+    pen.font = "11px system-ui, sans-serif";
+    pen.fillStyle = colorOf("--shade");
+    for (const [from, to] of this.picture.shades) {
+      pen.fillRect(this.x(from), PLOT.top, this.x(to) - this.x(from), this.bottom - PLOT.top);
+    }
+    pen.strokeStyle = colorOf("--grid");
+    pen.fillStyle = colorOf("--muted");
+    pen.textAlign = "right";
+    for (const value of this.fit()) {
+      const y = Math.round(this.y(value)) + 0.5;
+      pen.strokeRect(PLOT.left, y, this.width - PLOT.left - PLOT.right, 0);
+      pen.fillText(format(value, this.unit), PLOT.left - 6, Math.max(y + 4, 10));
+    }
+    pen.textAlign = "center";
+    for (const [time, label] of timeTicks(this.picture.start, this.picture.end, this.width)) {
+      const half = pen.measureText(label).width / 2, x = this.x(time);
+      if (x + half < this.width) pen.fillText(label, x, this.height - 6);
+    }
+  }
+
+  // Runs of values; a gap ends a line, and a lone point is a dot.
+  drawLine(pen, {values, dash}) {
+    const {start, step} = this.picture;
+    pen.lineWidth = 1.75;
+    pen.setLineDash(dash);
+    pen.beginPath();
+    for (let i = 0; i < values.length; i++) {
+      if (!Number.isFinite(values[i])) continue;
+      const x = this.x(start + i * step), y = this.y(values[i]);
+      const before = Number.isFinite(values[i - 1]), after = Number.isFinite(values[i + 1]);
+      if (before) pen.lineTo(x, y);
+      else pen.moveTo(x, y);
+      if (!before && !after) {
+        pen.moveTo(x + 2.5, y);
+        pen.arc(x, y, 2.5, 0, 2 * Math.PI);
+      }
+    }
+    pen.stroke();
+  }
+
+  drawBand(pen, {low, high}) {
+    const {start, step} = this.picture;
+    pen.globalAlpha = 0.22;
+    for (let i = 0; i < low.length; i++) {
+      if (!Number.isFinite(low[i] + high[i])) continue;
+      const x = this.x(start + i * step), y = this.y(high[i]);
+      pen.fillRect(x, y, this.x(start + (i + 1) * step) - x, Math.max(1, this.y(low[i]) - y));
+    }
+    pen.globalAlpha = 1;
+  }
+
+  // Moves the cursor to a time; the values there, in words.
+  point(time, withTip) {
+    const {start, step, end} = this.picture;
+    this.cursor.hidden = time < start || time > end;
+    this.tip.hidden = this.cursor.hidden || !withTip;
+    if (this.cursor.hidden) return "";
+    const index = Math.round((time - start) / step), x = this.x(start + index * step);
+    this.cursor.style.transform = `translateX(${x}px)`;
+    const there = this.drawn.filter(({values}) => !Number.isNaN(values[index]));
+    const texts = there.map((one) => `${one.name} ${format(one.values[index], this.unit)}`);
+    const spoken = `${exactTime(start + index * step)}: ${texts.slice(0, 8).join("; ") || "no value"}`;
+    this.onpoint?.(this.drawn.length === 1 ? format(this.drawn[0].values[index], this.unit) : null);
+    if (withTip) this.fillTip(start + index * step, index, there, x);
+    return spoken;
+  }
+
+  fillTip(time, index, there, x) {
+    const rows = there.slice(0, 8).map((one) => el("div", {}, swatch(one),
+      el("span", {}, one.name), el("b", {}, format(one.values[index], this.unit))));
+    if (there.length > 8) rows.push(el("div", {}, `and ${there.length - 8} more`));
+    if (!there.length) rows.push(el("div", {}, "no value"));
+    this.tip.replaceChildren(el("div", {}, exactTime(time)), ...rows);
+    const left = x > this.width / 2 ? x - this.tip.offsetWidth - 10 : x + 10;
+    this.tip.style.transform = `translateX(${Math.max(0, left)}px)`;
+  }
+
+  pointed(event) {
+    if (!this.picture) return;
+    const x = event.clientX - this.root.getBoundingClientRect().left;
+    pointAll(this.timeAt(x), this);
+    if (this.pressedAt === undefined || Math.abs(x - this.pressedAt) < 5) return;
+    this.selection.hidden = false;
+    this.selection.style.transform = `translateX(${Math.min(x, this.pressedAt)}px)`;
+    this.selection.style.width = `${Math.abs(x - this.pressedAt)}px`;
+  }
+
+  pressed(event) {
+    if (event.button || !this.picture) return;
+    this.pressedAt = event.clientX - this.root.getBoundingClientRect().left;
+    this.root.setPointerCapture(event.pointerId);
+  }
+
+  released(event) {
+    const x = event.clientX - this.root.getBoundingClientRect().left;
+    const selected = !this.selection.hidden, pressedAt = this.pressedAt;
+    this.unselect();
+    if (selected) this.zoom(this.timeAt(Math.min(x, pressedAt)), this.timeAt(Math.max(x, pressedAt)));
+  }
+
+  unselect() {
+    this.selection.hidden = true;
+    this.pressedAt = undefined;
+  }
+
+  zoom(from, to) {
+    go({range: `${Math.floor(from)}-${Math.max(Math.ceil(to), Math.floor(from) + 2)}`});
+  }
+
+  typed(event) {
+    if (!this.picture || event.ctrlKey || event.metaKey || event.altKey) return;
+    const {start, step, end} = this.picture, stride = step * (event.shiftKey ? 10 : 1);
+    const now = cursorTime ?? end;
+    const time = {ArrowLeft: now - stride, ArrowRight: now + stride, Home: start, End: end}[event.key];
+    if (time !== undefined) {
+      event.preventDefault();
+      speak(pointAll(Math.min(end, Math.max(start, time)), this));
+    } else if (event.key === "t") {
+      this.ontable?.();
+    } else if (event.key === "Escape" && this.pressedAt !== undefined) {
+      event.stopPropagation();
+      this.unselect();
+    }
+  }
+}
+
+const lastOf = ({values}) => values.findLast(Number.isFinite) ?? NaN;
+
+// One cursor runs over all charts.
+let cursorTime;
+
+function pointAll(time, chosen) {
+  cursorTime = time;
+  let spoken = "";
+  for (const chart of charts) {
+    if (!chart.picture || !chart.root.isConnected) continue;
+    const text = chart.point(time, chart === chosen);
+    if (chart === chosen) spoken = text;
+  }
+  return spoken;
+}
+
+function hideCursors() {
+  cursorTime = undefined;
+  for (const chart of charts) {
+    chart.cursor.hidden = chart.tip.hidden = true;
+    chart.onpoint?.(null);
+  }
+}
+"""
+
+_PANEL_SCRIPT = r"""
+// ---- Panels: a chart with its title, legend and table; it asks while it is in view ----
+
+const sight = new IntersectionObserver((entries) => {
+  for (const {target, isIntersecting} of entries) {
+    target.panel.inView = isIntersecting;
+    if (isIntersecting) target.panel.refresh();
+    else target.panel.cancel();
+  }
+}, {rootMargin: "200px"});
+
+class Panel {
+  constructor(spec, {size = "", variables = new Map(), heading = "h2"} = {}) {
+    Object.assign(this, {spec, variables, inView: false, picture: null, sort: null});
+    this.chart = new Chart(size);
+    this.chart.ontable = () => this.toggleTable();
+    this.chart.onpoint = (text) => { this.value.textContent = text ?? this.current ?? ""; };
+    this.value = el("span", {className: "value"});
+    this.meta = el("p", {className: "meta"});
+    this.legend = el("div", {className: "scroll", hidden: !!spec.isCard});
+    this.table = el("div", {className: "scroll", hidden: true, tabIndex: 0, role: "region",
+      "aria-label": `Values of ${spec.title}`});
+    const title = el("a", {href: spec.link ?? "", title: spec.title}, spec.title);
+    this.tableButton = el("button", {onclick: () => this.toggleTable(), ariaExpanded: "false"}, "Table");
+    this.tools = el("div", {className: "row tools", hidden: !!spec.isCard}, this.tableButton,
+      el("button", {onclick: () => this.download()}, "Download CSV"));
+    this.root = el(spec.isCard ? "li" : "section", {className: "card"},
+      el("div", {className: "top"}, el(heading, {}, spec.link ? title : spec.title), this.value),
+      this.chart.root, this.meta, this.legend, this.tools, this.table);
+    this.chart.root.setAttribute("aria-label", `${spec.title}: not read yet`);
+    this.root.panel = this;
+    sight.observe(this.root);
+  }
+
+  cancel() {
+    this.asked?.abort();
+    this.asked = null;
+  }
+
+  // The old picture stays, dimmed, while a slow query runs and after one that failed.
+  async refresh() {
+    if (!this.inView || this.asked) return;
+    const asked = this.asked = new AbortController(), {canvas} = this.chart;
+    const slow = setTimeout(() => canvas.classList.add("slow"), 400);
+    try {
+      this.picture = await readPanel(this.spec, this.variables, asked.signal);
+      this.show();
+      this.spec.onerror?.(null);
+    } catch (error) {
+      if (error instanceof Refusal) this.refused(error);
+      else if (error.name !== "AbortError" && !(error instanceof TypeError)) throw error;
+    } finally {
+      clearTimeout(slow);
+      canvas.classList.remove("slow");
+      if (this.asked === asked) this.asked = null;
+    }
+  }
+
+  refused(error) {
+    this.meta.classList.add("error");
+    this.meta.textContent = error.message;
+    this.spec.onerror?.(error);
+  }
+
+  show() {
+    const {picture, spec} = this, {series} = picture, total = spec.series ?? series.length;
+    const chosen = series.filter(({name}) => !state.only.length || state.only.includes(name));
+    const visible = spec.isCard ? series : chosen.length ? chosen : series;
+    this.drawn = state.all && !spec.isCard ? visible : visible.slice(0, MAX_DRAWN);
+    this.chart.show(picture, this.drawn, spec.unit ?? "", spec.title);
+    this.current = this.currentText();
+    this.value.textContent = this.current;
+    const shown = spec.isCard || !state.by.length ? Math.max(total, series.length) : series.length;
+    this.meta.classList.remove("error");
+    this.meta.textContent = [
+      spec.metric ? `${shown} series` : "", spec.metric ? ago(picture.last) : "",
+      series.length ? "" : "no values in this time", spec.unit ? `in ${unitName(spec.unit)}` : "",
+    ].filter(Boolean).join(" · ");
+    if (!spec.isCard) this.showLegend();
+    if (!this.table.hidden) this.showTable();
+  }
+
+  currentText() {
+    const lasts = this.drawn.map(lastOf).filter(Number.isFinite), {unit} = this.spec;
+    if (!lasts.length) return "–";
+    const [least, most] = [Math.min(...lasts), Math.max(...lasts)].map((v) => format(v, unit));
+    return least === most ? least : `${least} – ${most}`;
+  }
+
+  showLegend() {
+    const {series} = this.picture, {unit} = this.spec, columns = ["last", "min", "max", "mean"];
+    const listed = state.all ? series : series.slice(0, MAX_DRAWN);
+    const rows = listed.map((one) => ({one, series: one.name, ...summaryOf(one.values)}));
+    const [by, down] = state.sort.split("-");
+    if (by) rows.sort((a, b) => (a[by] > b[by] || Number.isNaN(a[by]) ? 1 : -1) * (down ? -1 : 1));
+    const heads = ["series", ...columns].map((name) => el("th", {scope: "col",
+      "aria-sort": by !== name ? "none" : down ? "descending" : "ascending"},
+    el("button", {onclick: () => this.sortBy(name)}, name)));
+    const lines = rows.map((row) => el("tr", {}, el("td", {}, this.toggleOf(row.one)),
+      ...columns.map((name) => el("td", {}, format(row[name], unit)))));
+    const hidden = series.length - listed.length;
+    const more = hidden > 0 ? [el("p", {}, `${hidden} more series are not drawn. `,
+      el("button", {onclick: () => go({all: "1"})}, "Show all"))] : [];
+    const focused = this.legend.contains(document.activeElement) && document.activeElement.textContent;
+    this.legend.replaceChildren(el("table", {ariaLabel: `Series of ${this.spec.title}`},
+      el("thead", {}, el("tr", {}, ...heads)), el("tbody", {}, ...lines)), ...more);
+    const buttons = [...this.legend.querySelectorAll("button")];
+    if (focused) buttons.find((button) => button.textContent === focused)?.focus();
+  }
+
+  // A click isolates a series; further ones are added or taken away.
+  toggleOf(one) {
+    const chosen = state.only.includes(one.name);
+    const toggle = () => {
+      const others = state.only.filter((name) => name !== one.name);
+      adjust({only: chosen ? others : [...state.only, one.name]});
+      for (const panel of panelsShown()) if (panel.picture) panel.show();
+    };
+    return el("button", {onclick: toggle, ariaPressed: String(chosen)}, swatch(one), one.name);
+  }
+
+  sortBy(name) {
+    adjust({sort: state.sort === name ? `${name}-down` : name});
+    this.showLegend();
+  }
+
+  toggleTable() {
+    this.table.hidden = !this.table.hidden;
+    this.tableButton.ariaExpanded = String(!this.table.hidden);
+    if (this.table.hidden) return this.chart.root.focus();
+    this.showTable();
+    this.table.focus();
+  }
+
+  rows() {
+    const {start, step, end} = this.picture, rows = [];
+    for (let i = 0; start + i * step <= end; i++) {
+      const values = this.drawn.map((one) => one.values[i]);
+      if (!values.every(Number.isNaN)) rows.push([start + i * step, ...values]);
+    }
+    return rows;
+  }
+
+  showTable() {
+    if (!this.picture) return;
+    const cell = (value) => el("td", {}, format(value, this.spec.unit));
+    const heads = ["time", ...this.drawn.map(({name}) => name)];
+    const lines = this.rows().reverse().slice(0, 300).map(([time, ...values]) => el("tr", {},
+      el("td", {}, exactTime(time)), ...values.map(cell)));
+    this.table.replaceChildren(el("table", {ariaLabel: `Values of ${this.spec.title}`},
+      el("thead", {}, el("tr", {}, ...heads.map((name) => el("th", {scope: "col"}, name)))),
+      el("tbody", {}, ...lines)));
+  }
+
+  download() {
+    if (!this.picture) return;
+    const quote = (text) => `"${text.replaceAll('"', '""').replace(/^[=+@-]/, "'$&")}"`;
+    const head = ["time", ...this.drawn.map(({name}) => quote(name))];
+    const lines = this.rows().map(([time, ...values]) => [new Date(time * 1000).toISOString(),
+      ...values.map((value) => Number.isNaN(value) ? "" : value)]);
+    save(`${this.spec.title}.csv`, "text/csv", [head, ...lines].map(String).join("\r\n"));
+  }
+}
+
+const unitName = (unit) => unit.replace(/^B/, "bytes").replace(/^s$/, "seconds");
+const panelsShown = () => [...document.querySelectorAll("main .card")]
+  .map((element) => element.panel).filter(Boolean);
+
+function summaryOf(values) {
+  const known = values.filter(Number.isFinite);
+  if (!known.length) return {last: NaN, min: NaN, max: NaN, mean: NaN};
+  const min = known.reduce((a, b) => Math.min(a, b)), max = known.reduce((a, b) => Math.max(a, b));
+  return {last: known.at(-1), min, max, mean: known.reduce((a, b) => a + b) / known.length};
+}
+
+function save(name, type, text) {
+  const href = URL.createObjectURL(new Blob([text], {type}));
+  el("a", {href, download: name.replace(/[^\w.-]+/g, "_").slice(0, 80)}).click();
+  URL.revokeObjectURL(href);
+}
+
+// What is shown, as a file for --dashboards.
+function saveDashboard() {
+  const panels = panelsShown().filter(({root}) => !root.hidden).map(({spec, variables}) => {
+    const {title, query, legend, unit, width} = spec;
+    return Object.fromEntries(Object.entries({title, query, legend, unit, width})
+      .filter(([, value]) => value));
+  });
+  const title = document.querySelector("h1").textContent, {variables} = shown;
+  save(`${title}.json`, "application/json", JSON.stringify({title, variables, panels}, null, 2));
+}
+"""
+
+_VIEWS_SCRIPT = r"""
+// ---- Views: each gives its elements, and how they are brought up to date ----
+
+const EXAMPLE = `curl ${new URL("metrics", location.href)} -H 'Content-Type: application/json' \\
+  -d '{"metrics":[{"name":"cpu_usage","value":75.5,"tags":{"host":"web1"}}]}'`;
+const isOwn = (name) => name.startsWith("metricstream_");
+
+function saveButton() {
+  return el("button", {onclick: saveDashboard}, "Save as dashboard");
+}
+
+// All metrics, without a query.
+function metricsView() {
+  const cards = new Map(), list = el("ul", {className: "cards"}), own = el("ul", {className: "cards"});
+  const found = el("span", {className: "meta", role: "status"});
+  const search = el("input", {type: "search", id: "search", value: state.search, oninput: () => {
+    adjust({search: search.value});
+    filter();
+  }});
+  const empty = el("section", {hidden: true}, el("h2", {}, "No metrics yet"),
+    el("p", {}, "Send the first one; it appears here by itself:"),
+    el("pre", {id: "example", tabIndex: 0}, EXAMPLE),
+    el("button", {onclick: () => copy(EXAMPLE)}, "Copy"));
+  const ownTitle = el("h2", {}, "This server");
+  function filter() {
+    const words = state.search.toLowerCase().split(/\s+/);
+    let count = 0;
+    for (const [name, card] of cards) {
+      card.root.hidden = !words.every((word) => name.toLowerCase().includes(word));
+      count += !card.root.hidden;
+    }
+    found.textContent = cards.size ? `${count} of ${cards.size} metrics` : "";
+    ownTitle.hidden = ![...own.children].some((card) => !card.hidden);
+  }
+  function place(name) {
+    const spec = {...panelOf(catalogue.get(name)), isCard: true, link: linkTo("metric", name)};
+    const card = new Panel(spec, {heading: "h3"}), home = isOwn(name) ? own : list;
+    const next = [...cards].filter(([other]) => other > name && isOwn(other) === isOwn(name))
+      .sort(([a], [b]) => a > b ? 1 : -1)[0];
+    home.insertBefore(card.root, next?.[1].root ?? null);
+    cards.set(name, card);
+  }
+  return {
+    nodes: [el("div", {className: "row"}, el("h1", {}, "Metrics"),
+      el("label", {htmlFor: "search", className: "space"}, "Search"), search, found, saveButton()),
+    empty, el("h2", {className: "spoken"}, "Pushed"), list, ownTitle, own],
+    update() {
+      for (const [name, card] of cards) {
+        card.spec.link = linkTo("metric", name);
+        card.spec.series = catalogue.get(name)?.series ?? 0;
+        card.root.querySelector("a").href = card.spec.link;
+        if (!catalogue.has(name)) {
+          card.root.remove();
+          cards.delete(name);
+        }
+      }
+      for (const name of [...catalogue.keys()].sort()) if (!cards.has(name)) place(name);
+      empty.hidden = [...catalogue.keys()].some((name) => !isOwn(name));
+      filter();
+    },
+  };
+}
+
+async function copy(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    speak("Copied");
+  } catch { // not allowed: it is selected instead
+    getSelection().selectAllChildren(document.getElementById("example"));
+  }
+}
+
+// One metric, large; by the tags that were chosen.
+function metricView() {
+  const metric = catalogue.get(state.name) ?? {name: state.name};
+  const panel = new Panel(panelOf(metric, state.by), {size: "large"});
+  const tags = el("div", {className: "row", role: "group", ariaLabel: "Group by tag"});
+  const query = linkTo("query").replace(/#?$/, "&") + new URLSearchParams(
+    panel.spec.query.map((text) => ["q", text]));
+  let seen;
+  return {
+    nodes: [el("div", {className: "row"}, el("h1", {}, state.name), el("span", {className: "space"}),
+      el("a", {href: query}, "Open as query"), saveButton()), tags, panel.root],
+    async update(signal) {
+      const answer = await ask("v1/labels", {"match[]": selectorOf(state.name)}, signal);
+      const names = answer.filter((name) => name !== "__name__");
+      if (String(names) === seen) return;
+      seen = String(names);
+      const buttons = names.map((name, index) => {
+        const chosen = state.by.includes(name);
+        const by = chosen ? state.by.filter((other) => other !== name) : [...state.by, name];
+        return el("button", {ariaPressed: String(chosen), id: `by-${index}`,
+          onclick: () => go({by, only: []})}, name);
+      });
+      tags.replaceChildren(...(names.length ? ["Group by", ...buttons] : []));
+      refocus();
+    },
+  };
+}
+
+// Queries that share a graph.
+function queryView() {
+  const texts = state.q.length ? state.q : [""];
+  const queries = state.q.filter((text) => text.trim());
+  const run = () => go({q: fields.map((field) => field.value), view: "query", only: []});
+  const fields = texts.map((text, index) => queryField(text, index, run));
+  const refusal = el("pre", {className: "error", role: "alert", hidden: true});
+  const panel = queries.length && new Panel({title: "Result", query: queries, onerror: (error) => {
+    refusal.hidden = !error;
+    if (error) refusal.textContent = placeOf(error.message, queries);
+  }}, {size: "large"});
+  const rows = fields.map((field, index) => el("div", {className: "query"},
+    el("label", {htmlFor: field.id}, index ? `Query ${index + 1}` : "Query"), field, field.options));
+  return {
+    nodes: [el("div", {className: "row"}, el("h1", {}, "Query"), el("span", {className: "space"}),
+      saveButton()), ...rows, el("div", {className: "row"}, el("button", {onclick: run}, "Run"),
+      el("button", {onclick: () => go({q: [...fields.map((field) => field.value), ""]})},
+        "Add a query"),
+      el("span", {className: "meta"}, "Enter runs, Shift+Enter is a new line")),
+    refusal, ...(panel ? [panel.root] : [])],
+    update() {},
+  };
+}
+
+// The error, and below the line of the query a mark at its column.
+function placeOf(message, queries) {
+  const [, line, column] = /^(\d+):(\d+):/.exec(message) ?? [];
+  const text = queries.map((query) => query.split("\n")[line - 1])
+    .find((row) => row !== undefined && row.length >= column - 1);
+  return text === undefined ? message : `${message}\n\n${text}\n${" ".repeat(column - 1)}^`;
+}
+
+function queryField(text, index, run) {
+  const field = el("textarea", {id: `query-${index}`, value: text, rows: text.split("\n").length,
+    spellcheck: false, autocomplete: "off", role: "combobox", ariaExpanded: "false",
+    "aria-controls": `options-${index}`, ariaAutoComplete: "list", "aria-haspopup": "listbox"});
+  const options = field.options = el("ul", {className: "options", id: `options-${index}`, hidden: true,
+    role: "listbox", ariaLabel: "Completions"});
+  let chosen = -1, found = [], word = "";
+  function choose(number) {
+    chosen = number;
+    [...options.children].forEach((option, at) => { option.ariaSelected = String(at === number); });
+    options.children[number]?.scrollIntoView({block: "nearest"});
+    if (number < 0) field.removeAttribute("aria-activedescendant");
+    else field.setAttribute("aria-activedescendant", `option-${index}-${number}`);
+  }
+  function close() {
+    options.hidden = true;
+    field.ariaExpanded = "false";
+    choose(-1);
+  }
+  function take(number) {
+    const at = field.selectionStart, before = at - word.length;
+    field.setRangeText(found[number], before, at, "end");
+    close();
+    field.focus();
+  }
+  async function complete() {
+    const before = field.value.slice(0, field.selectionStart);
+    const all = await completionsOf(before);
+    if (before !== field.value.slice(0, field.selectionStart)) return;
+    word = all.word;
+    found = all.names.filter((name) => name !== word && name.toLowerCase().includes(word.toLowerCase()))
+      .sort((a, b) => b.startsWith(word) - a.startsWith(word)).slice(0, 50);
+    options.replaceChildren(...found.map((name, number) => el("li", {role: "option",
+      id: `option-${index}-${number}`, onmousedown: (event) => {
+        event.preventDefault();
+        take(number);
+      }}, name)));
+    choose(-1);
+    options.hidden = !found.length || !word && !all.open;
+    field.ariaExpanded = String(!options.hidden);
+  }
+  field.addEventListener("input", complete);
+  field.addEventListener("blur", close);
+  field.addEventListener("keydown", (event) => {
+    const move = {ArrowDown: 1, ArrowUp: -1}[event.key];
+    if (move && !options.hidden) choose((chosen + move + found.length) % found.length);
+    else if ((event.key === "Enter" || event.key === "Tab") && chosen >= 0) take(chosen);
+    else if (event.key === "Enter" && !event.shiftKey) run();
+    else if (event.key === "Escape" && !options.hidden) close();
+    else return;
+    event.preventDefault();
+    event.stopPropagation();
+  });
+  return field;
+}
+
+// What may stand at the end of a text: a value behind `tag="`, a tag in braces, else a name.
+async function completionsOf(before) {
+  const value = /([A-Za-z_]\w*)\s*(?:=|!=|=~|!~)\s*"([^"]*)$/.exec(before);
+  const [word] = /[A-Za-z_:][\w:]*$/.exec(before) ?? [""];
+  const selector = /([A-Za-z_:][\w:]*)?\{[^{}]*$/.exec(before);
+  const match = selector?.[1] ? {"match[]": selectorOf(selector[1])} : {};
+  try {
+    if (value) {
+      const names = await ask(`v1/label/${value[1]}/values`, match);
+      return {word: value[2], names: names.map((name) => JSON.stringify(name).slice(1, -1)), open: true};
+    }
+    if (selector || /\b(by|without|on|ignoring)\s*\([^()]*$/.test(before)) {
+      return {word, names: (await ask("v1/labels", match)).map(tagName), open: true};
+    }
+  } catch (error) { // without completions, then
+    if (!(error instanceof Refusal || error instanceof TypeError)) throw error;
+  }
+  return {word, names: [...[...catalogue.keys()].map(selectorOf), ...WORDS]};
+}
+
+// ---- Dashboards: the files of --dashboards ----
+
+function dashboardsView() {
+  const list = el("ul"), faults = el("ul");
+  return {
+    nodes: [el("div", {className: "row"}, el("h1", {}, "Dashboards")), list, faults],
+    async update(signal) {
+      const {dashboards, faults: found} = await ask("dashboards", null, signal);
+      const links = dashboards.map(({file, title}) => el("li", {},
+        el("a", {href: linkTo("dashboard", file)}, title), ` (${file})`));
+      const none = "None yet. Start the server with --dashboards DIR, and put there what "
+        + "“Save as dashboard” gives.";
+      list.replaceChildren(...(links.length ? links : [el("li", {}, none)]));
+      faults.replaceChildren(...found.map(({file, error}) => el("li", {className: "error"},
+        `${file}: ${error}`)));
+    },
+  };
+}
+
+function dashboardView() {
+  const body = el("div", {className: "panels"}), choices = el("div", {className: "row"});
+  const heading = el("h1", {}, "Dashboard");
+  const view = {
+    nodes: [el("div", {className: "row"}, heading, choices, el("span", {className: "space"}),
+      saveButton()), body],
+    async update(signal) {
+      if (body.childElementCount) return;
+      const {dashboards} = await ask("dashboards", null, signal);
+      const dashboard = dashboards.find(({file}) => file === state.name);
+      if (!dashboard) return body.replaceChildren(`There is no dashboard ${state.name}.`);
+      heading.textContent = dashboard.title;
+      view.variables = dashboard.variables;
+      const variables = new Map();
+      for (const variable of dashboard.variables) {
+        const [label, value] = await variableChoice(variable, signal);
+        variables.set(variable.name, JSON.stringify(value).slice(1, -1));
+        choices.append(label);
+      }
+      refocus();
+      for (const spec of dashboard.panels) {
+        const panel = new Panel(spec, {size: "medium", variables});
+        panel.root.style.gridColumn = `span ${spec.width}`;
+        body.append(panel.root);
+      }
+    },
+  };
+  return view;
+}
+
+async function variableChoice({name, tag, metric}, signal) {
+  const match = metric ? {"match[]": selectorOf(metric)} : {};
+  const values = await ask(`v1/label/${encodeURIComponent(tag)}/values`, match, signal);
+  const value = state.variables.get(name) ?? values[0] ?? "";
+  const options = [...new Set([...values, value])];
+  const choice = el("select", {id: `variable-${name}`, onchange: () => {
+    go({variables: new Map(state.variables).set(name, choice.value)});
+  }}, ...options.map((text) => el("option", {value: text, selected: text === value}, text)));
+  return [el("label", {}, `${name} `, choice), value];
+}
+
+// ---- Alerts: what fires and what pends; silences, as Alertmanager's API has them ----
+
+let alerts = null;
+let silences = [];
+let alertingRules = [];
+
+async function readAlerts(signal) {
+  if (alerts === null && !(await ask("dashboards", null, signal)).alerting) return;
+  try {
+    const [all, rules] = await Promise.all([
+      ask("v1/alerts", null, signal), ask("v1/rules?type=alert", null, signal),
+    ]);
+    silences = (await ask("v2/silences", null, signal)).filter(({status}) => status.state !== "expired");
+    alerts = all.alerts;
+    alertingRules = rules.groups.flatMap((group) => group.rules);
+  } catch (error) { // there is no alerting here
+    if (error.status !== 404) throw error;
+  }
+}
+
+// When an alert whose rule reads this metric fired, as [from, to].
+async function firingTimes(metric, grid, signal) {
+  const names = alertingRules.filter(({query}) => query.split(/[^\w:.]+/).includes(metric))
+    .map(({name}) => JSON.stringify(name));
+  if (!names.length) return [];
+  const firing = names.map((name) => `ALERTS{alertname=${name}, alertstate="firing"}`).join(" or ");
+  const {result} = await ask("v1/query_range", {...grid, query: `count(${firing})`}, signal);
+  return (result[0]?.values ?? []).map(([time]) => [time - grid.step, time]);
+}
+
+const silenceOf = ({labels}) => silences.find(({matchers}) => matchers.every(
+  ({name, value, isRegex, isEqual = true}) => isEqual === (isRegex
+    ? new RegExp(`^(?:${value})$`).test(labels[name] ?? "") : (labels[name] ?? "") === value)));
+
+function alertsView() {
+  const list = el("ul"), none = el("p", {}, "Nothing fires, and nothing pends.");
+  return {
+    nodes: [el("div", {className: "row"}, el("h1", {}, "Alerts")), none, list],
+    update() {
+      const found = [...alerts ?? []].sort((a, b) => a.state > b.state ? 1 : -1);
+      none.hidden = found.length > 0;
+      list.replaceChildren(...found.map(alertItem));
+      refocus();
+    },
+  };
+}
+
+function alertItem(alert, index) {
+  const {labels, annotations, state: condition, activeAt} = alert, silence = silenceOf(alert);
+  const pairs = (object) => Object.entries(object).map((pair) => pair.join(" = "));
+  const rest = pairs(labels).filter((text) => !text.startsWith("alertname = ")).join(", ");
+  const button = el("button", {id: `silence-${index}`, onclick: () => silence
+    ? writeSilence("DELETE", `silence/${silence.id}`) : writeSilence("POST", "silences", labels),
+  }, silence ? "End the silence" : "Silence for 2 hours");
+  return el("li", {className: "card row"}, el("div", {}, el("h2", {}, labels.alertname),
+    el("span", {className: condition}, condition), ` since ${exactTime(Date.parse(activeAt) / 1000)}`,
+    silence ? `, silenced until ${exactTime(Date.parse(silence.endsAt) / 1000)}` : "",
+    ...pairs(annotations).map((text) => el("div", {}, text)),
+    el("div", {className: "tags"}, rest)), el("span", {className: "space"}), button);
+}
+
+// A key, where one is needed, is kept by this tab alone.
+async function writeSilence(method, path, labels) {
+  const now = Date.now(), iso = (time) => new Date(time).toISOString();
+  const matchers = Object.entries(labels ?? {}).map(([name, value]) => (
+    {name, value, isRegex: false, isEqual: true}));
+  const body = {matchers, startsAt: iso(now), endsAt: iso(now + 7.2e6), createdBy: "dashboard",
+    comment: "from the dashboard"};
+  const headers = {"Content-Type": "application/json"}, key = sessionStorage.getItem("key");
+  if (key) headers.Authorization = `Bearer ${key}`;
+  try {
+    await ask("v2/" + path, null, undefined, {method, headers, body: labels && JSON.stringify(body)});
+  } catch (error) {
+    if (error.status !== 401) return speak(setNotice(error.message) ?? error.message);
+    const asked = prompt("The key of a listed client (kept in this tab only):");
+    sessionStorage.setItem("key", asked ?? "");
+    if (asked) return writeSilence(method, path, labels);
+  }
+  refresh();
+}
+
+// ---- The page: time, views, and the loop that brings them up to date ----
+
+const VIEWS = {
+  metrics: metricsView, metric: metricView, query: queryView, dashboards: dashboardsView,
+  dashboard: dashboardView, alerts: alertsView,
+};
+let shown = {variables: []};
+let shownAs = "";
+let updating = null;
+let timer;
+
+function showTime() {
+  const custom = !(state.range in RANGES), options = (all, chosen) => Object.entries(all).map(
+    ([value, text]) => el("option", {value, selected: value === chosen}, text));
+  const range = el("select", {id: "range", onchange: () => go({range: range.value === "custom"
+    ? timeRange().map(Math.round).join("-") : range.value}),
+  }, ...options({...RANGES, custom: "Custom"}, custom ? "custom" : state.range));
+  const pace = el("select", {id: "refresh", onchange: () => {
+    adjust({refresh: pace.value});
+    refresh();
+  }}, ...options(REFRESHES, state.refresh));
+  const local = (time) => new Date((time - new Date(time * 1000).getTimezoneOffset() * 60) * 1000)
+    .toISOString().slice(0, 19);
+  const [from, to] = timeRange().map((time) => el("input", {type: "datetime-local", step: 1,
+    value: local(Math.round(time)), onchange: () => {
+      const times = [from, to].map(({value}) => Date.parse(value) / 1000);
+      if (times[1] > times[0]) go({range: times.join("-")});
+    }}));
+  document.getElementById("time").replaceChildren(
+    ...(custom ? [el("label", {}, "From ", from), el("label", {}, "To ", to)] : []),
+    el("label", {}, "Time ", range), el("label", {}, "Refresh ", pace));
+}
+
+function showViews() {
+  const names = {metrics: "Metrics", query: "Query", dashboards: "Dashboards"};
+  if (alerts) names.alerts = "Alerts";
+  const links = Object.entries(names).map(([view, name]) => el("a", {href: linkTo(view)}, name));
+  const current = {metric: "metrics", dashboard: "dashboards"}[state.view] ?? state.view;
+  Object.keys(names).forEach((view, index) => {
+    if (view === current) links[index].setAttribute("aria-current", "page");
+  });
+  document.getElementById("views").replaceChildren(...links);
+  const firing = (alerts ?? []).filter((alert) => alert.state === "firing").length;
+  const title = state.name || VIEWS[state.view].name.replace("View", "");
+  document.title = `${firing ? `(${firing}) ` : ""}${title} · MetricStream`;
+}
+
+let focusedId = "";
+
+function refocus() {
+  if (focusedId) document.getElementById(focusedId)?.focus();
+}
+
+// Draws the view of the URL; where only the time has changed, the pictures stay and ask anew.
+function render() {
+  focusedId = document.activeElement?.id ?? "";
+  state = readState();
+  if (!Object.hasOwn(VIEWS, state.view)) state.view = "metrics";
+  const wanted = JSON.stringify([hashOf({range: "", refresh: "", search: "", only: [], sort: ""})]);
+  updating?.abort();
+  updating = null;
+  for (const panel of panelsShown()) panel.cancel();
+  if (wanted !== shownAs) {
+    for (const panel of panelsShown()) sight.unobserve(panel.root);
+    charts.clear();
+    shownAs = wanted;
+    shown = {variables: [], ...VIEWS[state.view]()};
+    document.getElementById("main").replaceChildren(...shown.nodes);
+  }
+  showTime();
+  showViews();
+  refocus();
+  refresh();
+}
+
+async function refresh() {
+  clearTimeout(timer);
+  if (document.hidden) return;
+  if (Number(state.refresh)) timer = setTimeout(refresh, state.refresh * 1000);
+  if (updating) return;
+  const {signal} = updating = new AbortController(), view = shown;
+  try {
+    await Promise.all([readCatalogue(signal), readAlerts(signal)]);
+    focusedId = document.activeElement?.id ?? "";
+    await view.update(signal);
+    if (!signal.aborted) showViews();
+    for (const panel of panelsShown()) panel.refresh();
+  } catch (error) {
+    if (error instanceof Refusal && error.status !== 503) setNotice(error.message);
+    else if (!(error instanceof TypeError || error instanceof Refusal || signal.aborted)) throw error;
+  } finally {
+    if (updating?.signal === signal) updating = null;
+  }
+}
+
+addEventListener("popstate", render);
+document.addEventListener("visibilitychange", refresh);
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape" && history.state?.zoomed) history.back();
+});
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
+  for (const chart of charts) chart.draw();
+});
+render();
+
+//# sourceURL=dashboard.js
+"""
+
+SCRIPT = _STATE_SCRIPT + _ASK_SCRIPT + _CHART_SCRIPT + _PANEL_SCRIPT + _VIEWS_SCRIPT
+
+
+ICON = (
+    "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'>"
+    "<path d='M1 11 5 5l4 6 6-9' fill='none' stroke='#1f6fd0' stroke-width='2'/></svg>"
+)
+# What a query may hold beside functions and names.
+_QUERY_WORDS = """
+    and atan2 avg bool bottomk by count count_values group group_left group_right ignoring inf max
+    min nan offset on or quantile stddev stdvar sum topk unless without
+"""
+
+
+def dashboard_page() -> str:
+    """The page: one document, style and script within it."""
+    words = write_json(sorted((*SIGNATURES, *_QUERY_WORDS.split())))
+    page = PAGE.replace("%ICON%", urllib.parse.quote(ICON)).replace("%STYLE%", STYLE)
+    return page.replace("%SCRIPT%", SCRIPT).replace("%WORDS%", words)
+
+
+def content_security_policy(page: str) -> str:
+    """What a browser may do with a page: run the script that stands in it, take its style, talk to
+    this server. Source: Content Security Policy Level 3.
+    """
+
+    def hash_of(tag: str) -> str:
+        inline = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+        digest = hashlib.sha256(inline.encode()).digest()
+        return f"'sha256-{base64.b64encode(digest).decode()}'"
+
+    return (
+        f"default-src 'none'; script-src {hash_of('script')}; style-src {hash_of('style')}; "
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'; require-trusted-types-for 'script'"
+    )
+
+
+@functools.cache
+def _page_responses(zipped: bool) -> tuple[str, Response, Response]:
+    """The ETag of the page, the page, and the answer to a browser that has it."""
+    page = dashboard_page()
+    body = gzip.compress(page.encode(), mtime=0) if zipped else page.encode()
+    etag = f'"{hashlib.sha256(body).hexdigest()[:16]}"'
+    fields = [
+        ("ETag", etag),
+        ("Cache-Control", "no-cache"),
+        ("Vary", "Accept-Encoding"),
+        ("Content-Security-Policy", content_security_policy(page)),
+        ("X-Content-Type-Options", "nosniff"),
+        ("Referrer-Policy", "no-referrer"),
+        *([("Content-Encoding", "gzip")] if zipped else []),
+    ]
+    whole, known = (
+        Response(status, body, "text/html; charset=utf-8", fields) for status in (200, 304)
+    )
+    return etag, whole, known
+
+
+_TAKES_GZIP = re.compile(r"(?:^|[\s,])gzip(?!\s*;\s*q=0(?:\.0*)?\s*(?:,|$))", re.IGNORECASE)
+
+
+def show_page(request: Request, client: str) -> Answer:
+    """`GET /`: the page, or 304 where the browser has it (RFC 9110, 13.1.2)."""
+    headers = request.head.headers
+    zipped = _TAKES_GZIP.search(headers.get("accept-encoding", "")) is not None
+    etag, whole, known = _page_responses(zipped)
+    return Answer(known if etag in headers.get("if-none-match", "") else whole)
+
+
+def show_icon(request: Request, client: str) -> Answer:
+    """`GET /favicon.ico`: some clients ask for it whatever the page says."""
+    return Answer(Response(200, ICON.encode(), "image/svg+xml"))
+
+
+# ---- Saved dashboards ----
+
+MAX_DASHBOARD_BYTES = 1024 * 1024
+
+
+class DashboardError(ValueError):
+    """A saved dashboard that can't be drawn: which member of it, and what is wrong."""
+
+
+def read_dashboard(text: str | bytes) -> dict[str, Any]:
+    """A saved dashboard, with what it leaves out. Raises JSONError or DashboardError.
+
+    >>> read_dashboard('{"title": "Host", "panels": [{"title": "Load", "query": "load1"}]}')
+    ... # doctest: +NORMALIZE_WHITESPACE
+    {'title': 'Host', 'variables': [], 'panels':
+     [{'title': 'Load', 'query': ['load1'], 'unit': '', 'legend': [], 'width': 6}]}
+    >>> read_dashboard('{"title": "Host", "panels": [{"title": "Load", "query": "rate(load1"}]}')
+    Traceback (most recent call last):
+    metricstream.DashboardError: panels[0].query: 1:11: parse error: expected ',' or ')', found the end of the query
+    """
+    dashboard = _members(
+        parse_json(text), "", {"title": _text, "variables": _list, "panels": _list}
+    )
+    variables = [
+        _members(variable, f"variables[{number}].", {"name": _name, "tag": _text, "metric": _text})
+        for number, variable in enumerate(dashboard["variables"])
+    ]
+    fields = {"title": _text, "query": _texts, "unit": _text, "legend": _texts, "width": _width}
+    panels = [
+        _members(panel, f"panels[{number}].", fields)
+        for number, panel in enumerate(dashboard["panels"])
+    ]
+    known = {"window": "5m", "step": "1m"} | {variable["name"]: "x" for variable in variables}
+    for number, panel in enumerate(panels):
+        for query in panel["query"]:
+            try:
+                parse_query(_fill(query, known))
+            except QueryError as error:
+                raise DashboardError(f"panels[{number}].query: {error}") from None
+    return dashboard | {"variables": variables, "panels": panels}
+
+
+def _fill(query: str, variables: dict[str, str]) -> str:
+    """A query with the values of its variables; the page does the same."""
+    return re.sub(
+        r"\$(\w+)", lambda match: variables.get(match[1], match[0]), query, flags=re.ASCII
+    )
+
+
+_Check = Callable[[Any], Any]  # a value as the page takes it, or DashboardError
+_MAY_BE_MISSING = {"variables": [], "metric": "", "unit": "", "legend": [], "width": 6}
+
+
+def _members(value: Any, place: str, checks: dict[str, _Check]) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise DashboardError(f"{place.rstrip('.') or 'the file'}: must be an object")
+    for name in value:
+        if name not in checks:
+            known = ", ".join(checks)
+            raise DashboardError(f"{place}{name[:80]}: unknown member; known are {known}")
+    members = {}
+    for name, check in checks.items():
+        try:
+            if name not in value and name not in _MAY_BE_MISSING:
+                raise DashboardError("is missing")
+            members[name] = check(value.get(name, _MAY_BE_MISSING.get(name)))
+        except DashboardError as error:
+            raise DashboardError(f"{place}{name}: {error}") from None
+    return members
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise DashboardError("must be a string")
+    return value
+
+
+def _name(value: Any) -> str:
+    if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", _text(value)):
+        raise DashboardError("must be letters, digits and '_'")
+    return _text(value)
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise DashboardError("must be an array")
+    return value
+
+
+def _texts(value: Any) -> list[str]:
+    """One string, or several."""
+    return [_text(item) for item in (value if isinstance(value, list) else [value])]
+
+
+def _width(value: Any) -> int:
+    if type(value) is not int or not 1 <= value <= 12:
+        raise DashboardError("must be a whole number from 1 to 12")
+    return value
+
+
+class Dashboards:
+    """The routes of the page, with the saved dashboards of a folder, if there is one.
+
+    `alerting` says whether there are alerts to ask for.
+    """
+
+    def __init__(self, folder: str | None, alerting: Callable[[], bool]):
+        self._folder, self._alerting = folder, alerting
+
+    def routes(self) -> dict[str, dict[str, Handler]]:
+        """What a service serves of it."""
+        return {
+            "/": {"GET": show_page},
+            "/favicon.ico": {"GET": show_icon},
+            "/api/dashboards": {"GET": self.show},
+        }
+
+    def show(self, request: Request, client: str) -> Answer:
+        """`GET /api/dashboards`: what is saved, as it is now, and what can't be read and why."""
+        dashboards, faults = [], []
+        for file in self._files():
+            try:
+                dashboards.append({"file": file} | self._read(file))
+            except (DashboardError, JSONError) as error:
+                faults.append({"file": file, "error": str(error)})
+            except OSError as error:
+                faults.append({"file": file, "error": error.strerror})
+        answer = {"dashboards": dashboards, "faults": faults, "alerting": self._alerting()}
+        return Answer(json_response(200, answer))
+
+    def _files(self) -> list[str]:
+        if self._folder is None:
+            return []
+        try:
+            return sorted(file for file in os.listdir(self._folder) if file.endswith(".json"))
+        except OSError as error:
+            raise unavailable(f"can't read the dashboards: {error.strerror}") from None
+
+    def _read(self, file: str) -> dict[str, Any]:
+        assert self._folder is not None  # it has files
+        with open(os.path.join(self._folder, file), "rb") as opened:
+            text = opened.read(MAX_DASHBOARD_BYTES + 1)
+        if len(text) > MAX_DASHBOARD_BYTES:
+            raise DashboardError(f"more than {MAX_DASHBOARD_BYTES} bytes")
+        return read_dashboard(text)
+
+
+# ==================================================================================================
 # PART VI. COMMAND LINE
 # ==================================================================================================
 
 
 # ==================================================================================================
-# 29. Command line
+# 30. Command line
 # ==================================================================================================
 #
 # Options become objects, one line says what is running, and a signal ends it. What goes wrong
@@ -10114,6 +11756,8 @@ def argument_parser() -> argparse.ArgumentParser:
         "may be repeated")
     add("--tls-cert", metavar="FILE", help="serve HTTPS: the certificate and its chain, as PEM")
     add("--tls-key", metavar="FILE", help="its private key, as PEM")
+    add("--dashboards", metavar="DIR",
+        help="saved dashboards (JSON files), which the page offers")
     add("--log-level", choices=("debug", "info", "warning", "error"), default="info",
         help="default info")
     add("--version", action="version", version=f"MetricStream {__version__}")
@@ -10215,6 +11859,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"argument --stripes: {options.stripes} is not a power of two")
     if (options.tls_cert is None) != (options.tls_key is None):
         parser.error("--tls-cert and --tls-key go together")
+    if options.dashboards is not None and not os.path.isdir(options.dashboards):
+        parser.error(f"argument --dashboards: {options.dashboards!a} is no folder")
     if options.new_client is not None:
         return _make_client(parser, options.new_client)
     lines = LineWriter(1)
@@ -10241,6 +11887,8 @@ def _run_server(options: argparse.Namespace, lines: LineWriter) -> int:
     except (ClientListError, LogError) as error:
         return _complain(str(error))
     service = _service(options, log, clients, lines)
+    alerting = partial(service.has_route, "/api/v1/alerts")
+    service.add_routes(Dashboards(options.dashboards, alerting).routes())
     try:
         store, jobs = _store(options, service)
         try:
