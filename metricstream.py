@@ -10032,13 +10032,11 @@ PAGE = r"""<!doctype html>
     <path d="M1 11 5 5l4 6 6-9" fill="none" stroke="currentColor" stroke-width="2"/>
   </svg>MetricStream</a>
   <nav aria-label="Views" id="views"></nav>
-  <form class="row controls space" id="time"></form>
+  <form class="row space" id="time"></form>
 </header>
 <p class="notice" id="notice" role="alert" hidden></p>
-<main id="main" tabindex="-1"></main>
+<main id="main"><noscript>The page is drawn by a script.</noscript></main>
 <div class="spoken" id="spoken" role="status"></div>
-<noscript>This page draws with JavaScript. Without it, query the API at <code>api/v1/</code>.
-</noscript>
 <script>%SCRIPT%</script>
 </body>
 </html>
@@ -10047,7 +10045,7 @@ PAGE = r"""<!doctype html>
 STYLE = r"""
 :root {
   color-scheme: light dark;
-  --page: #f5f6f8; --card: #ffffff; --line: #d9dde3; --grid: #e8ebef; --field: #7b8494;
+  --page: #f5f6f8; --card: #fff; --line: #d9dde3; --grid: #e8ebef; --field: #7b8494;
   --text: #1b2230; --muted: #596273; --accent: #1d5fc4; --bad: #b42318; --warn: #8a5300;
   --shade: #d92d2026;
   --series-0: #1f6fd0; --series-1: #c2410c; --series-2: #15803d; --series-3: #9333ea;
@@ -10064,27 +10062,26 @@ STYLE = r"""
 }
 * { box-sizing: border-box; }
 [hidden] { display: none !important; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; border-radius: 4px; }
 body {
   margin: 0; background: var(--page); color: var(--text); overflow-y: scroll;
   font: 15px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif;
 }
+header, main { max-width: 1280px; margin: 0 auto; padding: .75rem 1.25rem; }
+main { min-height: 80vh; padding-bottom: 4rem; }
+header, .row { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem 1rem; }
+.row { margin: 0 0 .75rem; }
+.space { margin: 0 0 0 auto; }
+h1, h2, h3 { font-weight: 600; margin: 0; min-width: 0; overflow-wrap: anywhere; }
+h1 { font-size: 1.4rem; }
+h2 { font-size: 1.05rem; }
+h3 { font-size: .95rem; }
+main > h2 { margin: 2rem 0 .75rem; }
+h3, .meta { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+ul { list-style: none; margin: 0; padding: 0; }
 a { color: var(--accent); text-decoration: none; }
 a:hover { text-decoration: underline; }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; border-radius: 4px; }
-h1 { font-size: 1.4rem; font-weight: 600; margin: 0; overflow-wrap: anywhere; }
-h2 { font-size: 1.05rem; font-weight: 600; margin: 2rem 0 .75rem; overflow-wrap: anywhere; }
-h3 { font-size: .95rem; font-weight: 600; margin: 0; min-width: 0; }
-h3, h3 a { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; display: block; }
-ul { list-style: none; margin: 0; padding: 0; }
-header, main { max-width: 1280px; margin: 0 auto; padding: 0 1.25rem; }
-header, .row { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem 1rem; }
-header { padding-top: .75rem; padding-bottom: .75rem; }
-main { padding-bottom: 4rem; min-height: 80vh; }
-main:focus { outline: none; }
-.row { margin: .75rem 0; }
-.space { margin-left: auto; }
 .brand { font-weight: 650; color: var(--text); display: flex; gap: .5rem; align-items: center; }
-nav { display: flex; gap: .25rem; }
 nav a { padding: .25rem .6rem; border-radius: 6px; color: var(--muted); }
 nav a[aria-current] { background: var(--card); color: var(--text); font-weight: 600; }
 label { color: var(--muted); font-size: .9rem; }
@@ -10094,63 +10091,59 @@ button, select, input, textarea {
 }
 button { cursor: pointer; }
 button:hover { border-color: var(--accent); }
-button[aria-pressed=true] { background: var(--accent); border-color: var(--accent); }
-button[aria-pressed=true] { color: var(--card); }
+button[aria-pressed=true] { background: var(--accent); color: var(--card); }
 textarea { width: 100%; resize: vertical; display: block; padding: .5rem .75rem; }
-textarea, pre, code { font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: .85rem; }
-pre { background: var(--card); border-radius: 8px; padding: .75rem; overflow: auto; margin: .5rem 0; }
+textarea, pre { font: .85rem/1.5 ui-monospace, "DejaVu Sans Mono", monospace; }
+pre { background: var(--card); border-radius: 8px; padding: .75rem; white-space: pre-wrap; }
+.example { user-select: all; }
 .cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(290px, 1fr)); }
 .panels { display: grid; gap: 1rem; grid-template-columns: repeat(12, minmax(0, 1fr)); }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
 .card { padding: .75rem .9rem; min-width: 0; }
 .top { display: flex; justify-content: space-between; gap: .75rem; align-items: baseline; }
-.value { font-variant-numeric: tabular-nums; font-weight: 600; white-space: nowrap; }
-.meta { color: var(--muted); font-size: .82rem; margin: .25rem 0 0; min-height: 1.5em; }
-.meta { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-.error { color: var(--bad); white-space: normal; overflow-wrap: anywhere; }
-.notice { background: var(--bad); color: var(--card); border-radius: 8px; margin: 0 auto .5rem; }
-.notice { padding: .5rem 1rem; max-width: 1240px; }
-.chart { position: relative; height: 150px; margin: .4rem 0 0; touch-action: pan-y; }
-.chart.large { height: 340px; }
+.value { font-weight: 600; white-space: nowrap; }
+.meta { color: var(--muted); font-size: .82rem; margin: .25rem 0; min-height: 1.5em; }
+.error { color: var(--bad); white-space: pre-wrap; overflow-wrap: anywhere; }
+.notice { background: var(--bad); color: var(--card); margin: 0; padding: .5rem 1.25rem; }
+.chart { position: relative; height: 150px; margin-top: .4rem; touch-action: pan-y; }
 .chart.medium { height: 220px; }
-.chart canvas { position: absolute; inset: 0; width: 100%; height: 100%; }
+.chart.large { height: 340px; }
+.chart canvas { position: absolute; width: 100%; height: 100%; }
 .slow { opacity: .45; }
-.cursor, .selection { position: absolute; top: 6px; bottom: 22px; left: 0; pointer-events: none; }
+.cursor, .selection { position: absolute; top: 8px; bottom: 22px; left: 0; pointer-events: none; }
 .cursor { width: 1px; background: var(--muted); }
 .selection { background: var(--accent); opacity: .2; }
 .tip { position: absolute; top: 4px; left: 0; z-index: 2; pointer-events: none; max-width: 75%; }
 .tip { background: var(--card); border: 1px solid var(--line); border-radius: 6px; }
 .tip { padding: .3rem .5rem; font-size: .8rem; box-shadow: 0 2px 8px #0003; }
-.tip div { display: flex; gap: .5rem; align-items: center; white-space: nowrap; }
-.tip span { overflow: hidden; text-overflow: ellipsis; }
-.tip b { margin-left: auto; font-variant-numeric: tabular-nums; }
-.scroll { overflow: auto; max-height: 26rem; margin-top: .75rem; }
+.tip div, td button { display: flex; gap: .5rem; align-items: center; }
+.tip span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.tip b { margin-left: auto; white-space: nowrap; }
+i { flex: none; width: 24px; border-top: 3px solid; }
+.scroll { overflow: auto; max-height: 26rem; margin-bottom: .75rem; }
 table { border-collapse: collapse; width: 100%; font-size: .85rem; }
-th, td { text-align: right; padding: .25rem .6rem; font-variant-numeric: tabular-nums; }
-th:first-child, td:first-child { text-align: left; overflow-wrap: anywhere; }
+th, td { text-align: right; padding: .2rem .6rem; white-space: nowrap; }
+td, .value, .tip b { font-variant-numeric: tabular-nums; }
+th:first-child, td:first-child { text-align: left; }
 tr { border-bottom: 1px solid var(--grid); }
-th button { border: 0; padding: 0; background: none; font-weight: 600; }
-td button { border-color: transparent; text-align: left; display: flex; gap: .5rem; }
-td button { align-items: center; background: none; }
-svg { flex: none; }
-.query { position: relative; }
-.options { position: absolute; z-index: 3; left: 0; right: 0; max-height: 16rem; overflow: auto; }
+th button, td button { border-color: transparent; background: none; padding: .1rem .3rem; }
+th button { font-weight: 600; }
+.query { position: relative; margin-bottom: .75rem; }
+.options { position: absolute; z-index: 3; width: 100%; max-height: 16rem; overflow: auto; }
 .options { background: var(--card); border: 1px solid var(--field); border-radius: 6px; }
 .options li { padding: .2rem .75rem; cursor: pointer; overflow-wrap: anywhere; }
 .options li[aria-selected=true] { background: var(--accent); color: var(--card); }
 .firing { color: var(--bad); font-weight: 600; }
 .pending { color: var(--warn); font-weight: 600; }
-.tags { color: var(--muted); font-size: .85rem; overflow-wrap: anywhere; }
 .spoken { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 @media (max-width: 700px) {
   .panels > * { grid-column: 1 / -1 !important; }
-  header, main { padding-left: .75rem; padding-right: .75rem; }
-  .space { margin-left: 0; }
+  header, main { padding: .5rem .75rem; }
+  .space { margin: 0; }
 }
 @media (prefers-reduced-motion: no-preference) { .chart canvas { transition: opacity .2s; } }
 @media print {
-  body { background: none; }
-  nav, .controls, .tools, .notice { display: none; }
+  nav, form, button, .notice { display: none !important; }
   .card { break-inside: avoid; }
 }
 """
@@ -10158,14 +10151,10 @@ svg { flex: none; }
 _STATE_SCRIPT = r"""
 "use strict";
 
-// The words of the query language that are no names of metrics.
-const WORDS = %WORDS%;
-
 // ---- State: what is looked at. All of it is in the URL, behind the "#". ----
 
-const DEFAULTS = {
-  view: "metrics", name: "", range: "1h", refresh: "15", search: "", all: "", sort: "",
-};
+const SINGLE = {view: "metrics", name: "", range: "1h", refresh: "15", search: "", all: ""};
+const SEVERAL = ["by", "only", "q"];
 const RANGES = {
   "5m": "5 minutes", "15m": "15 minutes", "1h": "1 hour", "6h": "6 hours", "24h": "24 hours",
   "7d": "7 days", "30d": "30 days",
@@ -10176,10 +10165,9 @@ const UNIT_SECONDS = {s: 1, m: 60, h: 3600, d: 86400};
 let state = readState();
 
 function readState() {
-  const fields = new URLSearchParams(location.hash.slice(1));
-  const read = {by: fields.getAll("by"), only: fields.getAll("only"), q: fields.getAll("q")};
-  for (const name in DEFAULTS) read[name] = fields.get(name) ?? DEFAULTS[name];
-  read.variables = new Map();
+  const fields = new URLSearchParams(location.hash.slice(1)), read = {variables: new Map()};
+  for (const name in SINGLE) read[name] = fields.get(name) ?? SINGLE[name];
+  for (const name of SEVERAL) read[name] = fields.getAll(name);
   for (const [name, value] of fields) {
     if (name.startsWith("$")) read.variables.set(name.slice(1), value);
   }
@@ -10188,25 +10176,21 @@ function readState() {
 
 function hashOf(changes) {
   const fields = new URLSearchParams(), wanted = {...state, ...changes};
-  for (const name in DEFAULTS) {
-    if (wanted[name] !== DEFAULTS[name]) fields.set(name, wanted[name]);
-  }
-  for (const name of ["by", "only", "q"]) {
-    for (const value of wanted[name]) fields.append(name, value);
-  }
+  for (const name in SINGLE) if (wanted[name] !== SINGLE[name]) fields.set(name, wanted[name]);
+  for (const name of SEVERAL) for (const value of wanted[name]) fields.append(name, value);
   for (const [name, value] of wanted.variables) fields.set("$" + name, value);
   return "#" + fields;
 }
 
 // Another view, with nothing of this one but the time.
-function linkTo(view, name = "") {
-  const fresh = {search: "", all: "", sort: "", by: [], only: [], q: [], variables: new Map()};
-  return hashOf({...fresh, view, name});
+function linkTo(view, changes = {}) {
+  const fresh = {name: "", search: "", all: "", by: [], only: [], q: [], variables: new Map()};
+  return hashOf({...fresh, view, ...changes});
 }
 
-// A change that "back" undoes.
+// A change that "back" undoes, and Escape if it is one of the time.
 function go(changes) {
-  history.pushState({zoomed: "range" in changes}, "", hashOf(changes));
+  history.pushState({isOfTime: "range" in changes}, "", hashOf(changes));
   render();
 }
 
@@ -10216,86 +10200,87 @@ function adjust(changes) {
   state = readState();
 }
 
-function secondsOf(duration) {
-  const match = /^(\d{1,6})([smhd])$/.exec(duration);
-  return match ? match[1] * UNIT_SECONDS[match[2]] : NaN;
-}
-
 // First and last second of "1h", or of "1700000000-1700003600".
 function timeRange() {
   const [from, to] = state.range.split("-").map(Number), now = Date.now() / 1000;
-  return to > from ? [from, to] : [now - (secondsOf(state.range) || 3600), now];
+  if (to > from) return [from, to];
+  const [, count, unit] = /^(\d{1,4})([smhd])$/.exec(state.range) ?? [null, 1, "h"];
+  return [now - count * UNIT_SECONDS[unit], now];
 }
 """
 
 _ASK_SCRIPT = r"""
-// ---- Asking: the query API, four requests at a time ----
+// ---- Asking: four requests at a time ----
 
 const MAX_ASKING = 4;
-const MAX_SERIES = 1000;
-const queue = [];
+const waiting = [];
 let asking = 0;
 
 class Refusal extends Error {}
 
-async function ask(path, parameters, signal, options = {}) {
+// The answer of the API to parameters; `signal` takes the question back.
+async function ask(path, parameters, signal, options) {
   if (asking < MAX_ASKING) asking++;
-  else await new Promise((resolve) => queue.push(resolve));
+  else await new Promise((resolve) => waiting.push(resolve));
   try {
-    return await answerOf(path, parameters, {...options, signal});
+    const body = parameters && new URLSearchParams(parameters);
+    return await answerOf(path, options ?? {method: body ? "POST" : "GET", body, signal});
   } finally {
-    if (queue.length) queue.shift()();
+    if (waiting.length) waiting.shift()();
     else asking--;
   }
 }
 
-async function answerOf(path, parameters, options) {
-  if (parameters) options = {method: "POST", body: new URLSearchParams(parameters), ...options};
-  let answer, body;
+async function answerOf(path, options) {
+  let answer, text;
   try {
     answer = await fetch("api/" + path, options);
-    body = await answer.text();
+    text = await answer.text();
   } catch (error) {
     if (error.name !== "AbortError") setNotice("The server does not answer. Trying again …");
     throw error;
   }
-  const value = body ? JSON.parse(body) : null;
+  const value = text ? JSON.parse(text) : {};
   setNotice(answer.status === 503 ? value.error : "");
-  if (answer.ok) return value?.data ?? value;
-  throw Object.assign(new Refusal(value?.error ?? String(value)), {status: answer.status});
+  if (!answer.ok) throw Object.assign(new Refusal(value.error ?? value), {status: answer.status});
+  return value.data ?? value;
 }
 
 function setNotice(text) {
   const notice = document.getElementById("notice");
   if (notice.textContent !== text) notice.textContent = text;
-  if (text && notice.hidden) setTimeout(refresh, 2000);
   notice.hidden = !text;
+  if (text) schedule();
 }
+
+// Whether the reason is in sight, or there is none to tell.
+const isTold = (error) => error instanceof Refusal || error instanceof TypeError
+  || error.name === "AbortError";
 
 // ---- Metrics: their names, types, units, and how often they are pushed ----
 
-let catalogue = new Map();
-const intervals = new Map();
+const WORDS = %WORDS%; // of the query language
+let catalogue = null;
 
 async function readCatalogue(signal) {
-  const [from, to] = timeRange();
-  const query = 'count by (__name__) ({__name__=~".+"})';
-  const counted = {query, time: to, lookback_delta: to - from};
+  const [from, to] = timeRange(), query = 'count by (__name__) ({__name__=~".+"})';
   const [counts, types] = await Promise.all([
-    ask("v1/query", counted, signal), ask("v1/metadata", {}, signal),
+    ask("v1/query", {query, time: to, lookback_delta: to - from}, signal),
+    ask("v1/metadata", {}, signal),
   ]);
   catalogue = new Map(counts.result.map(({metric: {__name__: name}, value}) => [
-    name, {name, series: Number(value[1]), type: types[name]?.[0].type},
-  ]));
+    name, {name, count: Number(value[1]), type: types[name]?.[0].type},
+  ]).sort(([a], [b]) => a < b ? -1 : 1));
 }
 
 const isPlain = (name) => /^[A-Za-z_][A-Za-z0-9_]*$/.test(name);
+const quoted = (text) => JSON.stringify(text).slice(1, -1);
 const tagName = (name) => isPlain(name) ? name : JSON.stringify(name);
 
-// A name as a query has it; words of the language are no names.
+// A name as a query has it.
 function selectorOf(name) {
-  const plain = isPlain(name.replaceAll(":", "_")) && !WORDS.includes(name.toLowerCase());
-  return plain ? name : `{${JSON.stringify(name)}}`;
+  const isWord = WORDS.includes(name.toLowerCase());
+  return isPlain(name.replaceAll(":", "_")) && !isWord ? name : `{${JSON.stringify(name)}}`;
 }
 
 // The stored type decides, then the name.
@@ -10306,22 +10291,21 @@ function kindOf({name, type}) {
 }
 
 function unitOf(name) {
-  if (name.endsWith("_count")) return "";
-  const [, word] = /_([a-z]+?)(?:_total|_sum|_bucket)?$/.exec(name) ?? [];
+  const [, word] = /_([a-z]+?)(_total|_sum|_bucket)?$/.exec(name) ?? [];
   return {seconds: "s", bytes: "B", ratio: "ratio", percent: "%", milliseconds: "ms"}[word] ?? "";
 }
 
 // A metric as a panel: counters as rates, histograms as quantiles, gauges as they are.
 function panelOf(metric, by = []) {
-  const selector = selectorOf(metric.name), tags = by.map(tagName), unit = unitOf(metric.name);
-  const panel = {title: metric.name, metric: metric.name, series: metric.series, unit};
-  const grouped = (operator, of) => tags.length ? `${operator} by (${tags.join(", ")}) (${of})` : of;
+  const {name, count} = metric, selector = selectorOf(name), tags = by.map(tagName);
+  const panel = {title: name, metric: name, count, unit: unitOf(name)};
+  const grouped = (operator, text) => by.length ? `${operator} by (${tags}) (${text})` : text;
   const rate = `rate(${selector}[$window])`, kind = kindOf(metric);
   if (kind === "histogram") {
-    const buckets = `sum by (${["le", ...tags].join(", ")}) (${rate})`;
+    const buckets = `sum by (${["le", ...tags]}) (${rate})`;
     panel.query = [0.5, 0.9, 0.99].map((rank) => `histogram_quantile(${rank}, ${buckets})`);
-    const of = by.map((tag) => ` {{${tag}}}`).join("");
-    panel.legend = ["p50", "p90", "p99"].map((name) => name + of);
+    const values = by.map((tag) => ` {{${tag}}}`).join("");
+    panel.legend = ["p50", "p90", "p99"].map((rank) => rank + values);
   } else if (kind === "counter") {
     panel.query = [grouped("sum", rate)];
     panel.unit += "/s";
@@ -10333,170 +10317,158 @@ function panelOf(metric, by = []) {
   return panel;
 }
 
+const intervals = new Map();
+
 // When a metric was last pushed, and the usual time between two pushes of a series, in seconds.
 async function pushesOf(name, signal) {
-  const [from, to] = timeRange(), selector = selectorOf(name);
+  const [from, to] = timeRange(), selector = selectorOf(name), known = intervals.get(name);
   const latest = {query: `max(timestamp(${selector}))`, time: to, lookback_delta: to - from};
   const [found] = (await ask("v1/query", latest, signal)).result;
-  const last = found ? Number(found.value[1]) : NaN, known = intervals.get(name);
+  const last = found ? Number(found.value[1]) : NaN;
   if (!found || known?.until > to) return {last, interval: known?.interval ?? 0};
-  let times = [];
+  const gaps = [];
   for (const window of ["10m", "1d"]) {
     const samples = {query: `${selector}[${window}]`, time: last, limit: 1};
     const [series] = (await ask("v1/query", samples, signal)).result;
-    times = series?.values.map(([time]) => time) ?? [];
-    if (times.length > 2) break;
+    series?.values.forEach(([time], i, all) => i && gaps.push(time - all[i - 1][0]));
+    if (gaps.length > 1) break;
   }
-  const gaps = times.slice(1).map((time, i) => time - times[i]).sort((a, b) => a - b);
-  const interval = gaps[gaps.length >> 1] ?? 0;
+  const interval = gaps.sort((a, b) => a - b)[gaps.length >> 1] ?? 0;
   intervals.set(name, {interval, until: to + (gaps.length > 1 ? 300 : 0)});
   return {last, interval};
 }
 
+// ---- Series: what a panel asks for, on a grid of times; NaN where nothing was pushed ----
+
+const MAX_SERIES = 1000; // of an answer
+const MAX_DRAWN = 20;
 const STEPS = [
-  1, 2, 5, 10, 15, 20, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 21600, 43200, 86400,
+  1, 2, 5, 10, 15, 20, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200, 86400,
 ];
 
-// ---- Panels: their series on a grid of times; NaN where nothing was pushed ----
+function stepFrom(least) {
+  return STEPS.find((step) => step >= least) ?? Math.ceil(least / 86400) * 86400;
+}
 
 async function readPanel(panel, variables, signal) {
-  const words = panel.query.join(" ").match(/[A-Za-z_:][A-Za-z0-9_:]*/g) ?? [];
-  const metric = panel.metric ?? words.find((word) => catalogue.has(word));
-  const pushed = metric ? await pushesOf(metric, signal) : {last: NaN, interval: 0};
-  const {interval} = pushed, [from, to] = timeRange(), finest = Math.max(interval, (to - from) / 300);
-  const step = STEPS.find((length) => length >= finest * 0.99) ?? Math.ceil(finest);
-  const start = Math.floor(from / step) * step, end = Math.ceil(to / step) * step;
+  const {query, metric = metricIn(query)} = panel, [from, to] = timeRange();
+  const pushes = metric ? await pushesOf(metric, signal) : {last: NaN, interval: 0};
+  const {interval} = pushes, step = stepFrom(Math.max(interval * 0.99, (to - from) / 300));
+  // A rate needs samples up to its time; a sample is drawn at the next step behind it.
+  const round = query.some((text) => text.includes("$window")) ? Math.floor : Math.ceil;
+  const grid = {start: Math.floor(from / step) * step, end: round(to / step) * step, step};
+  // Not the usual lookback of five minutes: a client that died ends its line.
+  const asked = {...grid, lookback_delta: Math.max(step, 2 * interval)};
+  asked.limit = panel.isCard ? MAX_DRAWN : MAX_SERIES;
   const window = Math.ceil(Math.max(4 * interval, step + interval, 4)) + "s";
   const known = new Map([...variables, ["window", window], ["step", step + "s"]]);
-  // Never the usual lookback of five minutes: a client that died ends its line.
-  const grid = {start, end, step, lookback_delta: Math.max(step, 2 * interval)};
-  const limit = panel.isCard ? MAX_DRAWN : MAX_SERIES;
-  const read = async (query, index) => {
-    const filled = query.replace(/\$(\w+)/g, (all, name) => known.get(name) ?? all);
-    const {result} = await ask("v1/query_range", {...grid, query: filled, limit}, signal);
-    if (Array.isArray(result[0])) return [];
-    const template = panel.legend?.[index];
-    return result.map(({metric, values}) => (
-      {tags: metric, query, template, values: onGrid(values, grid)}
-    ));
+  const read = async (text, index) => {
+    const filled = text.replace(/\$(\w+)/g, (all, name) => known.get(name) ?? all);
+    const {resultType, result} = await ask("v1/query_range", {...asked, query: filled}, signal);
+    return resultType === "matrix" ? result.map((one) => ({tags: one.metric, query: text,
+      template: panel.legend?.[index], values: onGrid(one.values, grid)})) : [];
   };
+  const spans = interval && step > 1.5 * interval; // several samples a step
   const [shades, lows, highs, ...found] = await Promise.all([
     metric ? firingTimes(metric, grid, signal) : [],
-    ...[panel.low, panel.high].map((query) => query && step > 1.5 * interval && interval
-      ? read(query) : []),
-    ...panel.query.map(read),
+    ...[panel.low, panel.high].map((text) => text && spans ? read(text) : []),
+    ...query.map(read),
   ]);
   const series = found.flat();
   addBands(series, lows, highs);
   nameSeries(series);
-  return {...grid, from, to, series, shades, ...pushed};
+  return {...grid, ...pushes, series, shades};
+}
+
+function metricIn(query) {
+  return query.join(" ").match(/[\w:]+/g)?.find((word) => catalogue.has(word));
 }
 
 function onGrid(values, {start, end, step}) {
-  const points = new Float64Array(Math.round((end - start) / step) + 1).fill(NaN);
-  for (const [time, text] of values) points[Math.round((time - start) / step)] = numberOf(text);
+  const points = new Array(Math.round((end - start) / step) + 1).fill(NaN);
+  for (const [time, text] of values) {
+    points[Math.round((time - start) / step)] = Number(text.replace("Inf", "Infinity"));
+  }
   return points;
 }
 
-const numberOf = (text) => Number(text.replace("Inf", "Infinity"));
-const keyOf = ({tags}) => JSON.stringify(Object.entries(tags).filter(([tag]) => tag !== "__name__"));
-
-// The least and the greatest sample of each step, for steps that span several.
+// The least and the greatest sample of each step.
 function addBands(series, lows, highs) {
-  const byKey = (found) => new Map(found.map((one) => [keyOf(one), one.values]));
-  const low = byKey(lows), high = byKey(highs);
-  for (const one of series) Object.assign(one, {low: low.get(keyOf(one)), high: high.get(keyOf(one))});
+  const keyOf = ({tags}) => JSON.stringify({...tags, __name__: ""});
+  const low = new Map(lows.map((one) => [keyOf(one), one.values]));
+  const high = new Map(highs.map((one) => [keyOf(one), one.values]));
+  for (const one of series) [one.low, one.high] = [low.get(keyOf(one)), high.get(keyOf(one))];
 }
 
 // Names by the template, else by the tags in which the series differ.
 function nameSeries(series) {
-  const entries = series.map(({tags}) => Object.entries(tags));
-  const shared = new Set(series.length > 1 ? entries[0].map(String) : []);
-  for (const own of entries) {
-    const has = new Set(own.map(String));
-    for (const entry of shared) if (!has.has(entry)) shared.delete(entry);
-  }
-  const names = new Map();
+  const isShared = ([tag, value]) => series.every(({tags}) => tags[tag] === value);
+  const shared = new Map(Object.entries(series[0]?.tags ?? {}).filter(isShared));
+  const seen = new Set();
   series.forEach((one, index) => {
-    const differing = entries[index].filter((entry) => !shared.has(String(entry)));
-    const tags = differing.filter(([tag]) => tag !== "__name__").map((entry) => entry.join("="));
-    const plain = [one.tags.__name__ ?? "", tags.join(", ")].filter(Boolean).join(" ");
-    const named = one.template?.replace(/\{\{(.+?)\}\}/g, (_, tag) => one.tags[tag] ?? "");
-    const name = named || (series.length > 1 ? tags.join(", ") : plain) || plain || one.query;
-    const seen = names.get(name) ?? 0;
-    names.set(name, seen + 1);
-    one.name = seen ? `${name} #${seen + 1}` : name;
-    one.color = `var(--series-${index % 8})`;
-    one.dash = DASHES[index % DASHES.length];
+    const all = Object.entries(one.tags), differing = all.filter(([tag]) => !shared.has(tag));
+    const texts = (differing.length ? differing : all).map(
+      ([tag, value]) => tag === "__name__" ? value : `${tag}=${value}`);
+    const template = one.template?.replace(/\{\{(.+?)\}\}/g, (_, tag) => one.tags[tag] ?? "");
+    const name = template || texts.join(", ") || one.query;
+    one.name = seen.has(name) ? `${name} (${one.query})` : name;
+    seen.add(name);
+    one.color = `--series-${index % 8}`;
+    [one.border, one.dash] = LINES[index % LINES.length];
   });
 }
 """
 
 _CHART_SCRIPT = r"""
-// ---- Units ----
+// ---- Values and times as text ----
 
 const TIMES = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"], [1e-3, "ms"], [1e-6, "µs"]];
+const BYTES = [[2 ** 40, "TiB"], [2 ** 30, "GiB"], [2 ** 20, "MiB"], [1024, "KiB"], [1, "B"]];
+const POWERS = [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"], [1, ""]];
 
-function scaled(value, factor, names) {
-  let power = 0;
-  while (Math.abs(value) >= factor && power < names.length - 1) {
-    value /= factor;
-    power++;
-  }
-  return `${Number(value.toPrecision(4))} ${names[power]}`.trim();
+function scaled(value, sizes, digits = 4) {
+  const found = sizes.find(([least]) => Math.abs(value) >= least) ?? sizes.at(-1);
+  const [size, name] = value ? found : sizes.find(([one]) => one === 1);
+  return `${Number((value / size).toPrecision(digits))} ${name}`;
 }
 
 function format(value, unit = "") {
   if (!Number.isFinite(value)) return Number.isNaN(value) ? "–" : String(value);
-  const [, base, rate] = /^(.*?)(\/s)?$/.exec(unit);
-  if (base === "B") return scaled(value, 1024, ["B", "KiB", "MiB", "GiB", "TiB"]) + (rate ?? "");
+  const [, base, rate = ""] = /^(.*?)(\/s)?$/.exec(unit);
+  if (base === "B") return scaled(value, BYTES) + rate;
   if (base === "ratio") return format(value * 100, "%");
   if (base === "%") return Number(value.toPrecision(4)) + " %";
-  const seconds = !rate && {s: value, ms: value / 1000}[base];
-  if (seconds) {
-    const [length, name] = TIMES.find(([least]) => Math.abs(seconds) >= least) ?? TIMES.at(-1);
-    return `${Number((seconds / length).toPrecision(4))} ${name}`;
-  }
-  return (scaled(value, 1000, ["", "k", "M", "G", "T"]) + ` ${base}`).trim() + (rate ?? "");
+  if (base === "s" && !rate) return scaled(value, TIMES);
+  if (base === "ms" && !rate) return scaled(value / 1000, TIMES);
+  return (scaled(value, POWERS) + base).trim() + rate;
 }
 
-function ago(time) {
-  if (Number.isNaN(time)) return "not pushed in this time";
-  return `pushed ${format(Math.max(0, Math.round(Date.now() / 1000 - time)), "s")} ago`;
+function textOfTime(time, options) {
+  return new Date(time * 1000).toLocaleString([], {hourCycle: "h23", ...options});
 }
 
-const clock = (time, options) => new Date(time * 1000).toLocaleString([], options);
-const exactTime = (time) => clock(time, {dateStyle: "medium", timeStyle: "medium"});
+const exactTime = (time) => textOfTime(time, {dateStyle: "medium", timeStyle: "medium"});
 
 // ---- Scales: where the ticks are ----
 
 function valueTicks(low, high, unit) {
-  const least = (high - low) / 4;
-  let base = 10 ** Math.floor(Math.log10(least));
-  if (unit.startsWith("B")) base = Math.min(base, 1024 ** Math.floor(Math.log(least) / Math.log(1024)));
-  if (unit.startsWith("B") && least >= 1) base = 2 ** Math.floor(Math.log2(least));
-  if (unit === "s" && least > 60) base = least > 3600 ? 3600 : 60;
-  let step = base;
-  for (const times of [1, 2, 5, 10, 20, 50, 100, 1000]) {
-    step = base * times;
-    if (step >= least) break;
-  }
-  const ticks = [];
-  for (let i = Math.floor(low / step); i * step < high + step; i++) ticks.push(i * step);
+  const least = (high - low) / 4, base = 10 ** Math.floor(Math.log10(least)), ticks = [];
+  let step = base * [1, 2, 5, 10].find((times) => base * times >= least);
+  if (unit.startsWith("B") && least > 1) step = 2 ** Math.ceil(Math.log2(least));
+  if (unit === "s" && least > 1) step = stepFrom(least);
+  for (let i = Math.floor(low / step); (i - 1) * step < high; i++) ticks.push(i * step);
   return ticks;
 }
 
 function timeTicks(from, to, width) {
-  const least = (to - from) / Math.max(2, width / 90);
-  const step = STEPS.find((length) => length >= least) ?? Math.ceil(least / 86400) * 86400;
-  const zone = new Date(from * 1000).getTimezoneOffset() * 60, ticks = [];
+  const step = stepFrom((to - from) / (width / 80)), ticks = [];
+  const zone = new Date(from * 1000).getTimezoneOffset() * 60;
   const first = Math.ceil((from - zone) / step) * step + zone;
   for (let time = first; time <= to; time += step) ticks.push(time);
-  const day = {day: "numeric", month: "short"}, minute = {hour: "2-digit", minute: "2-digit"};
-  const second = {...minute, second: "2-digit"};
-  const label = step >= 86400 ? day : step < 60 ? second
-    : to - from > 2 * 86400 ? {...day, ...minute} : minute;
-  return ticks.map((time) => [time, clock(time, label)]);
+  const day = {day: "numeric", month: "short"}, clock = {hour: "2-digit", minute: "2-digit"};
+  if (step < 60) clock.second = "2-digit";
+  const parts = step >= 86400 ? day : to - from > 90000 ? {...day, ...clock} : clock;
+  return ticks.map((time) => [time, textOfTime(time, parts)]);
 }
 
 // ---- Elements ----
@@ -10516,249 +10488,216 @@ function speak(text) {
   document.getElementById("spoken").textContent = text;
 }
 
-function swatch({color, dash}) {
-  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-  const line = document.createElementNS(svg.namespaceURI, "path");
-  const attributes = {d: "M0 5h26", "stroke-width": 2.5, "stroke-dasharray": dash.join(" ")};
-  for (const [name, value] of Object.entries(attributes)) line.setAttribute(name, value);
-  line.style.stroke = color;
-  for (const [name, value] of [["width", 26], ["height", 10], ["aria-hidden", "true"]]) {
-    svg.setAttribute(name, value);
-  }
-  svg.append(line);
-  return svg;
+// A bit of the line of a series.
+function sampleOf({color, border}) {
+  const sample = el("i");
+  sample.style.borderTopStyle = border;
+  sample.style.borderTopColor = `var(${color})`;
+  return sample;
 }
 
 // ---- Chart: a picture on a canvas; the cursor is an element moved over it ----
 
-const DASHES = [[], [6, 3], [2, 2], [9, 3, 2, 3]];
-const PLOT = {left: 62, right: 8, top: 8, bottom: 22};
-const KEY_HELP = "Arrow keys move a cursor, t shows the table";
+const LINES = [["solid", []], ["dashed", [7, 3]], ["dotted", [2, 2]]];
+const LEFT = 64, RIGHT = 8, TOP = 8, BOTTOM = 22; // margins, in pixels
+const KEYS = "Arrow keys move a cursor, t shows a table";
 const charts = new Set();
+let cursorTime;
 
 class Chart {
   constructor(size) {
-    this.canvas = el("canvas", {"aria-hidden": "true"});
+    this.canvas = el("canvas", {ariaHidden: "true"});
     this.cursor = el("div", {className: "cursor", hidden: true});
     this.selection = el("div", {className: "selection", hidden: true});
     this.tip = el("div", {className: "tip", hidden: true});
     this.root = el("div", {
-      className: `chart ${size}`, tabIndex: 0, role: "application", "aria-roledescription": "chart",
-      "aria-description": KEY_HELP, onpointermove: (event) => this.pointed(event),
-      onpointerdown: (event) => this.pressed(event), onpointerup: (event) => this.released(event),
-      onpointercancel: () => this.unselect(), onpointerleave: () => hideCursors(),
-      onblur: hideCursors, onkeydown: (event) => this.typed(event),
+      className: `chart ${size}`, tabIndex: 0, role: "application", ariaRoleDescription: "chart",
+      ariaDescription: KEYS, onpointermove: (event) => this.move(event),
+      onpointerdown: (event) => this.press(event), onpointerup: (event) => this.release(event),
+      onpointercancel: () => this.unselect(), onpointerleave: hideCursors, onblur: hideCursors,
+      onkeydown: (event) => this.type(event),
     }, this.canvas, this.selection, this.cursor, this.tip);
-    this.picture = null;
-    this.drawn = [];
     new ResizeObserver(() => this.draw()).observe(this.root);
     charts.add(this);
   }
 
-  show(picture, drawn, unit, title) {
-    Object.assign(this, {picture, drawn, unit});
-    const lasts = drawn.slice(0, 5).map((one) => `${one.name} ${format(lastOf(one), unit)}`);
-    this.root.setAttribute("aria-label", `${title}: last value ${lasts.join("; ") || "none"}`);
+  show(picture, series, unit) {
+    Object.assign(this, {picture, series, unit});
     this.draw();
   }
 
   x(time) {
     const {start, end} = this.picture;
-    return PLOT.left + (time - start) / (end - start) * (this.width - PLOT.left - PLOT.right);
+    return LEFT + (time - start) / (end - start) * (this.width - LEFT - RIGHT);
   }
 
   y(value) {
-    return this.bottom - (value - this.low) / (this.high - this.low) * (this.bottom - PLOT.top);
+    return this.floor - (value - this.low) / (this.high - this.low) * (this.floor - TOP);
   }
 
   timeAt(x) {
-    const {start, end} = this.picture, width = this.width - PLOT.left - PLOT.right;
-    return start + Math.min(1, Math.max(0, (x - PLOT.left) / width)) * (end - start);
-  }
-
-  fit() {
-    let low = Infinity, high = -Infinity;
-    for (const {values, low: lows, high: highs} of this.drawn) {
-      for (const value of [...values, ...(lows ?? []), ...(highs ?? [])]) {
-        if (!Number.isFinite(value)) continue;
-        low = Math.min(low, value);
-        high = Math.max(high, value);
-      }
-    }
-    if (low > high) [low, high] = [0, 1];
-    if (low > 0 && low < high / 2) low = 0;
-    if (low === high) [low, high] = low ? [low - Math.abs(low) / 4, high + Math.abs(low) / 4] : [0, 1];
-    const ticks = valueTicks(low, high, this.unit);
-    [this.low, this.high] = [ticks[0], ticks.at(-1)];
-    return ticks;
+    const {start, end} = this.picture, share = (x - LEFT) / (this.width - LEFT - RIGHT);
+    return start + Math.min(1, Math.max(0, share)) * (end - start);
   }
 
   draw() {
-    const {clientWidth: width, clientHeight: height} = this.root;
+    const {clientWidth: width, clientHeight: height} = this.root, scale = devicePixelRatio;
     if (!this.picture || !width) return;
-    const scale = devicePixelRatio, pen = this.canvas.getContext("2d");
-    Object.assign(this, {width, height, bottom: height - PLOT.bottom});
+    Object.assign(this, {width, height, floor: height - BOTTOM});
     Object.assign(this.canvas, {width: width * scale, height: height * scale});
+    const pen = this.canvas.getContext("2d"), styles = getComputedStyle(document.documentElement);
+    const colorOf = (name) => styles.getPropertyValue(name);
     pen.scale(scale, scale);
-    const styles = getComputedStyle(document.documentElement);
-    const colorOf = (name) => styles.getPropertyValue(name.replace(/var\((.+)\)/, "$1"));
-    this.drawGrid(pen, colorOf);
-    pen.lineJoin = "round";
-    for (const one of this.drawn) {
+    this.drawScales(pen, colorOf);
+    for (const one of this.series) {
       pen.strokeStyle = pen.fillStyle = colorOf(one.color);
       if (one.low && one.high) this.drawBand(pen, one);
       this.drawLine(pen, one);
     }
   }
 
-  drawGrid(pen, colorOf) {
+  drawScales(pen, colorOf) {
+    const ticks = this.fit(), {start, end, shades} = this.picture;
     pen.font = "11px system-ui, sans-serif";
     pen.fillStyle = colorOf("--shade");
-    for (const [from, to] of this.picture.shades) {
-      pen.fillRect(this.x(from), PLOT.top, this.x(to) - this.x(from), this.bottom - PLOT.top);
+    for (const [from, to] of shades) {
+      pen.fillRect(this.x(from), TOP, this.x(to) - this.x(from), this.floor - TOP);
     }
     pen.strokeStyle = colorOf("--grid");
     pen.fillStyle = colorOf("--muted");
     pen.textAlign = "right";
-    for (const value of this.fit()) {
+    for (const value of ticks) {
       const y = Math.round(this.y(value)) + 0.5;
-      pen.strokeRect(PLOT.left, y, this.width - PLOT.left - PLOT.right, 0);
-      pen.fillText(format(value, this.unit), PLOT.left - 6, Math.max(y + 4, 10));
+      pen.strokeRect(LEFT, y, this.width - LEFT - RIGHT, 0);
+      pen.fillText(format(value, this.unit), LEFT - 6, y + 4);
     }
     pen.textAlign = "center";
-    for (const [time, label] of timeTicks(this.picture.start, this.picture.end, this.width)) {
-      const half = pen.measureText(label).width / 2, x = this.x(time);
-      if (x + half < this.width) pen.fillText(label, x, this.height - 6);
+    for (const [time, label] of timeTicks(start, end, this.width - LEFT)) {
+      const x = this.x(time), half = pen.measureText(label).width / 2;
+      if (x + half <= this.width) pen.fillText(label, x, this.height - 6);
     }
   }
 
-  // Runs of values; a gap ends a line, and a lone point is a dot.
+  // Sets the scale of the values; returns its ticks.
+  fit() {
+    let low = Infinity, high = -Infinity;
+    const lists = this.series.flatMap((one) => [one.values, one.low ?? [], one.high ?? []]);
+    for (const value of lists.flat()) {
+      if (!Number.isFinite(value)) continue;
+      low = Math.min(low, value);
+      high = Math.max(high, value);
+    }
+    if (low > high) [low, high] = [0, 1];
+    if (low > 0 && low < high / 2) low = 0;
+    const room = low === high ? Math.abs(low) / 4 || 1 : 0;
+    const ticks = valueTicks(low - room, high + room, this.unit);
+    [this.low, this.high] = [ticks[0], ticks.at(-1)];
+    return ticks;
+  }
+
+  // A gap ends a line, and a lone point is a dot.
   drawLine(pen, {values, dash}) {
-    const {start, step} = this.picture;
+    const {start, step} = this.picture, isThere = (i) => Number.isFinite(values[i]);
     pen.lineWidth = 1.75;
     pen.setLineDash(dash);
     pen.beginPath();
-    for (let i = 0; i < values.length; i++) {
-      if (!Number.isFinite(values[i])) continue;
-      const x = this.x(start + i * step), y = this.y(values[i]);
-      const before = Number.isFinite(values[i - 1]), after = Number.isFinite(values[i + 1]);
-      if (before) pen.lineTo(x, y);
-      else pen.moveTo(x, y);
-      if (!before && !after) {
-        pen.moveTo(x + 2.5, y);
-        pen.arc(x, y, 2.5, 0, 2 * Math.PI);
-      }
-    }
+    values.forEach((value, i) => {
+      if (!isThere(i)) return;
+      const x = this.x(start + i * step), y = this.y(value);
+      if (isThere(i - 1)) pen.lineTo(x, y);
+      else if (isThere(i + 1)) pen.moveTo(x, y);
+      else pen.fillRect(x - 2, y - 2, 4, 4);
+    });
     pen.stroke();
   }
 
   drawBand(pen, {low, high}) {
-    const {start, step} = this.picture;
+    const {start, step} = this.picture, width = this.x(start + step) - this.x(start);
     pen.globalAlpha = 0.22;
-    for (let i = 0; i < low.length; i++) {
-      if (!Number.isFinite(low[i] + high[i])) continue;
-      const x = this.x(start + i * step), y = this.y(high[i]);
-      pen.fillRect(x, y, this.x(start + (i + 1) * step) - x, Math.max(1, this.y(low[i]) - y));
-    }
+    high.forEach((value, i) => {
+      const y = this.y(value), height = this.y(low[i]) - y;
+      if (Number.isFinite(height)) pen.fillRect(this.x(start + (i - 1) * step), y, width, height);
+    });
     pen.globalAlpha = 1;
   }
 
-  // Moves the cursor to a time; the values there, in words.
-  point(time, withTip) {
-    const {start, step, end} = this.picture;
-    this.cursor.hidden = time < start || time > end;
-    this.tip.hidden = this.cursor.hidden || !withTip;
-    if (this.cursor.hidden) return "";
-    const index = Math.round((time - start) / step), x = this.x(start + index * step);
-    this.cursor.style.transform = `translateX(${x}px)`;
-    const there = this.drawn.filter(({values}) => !Number.isNaN(values[index]));
-    const texts = there.map((one) => `${one.name} ${format(one.values[index], this.unit)}`);
-    const spoken = `${exactTime(start + index * step)}: ${texts.slice(0, 8).join("; ") || "no value"}`;
-    this.onpoint?.(this.drawn.length === 1 ? format(this.drawn[0].values[index], this.unit) : null);
-    if (withTip) this.fillTip(start + index * step, index, there, x);
-    return spoken;
+  // Moves the cursor to a time; returns the values there in words. One chart alone has the tip.
+  point(time, hasTip) {
+    const {start, step, end} = this.picture, index = Math.round((time - start) / step);
+    const isOut = this.cursor.hidden = time < start || time > end, at = start + index * step;
+    this.tip.hidden = isOut || !hasTip;
+    if (isOut) return "";
+    this.cursor.style.transform = `translateX(${this.x(at)}px)`;
+    const found = this.series.filter(({values}) => !Number.isNaN(values[index] ?? NaN));
+    const texts = found.map(({values}) => format(values[index], this.unit));
+    this.onpoint(this.series.length === 1 ? texts[0] ?? "–" : null);
+    if (hasTip) this.showTip(at, found, texts);
+    const pairs = found.map(({name}, i) => `${name} ${texts[i]}`).slice(0, MAX_DRAWN);
+    return `${exactTime(at)}: ${pairs.join("; ") || "no value"}`;
   }
 
-  fillTip(time, index, there, x) {
-    const rows = there.slice(0, 8).map((one) => el("div", {}, swatch(one),
-      el("span", {}, one.name), el("b", {}, format(one.values[index], this.unit))));
-    if (there.length > 8) rows.push(el("div", {}, `and ${there.length - 8} more`));
-    if (!there.length) rows.push(el("div", {}, "no value"));
-    this.tip.replaceChildren(el("div", {}, exactTime(time)), ...rows);
-    const left = x > this.width / 2 ? x - this.tip.offsetWidth - 10 : x + 10;
+  showTip(time, found, texts) {
+    const rows = found.slice(0, 8).map((one, i) => el("div", {}, sampleOf(one),
+      el("span", {}, one.name), el("b", {}, texts[i])));
+    if (found.length > 8) rows.push(`and ${found.length - 8} more`);
+    this.tip.replaceChildren(exactTime(time), ...(found.length ? rows : [": no value"]));
+    const x = this.x(time), left = x > this.width / 2 ? x - this.tip.offsetWidth - 10 : x + 10;
     this.tip.style.transform = `translateX(${Math.max(0, left)}px)`;
   }
 
-  pointed(event) {
+  move(event) {
     if (!this.picture) return;
-    const x = event.clientX - this.root.getBoundingClientRect().left;
+    const x = event.clientX - this.root.getBoundingClientRect().left, from = this.pressedAt;
     pointAll(this.timeAt(x), this);
-    if (this.pressedAt === undefined || Math.abs(x - this.pressedAt) < 5) return;
+    if (from === undefined || Math.abs(x - from) < 5) return;
     this.selection.hidden = false;
-    this.selection.style.transform = `translateX(${Math.min(x, this.pressedAt)}px)`;
-    this.selection.style.width = `${Math.abs(x - this.pressedAt)}px`;
+    this.selection.style.transform = `translateX(${Math.min(x, from)}px)`;
+    this.selection.style.width = `${Math.abs(x - from)}px`;
+    this.selected = [from, x].sort((a, b) => a - b).map((edge) => Math.round(this.timeAt(edge)));
   }
 
-  pressed(event) {
+  press(event) {
     if (event.button || !this.picture) return;
     this.pressedAt = event.clientX - this.root.getBoundingClientRect().left;
     this.root.setPointerCapture(event.pointerId);
   }
 
-  released(event) {
-    const x = event.clientX - this.root.getBoundingClientRect().left;
-    const selected = !this.selection.hidden, pressedAt = this.pressedAt;
+  release() {
+    const {selected} = this;
     this.unselect();
-    if (selected) this.zoom(this.timeAt(Math.min(x, pressedAt)), this.timeAt(Math.max(x, pressedAt)));
+    if (selected?.[1] > selected?.[0]) go({range: selected.join("-")});
   }
 
   unselect() {
     this.selection.hidden = true;
-    this.pressedAt = undefined;
+    this.pressedAt = this.selected = undefined;
   }
 
-  zoom(from, to) {
-    go({range: `${Math.floor(from)}-${Math.max(Math.ceil(to), Math.floor(from) + 2)}`});
-  }
-
-  typed(event) {
+  type(event) {
     if (!this.picture || event.ctrlKey || event.metaKey || event.altKey) return;
     const {start, step, end} = this.picture, stride = step * (event.shiftKey ? 10 : 1);
-    const now = cursorTime ?? end;
-    const time = {ArrowLeft: now - stride, ArrowRight: now + stride, Home: start, End: end}[event.key];
-    if (time !== undefined) {
-      event.preventDefault();
-      speak(pointAll(Math.min(end, Math.max(start, time)), this));
-    } else if (event.key === "t") {
-      this.ontable?.();
-    } else if (event.key === "Escape" && this.pressedAt !== undefined) {
-      event.stopPropagation();
-      this.unselect();
-    }
+    const now = cursorTime ?? end, steps = {
+      ArrowLeft: now - stride, ArrowRight: now + stride, Home: start, End: end,
+    };
+    if (event.key === "t") this.ontable();
+    if (!(event.key in steps)) return;
+    event.preventDefault();
+    speak(pointAll(Math.min(end, Math.max(start, steps[event.key])), this));
   }
 }
 
-const lastOf = ({values}) => values.findLast(Number.isFinite) ?? NaN;
-
 // One cursor runs over all charts.
-let cursorTime;
-
 function pointAll(time, chosen) {
   cursorTime = time;
-  let spoken = "";
-  for (const chart of charts) {
-    if (!chart.picture || !chart.root.isConnected) continue;
-    const text = chart.point(time, chart === chosen);
-    if (chart === chosen) spoken = text;
-  }
-  return spoken;
+  const shown = [...charts].filter((chart) => chart.picture);
+  return shown.map((chart) => chart.point(time, chart === chosen))[shown.indexOf(chosen)];
 }
 
 function hideCursors() {
   cursorTime = undefined;
   for (const chart of charts) {
     chart.cursor.hidden = chart.tip.hidden = true;
-    chart.onpoint?.(null);
+    chart.onpoint(null);
   }
 }
 """
@@ -10767,34 +10706,49 @@ _PANEL_SCRIPT = r"""
 // ---- Panels: a chart with its title, legend and table; it asks while it is in view ----
 
 const sight = new IntersectionObserver((entries) => {
-  for (const {target, isIntersecting} of entries) {
-    target.panel.inView = isIntersecting;
-    if (isIntersecting) target.panel.refresh();
-    else target.panel.cancel();
+  for (const {target: {panel}, isIntersecting} of entries) {
+    panel.isInView = isIntersecting;
+    if (isIntersecting) panel.refresh();
+    else panel.cancel();
   }
 }, {rootMargin: "200px"});
 
+const panelsShown = () => [...charts].map((chart) => chart.panel);
+
 class Panel {
-  constructor(spec, {size = "", variables = new Map(), heading = "h2"} = {}) {
-    Object.assign(this, {spec, variables, inView: false, picture: null, sort: null});
-    this.chart = new Chart(size);
-    this.chart.ontable = () => this.toggleTable();
-    this.chart.onpoint = (text) => { this.value.textContent = text ?? this.current ?? ""; };
+  constructor(spec, size = "", variables = new Map()) {
+    Object.assign(this, {spec, variables, current: "", sorted: "", sign: 1});
+    this.chart = Object.assign(new Chart(size), {panel: this,
+      ontable: () => this.toggleTable(),
+      onpoint: (text) => { this.value.textContent = text ?? this.current; }});
     this.value = el("span", {className: "value"});
     this.meta = el("p", {className: "meta"});
-    this.legend = el("div", {className: "scroll", hidden: !!spec.isCard});
+    this.legend = el("div", {className: "scroll"});
     this.table = el("div", {className: "scroll", hidden: true, tabIndex: 0, role: "region",
-      "aria-label": `Values of ${spec.title}`});
-    const title = el("a", {href: spec.link ?? "", title: spec.title}, spec.title);
-    this.tableButton = el("button", {onclick: () => this.toggleTable(), ariaExpanded: "false"}, "Table");
-    this.tools = el("div", {className: "row tools", hidden: !!spec.isCard}, this.tableButton,
-      el("button", {onclick: () => this.download()}, "Download CSV"));
-    this.root = el(spec.isCard ? "li" : "section", {className: "card"},
-      el("div", {className: "top"}, el(heading, {}, spec.link ? title : spec.title), this.value),
-      this.chart.root, this.meta, this.legend, this.tools, this.table);
-    this.chart.root.setAttribute("aria-label", `${spec.title}: not read yet`);
+      ariaLabel: `Values of ${spec.title}`});
+    this.button = el("button", {onclick: () => this.toggleTable(), ariaExpanded: "false"},
+      "Table");
+    const tools = [this.legend, el("div", {className: "row"}, this.button,
+      el("button", {onclick: () => this.download()}, "Download CSV"))];
+    const title = spec.isCard ? el("h3", {title: spec.title}, this.link = el("a", {}, spec.title))
+      : el("h2", {}, spec.title);
+    this.root = el(spec.isCard ? "li" : "section", {className: "card", panel: this},
+      el("div", {className: "top"}, title, this.value), this.chart.root, this.meta,
+      ...(spec.isCard ? [] : tools), this.table);
     this.root.panel = this;
+    this.describe("not read yet");
     sight.observe(this.root);
+  }
+
+  describe(text) {
+    this.chart.root.ariaLabel = `${this.spec.title}: ${text}`;
+  }
+
+  remove() {
+    this.cancel();
+    sight.unobserve(this.root);
+    charts.delete(this.chart);
+    this.root.remove();
   }
 
   cancel() {
@@ -10802,105 +10756,101 @@ class Panel {
     this.asked = null;
   }
 
-  // The old picture stays, dimmed, while a slow query runs and after one that failed.
+  // The old picture stays: dimmed while a slow query runs, and after one that failed.
   async refresh() {
-    if (!this.inView || this.asked) return;
-    const asked = this.asked = new AbortController(), {canvas} = this.chart;
-    const slow = setTimeout(() => canvas.classList.add("slow"), 400);
+    if (!this.isInView || this.asked) return;
+    const asked = this.asked = new AbortController(), {classList} = this.chart.canvas;
+    const dim = setTimeout(() => classList.add("slow"), 400);
     try {
       this.picture = await readPanel(this.spec, this.variables, asked.signal);
       this.show();
-      this.spec.onerror?.(null);
+      classList.remove("slow");
+      this.spec.onanswer?.(null);
     } catch (error) {
-      if (error instanceof Refusal) this.refused(error);
-      else if (error.name !== "AbortError" && !(error instanceof TypeError)) throw error;
+      if (!isTold(error)) throw error;
+      if (error instanceof Refusal) this.showRefusal(error);
     } finally {
-      clearTimeout(slow);
-      canvas.classList.remove("slow");
+      clearTimeout(dim);
       if (this.asked === asked) this.asked = null;
     }
   }
 
-  refused(error) {
+  showRefusal(error) {
+    this.chart.canvas.classList.add("slow");
+    if (this.spec.onanswer) return this.spec.onanswer(error);
     this.meta.classList.add("error");
     this.meta.textContent = error.message;
-    this.spec.onerror?.(error);
   }
 
   show() {
-    const {picture, spec} = this, {series} = picture, total = spec.series ?? series.length;
-    const chosen = series.filter(({name}) => !state.only.length || state.only.includes(name));
-    const visible = spec.isCard ? series : chosen.length ? chosen : series;
-    this.drawn = state.all && !spec.isCard ? visible : visible.slice(0, MAX_DRAWN);
-    this.chart.show(picture, this.drawn, spec.unit ?? "", spec.title);
-    this.current = this.currentText();
+    const {picture: {series, last}, spec} = this, {unit, isCard} = spec;
+    const chosen = series.filter(({name}) => state.only.includes(name));
+    const candidates = chosen.length && !isCard ? chosen : series;
+    this.series = state.all && !isCard ? candidates : candidates.slice(0, MAX_DRAWN);
+    this.chart.show(this.picture, this.series, unit ?? "");
+    const lasts = this.series.map(({values}) => values.findLast(Number.isFinite) ?? NaN);
+    const known = lasts.filter(Number.isFinite);
+    const extremes = [Math.min(...known), Math.max(...known)].map((value) => format(value, unit));
+    this.current = known.length ? [...new Set(extremes)].join(" – ") : "–";
     this.value.textContent = this.current;
-    const shown = spec.isCard || !state.by.length ? Math.max(total, series.length) : series.length;
+    this.describe(`last value ${this.series.slice(0, 5).map(({name}, i) => (
+      `${name} ${format(lasts[i], unit)}`)).join("; ") || "none"}`);
+    const count = `${spec.count ?? series.length} series`;
+    const facts = [series.length ? count : "no values in this time"];
+    if (last) facts.push(`pushed ${scaled(Math.max(1, Date.now() / 1000 - last), TIMES, 2)} ago`);
     this.meta.classList.remove("error");
-    this.meta.textContent = [
-      spec.metric ? `${shown} series` : "", spec.metric ? ago(picture.last) : "",
-      series.length ? "" : "no values in this time", spec.unit ? `in ${unitName(spec.unit)}` : "",
-    ].filter(Boolean).join(" · ");
-    if (!spec.isCard) this.showLegend();
+    this.meta.textContent = facts.join(" · ");
+    if (!isCard) this.showLegend();
     if (!this.table.hidden) this.showTable();
   }
 
-  currentText() {
-    const lasts = this.drawn.map(lastOf).filter(Number.isFinite), {unit} = this.spec;
-    if (!lasts.length) return "–";
-    const [least, most] = [Math.min(...lasts), Math.max(...lasts)].map((v) => format(v, unit));
-    return least === most ? least : `${least} – ${most}`;
-  }
-
   showLegend() {
-    const {series} = this.picture, {unit} = this.spec, columns = ["last", "min", "max", "mean"];
-    const listed = state.all ? series : series.slice(0, MAX_DRAWN);
-    const rows = listed.map((one) => ({one, series: one.name, ...summaryOf(one.values)}));
-    const [by, down] = state.sort.split("-");
-    if (by) rows.sort((a, b) => (a[by] > b[by] || Number.isNaN(a[by]) ? 1 : -1) * (down ? -1 : 1));
-    const heads = ["series", ...columns].map((name) => el("th", {scope: "col",
-      "aria-sort": by !== name ? "none" : down ? "descending" : "ascending"},
+    const {series} = this.picture, {unit} = this.spec, {sorted, sign} = this;
+    const listed = (state.all ? series : series.slice(0, MAX_DRAWN)).map((one) => (
+      {one, series: one.name, ...summaryOf(one.values)}));
+    if (sorted) listed.sort((a, b) => a[sorted] < b[sorted] ? -sign : sign);
+    const names = ["series", "last", "min", "max", "mean"];
+    const heads = names.map((name) => el("th", {scope: "col",
+      ariaSort: name !== sorted ? "none" : sign > 0 ? "ascending" : "descending"},
     el("button", {onclick: () => this.sortBy(name)}, name)));
-    const lines = rows.map((row) => el("tr", {}, el("td", {}, this.toggleOf(row.one)),
-      ...columns.map((name) => el("td", {}, format(row[name], unit)))));
+    const rows = listed.map((row) => el("tr", {}, el("td", {}, this.choiceOf(row.one)),
+      ...names.slice(1).map((name) => el("td", {}, format(row[name], unit)))));
     const hidden = series.length - listed.length;
-    const more = hidden > 0 ? [el("p", {}, `${hidden} more series are not drawn. `,
-      el("button", {onclick: () => go({all: "1"})}, "Show all"))] : [];
-    const focused = this.legend.contains(document.activeElement) && document.activeElement.textContent;
-    this.legend.replaceChildren(el("table", {ariaLabel: `Series of ${this.spec.title}`},
-      el("thead", {}, el("tr", {}, ...heads)), el("tbody", {}, ...lines)), ...more);
-    const buttons = [...this.legend.querySelectorAll("button")];
-    if (focused) buttons.find((button) => button.textContent === focused)?.focus();
+    const more = hidden ? [`${hidden} more series are not drawn. `,
+      el("button", {onclick: () => go({all: "1"})}, "Show all")] : [];
+    const focused = [...this.legend.querySelectorAll("button")].indexOf(document.activeElement);
+    this.legend.replaceChildren(tableOf(`Series of ${this.spec.title}`, heads, rows), ...more);
+    this.legend.querySelectorAll("button")[focused]?.focus();
   }
 
-  // A click isolates a series; further ones are added or taken away.
-  toggleOf(one) {
-    const chosen = state.only.includes(one.name);
-    const toggle = () => {
-      const others = state.only.filter((name) => name !== one.name);
-      adjust({only: chosen ? others : [...state.only, one.name]});
+  // A click isolates a series; further clicks add others, or take them away.
+  choiceOf({name, color, border}) {
+    const isChosen = state.only.includes(name);
+    const only = isChosen ? state.only.filter((other) => other !== name) : [...state.only, name];
+    return el("button", {ariaPressed: String(isChosen), onclick: () => {
+      adjust({only});
       for (const panel of panelsShown()) if (panel.picture) panel.show();
-    };
-    return el("button", {onclick: toggle, ariaPressed: String(chosen)}, swatch(one), one.name);
+    }}, sampleOf({color, border}), name);
   }
 
   sortBy(name) {
-    adjust({sort: state.sort === name ? `${name}-down` : name});
+    this.sign = this.sorted === name ? -this.sign : 1;
+    this.sorted = name;
     this.showLegend();
   }
 
   toggleTable() {
     this.table.hidden = !this.table.hidden;
-    this.tableButton.ariaExpanded = String(!this.table.hidden);
-    if (this.table.hidden) return this.chart.root.focus();
-    this.showTable();
-    this.table.focus();
+    this.button.ariaExpanded = String(!this.table.hidden);
+    if (!this.table.hidden) this.showTable();
+    (this.table.hidden ? this.chart.root : this.table).focus();
   }
 
+  // [time, value of each series], where there is one.
   rows() {
     const {start, step, end} = this.picture, rows = [];
     for (let i = 0; start + i * step <= end; i++) {
-      const values = this.drawn.map((one) => one.values[i]);
+      const values = this.series.map((one) => one.values[i]);
       if (!values.every(Number.isNaN)) rows.push([start + i * step, ...values]);
     }
     return rows;
@@ -10908,34 +10858,35 @@ class Panel {
 
   showTable() {
     if (!this.picture) return;
-    const cell = (value) => el("td", {}, format(value, this.spec.unit));
-    const heads = ["time", ...this.drawn.map(({name}) => name)];
-    const lines = this.rows().reverse().slice(0, 300).map(([time, ...values]) => el("tr", {},
-      el("td", {}, exactTime(time)), ...values.map(cell)));
-    this.table.replaceChildren(el("table", {ariaLabel: `Values of ${this.spec.title}`},
-      el("thead", {}, el("tr", {}, ...heads.map((name) => el("th", {scope: "col"}, name)))),
-      el("tbody", {}, ...lines)));
+    const heads = ["time", ...this.series.map(({name}) => name)];
+    const rows = this.rows().reverse().slice(0, 500).map(([time, ...values]) => el("tr", {},
+      ...[exactTime(time), ...values.map((value) => format(value, this.spec.unit))]
+        .map((text) => el("td", {}, text))));
+    this.table.replaceChildren(tableOf(`Values of ${this.spec.title}`,
+      heads.map((name) => el("th", {scope: "col"}, name)), rows));
   }
 
   download() {
     if (!this.picture) return;
-    const quote = (text) => `"${text.replaceAll('"', '""').replace(/^[=+@-]/, "'$&")}"`;
-    const head = ["time", ...this.drawn.map(({name}) => quote(name))];
-    const lines = this.rows().map(([time, ...values]) => [new Date(time * 1000).toISOString(),
+    // A name that a spreadsheet would compute gets an apostrophe.
+    const cell = (text) => `"${text.replaceAll('"', '""').replace(/^[=+@-]/, "'$&")}"`;
+    const head = ["time", ...this.series.map(({name}) => cell(name))];
+    const rows = this.rows().map(([time, ...values]) => [new Date(time * 1000).toISOString(),
       ...values.map((value) => Number.isNaN(value) ? "" : value)]);
-    save(`${this.spec.title}.csv`, "text/csv", [head, ...lines].map(String).join("\r\n"));
+    save(`${this.spec.title}.csv`, "text/csv", [head, ...rows].join("\r\n"));
   }
 }
 
-const unitName = (unit) => unit.replace(/^B/, "bytes").replace(/^s$/, "seconds");
-const panelsShown = () => [...document.querySelectorAll("main .card")]
-  .map((element) => element.panel).filter(Boolean);
+function tableOf(name, heads, rows) {
+  return el("table", {ariaLabel: name}, el("thead", {}, el("tr", {}, ...heads)),
+    el("tbody", {}, ...rows));
+}
 
 function summaryOf(values) {
-  const known = values.filter(Number.isFinite);
+  const known = values.filter(Number.isFinite), sum = known.reduce((a, b) => a + b, 0);
   if (!known.length) return {last: NaN, min: NaN, max: NaN, mean: NaN};
-  const min = known.reduce((a, b) => Math.min(a, b)), max = known.reduce((a, b) => Math.max(a, b));
-  return {last: known.at(-1), min, max, mean: known.reduce((a, b) => a + b) / known.length};
+  const [min, max] = [Math.min(...known), Math.max(...known)];
+  return {last: known.at(-1), min, max, mean: sum / known.length};
 }
 
 function save(name, type, text) {
@@ -10946,12 +10897,11 @@ function save(name, type, text) {
 
 // What is shown, as a file for --dashboards.
 function saveDashboard() {
-  const panels = panelsShown().filter(({root}) => !root.hidden).map(({spec, variables}) => {
-    const {title, query, legend, unit, width} = spec;
-    return Object.fromEntries(Object.entries({title, query, legend, unit, width})
-      .filter(([, value]) => value));
+  const title = document.querySelector("h1").textContent, {variables = []} = shown;
+  const panels = panelsShown().filter(({root}) => !root.hidden).map(({spec}) => {
+    const {title: name, query, unit, legend, width} = spec;
+    return {title: name, query, unit, legend, width};
   });
-  const title = document.querySelector("h1").textContent, {variables} = shown;
   save(`${title}.json`, "application/json", JSON.stringify({title, variables, panels}, null, 2));
 }
 """
@@ -10963,344 +10913,318 @@ const EXAMPLE = `curl ${new URL("metrics", location.href)} -H 'Content-Type: app
   -d '{"metrics":[{"name":"cpu_usage","value":75.5,"tags":{"host":"web1"}}]}'`;
 const isOwn = (name) => name.startsWith("metricstream_");
 
-function saveButton() {
-  return el("button", {onclick: saveDashboard}, "Save as dashboard");
+function titleRow(title, ...tools) {
+  const space = el("span", {className: "space"});
+  return el("div", {className: "row"}, el("h1", {}, title), space, ...tools);
 }
+
+const saveButton = () => el("button", {onclick: saveDashboard}, "Save as dashboard");
 
 // All metrics, without a query.
 function metricsView() {
-  const cards = new Map(), list = el("ul", {className: "cards"}), own = el("ul", {className: "cards"});
+  const cards = new Map(), lists = [0, 1].map(() => el("ul", {className: "cards"}));
   const found = el("span", {className: "meta", role: "status"});
-  const search = el("input", {type: "search", id: "search", value: state.search, oninput: () => {
+  const pushed = el("h2", {className: "spoken"}, "Pushed"), own = el("h2", {}, "This server");
+  const search = el("input", {type: "search", value: state.search, oninput: () => {
     adjust({search: search.value});
     filter();
   }});
-  const empty = el("section", {hidden: true}, el("h2", {}, "No metrics yet"),
-    el("p", {}, "Send the first one; it appears here by itself:"),
-    el("pre", {id: "example", tabIndex: 0}, EXAMPLE),
-    el("button", {onclick: () => copy(EXAMPLE)}, "Copy"));
-  const ownTitle = el("h2", {}, "This server");
+  const empty = el("section", {}, el("h2", {}, "No metrics yet"),
+    el("p", {}, "Send the first one, and it appears here by itself:"),
+    el("pre", {className: "example", tabIndex: 0}, EXAMPLE));
   function filter() {
     const words = state.search.toLowerCase().split(/\s+/);
-    let count = 0;
-    for (const [name, card] of cards) {
-      card.root.hidden = !words.every((word) => name.toLowerCase().includes(word));
-      count += !card.root.hidden;
+    for (const [name, {root}] of cards) {
+      root.hidden = !words.every((word) => name.toLowerCase().includes(word));
     }
-    found.textContent = cards.size ? `${count} of ${cards.size} metrics` : "";
-    ownTitle.hidden = ![...own.children].some((card) => !card.hidden);
+    const count = [...cards.values()].filter(({root}) => !root.hidden).length;
+    found.textContent = `${count} of ${cards.size} metrics`;
+    own.hidden = ![...lists[1].children].some(({hidden}) => !hidden);
   }
-  function place(name) {
-    const spec = {...panelOf(catalogue.get(name)), isCard: true, link: linkTo("metric", name)};
-    const card = new Panel(spec, {heading: "h3"}), home = isOwn(name) ? own : list;
-    const next = [...cards].filter(([other]) => other > name && isOwn(other) === isOwn(name))
-      .sort(([a], [b]) => a > b ? 1 : -1)[0];
-    home.insertBefore(card.root, next?.[1].root ?? null);
-    cards.set(name, card);
+  function update() {
+    for (const [name, card] of cards) {
+      if (catalogue.has(name)) continue;
+      card.remove();
+      cards.delete(name);
+    }
+    for (const list of lists) list.next = list.firstElementChild;
+    for (const [name, metric] of catalogue) { // in the order of the names, as the cards are
+      const list = lists[Number(isOwn(name))];
+      const card = cards.get(name) ?? new Panel({...panelOf(metric), isCard: true});
+      cards.set(name, card);
+      card.spec.count = metric.count;
+      card.link.href = linkTo("metric", {name});
+      if (card.root === list.next) list.next = list.next.nextElementSibling;
+      else list.insertBefore(card.root, list.next);
+    }
+    empty.hidden = [...catalogue.keys()].some((name) => !isOwn(name));
+    filter();
   }
-  return {
-    nodes: [el("div", {className: "row"}, el("h1", {}, "Metrics"),
-      el("label", {htmlFor: "search", className: "space"}, "Search"), search, found, saveButton()),
-    empty, el("h2", {className: "spoken"}, "Pushed"), list, ownTitle, own],
-    update() {
-      for (const [name, card] of cards) {
-        card.spec.link = linkTo("metric", name);
-        card.spec.series = catalogue.get(name)?.series ?? 0;
-        card.root.querySelector("a").href = card.spec.link;
-        if (!catalogue.has(name)) {
-          card.root.remove();
-          cards.delete(name);
-        }
-      }
-      for (const name of [...catalogue.keys()].sort()) if (!cards.has(name)) place(name);
-      empty.hidden = [...catalogue.keys()].some((name) => !isOwn(name));
-      filter();
-    },
-  };
+  update();
+  const tools = [el("label", {}, "Search ", search), found, saveButton()];
+  const nodes = [titleRow("Metrics", ...tools), empty, pushed, lists[0], own, lists[1]];
+  return {nodes, update};
 }
 
-async function copy(text) {
-  try {
-    await navigator.clipboard.writeText(text);
-    speak("Copied");
-  } catch { // not allowed: it is selected instead
-    getSelection().selectAllChildren(document.getElementById("example"));
-  }
-}
-
-// One metric, large; by the tags that were chosen.
+// One metric, large, by the tags that are chosen.
 function metricView() {
-  const metric = catalogue.get(state.name) ?? {name: state.name};
-  const panel = new Panel(panelOf(metric, state.by), {size: "large"});
-  const tags = el("div", {className: "row", role: "group", ariaLabel: "Group by tag"});
-  const query = linkTo("query").replace(/#?$/, "&") + new URLSearchParams(
-    panel.spec.query.map((text) => ["q", text]));
-  let seen;
-  return {
-    nodes: [el("div", {className: "row"}, el("h1", {}, state.name), el("span", {className: "space"}),
-      el("a", {href: query}, "Open as query"), saveButton()), tags, panel.root],
-    async update(signal) {
-      const answer = await ask("v1/labels", {"match[]": selectorOf(state.name)}, signal);
-      const names = answer.filter((name) => name !== "__name__");
-      if (String(names) === seen) return;
-      seen = String(names);
-      const buttons = names.map((name, index) => {
-        const chosen = state.by.includes(name);
-        const by = chosen ? state.by.filter((other) => other !== name) : [...state.by, name];
-        return el("button", {ariaPressed: String(chosen), id: `by-${index}`,
-          onclick: () => go({by, only: []})}, name);
-      });
-      tags.replaceChildren(...(names.length ? ["Group by", ...buttons] : []));
-      refocus();
-    },
-  };
+  const {name, by} = state, metric = catalogue.get(name) ?? {name};
+  const panel = new Panel(panelOf(metric, by), "large");
+  const tags = el("div", {className: "row", role: "group", ariaLabel: "Group by"});
+  const before = focused;
+  let known;
+  async function update(signal) {
+    const names = await ask("v1/labels", {"match[]": selectorOf(name)}, signal);
+    if (String(names) === known) return;
+    known = String(names);
+    const buttons = names.filter((tag) => tag !== "__name__").map((tag, index) => {
+      const isChosen = by.includes(tag);
+      const chosen = isChosen ? by.filter((other) => other !== tag) : [...by, tag];
+      return el("button", {id: `by-${index}`, ariaPressed: String(isChosen),
+        onclick: () => go({by: chosen, only: []})}, tag);
+    });
+    const nodes = buttons.length ? ["Group by", ...buttons] : [];
+    keepFocus(() => tags.replaceChildren(...nodes), before);
+  }
+  const query = el("a", {href: linkTo("query", {q: panel.spec.query})}, "Open as a query");
+  return {nodes: [titleRow(name, query, saveButton()), tags, panel.root], update};
 }
 
 // Queries that share a graph.
 function queryView() {
-  const texts = state.q.length ? state.q : [""];
-  const queries = state.q.filter((text) => text.trim());
-  const run = () => go({q: fields.map((field) => field.value), view: "query", only: []});
+  const q = state.q.filter((text) => text.trim()), texts = state.q.length ? state.q : [""];
+  const read = () => fields.map(({value}) => value);
+  const run = () => go({q: read(), only: []});
   const fields = texts.map((text, index) => queryField(text, index, run));
   const refusal = el("pre", {className: "error", role: "alert", hidden: true});
-  const panel = queries.length && new Panel({title: "Result", query: queries, onerror: (error) => {
+  const onanswer = (error) => {
     refusal.hidden = !error;
-    if (error) refusal.textContent = placeOf(error.message, queries);
-  }}, {size: "large"});
-  const rows = fields.map((field, index) => el("div", {className: "query"},
-    el("label", {htmlFor: field.id}, index ? `Query ${index + 1}` : "Query"), field, field.options));
-  return {
-    nodes: [el("div", {className: "row"}, el("h1", {}, "Query"), el("span", {className: "space"}),
-      saveButton()), ...rows, el("div", {className: "row"}, el("button", {onclick: run}, "Run"),
-      el("button", {onclick: () => go({q: [...fields.map((field) => field.value), ""]})},
-        "Add a query"),
-      el("span", {className: "meta"}, "Enter runs, Shift+Enter is a new line")),
-    refusal, ...(panel ? [panel.root] : [])],
-    update() {},
+    refusal.textContent = error ? placeOf(error.message, q) : "";
   };
+  const panel = q.length ? [new Panel({title: "Result", query: q, onanswer}, "large").root] : [];
+  const rows = fields.map((field, index) => {
+    const label = el("label", {htmlFor: field.id}, index ? `Query ${index + 1}` : "Query");
+    return el("div", {className: "query"}, label, field, field.options);
+  });
+  const tools = el("div", {className: "row"}, el("button", {onclick: run}, "Run"),
+    el("button", {onclick: () => go({q: [...read(), ""]})}, "Add a query"),
+    el("span", {className: "meta"}, "Enter runs, Shift+Enter begins a line"));
+  return {nodes: [titleRow("Query", saveButton()), ...rows, tools, refusal, ...panel]};
 }
 
-// The error, and below the line of the query a mark at its column.
+// An error, the line of the query where it is, and a mark at its column.
 function placeOf(message, queries) {
   const [, line, column] = /^(\d+):(\d+):/.exec(message) ?? [];
   const text = queries.map((query) => query.split("\n")[line - 1])
-    .find((row) => row !== undefined && row.length >= column - 1);
+    .find((row) => row?.length >= column - 1);
   return text === undefined ? message : `${message}\n\n${text}\n${" ".repeat(column - 1)}^`;
 }
 
 function queryField(text, index, run) {
-  const field = el("textarea", {id: `query-${index}`, value: text, rows: text.split("\n").length,
-    spellcheck: false, autocomplete: "off", role: "combobox", ariaExpanded: "false",
-    "aria-controls": `options-${index}`, ariaAutoComplete: "list", "aria-haspopup": "listbox"});
-  const options = field.options = el("ul", {className: "options", id: `options-${index}`, hidden: true,
-    role: "listbox", ariaLabel: "Completions"});
+  const id = `query-${index}`, list = `${id}-options`;
+  const field = el("textarea", {id, value: text, rows: text.split("\n").length, spellcheck: false,
+    ariaAutoComplete: "list", "aria-controls": list});
+  const options = el("ul", {className: "options", id: list, hidden: true, role: "listbox",
+    ariaLabel: "Completions"});
   let chosen = -1, found = [], word = "";
   function choose(number) {
-    chosen = number;
-    [...options.children].forEach((option, at) => { option.ariaSelected = String(at === number); });
+    options.children[chosen]?.setAttribute("aria-selected", "false");
+    options.children[chosen = number]?.setAttribute("aria-selected", "true");
     options.children[number]?.scrollIntoView({block: "nearest"});
-    if (number < 0) field.removeAttribute("aria-activedescendant");
-    else field.setAttribute("aria-activedescendant", `option-${index}-${number}`);
+    field.setAttribute("aria-activedescendant", number < 0 ? "" : `${list}-${number}`);
   }
   function close() {
-    options.hidden = true;
-    field.ariaExpanded = "false";
     choose(-1);
+    options.hidden = true;
   }
   function take(number) {
-    const at = field.selectionStart, before = at - word.length;
-    field.setRangeText(found[number], before, at, "end");
+    const at = field.selectionStart;
+    field.setRangeText(found[number], at - word.length, at, "end");
     close();
-    field.focus();
   }
   async function complete() {
     const before = field.value.slice(0, field.selectionStart);
-    const all = await completionsOf(before);
-    if (before !== field.value.slice(0, field.selectionStart)) return;
+    const all = await completions(before);
+    if (field.value.slice(0, field.selectionStart) !== before) return;
     word = all.word;
-    found = all.names.filter((name) => name !== word && name.toLowerCase().includes(word.toLowerCase()))
-      .sort((a, b) => b.startsWith(word) - a.startsWith(word)).slice(0, 50);
-    options.replaceChildren(...found.map((name, number) => el("li", {role: "option",
-      id: `option-${index}-${number}`, onmousedown: (event) => {
+    found = all.names.filter((name) => name !== word && name.includes(word)).slice(0, 50)
+      .sort((a, b) => b.startsWith(word) - a.startsWith(word));
+    options.replaceChildren(...found.map((name, number) => el("li", {id: `${list}-${number}`,
+      role: "option", ariaSelected: "false", onpointerdown: (event) => {
         event.preventDefault();
         take(number);
       }}, name)));
     choose(-1);
-    options.hidden = !found.length || !word && !all.open;
-    field.ariaExpanded = String(!options.hidden);
+    options.hidden = !found.length || !word && !all.isOpen;
+    if (!options.hidden) speak(`${found.length} completions`);
   }
   field.addEventListener("input", complete);
   field.addEventListener("blur", close);
   field.addEventListener("keydown", (event) => {
-    const move = {ArrowDown: 1, ArrowUp: -1}[event.key];
+    const {key} = event, move = {ArrowDown: 1, ArrowUp: -1}[key];
     if (move && !options.hidden) choose((chosen + move + found.length) % found.length);
-    else if ((event.key === "Enter" || event.key === "Tab") && chosen >= 0) take(chosen);
-    else if (event.key === "Enter" && !event.shiftKey) run();
-    else if (event.key === "Escape" && !options.hidden) close();
+    else if ((key === "Enter" || key === "Tab") && chosen >= 0) take(chosen);
+    else if (key === "Enter" && !event.shiftKey) run();
+    else if (key === "Escape" && !options.hidden) close();
     else return;
     event.preventDefault();
     event.stopPropagation();
   });
-  return field;
+  return Object.assign(field, {options});
 }
 
 // What may stand at the end of a text: a value behind `tag="`, a tag in braces, else a name.
-async function completionsOf(before) {
-  const value = /([A-Za-z_]\w*)\s*(?:=|!=|=~|!~)\s*"([^"]*)$/.exec(before);
+async function completions(before) {
+  const value = /([A-Za-z_]\w*)\s*(?:=~?|!=|!~)\s*"([^"]*)$/.exec(before);
   const [word] = /[A-Za-z_:][\w:]*$/.exec(before) ?? [""];
-  const selector = /([A-Za-z_:][\w:]*)?\{[^{}]*$/.exec(before);
-  const match = selector?.[1] ? {"match[]": selectorOf(selector[1])} : {};
+  const [isIn, name] = /([A-Za-z_:][\w:]*)?\{[^{}]*$/.exec(before) ?? [];
+  const match = name ? {"match[]": selectorOf(name)} : {};
   try {
     if (value) {
       const names = await ask(`v1/label/${value[1]}/values`, match);
-      return {word: value[2], names: names.map((name) => JSON.stringify(name).slice(1, -1)), open: true};
+      return {word: value[2], names: names.map(quoted), isOpen: true};
     }
-    if (selector || /\b(by|without|on|ignoring)\s*\([^()]*$/.test(before)) {
-      return {word, names: (await ask("v1/labels", match)).map(tagName), open: true};
+    if (isIn || /\b(by|without|on|ignoring)\s*\([^()]*$/.test(before)) {
+      return {word, names: (await ask("v1/labels", match)).map(tagName), isOpen: true};
     }
-  } catch (error) { // without completions, then
-    if (!(error instanceof Refusal || error instanceof TypeError)) throw error;
+  } catch (error) {
+    if (!isTold(error)) throw error;
   }
-  return {word, names: [...[...catalogue.keys()].map(selectorOf), ...WORDS]};
+  return {word, names: [...catalogue.keys()].map(selectorOf).concat(WORDS)};
 }
 
 // ---- Dashboards: the files of --dashboards ----
 
 function dashboardsView() {
   const list = el("ul"), faults = el("ul");
-  return {
-    nodes: [el("div", {className: "row"}, el("h1", {}, "Dashboards")), list, faults],
-    async update(signal) {
-      const {dashboards, faults: found} = await ask("dashboards", null, signal);
-      const links = dashboards.map(({file, title}) => el("li", {},
-        el("a", {href: linkTo("dashboard", file)}, title), ` (${file})`));
-      const none = "None yet. Start the server with --dashboards DIR, and put there what "
-        + "“Save as dashboard” gives.";
-      list.replaceChildren(...(links.length ? links : [el("li", {}, none)]));
-      faults.replaceChildren(...found.map(({file, error}) => el("li", {className: "error"},
-        `${file}: ${error}`)));
-    },
-  };
+  async function update(signal) {
+    const {dashboards, faults: found} = await ask("dashboards", null, signal);
+    const none = "None yet. Start the server with --dashboards DIR, and put there what "
+      + "“Save as dashboard” gives.";
+    const links = dashboards.map(({file, title}) => el("li", {},
+      el("a", {href: linkTo("dashboard", {name: file})}, title), ` (${file})`));
+    list.replaceChildren(...(links.length ? links : [el("li", {}, none)]));
+    faults.replaceChildren(...found.map(({file, error}) => (
+      el("li", {className: "error"}, `${file}: ${error}`))));
+  }
+  return {nodes: [titleRow("Dashboards"), list, faults], update};
 }
 
 function dashboardView() {
-  const body = el("div", {className: "panels"}), choices = el("div", {className: "row"});
-  const heading = el("h1", {}, "Dashboard");
-  const view = {
-    nodes: [el("div", {className: "row"}, heading, choices, el("span", {className: "space"}),
-      saveButton()), body],
-    async update(signal) {
-      if (body.childElementCount) return;
-      const {dashboards} = await ask("dashboards", null, signal);
-      const dashboard = dashboards.find(({file}) => file === state.name);
-      if (!dashboard) return body.replaceChildren(`There is no dashboard ${state.name}.`);
-      heading.textContent = dashboard.title;
-      view.variables = dashboard.variables;
-      const variables = new Map();
-      for (const variable of dashboard.variables) {
-        const [label, value] = await variableChoice(variable, signal);
-        variables.set(variable.name, JSON.stringify(value).slice(1, -1));
-        choices.append(label);
-      }
-      refocus();
-      for (const spec of dashboard.panels) {
-        const panel = new Panel(spec, {size: "medium", variables});
-        panel.root.style.gridColumn = `span ${spec.width}`;
-        body.append(panel.root);
-      }
-    },
-  };
+  const title = titleRow(state.name, saveButton()), body = el("div", {className: "panels"});
+  const before = focused;
+  const view = {nodes: [title, body], update: async (signal) => {
+    if (body.childElementCount) return;
+    const {dashboards} = await ask("dashboards", null, signal), variables = new Map();
+    const dashboard = dashboards.find(({file}) => file === state.name);
+    if (!dashboard) return body.replaceChildren("There is no such dashboard.");
+    view.variables = dashboard.variables;
+    const choices = await Promise.all(view.variables.map((one) => variableChoice(one, signal)));
+    for (const {name, value} of choices) variables.set(name, quoted(value));
+    title.firstChild.textContent = dashboard.title;
+    keepFocus(() => title.firstChild.after(...choices.map((choice) => (
+      el("label", {}, `${choice.name} `, choice)))), before);
+    for (const spec of dashboard.panels) {
+      const panel = new Panel(spec, "medium", variables);
+      panel.root.style.gridColumn = `span ${spec.width}`;
+      body.append(panel.root);
+    }
+  }};
   return view;
 }
 
+// A select of the values of a tag, whose own value is the one that is chosen.
 async function variableChoice({name, tag, metric}, signal) {
   const match = metric ? {"match[]": selectorOf(metric)} : {};
   const values = await ask(`v1/label/${encodeURIComponent(tag)}/values`, match, signal);
   const value = state.variables.get(name) ?? values[0] ?? "";
-  const options = [...new Set([...values, value])];
-  const choice = el("select", {id: `variable-${name}`, onchange: () => {
+  const texts = values.includes(value) ? values : [value, ...values];
+  const choice = el("select", {id: `variable-${name}`, name, onchange: () => {
     go({variables: new Map(state.variables).set(name, choice.value)});
-  }}, ...options.map((text) => el("option", {value: text, selected: text === value}, text)));
-  return [el("label", {}, `${name} `, choice), value];
+  }}, ...texts.map((text) => el("option", {selected: text === value}, text)));
+  return choice;
 }
 
 // ---- Alerts: what fires and what pends; silences, as Alertmanager's API has them ----
 
-let alerts = null;
-let silences = [];
-let alertingRules = [];
+let alerts = null; // where there is no alerting
+let isAlerting, silences = [], alertingRules = [];
 
 async function readAlerts(signal) {
-  if (alerts === null && !(await ask("dashboards", null, signal)).alerting) return;
+  isAlerting ??= (await ask("dashboards", null, signal)).alerting;
+  if (!isAlerting) return;
   try {
-    const [all, rules] = await Promise.all([
-      ask("v1/alerts", null, signal), ask("v1/rules?type=alert", null, signal),
-    ]);
-    silences = (await ask("v2/silences", null, signal)).filter(({status}) => status.state !== "expired");
-    alerts = all.alerts;
-    alertingRules = rules.groups.flatMap((group) => group.rules);
-  } catch (error) { // there is no alerting here
+    const [found, {groups}, all] = await Promise.all(
+      ["v1/alerts", "v1/rules?type=alert", "v2/silences"].map((path) => ask(path, null, signal)));
+    alerts = found.alerts.sort((a, b) => a.state < b.state ? -1 : 1);
+    alertingRules = groups.flatMap(({rules}) => rules);
+    silences = all.filter(({status}) => status.state === "active");
+  } catch (error) {
     if (error.status !== 404) throw error;
   }
 }
 
-// When an alert whose rule reads this metric fired, as [from, to].
-async function firingTimes(metric, grid, signal) {
-  const names = alertingRules.filter(({query}) => query.split(/[^\w:.]+/).includes(metric))
-    .map(({name}) => JSON.stringify(name));
+// The times in which an alert fired whose rule reads a metric, as [from, to].
+async function firingTimes(metric, {start, end, step}, signal) {
+  const names = alertingRules.filter(({query}) => query.split(/[^\w:]+/).includes(metric))
+    .map(({name}) => `ALERTS{alertname=${JSON.stringify(name)},alertstate="firing"}`);
   if (!names.length) return [];
-  const firing = names.map((name) => `ALERTS{alertname=${name}, alertstate="firing"}`).join(" or ");
-  const {result} = await ask("v1/query_range", {...grid, query: `count(${firing})`}, signal);
-  return (result[0]?.values ?? []).map(([time]) => [time - grid.step, time]);
+  const asked = {query: `count(${names.join(" or ")})`, start, end, step};
+  const {result: [found]} = await ask("v1/query_range", asked, signal);
+  return found?.values.map(([time]) => [time - step, time]) ?? [];
 }
 
-const silenceOf = ({labels}) => silences.find(({matchers}) => matchers.every(
-  ({name, value, isRegex, isEqual = true}) => isEqual === (isRegex
-    ? new RegExp(`^(?:${value})$`).test(labels[name] ?? "") : (labels[name] ?? "") === value)));
+function isMatched({name, value, isRegex, isEqual = true}, labels) {
+  const label = labels[name] ?? "";
+  return isEqual === (isRegex ? new RegExp(`^(?:${value})$`, "s").test(label) : label === value);
+}
+
+const silenceOf = ({labels}) => silences.find(({matchers}) => (
+  matchers.every((matcher) => isMatched(matcher, labels))));
 
 function alertsView() {
   const list = el("ul"), none = el("p", {}, "Nothing fires, and nothing pends.");
-  return {
-    nodes: [el("div", {className: "row"}, el("h1", {}, "Alerts")), none, list],
-    update() {
-      const found = [...alerts ?? []].sort((a, b) => a.state > b.state ? 1 : -1);
-      none.hidden = found.length > 0;
-      list.replaceChildren(...found.map(alertItem));
-      refocus();
-    },
-  };
+  function update() {
+    none.hidden = alerts?.length > 0;
+    keepFocus(() => list.replaceChildren(...(alerts ?? []).map(alertItem)));
+  }
+  return {nodes: [titleRow("Alerts"), none, list], update};
 }
 
 function alertItem(alert, index) {
   const {labels, annotations, state: condition, activeAt} = alert, silence = silenceOf(alert);
-  const pairs = (object) => Object.entries(object).map((pair) => pair.join(" = "));
-  const rest = pairs(labels).filter((text) => !text.startsWith("alertname = ")).join(", ");
-  const button = el("button", {id: `silence-${index}`, onclick: () => silence
-    ? writeSilence("DELETE", `silence/${silence.id}`) : writeSilence("POST", "silences", labels),
-  }, silence ? "End the silence" : "Silence for 2 hours");
-  return el("li", {className: "card row"}, el("div", {}, el("h2", {}, labels.alertname),
-    el("span", {className: condition}, condition), ` since ${exactTime(Date.parse(activeAt) / 1000)}`,
-    silence ? `, silenced until ${exactTime(Date.parse(silence.endsAt) / 1000)}` : "",
-    ...pairs(annotations).map((text) => el("div", {}, text)),
-    el("div", {className: "tags"}, rest)), el("span", {className: "space"}), button);
+  const {alertname, ...rest} = labels, date = (text) => exactTime(Date.parse(text) / 1000);
+  const tags = Object.entries(rest).map((pair) => pair.join("=")).join(", ");
+  const [text, write] = silence
+    ? ["End the silence", () => writeSilence("DELETE", `silence/${silence.id}`)]
+    : ["Silence for 2 hours", () => writeSilence("POST", "silences", twoHours(labels))];
+  return el("li", {className: "card row"}, el("div", {}, el("h2", {}, alertname),
+    el("span", {className: condition}, condition), ` since ${date(activeAt)}`,
+    silence ? `, silenced until ${date(silence.endsAt)}` : "",
+    ...Object.values(annotations).map((annotation) => el("div", {}, annotation)),
+    el("div", {className: "meta"}, tags)),
+  el("button", {id: `silence-${index}`, className: "space", onclick: write}, text));
+}
+
+function twoHours(labels) {
+  const now = Date.now(), matchers = Object.entries(labels).map(([name, value]) => (
+    {name, value, isRegex: false, isEqual: true}));
+  return {matchers, startsAt: new Date(now), endsAt: new Date(now + 7200e3),
+    createdBy: "dashboard", comment: "from the dashboard"};
 }
 
 // A key, where one is needed, is kept by this tab alone.
-async function writeSilence(method, path, labels) {
-  const now = Date.now(), iso = (time) => new Date(time).toISOString();
-  const matchers = Object.entries(labels ?? {}).map(([name, value]) => (
-    {name, value, isRegex: false, isEqual: true}));
-  const body = {matchers, startsAt: iso(now), endsAt: iso(now + 7.2e6), createdBy: "dashboard",
-    comment: "from the dashboard"};
+async function writeSilence(method, path, silence) {
   const headers = {"Content-Type": "application/json"}, key = sessionStorage.getItem("key");
+  const body = silence && JSON.stringify(silence);
   if (key) headers.Authorization = `Bearer ${key}`;
   try {
-    await ask("v2/" + path, null, undefined, {method, headers, body: labels && JSON.stringify(body)});
+    await ask("v2/" + path, null, null, {method, headers, body});
   } catch (error) {
-    if (error.status !== 401) return speak(setNotice(error.message) ?? error.message);
-    const asked = prompt("The key of a listed client (kept in this tab only):");
-    sessionStorage.setItem("key", asked ?? "");
-    if (asked) return writeSilence(method, path, labels);
+    if (error.status !== 401) return setNotice(error.message);
+    const given = prompt("The key of a listed client, kept in this tab alone:") ?? "";
+    sessionStorage.setItem("key", given);
+    return given && writeSilence(method, path, silence);
   }
   refresh();
 }
@@ -11311,99 +11235,111 @@ const VIEWS = {
   metrics: metricsView, metric: metricView, query: queryView, dashboards: dashboardsView,
   dashboard: dashboardView, alerts: alertsView,
 };
-let shown = {variables: []};
-let shownAs = "";
+let shown = null; // the view
 let updating = null;
 let timer;
+let focused = ""; // the id of what was focused before the view was made
+
+// Elements that are made anew get the focus back.
+function keepFocus(change, id = document.activeElement.id) {
+  change();
+  if (id) document.getElementById(id)?.focus();
+}
 
 function showTime() {
-  const custom = !(state.range in RANGES), options = (all, chosen) => Object.entries(all).map(
-    ([value, text]) => el("option", {value, selected: value === chosen}, text));
-  const range = el("select", {id: "range", onchange: () => go({range: range.value === "custom"
-    ? timeRange().map(Math.round).join("-") : range.value}),
-  }, ...options({...RANGES, custom: "Custom"}, custom ? "custom" : state.range));
-  const pace = el("select", {id: "refresh", onchange: () => {
+  const isCustom = !(state.range in RANGES);
+  const select = (id, names, chosen, onchange) => el("select", {id, onchange},
+    ...Object.entries(names).map(([value, text]) => (
+      el("option", {value, selected: value === chosen}, text))));
+  const now = timeRange().map(Math.round), chosen = isCustom ? "custom" : state.range;
+  const range = select("range", {...RANGES, custom: "Custom"}, chosen,
+    () => go({range: range.value === "custom" ? now.join("-") : range.value}));
+  const pace = select("refresh", REFRESHES, state.refresh, () => {
     adjust({refresh: pace.value});
     refresh();
-  }}, ...options(REFRESHES, state.refresh));
-  const local = (time) => new Date((time - new Date(time * 1000).getTimezoneOffset() * 60) * 1000)
-    .toISOString().slice(0, 19);
-  const [from, to] = timeRange().map((time) => el("input", {type: "datetime-local", step: 1,
-    value: local(Math.round(time)), onchange: () => {
-      const times = [from, to].map(({value}) => Date.parse(value) / 1000);
-      if (times[1] > times[0]) go({range: times.join("-")});
-    }}));
-  document.getElementById("time").replaceChildren(
-    ...(custom ? [el("label", {}, "From ", from), el("label", {}, "To ", to)] : []),
-    el("label", {}, "Time ", range), el("label", {}, "Refresh ", pace));
+  });
+  const zone = new Date().getTimezoneOffset() * 60;
+  const [from, to] = now.map((time) => el("input", {type: "datetime-local", step: 1,
+    value: new Date((time - zone) * 1000).toISOString().slice(0, 19)}));
+  const form = document.getElementById("time");
+  form.onsubmit = (event) => {
+    event.preventDefault();
+    if (isCustom) go({range: [from, to].map(({value}) => Date.parse(value) / 1000).join("-")});
+  };
+  const label = (text, field) => el("label", {}, `${text} `, field);
+  const custom = [label("From", from), label("To", to), el("button", {}, "Show")];
+  form.replaceChildren(...(isCustom ? custom : []), label("Time", range), label("Refresh", pace));
 }
 
 function showViews() {
   const names = {metrics: "Metrics", query: "Query", dashboards: "Dashboards"};
   if (alerts) names.alerts = "Alerts";
-  const links = Object.entries(names).map(([view, name]) => el("a", {href: linkTo(view)}, name));
   const current = {metric: "metrics", dashboard: "dashboards"}[state.view] ?? state.view;
-  Object.keys(names).forEach((view, index) => {
-    if (view === current) links[index].setAttribute("aria-current", "page");
-  });
-  document.getElementById("views").replaceChildren(...links);
-  const firing = (alerts ?? []).filter((alert) => alert.state === "firing").length;
-  const title = state.name || VIEWS[state.view].name.replace("View", "");
-  document.title = `${firing ? `(${firing}) ` : ""}${title} · MetricStream`;
+  const links = Object.entries(names).map(([view, name]) => el("a", {id: `to-${view}`,
+    href: linkTo(view), ariaCurrent: view === current ? "page" : null}, name));
+  keepFocus(() => document.getElementById("views").replaceChildren(...links));
+  const firing = alerts?.filter((alert) => alert.state === "firing").length;
+  const title = `${state.name || names[current]} · MetricStream`;
+  document.title = firing ? `(${firing}) ${title}` : title;
 }
 
-let focusedId = "";
+const keyOfView = () => hashOf({range: "", refresh: "", search: "", only: []});
 
-function refocus() {
-  if (focusedId) document.getElementById(focusedId)?.focus();
-}
-
-// Draws the view of the URL; where only the time has changed, the pictures stay and ask anew.
+// Shows the view of the URL. Where only the time has changed, the pictures stay and ask anew.
 function render() {
-  focusedId = document.activeElement?.id ?? "";
+  focused = document.activeElement.id;
   state = readState();
   if (!Object.hasOwn(VIEWS, state.view)) state.view = "metrics";
-  const wanted = JSON.stringify([hashOf({range: "", refresh: "", search: "", only: [], sort: ""})]);
   updating?.abort();
   updating = null;
-  for (const panel of panelsShown()) panel.cancel();
-  if (wanted !== shownAs) {
-    for (const panel of panelsShown()) sight.unobserve(panel.root);
-    charts.clear();
-    shownAs = wanted;
-    shown = {variables: [], ...VIEWS[state.view]()};
-    document.getElementById("main").replaceChildren(...shown.nodes);
+  const isSame = shown?.key === keyOfView();
+  for (const panel of panelsShown()) {
+    if (isSame) panel.cancel();
+    else panel.remove();
   }
-  showTime();
-  showViews();
-  refocus();
+  if (!isSame) shown = null;
+  keepFocus(() => {
+    showTime();
+    build();
+  });
   refresh();
 }
 
+// Waits for the catalogue: the types of the metrics decide how they are drawn.
+function build() {
+  if (shown || !catalogue) return;
+  shown = Object.assign(VIEWS[state.view](), {key: keyOfView()});
+  document.getElementById("main").replaceChildren(...shown.nodes);
+}
+
 async function refresh() {
-  clearTimeout(timer);
-  if (document.hidden) return;
-  if (Number(state.refresh)) timer = setTimeout(refresh, state.refresh * 1000);
-  if (updating) return;
-  const {signal} = updating = new AbortController(), view = shown;
+  if (document.hidden || updating) return;
+  const mine = updating = new AbortController(), {signal} = mine;
   try {
     await Promise.all([readCatalogue(signal), readAlerts(signal)]);
-    focusedId = document.activeElement?.id ?? "";
-    await view.update(signal);
-    if (!signal.aborted) showViews();
+    build();
+    showViews();
+    await shown.update?.(signal);
     for (const panel of panelsShown()) panel.refresh();
   } catch (error) {
-    if (error instanceof Refusal && error.status !== 503) setNotice(error.message);
-    else if (!(error instanceof TypeError || error instanceof Refusal || signal.aborted)) throw error;
+    if (!isTold(error)) throw error;
+    if (error instanceof Refusal) setNotice(error.message);
   } finally {
-    if (updating?.signal === signal) updating = null;
+    if (updating === mine) updating = null;
+    schedule();
   }
+}
+
+function schedule() {
+  clearTimeout(timer);
+  const pause = document.getElementById("notice").hidden ? Number(state.refresh) : 2;
+  if (pause >= 1) timer = setTimeout(refresh, pause * 1000);
 }
 
 addEventListener("popstate", render);
 document.addEventListener("visibilitychange", refresh);
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape" && history.state?.zoomed) history.back();
+  if (event.key === "Escape" && history.state?.isOfTime) history.back();
 });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
   for (const chart of charts) chart.draw();
