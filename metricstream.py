@@ -10101,7 +10101,7 @@ pre { background: var(--card); border-radius: 8px; padding: .75rem; white-space:
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
 .card { padding: .75rem .9rem; min-width: 0; }
 .top { display: flex; justify-content: space-between; gap: .75rem; align-items: baseline; }
-.value { font-weight: 600; white-space: nowrap; }
+.value { font-weight: 600; font-size: .9rem; white-space: nowrap; }
 .meta { color: var(--muted); font-size: .82rem; margin: .25rem 0; min-height: 1.5em; }
 .error { color: var(--bad); white-space: pre-wrap; overflow-wrap: anywhere; }
 .notice { background: var(--bad); color: var(--card); margin: 0; padding: .5rem 1.25rem; }
@@ -10127,7 +10127,7 @@ td, .value, .tip b { font-variant-numeric: tabular-nums; }
 th:first-child, td:first-child { text-align: left; }
 tr { border-bottom: 1px solid var(--grid); }
 th button, td button { border-color: transparent; background: none; padding: .1rem .3rem; }
-th button { font-weight: 600; }
+th button { font-weight: 600; padding: 0; }
 .query { position: relative; margin-bottom: .75rem; }
 .options { position: absolute; z-index: 3; width: 100%; max-height: 16rem; overflow: auto; }
 .options { background: var(--card); border: 1px solid var(--field); border-radius: 6px; }
@@ -10549,6 +10549,8 @@ class Chart {
     const colorOf = (name) => styles.getPropertyValue(name);
     pen.scale(scale, scale);
     this.drawScales(pen, colorOf);
+    pen.rect(LEFT, 0, width, height);
+    pen.clip();
     for (const one of this.series) {
       pen.strokeStyle = pen.fillStyle = colorOf(one.color);
       if (one.low && one.high) this.drawBand(pen, one);
@@ -10598,7 +10600,7 @@ class Chart {
   // A gap ends a line, and a lone point is a dot.
   drawLine(pen, {values, dash}) {
     const {start, step} = this.picture, isThere = (i) => Number.isFinite(values[i]);
-    pen.lineWidth = 1.75;
+    pen.lineWidth = this.height < 200 ? 1.25 : 1.75;
     pen.setLineDash(dash);
     pen.beginPath();
     values.forEach((value, i) => {
@@ -11356,23 +11358,21 @@ ICON = (
     "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'>"
     "<path d='M1 11 5 5l4 6 6-9' fill='none' stroke='#1f6fd0' stroke-width='2'/></svg>"
 )
-# What a query may hold beside functions and names.
-_QUERY_WORDS = """
-    and atan2 avg bool bottomk by count count_values group group_left group_right ignoring inf max
-    min nan offset on or quantile stddev stdvar sum topk unless without
-"""
+_QUERY_WORDS = {
+    *SIGNATURES, *_AGGREGATIONS, *_SET_OPERATORS, *_NEVER_METRICS, *_NEVER_LABELS, "by", "offset",
+}  # fmt: skip
 
 
 def dashboard_page() -> str:
     """The page: one document, style and script within it."""
-    words = write_json(sorted((*SIGNATURES, *_QUERY_WORDS.split())))
-    page = PAGE.replace("%ICON%", urllib.parse.quote(ICON)).replace("%STYLE%", STYLE)
-    return page.replace("%SCRIPT%", SCRIPT).replace("%WORDS%", words)
+    script = SCRIPT.replace("%WORDS%", write_json(sorted(_QUERY_WORDS)))
+    page = PAGE.replace("%ICON%", urllib.parse.quote(ICON))
+    return page.replace("%STYLE%", STYLE).replace("%SCRIPT%", script)
 
 
 def content_security_policy(page: str) -> str:
-    """What a browser may do with a page: run the script that stands in it, take its style, talk to
-    this server. Source: Content Security Policy Level 3.
+    """What a browser may do with a page: run the script within it, take the style within it, talk
+    to this server. Source: Content Security Policy Level 3.
     """
 
     def hash_of(tag: str) -> str:
@@ -11402,10 +11402,8 @@ def _page_responses(zipped: bool) -> tuple[str, Response, Response]:
         ("Referrer-Policy", "no-referrer"),
         *([("Content-Encoding", "gzip")] if zipped else []),
     ]
-    whole, known = (
-        Response(status, body, "text/html; charset=utf-8", fields) for status in (200, 304)
-    )
-    return etag, whole, known
+    whole = Response(200, body, "text/html; charset=utf-8", fields)
+    return etag, whole, Response(304, body, "text/html; charset=utf-8", fields)
 
 
 _TAKES_GZIP = re.compile(r"(?:^|[\s,])gzip(?!\s*;\s*q=0(?:\.0*)?\s*(?:,|$))", re.IGNORECASE)
@@ -11420,11 +11418,11 @@ def show_page(request: Request, client: str) -> Answer:
 
 
 def show_icon(request: Request, client: str) -> Answer:
-    """`GET /favicon.ico`: some clients ask for it whatever the page says."""
+    """`GET /favicon.ico`, for those who ask for it whatever the page says."""
     return Answer(Response(200, ICON.encode(), "image/svg+xml"))
 
 
-# ---- Saved dashboards ----
+# ---- saved dashboards ----
 
 MAX_DASHBOARD_BYTES = 1024 * 1024
 
@@ -11436,63 +11434,49 @@ class DashboardError(ValueError):
 def read_dashboard(text: str | bytes) -> dict[str, Any]:
     """A saved dashboard, with what it leaves out. Raises JSONError or DashboardError.
 
-    >>> read_dashboard('{"title": "Host", "panels": [{"title": "Load", "query": "load1"}]}')
-    ... # doctest: +NORMALIZE_WHITESPACE
-    {'title': 'Host', 'variables': [], 'panels':
-     [{'title': 'Load', 'query': ['load1'], 'unit': '', 'legend': [], 'width': 6}]}
-    >>> read_dashboard('{"title": "Host", "panels": [{"title": "Load", "query": "rate(load1"}]}')
+    >>> text = '{"title": "Host", "panels": [{"title": "Load", "query": "load1"}]}'
+    >>> read_dashboard(text)["panels"]
+    [{'title': 'Load', 'query': ['load1'], 'unit': '', 'legend': [], 'width': 6}]
+    >>> read_dashboard(text.replace("load1", "rate(load1[$window]"))
     Traceback (most recent call last):
-    metricstream.DashboardError: panels[0].query: 1:11: parse error: expected ',' or ')', found the end of the query
+    metricstream.DashboardError: panels[0].query: 1:15: parse error: expected ',' or ')', found ...
     """
-    dashboard = _members(
-        parse_json(text), "", {"title": _text, "variables": _list, "panels": _list}
-    )
-    variables = [
-        _members(variable, f"variables[{number}].", {"name": _name, "tag": _text, "metric": _text})
-        for number, variable in enumerate(dashboard["variables"])
-    ]
-    fields = {"title": _text, "query": _texts, "unit": _text, "legend": _texts, "width": _width}
-    panels = [
-        _members(panel, f"panels[{number}].", fields)
-        for number, panel in enumerate(dashboard["panels"])
-    ]
-    known = {"window": "5m", "step": "1m"} | {variable["name"]: "x" for variable in variables}
-    for number, panel in enumerate(panels):
+    dashboard = _members(parse_json(text), "", _DASHBOARD)
+    known = {"window": "5m", "step": "1m"}
+    for number, variable in enumerate(dashboard["variables"]):
+        dashboard["variables"][number] = _members(variable, f"variables[{number}].", _VARIABLE)
+        known[dashboard["variables"][number]["name"]] = "x"
+    for number, panel in enumerate(dashboard["panels"]):
+        dashboard["panels"][number] = panel = _members(panel, f"panels[{number}].", _PANEL)
         for query in panel["query"]:
+            # As the page does it.
+            filled = re.sub(
+                r"\$([A-Za-z0-9_]+)", lambda match: known.get(match[1], match[0]), query
+            )
             try:
-                parse_query(_fill(query, known))
+                parse_query(filled)
             except QueryError as error:
                 raise DashboardError(f"panels[{number}].query: {error}") from None
-    return dashboard | {"variables": variables, "panels": panels}
+    return dashboard
 
 
-def _fill(query: str, variables: dict[str, str]) -> str:
-    """A query with the values of its variables; the page does the same."""
-    return re.sub(
-        r"\$(\w+)", lambda match: variables.get(match[1], match[0]), query, flags=re.ASCII
-    )
+_Member = tuple[Callable[[Any], Any], Any]  # reads it, or DashboardError; what it is if missing
 
 
-_Check = Callable[[Any], Any]  # a value as the page takes it, or DashboardError
-_MAY_BE_MISSING = {"variables": [], "metric": "", "unit": "", "legend": [], "width": 6}
-
-
-def _members(value: Any, place: str, checks: dict[str, _Check]) -> dict[str, Any]:
+def _members(value: Any, place: str, members: dict[str, _Member]) -> dict[str, Any]:
+    """The members of an object, all of them."""
     if not isinstance(value, dict):
-        raise DashboardError(f"{place.rstrip('.') or 'the file'}: must be an object")
-    for name in value:
-        if name not in checks:
-            known = ", ".join(checks)
-            raise DashboardError(f"{place}{name[:80]}: unknown member; known are {known}")
-    members = {}
-    for name, check in checks.items():
+        raise DashboardError(f"{place.rstrip('.') or 'the document'} must be an object")
+    if unknown := value.keys() - members.keys():
+        name, known = min(unknown), ", ".join(members)
+        raise DashboardError(f"{place}{name[:80]}: unknown member; known are {known}")
+    found = {}
+    for name, (read, missing) in members.items():
         try:
-            if name not in value and name not in _MAY_BE_MISSING:
-                raise DashboardError("is missing")
-            members[name] = check(value.get(name, _MAY_BE_MISSING.get(name)))
+            found[name] = read(value.get(name, missing))
         except DashboardError as error:
             raise DashboardError(f"{place}{name}: {error}") from None
-    return members
+    return found
 
 
 def _text(value: Any) -> str:
@@ -11501,7 +11485,11 @@ def _text(value: Any) -> str:
     return value
 
 
-def _name(value: Any) -> str:
+def _texts(value: Any) -> list[str]:
+    return [_text(item) for item in (value if isinstance(value, list) else [value])]
+
+
+def _variable_name(value: Any) -> str:
     if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", _text(value)):
         raise DashboardError("must be letters, digits and '_'")
     return _text(value)
@@ -11510,65 +11498,71 @@ def _name(value: Any) -> str:
 def _list(value: Any) -> list[Any]:
     if not isinstance(value, list):
         raise DashboardError("must be an array")
-    return value
+    return list(value)
 
 
-def _texts(value: Any) -> list[str]:
-    """One string, or several."""
-    return [_text(item) for item in (value if isinstance(value, list) else [value])]
-
-
-def _width(value: Any) -> int:
+def _columns(value: Any) -> int:
     if type(value) is not int or not 1 <= value <= 12:
         raise DashboardError("must be a whole number from 1 to 12")
     return value
 
 
-class Dashboards:
-    """The routes of the page, with the saved dashboards of a folder, if there is one.
+_DASHBOARD: dict[str, _Member] = {
+    "title": (_text, None),
+    "variables": (_list, []),
+    "panels": (_list, None),
+}
+_VARIABLE: dict[str, _Member] = {
+    "name": (_variable_name, None),
+    "tag": (_text, None),
+    "metric": (_text, ""),  # whose tag it is; "": of any
+}
+_PANEL: dict[str, _Member] = {
+    "title": (_text, None),
+    "query": (_texts, None),
+    "unit": (_text, ""),
+    "legend": (_texts, []),  # of each query, with {{tag}}
+    "width": (_columns, 6),
+}
 
-    `alerting` says whether there are alerts to ask for.
+
+def read_dashboards(folder: str) -> dict[str, Any]:
+    """The saved dashboards of a folder as it is now, and what can't be read and why."""
+    dashboards, faults = [], []
+    for file in sorted(file for file in os.listdir(folder) if file.endswith(".json")):
+        try:
+            with open(os.path.join(folder, file), "rb") as opened:
+                text = opened.read(MAX_DASHBOARD_BYTES + 1)
+            if len(text) > MAX_DASHBOARD_BYTES:
+                raise DashboardError(f"more than {MAX_DASHBOARD_BYTES} bytes")
+            dashboards.append({"file": file, **read_dashboard(text)})
+        except OSError as error:
+            faults.append({"file": file, "error": error.strerror or str(error)})
+        except (DashboardError, JSONError) as error:
+            faults.append({"file": file, "error": str(error)})
+    return {"dashboards": dashboards, "faults": faults}
+
+
+def dashboard_routes(
+    folder: str | None, is_alerting: Callable[[], bool]
+) -> dict[str, dict[str, Handler]]:
+    """The routes of the page, and of the dashboards in a folder, if there is one. `is_alerting`
+    says whether the page has alerts to ask for.
     """
 
-    def __init__(self, folder: str | None, alerting: Callable[[], bool]):
-        self._folder, self._alerting = folder, alerting
-
-    def routes(self) -> dict[str, dict[str, Handler]]:
-        """What a service serves of it."""
-        return {
-            "/": {"GET": show_page},
-            "/favicon.ico": {"GET": show_icon},
-            "/api/dashboards": {"GET": self.show},
-        }
-
-    def show(self, request: Request, client: str) -> Answer:
-        """`GET /api/dashboards`: what is saved, as it is now, and what can't be read and why."""
-        dashboards, faults = [], []
-        for file in self._files():
-            try:
-                dashboards.append({"file": file} | self._read(file))
-            except (DashboardError, JSONError) as error:
-                faults.append({"file": file, "error": str(error)})
-            except OSError as error:
-                faults.append({"file": file, "error": error.strerror})
-        answer = {"dashboards": dashboards, "faults": faults, "alerting": self._alerting()}
-        return Answer(json_response(200, answer))
-
-    def _files(self) -> list[str]:
-        if self._folder is None:
-            return []
+    def show_dashboards(request: Request, client: str) -> Answer:
+        """`GET /api/dashboards`"""
         try:
-            return sorted(file for file in os.listdir(self._folder) if file.endswith(".json"))
+            saved = read_dashboards(folder) if folder else {"dashboards": [], "faults": []}
         except OSError as error:
             raise unavailable(f"can't read the dashboards: {error.strerror}") from None
+        return Answer(json_response(200, {**saved, "alerting": is_alerting()}))
 
-    def _read(self, file: str) -> dict[str, Any]:
-        assert self._folder is not None  # it has files
-        with open(os.path.join(self._folder, file), "rb") as opened:
-            text = opened.read(MAX_DASHBOARD_BYTES + 1)
-        if len(text) > MAX_DASHBOARD_BYTES:
-            raise DashboardError(f"more than {MAX_DASHBOARD_BYTES} bytes")
-        return read_dashboard(text)
+    return {
+        "/": {"GET": show_page},
+        "/favicon.ico": {"GET": show_icon},
+        "/api/dashboards": {"GET": show_dashboards},
+    }
 
 
 # ==================================================================================================
@@ -11824,7 +11818,7 @@ def _run_server(options: argparse.Namespace, lines: LineWriter) -> int:
         return _complain(str(error))
     service = _service(options, log, clients, lines)
     alerting = partial(service.has_route, "/api/v1/alerts")
-    service.add_routes(Dashboards(options.dashboards, alerting).routes())
+    service.add_routes(dashboard_routes(options.dashboards, alerting))
     try:
         store, jobs = _store(options, service)
         try:
