@@ -10008,10 +10008,10 @@ _STORE_STATISTICS = (
 # 29. Dashboard
 # ==================================================================================================
 #
-# The problem: whoever pushed something wants to see it, and to install nothing for it. The idea: one
-# document, style and script within it, at `/`. It is a client of the query API like any other and
-# has no rights of its own. Everything is drawn by itself: the type of a metric decides how. What it
-# costs: 20 KB once for a browser, and no framework that would keep elements and state together.
+# The problem: whoever pushed something wants to look at it without installing anything. The idea:
+# one document, with its style and script in it, at `/`. It asks the query API like any client and
+# has no rights of its own. Each metric is drawn without a query: its type decides how. What it
+# costs: 20 KB once for a browser, and no framework that keeps elements and state together.
 #
 # Names and tags are the text of strangers. The page makes elements and sets their text; it never
 # makes markup of text, and its Content-Security-Policy forbids the browser to do so: it runs this
@@ -10777,6 +10777,12 @@ class Panel {
     }
   }
 
+  showOld(picture) {
+    this.picture = picture;
+    this.show();
+    this.chart.canvas.classList.add("slow");
+  }
+
   showRefusal(error) {
     this.chart.canvas.classList.add("slow");
     if (this.spec.onanswer) return this.spec.onanswer(error);
@@ -10992,6 +10998,8 @@ function metricView() {
   return {nodes: [titleRow(name, query, saveButton()), tags, panel.root], update};
 }
 
+let lastPicture = null; // of the query before: it stays until the next one is answered
+
 // Queries that share a graph.
 function queryView() {
   const q = state.q.filter((text) => text.trim()), texts = state.q.length ? state.q : [""];
@@ -11002,8 +11010,11 @@ function queryView() {
   const onanswer = (error) => {
     refusal.hidden = !error;
     refusal.textContent = error ? placeOf(error.message, q) : "";
+    if (!error) lastPicture = panel.picture;
   };
-  const panel = q.length ? [new Panel({title: "Result", query: q, onanswer}, "large").root] : [];
+  const panel = new Panel({title: "Result", query: q, onanswer}, "large");
+  panel.root.hidden = !q.length;
+  if (lastPicture) panel.showOld(lastPicture);
   const rows = fields.map((field, index) => {
     const label = el("label", {htmlFor: field.id}, index ? `Query ${index + 1}` : "Query");
     return el("div", {className: "query"}, label, field, field.options);
@@ -11011,7 +11022,7 @@ function queryView() {
   const tools = el("div", {className: "row"}, el("button", {onclick: run}, "Run"),
     el("button", {onclick: () => go({q: [...read(), ""]})}, "Add a query"),
     el("span", {className: "meta"}, "Enter runs, Shift+Enter begins a line"));
-  return {nodes: [titleRow("Query", saveButton()), ...rows, tools, refusal, ...panel]};
+  return {nodes: [titleRow("Query", saveButton()), ...rows, tools, refusal, panel.root]};
 }
 
 // An error, the line of the query where it is, and a mark at its column.
