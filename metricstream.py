@@ -10274,13 +10274,13 @@ async function readCatalogue(signal) {
 }
 
 const isPlain = (name) => /^[A-Za-z_][A-Za-z0-9_]*$/.test(name);
-const quoted = (text) => JSON.stringify(text).slice(1, -1);
-const tagName = (name) => isPlain(name) ? name : JSON.stringify(name);
+const quoted = (text) => JSON.stringify(text).replaceAll("$", "\\u0024"); // no variable in it
+const tagName = (name) => isPlain(name) ? name : quoted(name);
 
 // A name as a query has it.
 function selectorOf(name) {
   const isWord = WORDS.includes(name.toLowerCase());
-  return isPlain(name.replaceAll(":", "_")) && !isWord ? name : `{${JSON.stringify(name)}}`;
+  return isPlain(name.replaceAll(":", "_")) && !isWord ? name : `{${quoted(name)}}`;
 }
 
 // The stored type decides, then the name.
@@ -11095,7 +11095,7 @@ async function completions(before) {
   try {
     if (value) {
       const names = await ask(`v1/label/${value[1]}/values`, match);
-      return {word: value[2], names: names.map(quoted), isOpen: true};
+      return {word: value[2], names: names.map((name) => quoted(name).slice(1, -1)), isOpen: true};
     }
     if (isIn || /\b(by|without|on|ignoring)\s*\([^()]*$/.test(before)) {
       return {word, names: (await ask("v1/labels", match)).map(tagName), isOpen: true};
@@ -11133,7 +11133,7 @@ function dashboardView() {
     if (!dashboard) return body.replaceChildren("There is no such dashboard.");
     view.variables = dashboard.variables;
     const choices = await Promise.all(view.variables.map((one) => variableChoice(one, signal)));
-    for (const {name, value} of choices) variables.set(name, quoted(value));
+    for (const {name, value} of choices) variables.set(name, quoted(value).slice(1, -1));
     title.firstChild.textContent = dashboard.title;
     keepFocus(() => title.firstChild.after(...choices.map((choice) => (
       el("label", {}, `${choice.name} `, choice)))), before);
