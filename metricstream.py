@@ -10098,7 +10098,7 @@ pre { background: var(--card); border-radius: 8px; padding: .75rem; white-space:
 .example { user-select: all; }
 .cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(290px, 1fr)); }
 .panels { display: grid; gap: 1rem; grid-template-columns: repeat(12, minmax(0, 1fr)); }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
+.card, .tip { background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
 .card { padding: .75rem .9rem; min-width: 0; }
 .top { display: flex; justify-content: space-between; gap: .75rem; align-items: baseline; }
 .value { font-weight: 600; font-size: .9rem; white-space: nowrap; }
@@ -10114,7 +10114,6 @@ pre { background: var(--card); border-radius: 8px; padding: .75rem; white-space:
 .cursor { width: 1px; background: var(--muted); }
 .selection { background: var(--accent); opacity: .2; }
 .tip { position: absolute; top: 4px; left: 0; z-index: 2; pointer-events: none; max-width: 75%; }
-.tip { background: var(--card); border: 1px solid var(--line); border-radius: 6px; }
 .tip { padding: .3rem .5rem; font-size: .8rem; box-shadow: 0 2px 8px #0003; }
 .tip div, td button { display: flex; gap: .5rem; align-items: center; }
 .tip span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
@@ -11453,12 +11452,17 @@ def read_dashboard(text: str | bytes) -> dict[str, Any]:
     metricstream.DashboardError: panels[0].query: 1:15: parse error: expected ',' or ')', found ...
     """
     dashboard = _members(parse_json(text), "", _DASHBOARD)
+    for name, members in (("variables", _VARIABLE), ("panels", _PANEL)):
+        dashboard[name] = [
+            _members(item, f"{name}[{number}].", members)
+            for number, item in enumerate(dashboard[name])
+        ]
     known = {"window": "5m", "step": "1m"}
-    for number, variable in enumerate(dashboard["variables"]):
-        dashboard["variables"][number] = _members(variable, f"variables[{number}].", _VARIABLE)
-        known[dashboard["variables"][number]["name"]] = "x"
+    known |= {variable["name"]: "x" for variable in dashboard["variables"]}
     for number, panel in enumerate(dashboard["panels"]):
-        dashboard["panels"][number] = panel = _members(panel, f"panels[{number}].", _PANEL)
+        for name in ("query", "legend"):
+            if isinstance(panel[name], str):
+                panel[name] = [panel[name]]
         for query in panel["query"]:
             # As the page does it.
             filled = re.sub(
@@ -11471,69 +11475,65 @@ def read_dashboard(text: str | bytes) -> dict[str, Any]:
     return dashboard
 
 
-_Member = tuple[Callable[[Any], Any], Any]  # reads it, or DashboardError; what it is if missing
+class _Member(NamedTuple):
+    """What a member of an object must be, and what it is where it is missing."""
+
+    must_be: str
+    holds: Callable[[Any], bool]
+    missing: Any = None
 
 
 def _members(value: Any, place: str, members: dict[str, _Member]) -> dict[str, Any]:
     """The members of an object, all of them."""
     if not isinstance(value, dict):
         raise DashboardError(f"{place.rstrip('.') or 'the document'} must be an object")
-    if unknown := value.keys() - members.keys():
-        name, known = min(unknown), ", ".join(members)
-        raise DashboardError(f"{place}{name[:80]}: unknown member; known are {known}")
-    found = {}
-    for name, (read, missing) in members.items():
-        try:
-            found[name] = read(value.get(name, missing))
-        except DashboardError as error:
-            raise DashboardError(f"{place}{name}: {error}") from None
+    for name in value:
+        if name not in members:
+            known = ", ".join(members)
+            raise DashboardError(f"{place}{name[:80]}: unknown member; known are {known}")
+    found = {name: value.get(name, member.missing) for name, member in members.items()}
+    for name, member in members.items():
+        if not member.holds(found[name]):
+            raise DashboardError(f"{place}{name}: must be {member.must_be}")
     return found
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise DashboardError("must be a string")
-    return value
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
-def _texts(value: Any) -> list[str]:
-    return [_text(item) for item in (value if isinstance(value, list) else [value])]
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list)
 
 
-def _variable_name(value: Any) -> str:
-    if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", _text(value)):
-        raise DashboardError("must be letters, digits and '_'")
-    return _text(value)
+def _is_texts(value: Any) -> bool:
+    return _is_text(value) or (_is_list(value) and all(map(_is_text, value)))
 
 
-def _list(value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise DashboardError("must be an array")
-    return list(value)
+def _is_name(value: Any) -> bool:
+    return _is_text(value) and re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", value) is not None
 
 
-def _columns(value: Any) -> int:
-    if type(value) is not int or not 1 <= value <= 12:
-        raise DashboardError("must be a whole number from 1 to 12")
-    return value
+def _is_width(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= 12
 
 
-_DASHBOARD: dict[str, _Member] = {
-    "title": (_text, None),
-    "variables": (_list, []),
-    "panels": (_list, None),
+_DASHBOARD = {
+    "title": _Member("a string", _is_text),
+    "variables": _Member("an array", _is_list, []),
+    "panels": _Member("an array", _is_list),
 }
-_VARIABLE: dict[str, _Member] = {
-    "name": (_variable_name, None),
-    "tag": (_text, None),
-    "metric": (_text, ""),  # whose tag it is; "": of any
+_VARIABLE = {
+    "name": _Member("letters, digits and '_'", _is_name),
+    "tag": _Member("a string", _is_text),
+    "metric": _Member("a string", _is_text, ""),  # whose tag it is; "": of any
 }
-_PANEL: dict[str, _Member] = {
-    "title": (_text, None),
-    "query": (_texts, None),
-    "unit": (_text, ""),
-    "legend": (_texts, []),  # of each query, with {{tag}}
-    "width": (_columns, 6),
+_PANEL = {
+    "title": _Member("a string", _is_text),
+    "query": _Member("a string or an array of strings", _is_texts),
+    "unit": _Member("a string", _is_text, ""),
+    "legend": _Member("a string or an array of strings", _is_texts, []),  # with {{tag}}
+    "width": _Member("a whole number from 1 to 12", _is_width, 6),  # in twelfths of the page
 }
 
 

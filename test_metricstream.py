@@ -7340,7 +7340,7 @@ def dashboard_text(**changes: Any) -> str:
     ("{}", "title: must be a string"),
     (dashboard_text(panels=None), "panels: must be an array"),
     (dashboard_text(colour="red"), "colour: unknown member; known are title, variables, panels"),
-    (dashboard_text(panels=[{"title": "a"}]), "panels[0].query: must be a string"),
+    (dashboard_text(panels=[{"title": "a"}]), "panels[0].query: must be a string or an array of strings"),
     (dashboard_text(panels=[{"title": "a", "query": "a", "width": 13}]),
      "panels[0].width: must be a whole number from 1 to 12"),
     (dashboard_text(panels=[{"title": "a", "query": "a"}, 5]), "panels[1] must be an object"),
