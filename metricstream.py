@@ -10231,15 +10231,15 @@ async function ask(path, parameters, signal, options) {
 }
 
 async function answerOf(path, options) {
-  let answer, text;
+  let answer, value;
   try {
     answer = await fetch("api/" + path, options);
-    text = await answer.text();
+    value = JSON.parse(await answer.text() || "{}");
   } catch (error) {
-    if (error.name !== "AbortError") setNotice("The server does not answer. Trying again …");
-    throw error;
+    if (error.name === "AbortError") throw error;
+    setNotice("The server does not answer. Trying again …");
+    throw new Refusal("no answer");
   }
-  const value = text ? JSON.parse(text) : {};
   setNotice(answer.status === 503 ? value.error : "");
   if (!answer.ok) throw Object.assign(new Refusal(value.error ?? value), {status: answer.status});
   return value.data ?? value;
@@ -10252,9 +10252,8 @@ function setNotice(text) {
   if (text) schedule();
 }
 
-// Whether the reason is in sight, or there is none to tell.
-const isTold = (error) => error instanceof Refusal || error instanceof TypeError
-  || error.name === "AbortError";
+// What may happen to a question; any other error is a fault of this script.
+const isExpected = (error) => error instanceof Refusal || error.name === "AbortError";
 
 // ---- Metrics: their names, types, units, and how often they are pushed ----
 
@@ -10355,7 +10354,8 @@ async function readPanel(panel, variables, signal) {
   const {interval} = pushes, step = stepFrom(Math.max(interval * 0.99, (to - from) / 300));
   // A rate needs samples up to its time; a sample is drawn at the next step behind it.
   const round = query.some((text) => text.includes("$window")) ? Math.floor : Math.ceil;
-  const grid = {start: Math.floor(from / step) * step, end: round(to / step) * step, step};
+  const start = Math.floor(from / step) * step;
+  const grid = {start, end: Math.max(round(to / step) * step, start + step), step};
   // Not the usual lookback of five minutes: a client that died ends its line.
   const asked = {...grid, lookback_delta: Math.max(step, 2 * interval)};
   asked.limit = panel.isCard ? MAX_DRAWN : MAX_SERIES;
@@ -10768,7 +10768,7 @@ class Panel {
       classList.remove("slow");
       this.spec.onanswer?.(null);
     } catch (error) {
-      if (!isTold(error)) throw error;
+      if (!isExpected(error)) throw error;
       if (error instanceof Refusal) this.showRefusal(error);
     } finally {
       clearTimeout(dim);
@@ -10982,6 +10982,7 @@ function metricView() {
   let known;
   async function update(signal) {
     const names = await ask("v1/labels", {"match[]": selectorOf(name)}, signal);
+    query.href = linkTo("query", {q: panel.spec.query}); // with the time of now
     if (String(names) === known) return;
     known = String(names);
     const buttons = names.filter((tag) => tag !== "__name__").map((tag, index) => {
@@ -10993,7 +10994,7 @@ function metricView() {
     const nodes = buttons.length ? ["Group by", ...buttons] : [];
     keepFocus(() => tags.replaceChildren(...nodes), before);
   }
-  const query = el("a", {href: linkTo("query", {q: panel.spec.query})}, "Open as a query");
+  const query = el("a", {href: ""}, "Open as a query");
   return {nodes: [titleRow(name, query, saveButton()), tags, panel.root], update};
 }
 
@@ -11100,7 +11101,7 @@ async function completions(before) {
       return {word, names: (await ask("v1/labels", match)).map(tagName), isOpen: true};
     }
   } catch (error) {
-    if (!isTold(error)) throw error;
+    if (!isExpected(error)) throw error;
   }
   return {word, names: [...catalogue.keys()].map(selectorOf).concat(WORDS)};
 }
@@ -11233,7 +11234,7 @@ async function writeSilence(method, path, silence) {
   try {
     await ask("v2/" + path, null, null, {method, headers, body});
   } catch (error) {
-    if (error.status !== 401) return setNotice(error.message);
+    if (error.status !== 401) return alert(error.message);
     const given = prompt("The key of a listed client, kept in this tab alone:") ?? "";
     sessionStorage.setItem("key", given);
     return given && writeSilence(method, path, silence);
@@ -11334,8 +11335,8 @@ async function refresh() {
     await shown.update?.(signal);
     for (const panel of panelsShown()) panel.refresh();
   } catch (error) {
-    if (!isTold(error)) throw error;
-    if (error instanceof Refusal) setNotice(error.message);
+    if (!isExpected(error)) throw error;
+    if (error.status) setNotice(error.message);
   } finally {
     if (updating === mine) updating = null;
     schedule();

@@ -7511,9 +7511,9 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="session")
-def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+def pushed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """A server with an hour of samples, and saved dashboards."""
-    folder = tmp_path_factory.mktemp("watched")
+    folder = tmp_path_factory.mktemp("pushed")
     boards = folder / "boards"
     boards.mkdir()
     (boards / "host.json").write_text(dashboard_text())
@@ -7562,18 +7562,18 @@ def test_a_pushed_metric_appears_as_a_chart_by_itself(browser, tmp_path):
         assert 1 <= sum(browser.columns("--series-0")) <= 6  # a lone point is a dot
 
 
-def test_counters_are_rates_and_histograms_quantiles_in_their_units(browser, watched):
-    browser.open(watched.port, "view=metric&name=requests_total")
+def test_counters_are_rates_and_histograms_quantiles_in_their_units(browser, pushed):
+    browser.open(pushed.port, "view=metric&name=requests_total")
     browser.wait_for_text("2/s", "table")
-    browser.open(watched.port)
+    browser.open(pushed.port)
     quantiles = browser.wait_for_chart("took_seconds_bucket: last")
     assert quantiles == "took_seconds_bucket: last value p50 100 ms; p90 1 s; p99 1 s"
     assert browser.wait_for_chart("torn_bytes: last").endswith("torn_bytes 4 KiB")
     assert browser.complaints() == []
 
 
-def test_search_filters_as_one_types(browser, watched):
-    browser.open(watched.port)
+def test_search_filters_as_one_types(browser, pushed):
+    browser.open(pushed.port)
     browser.wait_for_chart("load1: last")
     browser.js("document.querySelector('[type=search]').focus()")
     browser.type("LOAD")
@@ -7582,8 +7582,8 @@ def test_search_filters_as_one_types(browser, watched):
     assert browser.js("return location.hash") == "#search=LOAD"
 
 
-def test_a_gap_is_background_and_a_lone_point_a_dot(browser, watched):
-    browser.open(watched.port, "search=torn")
+def test_a_gap_is_background_and_a_lone_point_a_dot(browser, pushed):
+    browser.open(pushed.port, "search=torn")
     browser.wait_for_chart("torn_bytes: last")
     shown = browser.js("return [...document.querySelectorAll('.chart')].findIndex("
                        "(one) => one.ariaLabel.startsWith('torn_bytes'))")  # fmt: skip
@@ -7593,8 +7593,8 @@ def test_a_gap_is_background_and_a_lone_point_a_dot(browser, watched):
     assert before == pytest.approx(100 / 240, abs=0.03) and after == pytest.approx(160 / 240, abs=0.03)
 
 
-def test_a_metric_is_grouped_by_a_tag_and_its_series_are_isolated(browser, watched):
-    browser.open(watched.port, "view=metric&name=load1")
+def test_a_metric_is_grouped_by_a_tag_and_its_series_are_isolated(browser, pushed):
+    browser.open(pushed.port, "view=metric&name=load1")
     browser.wait_for_text("Group by")
     browser.click("host")
     eventually(lambda: browser.js("return document.activeElement.innerText") == "host")
@@ -7609,16 +7609,16 @@ def test_a_metric_is_grouped_by_a_tag_and_its_series_are_isolated(browser, watch
     assert browser.js("return document.querySelector('[aria-sort=descending]').innerText") == "mean"
 
 
-def test_more_than_twenty_series_are_counted_and_shown_when_asked_for(browser, watched):
-    browser.open(watched.port, "view=metric&name=queue")
+def test_more_than_twenty_series_are_counted_and_shown_when_asked_for(browser, pushed):
+    browser.open(pushed.port, "view=metric&name=queue")
     browser.wait_for_text("10 more series are not drawn.")
     assert "queue=q19" in browser.text("table") and "queue=q20" not in browser.text("table")
     browser.click("Show all")
     browser.wait_for_text("queue=q29", "table")
 
 
-def test_the_keyboard_moves_the_cursor_which_is_read_out_and_opens_the_table(browser, watched):
-    browser.open(watched.port, "view=metric&name=torn_bytes")
+def test_the_keyboard_moves_the_cursor_which_is_read_out_and_opens_the_table(browser, pushed):
+    browser.open(pushed.port, "view=metric&name=torn_bytes")
     browser.wait_for_chart("torn_bytes: last")
     browser.js("document.querySelector('.chart').focus()")
     browser.key("End")
@@ -7632,8 +7632,8 @@ def test_the_keyboard_moves_the_cursor_which_is_read_out_and_opens_the_table(bro
     assert browser.js("return document.activeElement.ariaLabel") == "Values of torn_bytes"
 
 
-def test_dragging_zooms_and_escape_undoes_it(browser, watched):
-    browser.open(watched.port, "view=metric&name=load1")
+def test_dragging_zooms_and_escape_undoes_it(browser, pushed):
+    browser.open(pushed.port, "view=metric&name=load1")
     browser.wait_for_chart("load1: last")
     box = browser.js("return document.querySelector('.chart').getBoundingClientRect()")
     y = box["y"] + 100
@@ -7646,8 +7646,8 @@ def test_dragging_zooms_and_escape_undoes_it(browser, watched):
     eventually(lambda: browser.js("return location.hash") == "#view=metric&name=load1")
 
 
-def test_a_query_runs_at_enter_and_an_error_shows_its_place_over_the_old_picture(browser, watched):
-    browser.open(watched.port, "view=query")
+def test_a_query_runs_at_enter_and_an_error_shows_its_place_over_the_old_picture(browser, pushed):
+    browser.open(pushed.port, "view=query")
     browser.wait_for_text("Query")
     eventually(lambda: browser.js("document.querySelector('textarea')?.focus(); return !!document.activeElement.id"))
     browser.type("sum(load1)")
@@ -7662,8 +7662,8 @@ def test_a_query_runs_at_enter_and_an_error_shows_its_place_over_the_old_picture
     assert sum(browser.columns("--series-0")) > 100  # dimmed, and still there
 
 
-def test_a_query_is_completed_with_names_tags_and_values(browser, watched):
-    browser.open(watched.port, "view=query")
+def test_a_query_is_completed_with_names_tags_and_values(browser, pushed):
+    browser.open(pushed.port, "view=query")
     eventually(lambda: browser.js("document.querySelector('textarea')?.focus(); return !!document.activeElement.id"))
     for typed, completed in [("sum_ov", "sum_over_time"), ("(loa", "load1"), ("{ho", "host"), ('="we', "web1")]:
         browser.type(typed)
@@ -7673,21 +7673,21 @@ def test_a_query_is_completed_with_names_tags_and_values(browser, watched):
     assert browser.js("return document.querySelector('textarea').value") == 'sum_over_time(load1{host="web1'
 
 
-def test_hostile_names_and_tags_stay_text(browser, watched):
-    browser.open(watched.port, "search=script")
+def test_hostile_names_and_tags_stay_text(browser, pushed):
+    browser.open(pushed.port, "search=script")
     assert browser.wait_for_chart(f"{HOSTILE}: last").endswith("x" * 1000 + " 2")
     assert HOSTILE in browser.text("h3")
-    browser.open(watched.port, "view=metric&" + urllib.parse.urlencode({"name": HOSTILE, "by": HOSTILE}))
+    browser.open(pushed.port, "view=metric&" + urllib.parse.urlencode({"name": HOSTILE, "by": HOSTILE}))
     browser.wait_for_text(f"{HOSTILE}={HOSTILE}", "table")
-    browser.open(watched.port, "view=query&" + urllib.parse.urlencode({"q": HOSTILE}))
+    browser.open(pushed.port, "view=query&" + urllib.parse.urlencode({"q": HOSTILE}))
     browser.wait_for_text("parse error", "pre")
     assert browser.js("return document.querySelectorAll('img').length") == 0
     assert "MetricStream" in browser.js("return document.title")
     assert [entry for entry in browser.complaints() if "400 (Bad Request)" not in entry] == []
 
 
-def test_saved_dashboards_are_listed_and_drawn_and_faults_named(browser, watched):
-    browser.open(watched.port, "view=dashboards")
+def test_saved_dashboards_are_listed_and_drawn_and_faults_named(browser, pushed):
+    browser.open(pushed.port, "view=dashboards")
     browser.wait_for_text("broken.json: title: must be a string")
     browser.click("Load of a host")
     assert browser.wait_for_chart("Load: last").startswith("Load: last value load1, host=db1")
@@ -7698,8 +7698,8 @@ def test_saved_dashboards_are_listed_and_drawn_and_faults_named(browser, watched
     assert "%24host=web1" in browser.js("return location.hash") and browser.complaints() == []
 
 
-def test_what_is_shown_can_be_saved_as_a_dashboard(browser, watched):
-    browser.open(watched.port, "view=metric&name=took_seconds_bucket")
+def test_what_is_shown_can_be_saved_as_a_dashboard(browser, pushed):
+    browser.open(pushed.port, "view=metric&name=took_seconds_bucket")
     browser.wait_for_chart("took_seconds_bucket: last")
     browser.js("URL.createObjectURL = (blob) => { blob.text().then((text) => { window.saved = text; });"
                "return '#'; }")  # fmt: skip
@@ -7710,8 +7710,8 @@ def test_what_is_shown_can_be_saved_as_a_dashboard(browser, watched):
     eventually(lambda: browser.js("return window.saved").startswith('time,"p50","p90","p99"\r\n20'))
 
 
-def test_a_server_that_is_gone_is_said_and_its_return_noticed(browser, watched):
-    browser.open(watched.port, "refresh=1")
+def test_a_server_that_is_gone_is_said_and_its_return_noticed(browser, pushed):
+    browser.open(pushed.port, "refresh=1")
     browser.wait_for_chart("load1: last")
     offline = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
     browser.devtools("Network.enable")
@@ -7730,18 +7730,18 @@ STATES = ["", "view=metric&name=load1&by=host", "view=metric&name=queue", "view=
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_the_page_fits_a_narrow_window_in_every_state(browser, watched, state):
-    browser.open(watched.port, state, width=360)
+def test_the_page_fits_a_narrow_window_in_every_state(browser, pushed, state):
+    browser.open(pushed.port, state, width=360)
     eventually(lambda: browser.text("h1"))
     assert browser.js("return document.documentElement.scrollWidth") <= 360
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("state", STATES)
-def test_axe_finds_nothing_in_any_state(browser, watched, state, scheme):
+def test_axe_finds_nothing_in_any_state(browser, pushed, state, scheme):
     if not (axe := os.environ.get("METRICSTREAM_AXE")):
         pytest.skip("METRICSTREAM_AXE names no axe.min.js of axe-core; `make axe` fetches it")
-    browser.open(watched.port, state, scheme=scheme)
+    browser.open(pushed.port, state, scheme=scheme)
     eventually(lambda: browser.text("h1"))
     eventually(lambda: not any(name.endswith("not read yet") for name in browser.charts()[:4])
                or browser.text("pre"))  # fmt: skip
@@ -7770,14 +7770,31 @@ def test_alerts_are_shown_and_silenced_with_a_key_that_is_asked_for_once(browser
         silences.clear()
         return metricstream.Answer(metricstream.json_response(200, {}))
 
-    vector = {"status": "success", "data": {"resultType": "vector", "result": []}}
+    def vector() -> dict:
+        now_s = time.time()
+        found = {"metric": {"__name__": "load1"}, "value": [now_s, str(now_s)],
+                 "values": [[now_s - 15 * n, "1"] for n in (3, 2, 1)]}  # fmt: skip
+        return {"data": {"result": [found]}}
+
+    def over_time(request: Request, client: str) -> metricstream.Answer:
+        form = dict(urllib.parse.parse_qsl(request.body.decode()))
+        start, end, step = (int(form[name]) for name in ("start", "end", "step"))
+        asked.append(form["query"])
+        times = range(start, start + (end - start) // 2, step) if "ALERTS" in form["query"] else [end]
+        matrix = {"resultType": "matrix", "result": [{"metric": {}, "values": [[at, "1"] for at in times]}]}
+        return metricstream.Answer(metricstream.json_response(200, {"data": matrix}))
+
+    asked: list[str] = []
+    rule = {"name": "HighLoad", "type": "alerting", "query": "sum(load1) > 3"}
     with running(tmp_path) as started:
         started.service.add_routes({
             **metricstream.dashboard_routes(None, lambda: True),
-            "/api/v1/query": (query := answer(lambda: vector)) | {"POST": query["GET"]},
+            "/api/v1/query": (query := answer(vector)) | {"POST": query["GET"]},
+            "/api/v1/query_range": {"GET": over_time, "POST": over_time},
+            "/api/v1/labels": (labels := answer(lambda: {"data": []})) | {"POST": labels["GET"]},
             "/api/v1/metadata": (types := answer(lambda: {"data": {}})) | {"POST": types["GET"]},
             "/api/v1/alerts": answer(lambda: {"data": {"alerts": [alert]}}),
-            "/api/v1/rules": answer(lambda: {"data": {"groups": []}}),
+            "/api/v1/rules": answer(lambda: {"data": {"groups": [{"rules": [rule]}]}}),
             "/api/v2/silences": answer(lambda: silences) | {"POST": silence},
             "/api/v2/silence/1": answer(dict) | {"DELETE": expire},
         })  # fmt: skip
@@ -7795,6 +7812,14 @@ def test_alerts_are_shown_and_silenced_with_a_key_that_is_asked_for_once(browser
         browser.click("End the silence")
         browser.wait_for_text("Silence for 2 hours")
         assert silences == []
+        browser.open(started.port, "view=metric&name=load1")
+        browser.wait_for_chart("load1: last")
+    assert 'count(ALERTS{alertname="HighLoad",alertstate="firing"})' in asked
+    shaded = browser.js("""
+        const canvas = document.querySelector("canvas"), pen = canvas.getContext("2d");
+        return [0.25, 0.75].map((share) => (
+          pen.getImageData(64 + share * (canvas.width - 72), 100, 1, 1).data[3] > 0))""")
+    assert shaded == [True, False]  # the half in which it fired
 
 
 # ==================================================================================================
