@@ -10588,9 +10588,9 @@ class Chart {
       low = Math.min(low, value);
       high = Math.max(high, value);
     }
-    if (low > high) [low, high] = [0, 1];
+    if (low > high || low === 0 && high === 0) [low, high] = [0, 1];
     if (low > 0 && low < high / 2) low = 0;
-    const room = low === high ? Math.abs(low) / 4 || 1 : 0;
+    const room = low === high ? Math.abs(low) / 4 : 0;
     const ticks = valueTicks(low - room, high + room, this.unit);
     [this.low, this.high] = [ticks[0], ticks.at(-1)];
     return ticks;
@@ -11448,9 +11448,9 @@ def read_dashboard(text: str | bytes) -> dict[str, Any]:
     >>> text = '{"title": "Host", "panels": [{"title": "Load", "query": "load1"}]}'
     >>> read_dashboard(text)["panels"]
     [{'title': 'Load', 'query': ['load1'], 'unit': '', 'legend': [], 'width': 6}]
-    >>> read_dashboard(text.replace("load1", "rate(load1[$window]"))
+    >>> read_dashboard(text.replace('"load1"', '"load1", "width": 13'))
     Traceback (most recent call last):
-    metricstream.DashboardError: panels[0].query: 1:15: parse error: expected ',' or ')', found ...
+    metricstream.DashboardError: panels[0].width: must be a whole number from 1 to 12
     """
     dashboard = _members(parse_json(text), "", _DASHBOARD)
     for name, members in (("variables", _VARIABLE), ("panels", _PANEL)):

@@ -4211,7 +4211,7 @@ def test_an_error_repeats_nothing_raw(watched, text):
     metric = b'{"name":"a","value":1,%b}'
     requests = [
         get(b"/" + octets), get(b"/" + b"".join(b"%%%02x" % octet for octet in octets)),
-        head(octets + b" / HTTP/1.1"), get(b"/", b"Host: " + octets), get(b"/", octets + b": a"),
+        head(octets + b" / HTTP/1.1"), get(b"/x", b"Host: " + octets), get(b"/x", octets + b": a"),
         get(b"/health", b"Expect: " + octets), post(b"Origin: " + octets),
         post(b"Content-Type: " + octets), gzipped(BATCH, b"Content-Encoding: " + octets),
         framed(b"Content-Length: " + octets), chunked(octets + b"\r\n"), chunked(b"",
@@ -8394,6 +8394,10 @@ WORST_INPUTS: dict[str, list[tuple[str, str, str]]] = {
     "_JSON_ESCAPE": [("", "\\", ""), ("", "\\ud8", ""), ("", "\\ud800", "")],
     "_LABEL_VALUES": [("label/", "a", ""), ("label/", "/values", "/value")],
     "[-+]?[0-9]{1,19}": [("", "1", ""), ("", "-", "")],
+    "_TAKES_GZIP": [("", "gzip", ""), ("", ",gzip;q=0", ""), ("gzip", " ", "x"), ("gzip;q=0.", "0", "x"),
+                    ("", " ", "gzip"), ("gzip;", " ", "q=1")],
+    r"\$([A-Za-z0-9_]+)": [("", "$", ""), ("$", "a", ""), ("", "$a", "")],
+    "[A-Za-z_][A-Za-z0-9_]*": [("", "a", "-")],
     "([0-9]{1,15})(?:([KMGT])B|B)?": [("", "1", ""), ("1K", "B", "")],
 }  # fmt: skip
 
