@@ -10065,7 +10065,7 @@ STYLE = r"""
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; border-radius: 4px; }
 body {
   margin: 0; background: var(--page); color: var(--text); overflow-y: scroll;
-  font: 15px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif;
+  font: 15px/1.5 system-ui, sans-serif;
 }
 header, main { max-width: 1280px; margin: 0 auto; padding: .75rem 1.25rem; }
 main { min-height: 80vh; padding-bottom: 4rem; }
@@ -10093,12 +10093,12 @@ button { cursor: pointer; }
 button:hover { border-color: var(--accent); }
 button[aria-pressed=true] { background: var(--accent); color: var(--card); }
 textarea { width: 100%; resize: vertical; display: block; padding: .5rem .75rem; }
-textarea, pre { font: .85rem/1.5 ui-monospace, "DejaVu Sans Mono", monospace; }
+textarea, pre { font: .85rem/1.5 ui-monospace, monospace; }
 pre { background: var(--card); border-radius: 8px; padding: .75rem; white-space: pre-wrap; }
 .example { user-select: all; }
 .cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(290px, 1fr)); }
 .panels { display: grid; gap: 1rem; grid-template-columns: repeat(12, minmax(0, 1fr)); }
-.card, .tip { background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
+.card, .tip, .options { background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
 .card { padding: .75rem .9rem; min-width: 0; }
 .top { display: flex; justify-content: space-between; gap: .75rem; align-items: baseline; }
 .value { font-weight: 600; font-size: .9rem; white-space: nowrap; }
@@ -10129,11 +10129,10 @@ th button, td button { border-color: transparent; background: none; padding: .1r
 th button { font-weight: 600; padding: 0; }
 .query { position: relative; margin-bottom: .75rem; }
 .options { position: absolute; z-index: 3; width: 100%; max-height: 16rem; overflow: auto; }
-.options { background: var(--card); border: 1px solid var(--field); border-radius: 6px; }
 .options li { padding: .2rem .75rem; cursor: pointer; overflow-wrap: anywhere; }
 .options li[aria-selected=true] { background: var(--accent); color: var(--card); }
-.firing { color: var(--bad); font-weight: 600; }
-.pending { color: var(--warn); font-weight: 600; }
+.firing, .pending { color: var(--warn); font-weight: 600; }
+.firing { color: var(--bad); }
 .spoken { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 @media (max-width: 700px) {
   .panels > * { grid-column: 1 / -1 !important; }
@@ -10324,14 +10323,14 @@ async function pushesOf(name, signal) {
   const [found] = (await ask("v1/query", latest, signal)).result;
   const last = found ? Number(found.value[1]) : NaN;
   if (!found || known?.until > to) return {last, interval: known?.interval ?? 0};
-  const gaps = [];
+  let gaps = [];
   for (const window of ["10m", "1d"]) {
-    const samples = {query: `${selector}[${window}]`, time: last, limit: 1};
-    const [series] = (await ask("v1/query", samples, signal)).result;
-    series?.values.forEach(([time], i, all) => i && gaps.push(time - all[i - 1][0]));
     if (gaps.length > 1) break;
+    const samples = {query: `${selector}[${window}]`, time: last, limit: 1};
+    const [{values} = {values: []}] = (await ask("v1/query", samples, signal)).result;
+    gaps = values.slice(1).map(([time], i) => time - values[i][0]);
   }
-  const interval = gaps.sort((a, b) => a - b)[gaps.length >> 1] ?? 0;
+  const interval = gaps.sort((a, b) => a - b)[gaps.length >> 1] ?? 0; // the median
   intervals.set(name, {interval, until: to + (gaps.length > 1 ? 300 : 0)});
   return {last, interval};
 }
@@ -10733,7 +10732,7 @@ class Panel {
       el("button", {onclick: () => this.download()}, "Download CSV"))];
     const title = spec.isCard ? el("h3", {title: spec.title}, this.link = el("a", {}, spec.title))
       : el("h2", {}, spec.title);
-    this.root = el(spec.isCard ? "li" : "section", {className: "card", panel: this},
+    this.root = el(spec.isCard ? "li" : "section", {className: "card"},
       el("div", {className: "top"}, title, this.value), this.chart.root, this.meta,
       ...(spec.isCard ? [] : tools), this.table);
     this.root.panel = this;

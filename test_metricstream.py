@@ -7235,7 +7235,7 @@ def test_a_batch_of_new_series_is_refused_while_there_is_no_room(tmp_path):
 # Dashboard
 # ==================================================================================================
 
-PAGE_LIMIT_BYTES = 20 * 1024
+PAGE_LIMIT_BYTES = 20_000
 HOSTILE = "</script><img src=x onerror=\"document.title='hostile'\">'\u202e{{x}}$window"
 HOST_DASHBOARD = {
     "title": "Load of a host",
