@@ -10098,7 +10098,8 @@ pre { background: var(--card); border-radius: 8px; padding: .75rem; white-space:
 .example { user-select: all; }
 .cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(290px, 1fr)); }
 .panels { display: grid; gap: 1rem; grid-template-columns: repeat(12, minmax(0, 1fr)); }
-.card, .tip, .options { background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
+.card, .tip, .options { background: var(--card); border: 1px solid var(--line); }
+.card, .tip, .options { border-radius: 8px; }
 .card { padding: .75rem .9rem; min-width: 0; }
 .top { display: flex; justify-content: space-between; gap: .75rem; align-items: baseline; }
 .value { font-weight: 600; font-size: .9rem; white-space: nowrap; }
