@@ -5,7 +5,7 @@ VENV := .venv
 PYTHON ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint soak queries queries-diff load perf clean
+.PHONY: help run test lint soak queries queries-diff axe load perf clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 16
@@ -34,6 +34,11 @@ queries: $(VENV)/ready  ## time queries beside a real Prometheus, if prometheus 
 
 queries-diff: $(VENV)/ready  ## ask ten thousand generated queries of MetricStream and of an installed Prometheus
 	METRICSTREAM_QUERIES=10000 $(VENV)/bin/python -m pytest -q -s -k "generated_queries" test_metricstream.py
+
+axe: $(VENV)/ready  ## look for barriers in the page with axe-core, if npm and chromedriver are installed
+	npm pack --silent --pack-destination $(VENV) axe-core@4.14.1
+	tar -xzf $(VENV)/axe-core-4.14.1.tgz -C $(VENV) package/axe.min.js
+	METRICSTREAM_AXE=$(VENV)/package/axe.min.js $(VENV)/bin/python -m pytest -q -k "axe" test_metricstream.py
 
 load:  ## load a running server: 50 clients with 200 requests each
 	$(PYTHON) load_test.py $(PORT) 50 200

@@ -661,7 +661,8 @@ class Response:
         self._status_line = status_line(status)
         head = f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
         self._fields = (head + "".join(f"{name}: {value}\r\n" for name, value in fields)).encode()
-        self._end = b"\r\n" + body
+        # 304 has the fields of the answer that it stands for, and no body: RFC 9110, 15.4.5.
+        self._end = b"\r\n" + (body if status != 304 else b"")
 
     def encode(
         self, persistence: bytes, date: bytes, head_only: bool = False, more_fields: bytes = b""
@@ -2563,6 +2564,10 @@ class Service:
                 self._prefixes[path[:-1]] = table
             else:
                 self._routes[path] = table
+
+    def has_route(self, path: str) -> bool:
+        """Whether a path has a route of its own."""
+        return path in self._routes
 
     def ingest(self, request: Request, client: str) -> Answer:
         """The pipeline of `POST /metrics`: allowed? → JSON → batch → log (durable) → Response."""
@@ -16666,12 +16671,1585 @@ EMPTY_WATCHER = {
 
 
 # ==================================================================================================
+# 44. Dashboard
+# ==================================================================================================
+#
+# The problem: whoever pushed something wants to look at it without installing anything. The idea:
+# one document, with its style and script in it, at `/`. It asks the query API like any client and
+# has no rights of its own. Each metric is drawn without a query: its type decides how. What it
+# costs: 20 KB once for a browser, and no framework that keeps elements and state together.
+#
+# Names and tags are the text of strangers. The page makes elements and sets their text; it never
+# makes markup of text, and its Content-Security-Policy forbids the browser to do so: it runs this
+# script alone, takes this style alone, and talks to this server alone.
+
+PAGE = r"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>MetricStream</title>
+<link rel="icon" href="data:image/svg+xml,%ICON%">
+<style>%STYLE%</style>
+</head>
+<body>
+<header>
+  <a class="brand" href="#"><svg width="22" height="22" viewBox="0 0 16 16" aria-hidden="true">
+    <path d="M1 11 5 5l4 6 6-9" fill="none" stroke="currentColor" stroke-width="2"/>
+  </svg>MetricStream</a>
+  <nav aria-label="Views" id="views"></nav>
+  <form class="row space" id="time"></form>
+</header>
+<p class="notice" id="notice" role="alert" hidden></p>
+<main id="main"><noscript>The page is drawn by a script.</noscript></main>
+<div class="spoken" id="spoken" role="status"></div>
+<script>%SCRIPT%</script>
+</body>
+</html>
+"""
+
+STYLE = r"""
+:root {
+  color-scheme: light dark;
+  --page: #f5f6f8; --card: #fff; --line: #d9dde3; --grid: #e8ebef; --field: #7b8494;
+  --text: #1b2230; --muted: #596273; --accent: #1d5fc4; --bad: #b42318; --warn: #8a5300;
+  --shade: #d92d2026;
+  --series-0: #1f6fd0; --series-1: #c2410c; --series-2: #15803d; --series-3: #9333ea;
+  --series-4: #a16207; --series-5: #be185d; --series-6: #0e7490; --series-7: #4b5563;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --page: #12151a; --card: #1a1e25; --line: #323843; --grid: #262b34; --field: #7f8999;
+    --text: #e7eaf0; --muted: #a0a9b8; --accent: #8ab4f8; --bad: #ff9a8f; --warn: #f5c26b;
+    --shade: #ff6b5e2e;
+    --series-0: #6ea8fe; --series-1: #fb923c; --series-2: #4ade80; --series-3: #c99bff;
+    --series-4: #facc15; --series-5: #f583bd; --series-6: #22d3ee; --series-7: #cbd5e1;
+  }
+}
+* { box-sizing: border-box; }
+[hidden] { display: none !important; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; border-radius: 4px; }
+body {
+  margin: 0; background: var(--page); color: var(--text); overflow-y: scroll;
+  font: 15px/1.5 system-ui, sans-serif;
+}
+header, main { max-width: 1280px; margin: 0 auto; padding: .75rem 1.25rem; }
+main { min-height: 80vh; padding-bottom: 4rem; }
+header, .row { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem 1rem; }
+.row { margin: 0 0 .75rem; }
+.space { margin: 0 0 0 auto; }
+h1, h2, h3 { font-weight: 600; margin: 0; min-width: 0; overflow-wrap: anywhere; }
+h1 { font-size: 1.4rem; }
+h2 { font-size: 1.05rem; }
+h3 { font-size: .95rem; }
+main > h2 { margin: 2rem 0 .75rem; }
+h3, .meta { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+ul { list-style: none; margin: 0; padding: 0; }
+a { color: var(--accent); text-decoration: none; }
+a:hover { text-decoration: underline; }
+.brand { font-weight: 650; color: var(--text); display: flex; gap: .5rem; align-items: center; }
+nav a { padding: .25rem .6rem; border-radius: 6px; color: var(--muted); }
+nav a[aria-current] { background: var(--card); color: var(--text); font-weight: 600; }
+label { color: var(--muted); font-size: .9rem; }
+button, select, input, textarea {
+  font: inherit; font-size: .9rem; color: var(--text); background: var(--card);
+  border: 1px solid var(--field); border-radius: 6px; padding: .25rem .6rem; max-width: 100%;
+}
+button { cursor: pointer; }
+button:hover { border-color: var(--accent); }
+button[aria-pressed=true] { background: var(--accent); color: var(--card); }
+textarea { width: 100%; resize: vertical; display: block; padding: .5rem .75rem; }
+textarea, pre { font: .85rem/1.5 ui-monospace, monospace; }
+pre { background: var(--card); border-radius: 8px; padding: .75rem; white-space: pre-wrap; }
+.example { user-select: all; }
+.cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(290px, 1fr)); }
+.panels { display: grid; gap: 1rem; grid-template-columns: repeat(12, minmax(0, 1fr)); }
+.card, .tip, .options { background: var(--card); border: 1px solid var(--line); }
+.card, .tip, .options { border-radius: 8px; }
+.card { padding: .75rem .9rem; min-width: 0; }
+.top { display: flex; justify-content: space-between; gap: .75rem; align-items: baseline; }
+.value { font-weight: 600; font-size: .9rem; white-space: nowrap; }
+.meta { color: var(--muted); font-size: .82rem; margin: .25rem 0; min-height: 1.5em; }
+.error { color: var(--bad); white-space: pre-wrap; overflow-wrap: anywhere; }
+.notice { background: var(--bad); color: var(--card); margin: 0; padding: .5rem 1.25rem; }
+.chart { position: relative; height: 150px; margin-top: .4rem; touch-action: pan-y; }
+.chart.medium { height: 220px; }
+.chart.large { height: 340px; }
+.chart canvas { position: absolute; width: 100%; height: 100%; }
+.slow { opacity: .45; }
+.cursor, .selection { position: absolute; top: 8px; bottom: 22px; left: 0; pointer-events: none; }
+.cursor { width: 1px; background: var(--muted); }
+.selection { background: var(--accent); opacity: .2; }
+.tip { position: absolute; top: 4px; left: 0; z-index: 2; pointer-events: none; max-width: 75%; }
+.tip { padding: .3rem .5rem; font-size: .8rem; box-shadow: 0 2px 8px #0003; }
+.tip div, td button { display: flex; gap: .5rem; align-items: center; }
+.tip span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.tip b { margin-left: auto; white-space: nowrap; }
+i { flex: none; width: 24px; border-top: 3px solid; }
+.scroll { overflow: auto; max-height: 26rem; margin-bottom: .75rem; }
+table { border-collapse: collapse; width: 100%; font-size: .85rem; }
+th, td { text-align: right; padding: .2rem .6rem; white-space: nowrap; }
+td, .value, .tip b { font-variant-numeric: tabular-nums; }
+th:first-child, td:first-child { text-align: left; }
+tr { border-bottom: 1px solid var(--grid); }
+th button, td button { border-color: transparent; background: none; padding: .1rem .3rem; }
+th button { font-weight: 600; padding: 0; }
+.query { position: relative; margin-bottom: .75rem; }
+.options { position: absolute; z-index: 3; width: 100%; max-height: 16rem; overflow: auto; }
+.options li { padding: .2rem .75rem; cursor: pointer; overflow-wrap: anywhere; }
+.options li[aria-selected=true] { background: var(--accent); color: var(--card); }
+.firing, .pending { color: var(--warn); font-weight: 600; }
+.firing { color: var(--bad); }
+.spoken { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+@media (max-width: 700px) {
+  .panels > * { grid-column: 1 / -1 !important; }
+  header, main { padding: .5rem .75rem; }
+  .space { margin: 0; }
+}
+@media (prefers-reduced-motion: no-preference) { .chart canvas { transition: opacity .2s; } }
+@media print {
+  nav, form, button, .notice { display: none !important; }
+  .card { break-inside: avoid; }
+}
+"""
+
+_STATE_SCRIPT = r"""
+"use strict";
+
+// ---- State: what is looked at. All of it is in the URL, behind the "#". ----
+
+const SINGLE = {view: "metrics", name: "", range: "1h", refresh: "15", search: "", all: ""};
+const SEVERAL = ["by", "only", "q"];
+const RANGES = {
+  "5m": "5 minutes", "15m": "15 minutes", "1h": "1 hour", "6h": "6 hours", "24h": "24 hours",
+  "7d": "7 days", "30d": "30 days",
+};
+const REFRESHES = {0: "off", 5: "5 s", 15: "15 s", 60: "1 min"};
+const UNIT_SECONDS = {s: 1, m: 60, h: 3600, d: 86400};
+
+let state = readState();
+
+function readState() {
+  const fields = new URLSearchParams(location.hash.slice(1)), read = {variables: new Map()};
+  for (const name in SINGLE) read[name] = fields.get(name) ?? SINGLE[name];
+  for (const name of SEVERAL) read[name] = fields.getAll(name);
+  for (const [name, value] of fields) {
+    if (name.startsWith("$")) read.variables.set(name.slice(1), value);
+  }
+  return read;
+}
+
+function hashOf(changes) {
+  const fields = new URLSearchParams(), wanted = {...state, ...changes};
+  for (const name in SINGLE) if (wanted[name] !== SINGLE[name]) fields.set(name, wanted[name]);
+  for (const name of SEVERAL) for (const value of wanted[name]) fields.append(name, value);
+  for (const [name, value] of wanted.variables) fields.set("$" + name, value);
+  return "#" + fields;
+}
+
+// Another view, with nothing of this one but the time.
+function linkTo(view, changes = {}) {
+  const fresh = {name: "", search: "", all: "", by: [], only: [], q: [], variables: new Map()};
+  return hashOf({...fresh, view, ...changes});
+}
+
+// A change that "back" undoes, and Escape if it is one of the time.
+function go(changes) {
+  history.pushState({isOfTime: "range" in changes}, "", hashOf(changes));
+  render();
+}
+
+// A change too small for that.
+function adjust(changes) {
+  history.replaceState(history.state, "", hashOf(changes));
+  state = readState();
+}
+
+// First and last second of "1h", or of "1700000000-1700003600".
+function timeRange() {
+  const [from, to] = state.range.split("-").map(Number), now = Date.now() / 1000;
+  if (to > from) return [from, to];
+  const [, count, unit] = /^(\d{1,4})([smhd])$/.exec(state.range) ?? [null, 1, "h"];
+  return [now - count * UNIT_SECONDS[unit], now];
+}
+"""
+
+_ASK_SCRIPT = r"""
+// ---- Asking: four requests at a time ----
+
+const MAX_ASKING = 4;
+const waiting = [];
+let asking = 0;
+
+class Refusal extends Error {}
+
+// The answer of the API to parameters; `signal` takes the question back.
+async function ask(path, parameters, signal, options) {
+  if (asking < MAX_ASKING) asking++;
+  else await new Promise((resolve) => waiting.push(resolve));
+  try {
+    const body = parameters && new URLSearchParams(parameters);
+    return await answerOf(path, options ?? {method: body ? "POST" : "GET", body, signal});
+  } finally {
+    if (waiting.length) waiting.shift()();
+    else asking--;
+  }
+}
+
+async function answerOf(path, options) {
+  let answer, value;
+  try {
+    answer = await fetch("api/" + path, options);
+    value = JSON.parse(await answer.text() || "{}");
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    setNotice("The server does not answer. Trying again …");
+    throw new Refusal("no answer");
+  }
+  setNotice(answer.status === 503 ? value.error : "");
+  if (!answer.ok) throw Object.assign(new Refusal(value.error ?? value), {status: answer.status});
+  return value.data ?? value;
+}
+
+function setNotice(text) {
+  const notice = document.getElementById("notice");
+  if (notice.textContent !== text) notice.textContent = text;
+  notice.hidden = !text;
+  if (text) schedule();
+}
+
+// What may happen to a question; any other error is a fault of this script.
+const isExpected = (error) => error instanceof Refusal || error.name === "AbortError";
+
+// ---- Metrics: their names, types, units, and how often they are pushed ----
+
+const WORDS = %WORDS%; // of the query language
+let catalogue = null;
+
+async function readCatalogue(signal) {
+  const [from, to] = timeRange(), query = 'count by (__name__) ({__name__=~".+"})';
+  const [counts, types] = await Promise.all([
+    ask("v1/query", {query, time: to, lookback_delta: to - from}, signal),
+    ask("v1/metadata", {}, signal),
+  ]);
+  catalogue = new Map(counts.result.map(({metric: {__name__: name}, value}) => [
+    name, {name, count: Number(value[1]), type: types[name]?.[0].type},
+  ]).sort(([a], [b]) => a < b ? -1 : 1));
+}
+
+const isPlain = (name) => /^[A-Za-z_][A-Za-z0-9_]*$/.test(name);
+const quoted = (text) => JSON.stringify(text).replaceAll("$", "\\u0024"); // no variable in it
+const tagName = (name) => isPlain(name) ? name : quoted(name);
+
+// A name as a query has it.
+function selectorOf(name) {
+  const isWord = WORDS.includes(name.toLowerCase());
+  return isPlain(name.replaceAll(":", "_")) && !isWord ? name : `{${quoted(name)}}`;
+}
+
+// The stored type decides, then the name.
+function kindOf({name, type}) {
+  if (name.endsWith("_bucket")) return "histogram";
+  if (type === "gauge") return "gauge";
+  return type === "counter" || /_(total|count|sum)$/.test(name) ? "counter" : "gauge";
+}
+
+function unitOf(name) {
+  const [, word] = /_([a-z]+?)(_total|_sum|_bucket)?$/.exec(name) ?? [];
+  return {seconds: "s", bytes: "B", ratio: "ratio", percent: "%", milliseconds: "ms"}[word] ?? "";
+}
+
+// A metric as a panel: counters as rates, histograms as quantiles, gauges as they are.
+function panelOf(metric, by = []) {
+  const {name, count} = metric, selector = selectorOf(name), tags = by.map(tagName);
+  const panel = {title: name, metric: name, count, unit: unitOf(name)};
+  const grouped = (operator, text) => by.length ? `${operator} by (${tags}) (${text})` : text;
+  const rate = `rate(${selector}[$window])`, kind = kindOf(metric);
+  if (kind === "histogram") {
+    const buckets = `sum by (${["le", ...tags]}) (${rate})`;
+    panel.query = [0.5, 0.9, 0.99].map((rank) => `histogram_quantile(${rank}, ${buckets})`);
+    const values = by.map((tag) => ` {{${tag}}}`).join("");
+    panel.legend = ["p50", "p90", "p99"].map((rank) => rank + values);
+  } else if (kind === "counter") {
+    panel.query = [grouped("sum", rate)];
+    panel.unit += "/s";
+  } else {
+    panel.query = [grouped("avg", selector)];
+    panel.low = grouped("min", `min_over_time(${selector}[$step])`);
+    panel.high = grouped("max", `max_over_time(${selector}[$step])`);
+  }
+  return panel;
+}
+
+const intervals = new Map();
+
+// When a metric was last pushed, and the usual time between two pushes of a series, in seconds.
+async function pushesOf(name, signal) {
+  const [from, to] = timeRange(), selector = selectorOf(name), known = intervals.get(name);
+  const latest = {query: `max(timestamp(${selector}))`, time: to, lookback_delta: to - from};
+  const [found] = (await ask("v1/query", latest, signal)).result;
+  const last = found ? Number(found.value[1]) : NaN;
+  if (!found || known?.until > to) return {last, interval: known?.interval ?? 0};
+  let gaps = [];
+  for (const window of ["10m", "1d"]) {
+    if (gaps.length > 1) break;
+    const samples = {query: `${selector}[${window}]`, time: last, limit: 1};
+    const [{values} = {values: []}] = (await ask("v1/query", samples, signal)).result;
+    gaps = values.slice(1).map(([time], i) => time - values[i][0]);
+  }
+  const interval = gaps.sort((a, b) => a - b)[gaps.length >> 1] ?? 0; // the median
+  intervals.set(name, {interval, until: to + (gaps.length > 1 ? 300 : 0)});
+  return {last, interval};
+}
+
+// ---- Series: what a panel asks for, on a grid of times; NaN where nothing was pushed ----
+
+const MAX_SERIES = 1000; // of an answer
+const MAX_DRAWN = 20;
+const STEPS = [
+  1, 2, 5, 10, 15, 20, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200, 86400,
+];
+
+function stepFrom(least) {
+  return STEPS.find((step) => step >= least) ?? Math.ceil(least / 86400) * 86400;
+}
+
+async function readPanel(panel, variables, signal) {
+  const {query, metric = metricIn(query)} = panel, [from, to] = timeRange();
+  const pushes = metric ? await pushesOf(metric, signal) : {last: NaN, interval: 0};
+  const {interval} = pushes, step = stepFrom(Math.max(interval * 0.99, (to - from) / 300));
+  // A rate needs samples up to its time; a sample is drawn at the next step behind it.
+  const round = query.some((text) => text.includes("$window")) ? Math.floor : Math.ceil;
+  const start = Math.floor(from / step) * step;
+  const grid = {start, end: Math.max(round(to / step) * step, start + step), step};
+  // Not the usual lookback of five minutes: a client that died ends its line.
+  const asked = {...grid, lookback_delta: Math.max(step, 2 * interval)};
+  asked.limit = panel.isCard ? MAX_DRAWN : MAX_SERIES;
+  const window = Math.ceil(Math.max(4 * interval, step + interval, 4)) + "s";
+  const known = new Map([...variables, ["window", window], ["step", step + "s"]]);
+  const read = async (text, index) => {
+    const filled = text.replace(/\$(\w+)/g, (all, name) => known.get(name) ?? all);
+    const {resultType, result} = await ask("v1/query_range", {...asked, query: filled}, signal);
+    return resultType === "matrix" ? result.map((one) => ({tags: one.metric, query: text,
+      template: panel.legend?.[index], values: onGrid(one.values, grid)})) : [];
+  };
+  const spans = interval && step > 1.5 * interval; // several samples a step
+  const [shades, lows, highs, ...found] = await Promise.all([
+    metric ? firingTimes(metric, grid, signal) : [],
+    ...[panel.low, panel.high].map((text) => text && spans ? read(text) : []),
+    ...query.map(read),
+  ]);
+  const series = found.flat();
+  addBands(series, lows, highs);
+  nameSeries(series);
+  return {...grid, ...pushes, series, shades};
+}
+
+function metricIn(query) {
+  return query.join(" ").match(/[\w:]+/g)?.find((word) => catalogue.has(word));
+}
+
+function onGrid(values, {start, end, step}) {
+  const points = new Array(Math.round((end - start) / step) + 1).fill(NaN);
+  for (const [time, text] of values) {
+    points[Math.round((time - start) / step)] = Number(text.replace("Inf", "Infinity"));
+  }
+  return points;
+}
+
+// The least and the greatest sample of each step.
+function addBands(series, lows, highs) {
+  const keyOf = ({tags}) => JSON.stringify({...tags, __name__: ""});
+  const low = new Map(lows.map((one) => [keyOf(one), one.values]));
+  const high = new Map(highs.map((one) => [keyOf(one), one.values]));
+  for (const one of series) [one.low, one.high] = [low.get(keyOf(one)), high.get(keyOf(one))];
+}
+
+// Names by the template, else by the tags in which the series differ.
+function nameSeries(series) {
+  const isShared = ([tag, value]) => series.every(({tags}) => tags[tag] === value);
+  const shared = new Map(Object.entries(series[0]?.tags ?? {}).filter(isShared));
+  const seen = new Set();
+  series.forEach((one, index) => {
+    const all = Object.entries(one.tags), differing = all.filter(([tag]) => !shared.has(tag));
+    const texts = (differing.length ? differing : all).map(
+      ([tag, value]) => tag === "__name__" ? value : `${tag}=${value}`);
+    const template = one.template?.replace(/\{\{(.+?)\}\}/g, (_, tag) => one.tags[tag] ?? "");
+    const name = template || texts.join(", ") || one.query;
+    one.name = seen.has(name) ? `${name} (${one.query})` : name;
+    seen.add(name);
+    one.color = `--series-${index % 8}`;
+    [one.border, one.dash] = LINES[index % LINES.length];
+  });
+}
+"""
+
+_CHART_SCRIPT = r"""
+// ---- Values and times as text ----
+
+const TIMES = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"], [1e-3, "ms"], [1e-6, "µs"]];
+const BYTES = [[2 ** 40, "TiB"], [2 ** 30, "GiB"], [2 ** 20, "MiB"], [1024, "KiB"], [1, "B"]];
+const POWERS = [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"], [1, ""]];
+
+function scaled(value, sizes, digits = 4) {
+  const found = sizes.find(([least]) => Math.abs(value) >= least) ?? sizes.at(-1);
+  const [size, name] = value ? found : sizes.find(([one]) => one === 1);
+  return `${Number((value / size).toPrecision(digits))} ${name}`;
+}
+
+function format(value, unit = "") {
+  if (!Number.isFinite(value)) return Number.isNaN(value) ? "–" : String(value);
+  const [, base, rate = ""] = /^(.*?)(\/s)?$/.exec(unit);
+  if (base === "B") return scaled(value, BYTES) + rate;
+  if (base === "ratio") return format(value * 100, "%");
+  if (base === "%") return Number(value.toPrecision(4)) + " %";
+  if (base === "s" && !rate) return scaled(value, TIMES);
+  if (base === "ms" && !rate) return scaled(value / 1000, TIMES);
+  return (scaled(value, POWERS) + base).trim() + rate;
+}
+
+function textOfTime(time, options) {
+  return new Date(time * 1000).toLocaleString([], {hourCycle: "h23", ...options});
+}
+
+const exactTime = (time) => textOfTime(time, {dateStyle: "medium", timeStyle: "medium"});
+
+// ---- Scales: where the ticks are ----
+
+function valueTicks(low, high, unit) {
+  const least = (high - low) / 4, base = 10 ** Math.floor(Math.log10(least)), ticks = [];
+  let step = base * [1, 2, 5, 10].find((times) => base * times >= least);
+  if (unit.startsWith("B") && least > 1) step = 2 ** Math.ceil(Math.log2(least));
+  if (unit === "s" && least > 1) step = stepFrom(least);
+  for (let i = Math.floor(low / step); (i - 1) * step < high; i++) ticks.push(i * step);
+  return ticks;
+}
+
+function timeTicks(from, to, width) {
+  const step = stepFrom((to - from) / (width / 80)), ticks = [];
+  const zone = new Date(from * 1000).getTimezoneOffset() * 60;
+  const first = Math.ceil((from - zone) / step) * step + zone;
+  for (let time = first; time <= to; time += step) ticks.push(time);
+  const day = {day: "numeric", month: "short"}, clock = {hour: "2-digit", minute: "2-digit"};
+  if (step < 60) clock.second = "2-digit";
+  const parts = step >= 86400 ? day : to - from > 90000 ? {...day, ...clock} : clock;
+  return ticks.map((time) => [time, textOfTime(time, parts)]);
+}
+
+// ---- Elements ----
+
+function el(tag, properties = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(properties)) {
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (name in element) element[name] = value;
+    else element.setAttribute(name, value);
+  }
+  element.append(...children);
+  return element;
+}
+
+function speak(text) {
+  document.getElementById("spoken").textContent = text;
+}
+
+// A bit of the line of a series.
+function sampleOf({color, border}) {
+  const sample = el("i");
+  sample.style.borderTopStyle = border;
+  sample.style.borderTopColor = `var(${color})`;
+  return sample;
+}
+
+// ---- Chart: a picture on a canvas; the cursor is an element moved over it ----
+
+const LINES = [["solid", []], ["dashed", [7, 3]], ["dotted", [2, 2]]];
+const LEFT = 64, RIGHT = 8, TOP = 8, BOTTOM = 22; // margins, in pixels
+const KEYS = "Arrow keys move a cursor, t shows a table";
+const charts = new Set();
+let cursorTime;
+
+class Chart {
+  constructor(size) {
+    this.canvas = el("canvas", {ariaHidden: "true"});
+    this.cursor = el("div", {className: "cursor", hidden: true});
+    this.selection = el("div", {className: "selection", hidden: true});
+    this.tip = el("div", {className: "tip", hidden: true});
+    this.root = el("div", {
+      className: `chart ${size}`, tabIndex: 0, role: "application", ariaRoleDescription: "chart",
+      ariaDescription: KEYS, onpointermove: (event) => this.move(event),
+      onpointerdown: (event) => this.press(event), onpointerup: (event) => this.release(event),
+      onpointercancel: () => this.unselect(), onpointerleave: hideCursors, onblur: hideCursors,
+      onkeydown: (event) => this.type(event),
+    }, this.canvas, this.selection, this.cursor, this.tip);
+    new ResizeObserver(() => this.draw()).observe(this.root);
+    charts.add(this);
+  }
+
+  show(picture, series, unit) {
+    Object.assign(this, {picture, series, unit});
+    this.draw();
+  }
+
+  x(time) {
+    const {start, end} = this.picture;
+    return LEFT + (time - start) / (end - start) * (this.width - LEFT - RIGHT);
+  }
+
+  y(value) {
+    return this.floor - (value - this.low) / (this.high - this.low) * (this.floor - TOP);
+  }
+
+  timeAt(x) {
+    const {start, end} = this.picture, share = (x - LEFT) / (this.width - LEFT - RIGHT);
+    return start + Math.min(1, Math.max(0, share)) * (end - start);
+  }
+
+  draw() {
+    const {clientWidth: width, clientHeight: height} = this.root, scale = devicePixelRatio;
+    if (!this.picture || !width) return;
+    Object.assign(this, {width, height, floor: height - BOTTOM});
+    Object.assign(this.canvas, {width: width * scale, height: height * scale});
+    const pen = this.canvas.getContext("2d"), styles = getComputedStyle(document.documentElement);
+    const colorOf = (name) => styles.getPropertyValue(name);
+    pen.scale(scale, scale);
+    this.drawScales(pen, colorOf);
+    pen.rect(LEFT, 0, width, height);
+    pen.clip();
+    for (const one of this.series) {
+      pen.strokeStyle = pen.fillStyle = colorOf(one.color);
+      if (one.low && one.high) this.drawBand(pen, one);
+      this.drawLine(pen, one);
+    }
+  }
+
+  drawScales(pen, colorOf) {
+    const ticks = this.fit(), {start, end, shades} = this.picture;
+    pen.font = "11px system-ui, sans-serif";
+    pen.fillStyle = colorOf("--shade");
+    for (const [from, to] of shades) {
+      pen.fillRect(this.x(from), TOP, this.x(to) - this.x(from), this.floor - TOP);
+    }
+    pen.strokeStyle = colorOf("--grid");
+    pen.fillStyle = colorOf("--muted");
+    pen.textAlign = "right";
+    for (const value of ticks) {
+      const y = Math.round(this.y(value)) + 0.5;
+      pen.strokeRect(LEFT, y, this.width - LEFT - RIGHT, 0);
+      pen.fillText(format(value, this.unit), LEFT - 6, y + 4);
+    }
+    pen.textAlign = "center";
+    for (const [time, label] of timeTicks(start, end, this.width - LEFT)) {
+      const x = this.x(time), half = pen.measureText(label).width / 2;
+      if (x + half <= this.width) pen.fillText(label, x, this.height - 6);
+    }
+  }
+
+  // Sets the scale of the values; returns its ticks.
+  fit() {
+    let low = Infinity, high = -Infinity;
+    const lists = this.series.flatMap((one) => [one.values, one.low ?? [], one.high ?? []]);
+    for (const value of lists.flat()) {
+      if (!Number.isFinite(value)) continue;
+      low = Math.min(low, value);
+      high = Math.max(high, value);
+    }
+    if (low > high || low === 0 && high === 0) [low, high] = [0, 1];
+    if (low > 0 && low < high / 2) low = 0;
+    const room = low === high ? Math.abs(low) / 4 : 0;
+    const ticks = valueTicks(low - room, high + room, this.unit);
+    [this.low, this.high] = [ticks[0], ticks.at(-1)];
+    return ticks;
+  }
+
+  // A gap ends a line, and a lone point is a dot.
+  drawLine(pen, {values, dash}) {
+    const {start, step} = this.picture, isThere = (i) => Number.isFinite(values[i]);
+    pen.lineWidth = this.height < 200 ? 1.25 : 1.75;
+    pen.setLineDash(dash);
+    pen.beginPath();
+    values.forEach((value, i) => {
+      if (!isThere(i)) return;
+      const x = this.x(start + i * step), y = this.y(value);
+      if (isThere(i - 1)) pen.lineTo(x, y);
+      else if (isThere(i + 1)) pen.moveTo(x, y);
+      else pen.fillRect(x - 2, y - 2, 4, 4);
+    });
+    pen.stroke();
+  }
+
+  drawBand(pen, {low, high}) {
+    const {start, step} = this.picture, width = this.x(start + step) - this.x(start);
+    pen.globalAlpha = 0.22;
+    high.forEach((value, i) => {
+      const y = this.y(value), height = this.y(low[i]) - y;
+      if (Number.isFinite(height)) pen.fillRect(this.x(start + (i - 1) * step), y, width, height);
+    });
+    pen.globalAlpha = 1;
+  }
+
+  // Moves the cursor to a time; returns the values there in words. One chart alone has the tip.
+  point(time, hasTip) {
+    const {start, step, end} = this.picture, index = Math.round((time - start) / step);
+    const isOut = this.cursor.hidden = time < start || time > end, at = start + index * step;
+    this.tip.hidden = isOut || !hasTip;
+    if (isOut) return "";
+    this.cursor.style.transform = `translateX(${this.x(at)}px)`;
+    const found = this.series.filter(({values}) => !Number.isNaN(values[index] ?? NaN));
+    const texts = found.map(({values}) => format(values[index], this.unit));
+    this.onpoint(this.series.length === 1 ? texts[0] ?? "–" : null);
+    if (hasTip) this.showTip(at, found, texts);
+    const pairs = found.map(({name}, i) => `${name} ${texts[i]}`).slice(0, MAX_DRAWN);
+    return `${exactTime(at)}: ${pairs.join("; ") || "no value"}`;
+  }
+
+  showTip(time, found, texts) {
+    const rows = found.slice(0, 8).map((one, i) => el("div", {}, sampleOf(one),
+      el("span", {}, one.name), el("b", {}, texts[i])));
+    if (found.length > 8) rows.push(`and ${found.length - 8} more`);
+    this.tip.replaceChildren(exactTime(time), ...(found.length ? rows : [": no value"]));
+    const x = this.x(time), left = x > this.width / 2 ? x - this.tip.offsetWidth - 10 : x + 10;
+    this.tip.style.transform = `translateX(${Math.max(0, left)}px)`;
+  }
+
+  move(event) {
+    if (!this.picture) return;
+    const x = event.clientX - this.root.getBoundingClientRect().left, from = this.pressedAt;
+    pointAll(this.timeAt(x), this);
+    if (from === undefined || Math.abs(x - from) < 5) return;
+    this.selection.hidden = false;
+    this.selection.style.transform = `translateX(${Math.min(x, from)}px)`;
+    this.selection.style.width = `${Math.abs(x - from)}px`;
+    this.selected = [from, x].sort((a, b) => a - b).map((edge) => Math.round(this.timeAt(edge)));
+  }
+
+  press(event) {
+    if (event.button || !this.picture) return;
+    this.pressedAt = event.clientX - this.root.getBoundingClientRect().left;
+    this.root.setPointerCapture(event.pointerId);
+  }
+
+  release() {
+    const {selected} = this;
+    this.unselect();
+    if (selected?.[1] > selected?.[0]) go({range: selected.join("-")});
+  }
+
+  unselect() {
+    this.selection.hidden = true;
+    this.pressedAt = this.selected = undefined;
+  }
+
+  type(event) {
+    if (!this.picture || event.ctrlKey || event.metaKey || event.altKey) return;
+    const {start, step, end} = this.picture, stride = step * (event.shiftKey ? 10 : 1);
+    const now = cursorTime ?? end, steps = {
+      ArrowLeft: now - stride, ArrowRight: now + stride, Home: start, End: end,
+    };
+    if (event.key === "t") this.ontable();
+    if (!(event.key in steps)) return;
+    event.preventDefault();
+    speak(pointAll(Math.min(end, Math.max(start, steps[event.key])), this));
+  }
+}
+
+// One cursor runs over all charts.
+function pointAll(time, chosen) {
+  cursorTime = time;
+  const shown = [...charts].filter((chart) => chart.picture);
+  return shown.map((chart) => chart.point(time, chart === chosen))[shown.indexOf(chosen)];
+}
+
+function hideCursors() {
+  cursorTime = undefined;
+  for (const chart of charts) {
+    chart.cursor.hidden = chart.tip.hidden = true;
+    chart.onpoint(null);
+  }
+}
+"""
+
+_PANEL_SCRIPT = r"""
+// ---- Panels: a chart with its title, legend and table; it asks while it is in view ----
+
+const sight = new IntersectionObserver((entries) => {
+  for (const {target: {panel}, isIntersecting} of entries) {
+    panel.isInView = isIntersecting;
+    if (isIntersecting) panel.refresh();
+    else panel.cancel();
+  }
+}, {rootMargin: "200px"});
+
+const panelsShown = () => [...charts].map((chart) => chart.panel);
+
+class Panel {
+  constructor(spec, size = "", variables = new Map()) {
+    Object.assign(this, {spec, variables, current: "", sorted: "", sign: 1});
+    this.chart = Object.assign(new Chart(size), {panel: this,
+      ontable: () => this.toggleTable(),
+      onpoint: (text) => { this.value.textContent = text ?? this.current; }});
+    this.value = el("span", {className: "value"});
+    this.meta = el("p", {className: "meta"});
+    this.legend = el("div", {className: "scroll"});
+    this.table = el("div", {className: "scroll", hidden: true, tabIndex: 0, role: "region",
+      ariaLabel: `Values of ${spec.title}`});
+    this.button = el("button", {onclick: () => this.toggleTable(), ariaExpanded: "false"},
+      "Table");
+    const tools = [this.legend, el("div", {className: "row"}, this.button,
+      el("button", {onclick: () => this.download()}, "Download CSV"))];
+    const title = spec.isCard ? el("h3", {title: spec.title}, this.link = el("a", {}, spec.title))
+      : el("h2", {}, spec.title);
+    this.root = el(spec.isCard ? "li" : "section", {className: "card"},
+      el("div", {className: "top"}, title, this.value), this.chart.root, this.meta,
+      ...(spec.isCard ? [] : tools), this.table);
+    this.root.panel = this;
+    this.describe("not read yet");
+    sight.observe(this.root);
+  }
+
+  describe(text) {
+    this.chart.root.ariaLabel = `${this.spec.title}: ${text}`;
+  }
+
+  remove() {
+    this.cancel();
+    sight.unobserve(this.root);
+    charts.delete(this.chart);
+    this.root.remove();
+  }
+
+  cancel() {
+    this.asked?.abort();
+    this.asked = null;
+  }
+
+  // The old picture stays: dimmed while a slow query runs, and after one that failed.
+  async refresh() {
+    if (!this.isInView || this.asked) return;
+    const asked = this.asked = new AbortController(), {classList} = this.chart.canvas;
+    const dim = setTimeout(() => classList.add("slow"), 400);
+    try {
+      this.picture = await readPanel(this.spec, this.variables, asked.signal);
+      this.show();
+      classList.remove("slow");
+      this.spec.onanswer?.(null);
+    } catch (error) {
+      if (!isExpected(error)) throw error;
+      if (error instanceof Refusal) this.showRefusal(error);
+    } finally {
+      clearTimeout(dim);
+      if (this.asked === asked) this.asked = null;
+    }
+  }
+
+  showOld(picture) {
+    this.picture = picture;
+    this.show();
+    this.chart.canvas.classList.add("slow");
+  }
+
+  showRefusal(error) {
+    this.chart.canvas.classList.add("slow");
+    if (this.spec.onanswer) return this.spec.onanswer(error);
+    this.meta.classList.add("error");
+    this.meta.textContent = error.message;
+  }
+
+  show() {
+    const {picture: {series, last}, spec} = this, {unit, isCard} = spec;
+    const chosen = series.filter(({name}) => state.only.includes(name));
+    const candidates = chosen.length && !isCard ? chosen : series;
+    this.series = state.all && !isCard ? candidates : candidates.slice(0, MAX_DRAWN);
+    this.chart.show(this.picture, this.series, unit ?? "");
+    const lasts = this.series.map(({values}) => values.findLast(Number.isFinite) ?? NaN);
+    const known = lasts.filter(Number.isFinite);
+    const extremes = [Math.min(...known), Math.max(...known)].map((value) => format(value, unit));
+    this.current = known.length ? [...new Set(extremes)].join(" – ") : "–";
+    this.value.textContent = this.current;
+    this.describe(`last value ${this.series.slice(0, 5).map(({name}, i) => (
+      `${name} ${format(lasts[i], unit)}`)).join("; ") || "none"}`);
+    const count = `${spec.count ?? series.length} series`;
+    const facts = [series.length ? count : "no values in this time"];
+    if (last) facts.push(`pushed ${scaled(Math.max(1, Date.now() / 1000 - last), TIMES, 2)} ago`);
+    this.meta.classList.remove("error");
+    this.meta.textContent = facts.join(" · ");
+    if (!isCard) this.showLegend();
+    if (!this.table.hidden) this.showTable();
+  }
+
+  showLegend() {
+    const {series} = this.picture, {unit} = this.spec, {sorted, sign} = this;
+    const listed = (state.all ? series : series.slice(0, MAX_DRAWN)).map((one) => (
+      {one, series: one.name, ...summaryOf(one.values)}));
+    if (sorted) listed.sort((a, b) => a[sorted] < b[sorted] ? -sign : sign);
+    const names = ["series", "last", "min", "max", "mean"];
+    const heads = names.map((name) => el("th", {scope: "col",
+      ariaSort: name !== sorted ? "none" : sign > 0 ? "ascending" : "descending"},
+    el("button", {onclick: () => this.sortBy(name)}, name)));
+    const rows = listed.map((row) => el("tr", {}, el("td", {}, this.choiceOf(row.one)),
+      ...names.slice(1).map((name) => el("td", {}, format(row[name], unit)))));
+    const hidden = series.length - listed.length;
+    const more = hidden ? [`${hidden} more series are not drawn. `,
+      el("button", {onclick: () => go({all: "1"})}, "Show all")] : [];
+    const focused = [...this.legend.querySelectorAll("button")].indexOf(document.activeElement);
+    this.legend.replaceChildren(tableOf(`Series of ${this.spec.title}`, heads, rows), ...more);
+    this.legend.querySelectorAll("button")[focused]?.focus();
+  }
+
+  // A click isolates a series; further clicks add others, or take them away.
+  choiceOf({name, color, border}) {
+    const isChosen = state.only.includes(name);
+    const only = isChosen ? state.only.filter((other) => other !== name) : [...state.only, name];
+    return el("button", {ariaPressed: String(isChosen), onclick: () => {
+      adjust({only});
+      for (const panel of panelsShown()) if (panel.picture) panel.show();
+    }}, sampleOf({color, border}), name);
+  }
+
+  sortBy(name) {
+    this.sign = this.sorted === name ? -this.sign : 1;
+    this.sorted = name;
+    this.showLegend();
+  }
+
+  toggleTable() {
+    this.table.hidden = !this.table.hidden;
+    this.button.ariaExpanded = String(!this.table.hidden);
+    if (!this.table.hidden) this.showTable();
+    (this.table.hidden ? this.chart.root : this.table).focus();
+  }
+
+  // [time, value of each series], where there is one.
+  rows() {
+    const {start, step, end} = this.picture, rows = [];
+    for (let i = 0; start + i * step <= end; i++) {
+      const values = this.series.map((one) => one.values[i]);
+      if (!values.every(Number.isNaN)) rows.push([start + i * step, ...values]);
+    }
+    return rows;
+  }
+
+  showTable() {
+    if (!this.picture) return;
+    const heads = ["time", ...this.series.map(({name}) => name)];
+    const rows = this.rows().reverse().slice(0, 500).map(([time, ...values]) => el("tr", {},
+      ...[exactTime(time), ...values.map((value) => format(value, this.spec.unit))]
+        .map((text) => el("td", {}, text))));
+    this.table.replaceChildren(tableOf(`Values of ${this.spec.title}`,
+      heads.map((name) => el("th", {scope: "col"}, name)), rows));
+  }
+
+  download() {
+    if (!this.picture) return;
+    // A name that a spreadsheet would compute gets an apostrophe.
+    const cell = (text) => `"${text.replaceAll('"', '""').replace(/^[=+@-]/, "'$&")}"`;
+    const head = ["time", ...this.series.map(({name}) => cell(name))];
+    const rows = this.rows().map(([time, ...values]) => [new Date(time * 1000).toISOString(),
+      ...values.map((value) => Number.isNaN(value) ? "" : value)]);
+    save(`${this.spec.title}.csv`, "text/csv", [head, ...rows].join("\r\n"));
+  }
+}
+
+function tableOf(name, heads, rows) {
+  return el("table", {ariaLabel: name}, el("thead", {}, el("tr", {}, ...heads)),
+    el("tbody", {}, ...rows));
+}
+
+function summaryOf(values) {
+  const known = values.filter(Number.isFinite), sum = known.reduce((a, b) => a + b, 0);
+  if (!known.length) return {last: NaN, min: NaN, max: NaN, mean: NaN};
+  const [min, max] = [Math.min(...known), Math.max(...known)];
+  return {last: known.at(-1), min, max, mean: sum / known.length};
+}
+
+function save(name, type, text) {
+  const href = URL.createObjectURL(new Blob([text], {type}));
+  el("a", {href, download: name.replace(/[^\w.-]+/g, "_").slice(0, 80)}).click();
+  URL.revokeObjectURL(href);
+}
+
+// What is shown, as a file for --dashboards.
+function saveDashboard() {
+  const title = document.querySelector("h1").textContent, {variables = []} = shown;
+  const panels = panelsShown().filter(({root}) => !root.hidden).map(({spec}) => {
+    const {title: name, query, unit, legend, width} = spec;
+    return {title: name, query, unit, legend, width};
+  });
+  save(`${title}.json`, "application/json", JSON.stringify({title, variables, panels}, null, 2));
+}
+"""
+
+_VIEWS_SCRIPT = r"""
+// ---- Views: each gives its elements, and how they are brought up to date ----
+
+const EXAMPLE = `curl ${new URL("metrics", location.href)} -H 'Content-Type: application/json' \\
+  -d '{"metrics":[{"name":"cpu_usage","value":75.5,"tags":{"host":"web1"}}]}'`;
+const isOwn = (name) => name.startsWith("metricstream_");
+
+function titleRow(title, ...tools) {
+  const space = el("span", {className: "space"});
+  return el("div", {className: "row"}, el("h1", {}, title), space, ...tools);
+}
+
+const saveButton = () => el("button", {onclick: saveDashboard}, "Save as dashboard");
+
+// All metrics, without a query.
+function metricsView() {
+  const cards = new Map(), lists = [0, 1].map(() => el("ul", {className: "cards"}));
+  const found = el("span", {className: "meta", role: "status"});
+  const pushed = el("h2", {className: "spoken"}, "Pushed"), own = el("h2", {}, "This server");
+  const search = el("input", {type: "search", value: state.search, oninput: () => {
+    adjust({search: search.value});
+    filter();
+  }});
+  const empty = el("section", {}, el("h2", {}, "No metrics yet"),
+    el("p", {}, "Send the first one, and it appears here by itself:"),
+    el("pre", {className: "example", tabIndex: 0}, EXAMPLE));
+  function filter() {
+    const words = state.search.toLowerCase().split(/\s+/);
+    for (const [name, {root}] of cards) {
+      root.hidden = !words.every((word) => name.toLowerCase().includes(word));
+    }
+    const count = [...cards.values()].filter(({root}) => !root.hidden).length;
+    found.textContent = `${count} of ${cards.size} metrics`;
+    own.hidden = ![...lists[1].children].some(({hidden}) => !hidden);
+  }
+  function update() {
+    for (const [name, card] of cards) {
+      if (catalogue.has(name)) continue;
+      card.remove();
+      cards.delete(name);
+    }
+    for (const list of lists) list.next = list.firstElementChild;
+    for (const [name, metric] of catalogue) { // in the order of the names, as the cards are
+      const list = lists[Number(isOwn(name))];
+      const card = cards.get(name) ?? new Panel({...panelOf(metric), isCard: true});
+      cards.set(name, card);
+      card.spec.count = metric.count;
+      card.link.href = linkTo("metric", {name});
+      if (card.root === list.next) list.next = list.next.nextElementSibling;
+      else list.insertBefore(card.root, list.next);
+    }
+    empty.hidden = [...catalogue.keys()].some((name) => !isOwn(name));
+    filter();
+  }
+  update();
+  const tools = [el("label", {}, "Search ", search), found, saveButton()];
+  const nodes = [titleRow("Metrics", ...tools), empty, pushed, lists[0], own, lists[1]];
+  return {nodes, update};
+}
+
+// One metric, large, by the tags that are chosen.
+function metricView() {
+  const {name, by} = state, metric = catalogue.get(name) ?? {name};
+  const panel = new Panel(panelOf(metric, by), "large");
+  const tags = el("div", {className: "row", role: "group", ariaLabel: "Group by"});
+  const before = focused;
+  let known;
+  async function update(signal) {
+    const names = await ask("v1/labels", {"match[]": selectorOf(name)}, signal);
+    query.href = linkTo("query", {q: panel.spec.query}); // with the time of now
+    if (String(names) === known) return;
+    known = String(names);
+    const buttons = names.filter((tag) => tag !== "__name__").map((tag, index) => {
+      const isChosen = by.includes(tag);
+      const chosen = isChosen ? by.filter((other) => other !== tag) : [...by, tag];
+      return el("button", {id: `by-${index}`, ariaPressed: String(isChosen),
+        onclick: () => go({by: chosen, only: []})}, tag);
+    });
+    const nodes = buttons.length ? ["Group by", ...buttons] : [];
+    keepFocus(() => tags.replaceChildren(...nodes), before);
+  }
+  const query = el("a", {href: ""}, "Open as a query");
+  return {nodes: [titleRow(name, query, saveButton()), tags, panel.root], update};
+}
+
+let lastPicture = null; // of the query before: it stays until the next one is answered
+
+// Queries that share a graph.
+function queryView() {
+  const q = state.q.filter((text) => text.trim()), texts = state.q.length ? state.q : [""];
+  const read = () => fields.map(({value}) => value);
+  const run = () => go({q: read(), only: []});
+  const fields = texts.map((text, index) => queryField(text, index, run));
+  const refusal = el("pre", {className: "error", role: "alert", hidden: true});
+  const onanswer = (error) => {
+    refusal.hidden = !error;
+    refusal.textContent = error ? placeOf(error.message, q) : "";
+    if (!error) lastPicture = panel.picture;
+  };
+  const panel = new Panel({title: "Result", query: q, onanswer}, "large");
+  panel.root.hidden = !q.length;
+  if (lastPicture) panel.showOld(lastPicture);
+  const rows = fields.map((field, index) => {
+    const label = el("label", {htmlFor: field.id}, index ? `Query ${index + 1}` : "Query");
+    return el("div", {className: "query"}, label, field, field.options);
+  });
+  const tools = el("div", {className: "row"}, el("button", {onclick: run}, "Run"),
+    el("button", {onclick: () => go({q: [...read(), ""]})}, "Add a query"),
+    el("span", {className: "meta"}, "Enter runs, Shift+Enter begins a line"));
+  return {nodes: [titleRow("Query", saveButton()), ...rows, tools, refusal, panel.root]};
+}
+
+// An error, the line of the query where it is, and a mark at its column.
+function placeOf(message, queries) {
+  const [, line, column] = /^(\d+):(\d+):/.exec(message) ?? [];
+  const text = queries.map((query) => query.split("\n")[line - 1])
+    .find((row) => row?.length >= column - 1);
+  return text === undefined ? message : `${message}\n\n${text}\n${" ".repeat(column - 1)}^`;
+}
+
+function queryField(text, index, run) {
+  const id = `query-${index}`, list = `${id}-options`;
+  const field = el("textarea", {id, value: text, rows: text.split("\n").length, spellcheck: false,
+    ariaAutoComplete: "list", "aria-controls": list});
+  const options = el("ul", {className: "options", id: list, hidden: true, role: "listbox",
+    ariaLabel: "Completions"});
+  let chosen = -1, found = [], word = "";
+  function choose(number) {
+    options.children[chosen]?.setAttribute("aria-selected", "false");
+    options.children[chosen = number]?.setAttribute("aria-selected", "true");
+    options.children[number]?.scrollIntoView({block: "nearest"});
+    field.setAttribute("aria-activedescendant", number < 0 ? "" : `${list}-${number}`);
+  }
+  function close() {
+    choose(-1);
+    options.hidden = true;
+  }
+  function take(number) {
+    const at = field.selectionStart;
+    field.setRangeText(found[number], at - word.length, at, "end");
+    close();
+  }
+  async function complete() {
+    const before = field.value.slice(0, field.selectionStart);
+    const all = await completions(before);
+    if (field.value.slice(0, field.selectionStart) !== before) return;
+    word = all.word;
+    found = all.names.filter((name) => name !== word && name.includes(word)).slice(0, 50)
+      .sort((a, b) => b.startsWith(word) - a.startsWith(word));
+    options.replaceChildren(...found.map((name, number) => el("li", {id: `${list}-${number}`,
+      role: "option", ariaSelected: "false", onpointerdown: (event) => {
+        event.preventDefault();
+        take(number);
+      }}, name)));
+    choose(-1);
+    options.hidden = !found.length || !word && !all.isOpen;
+    if (!options.hidden) speak(`${found.length} completions`);
+  }
+  field.addEventListener("input", complete);
+  field.addEventListener("blur", close);
+  field.addEventListener("keydown", (event) => {
+    const {key} = event, move = {ArrowDown: 1, ArrowUp: -1}[key];
+    if (move && !options.hidden) choose((chosen + move + found.length) % found.length);
+    else if ((key === "Enter" || key === "Tab") && chosen >= 0) take(chosen);
+    else if (key === "Enter" && !event.shiftKey) run();
+    else if (key === "Escape" && !options.hidden) close();
+    else return;
+    event.preventDefault();
+    event.stopPropagation();
+  });
+  return Object.assign(field, {options});
+}
+
+// What may stand at the end of a text: a value behind `tag="`, a tag in braces, else a name.
+async function completions(before) {
+  const value = /([A-Za-z_]\w*)\s*(?:=~?|!=|!~)\s*"([^"]*)$/.exec(before);
+  const [word] = /[A-Za-z_:][\w:]*$/.exec(before) ?? [""];
+  const [isIn, name] = /([A-Za-z_:][\w:]*)?\{[^{}]*$/.exec(before) ?? [];
+  const match = name ? {"match[]": selectorOf(name)} : {};
+  try {
+    if (value) {
+      const names = await ask(`v1/label/${value[1]}/values`, match);
+      return {word: value[2], names: names.map((name) => quoted(name).slice(1, -1)), isOpen: true};
+    }
+    if (isIn || /\b(by|without|on|ignoring)\s*\([^()]*$/.test(before)) {
+      return {word, names: (await ask("v1/labels", match)).map(tagName), isOpen: true};
+    }
+  } catch (error) {
+    if (!isExpected(error)) throw error;
+  }
+  return {word, names: [...catalogue.keys()].map(selectorOf).concat(WORDS)};
+}
+
+// ---- Dashboards: the files of --dashboards ----
+
+function dashboardsView() {
+  const list = el("ul"), faults = el("ul");
+  async function update(signal) {
+    const {dashboards, faults: found} = await ask("dashboards", null, signal);
+    const none = "None yet. Start the server with --dashboards DIR, and put there what "
+      + "“Save as dashboard” gives.";
+    const links = dashboards.map(({file, title}) => el("li", {},
+      el("a", {href: linkTo("dashboard", {name: file})}, title), ` (${file})`));
+    list.replaceChildren(...(links.length ? links : [el("li", {}, none)]));
+    faults.replaceChildren(...found.map(({file, error}) => (
+      el("li", {className: "error"}, `${file}: ${error}`))));
+  }
+  return {nodes: [titleRow("Dashboards"), list, faults], update};
+}
+
+function dashboardView() {
+  const title = titleRow(state.name, saveButton()), body = el("div", {className: "panels"});
+  const before = focused;
+  const view = {nodes: [title, body], update: async (signal) => {
+    if (body.childElementCount) return;
+    const {dashboards} = await ask("dashboards", null, signal), variables = new Map();
+    const dashboard = dashboards.find(({file}) => file === state.name);
+    if (!dashboard) return body.replaceChildren("There is no such dashboard.");
+    view.variables = dashboard.variables;
+    const choices = await Promise.all(view.variables.map((one) => variableChoice(one, signal)));
+    for (const {name, value} of choices) variables.set(name, quoted(value).slice(1, -1));
+    title.firstChild.textContent = dashboard.title;
+    keepFocus(() => title.firstChild.after(...choices.map((choice) => (
+      el("label", {}, `${choice.name} `, choice)))), before);
+    for (const spec of dashboard.panels) {
+      const panel = new Panel(spec, "medium", variables);
+      panel.root.style.gridColumn = `span ${spec.width}`;
+      body.append(panel.root);
+    }
+  }};
+  return view;
+}
+
+// A select of the values of a tag, whose own value is the one that is chosen.
+async function variableChoice({name, tag, metric}, signal) {
+  const match = metric ? {"match[]": selectorOf(metric)} : {};
+  const values = await ask(`v1/label/${encodeURIComponent(tag)}/values`, match, signal);
+  const value = state.variables.get(name) ?? values[0] ?? "";
+  const texts = values.includes(value) ? values : [value, ...values];
+  const choice = el("select", {id: `variable-${name}`, name, onchange: () => {
+    go({variables: new Map(state.variables).set(name, choice.value)});
+  }}, ...texts.map((text) => el("option", {selected: text === value}, text)));
+  return choice;
+}
+
+// ---- Alerts: what fires and what pends; silences, as Alertmanager's API has them ----
+
+let alerts = null; // where there is no alerting
+let isAlerting, silences = [], alertingRules = [];
+
+async function readAlerts(signal) {
+  isAlerting ??= (await ask("dashboards", null, signal)).alerting;
+  if (!isAlerting) return;
+  try {
+    const [found, {groups}, all] = await Promise.all(
+      ["v1/alerts", "v1/rules?type=alert", "v2/silences"].map((path) => ask(path, null, signal)));
+    alerts = found.alerts.sort((a, b) => a.state < b.state ? -1 : 1);
+    alertingRules = groups.flatMap(({rules}) => rules);
+    silences = all.filter(({status}) => status.state === "active");
+  } catch (error) {
+    if (error.status !== 404) throw error;
+  }
+}
+
+// The times in which an alert fired whose rule reads a metric, as [from, to].
+async function firingTimes(metric, {start, end, step}, signal) {
+  const names = alertingRules.filter(({query}) => query.split(/[^\w:]+/).includes(metric))
+    .map(({name}) => `ALERTS{alertname=${JSON.stringify(name)},alertstate="firing"}`);
+  if (!names.length) return [];
+  const asked = {query: `count(${names.join(" or ")})`, start, end, step};
+  const {result: [found]} = await ask("v1/query_range", asked, signal);
+  return found?.values.map(([time]) => [time - step, time]) ?? [];
+}
+
+function isMatched({name, value, isRegex, isEqual = true}, labels) {
+  const label = labels[name] ?? "";
+  return isEqual === (isRegex ? new RegExp(`^(?:${value})$`, "s").test(label) : label === value);
+}
+
+const silenceOf = ({labels}) => silences.find(({matchers}) => (
+  matchers.every((matcher) => isMatched(matcher, labels))));
+
+function alertsView() {
+  const list = el("ul"), none = el("p", {}, "Nothing fires, and nothing pends.");
+  function update() {
+    none.hidden = alerts?.length > 0;
+    keepFocus(() => list.replaceChildren(...(alerts ?? []).map(alertItem)));
+  }
+  return {nodes: [titleRow("Alerts"), none, list], update};
+}
+
+function alertItem(alert, index) {
+  const {labels, annotations, state: condition, activeAt} = alert, silence = silenceOf(alert);
+  const {alertname, ...rest} = labels, date = (text) => exactTime(Date.parse(text) / 1000);
+  const tags = Object.entries(rest).map((pair) => pair.join("=")).join(", ");
+  const [text, write] = silence
+    ? ["End the silence", () => writeSilence("DELETE", `silence/${silence.id}`)]
+    : ["Silence for 2 hours", () => writeSilence("POST", "silences", twoHours(labels))];
+  return el("li", {className: "card row"}, el("div", {}, el("h2", {}, alertname),
+    el("span", {className: condition}, condition), ` since ${date(activeAt)}`,
+    silence ? `, silenced until ${date(silence.endsAt)}` : "",
+    ...Object.values(annotations).map((annotation) => el("div", {}, annotation)),
+    el("div", {className: "meta"}, tags)),
+  el("button", {id: `silence-${index}`, className: "space", onclick: write}, text));
+}
+
+function twoHours(labels) {
+  const now = Date.now(), matchers = Object.entries(labels).map(([name, value]) => (
+    {name, value, isRegex: false, isEqual: true}));
+  return {matchers, startsAt: new Date(now), endsAt: new Date(now + 7200e3),
+    createdBy: "dashboard", comment: "from the dashboard"};
+}
+
+// A key, where one is needed, is kept by this tab alone.
+async function writeSilence(method, path, silence) {
+  const headers = {"Content-Type": "application/json"}, key = sessionStorage.getItem("key");
+  const body = silence && JSON.stringify(silence);
+  if (key) headers.Authorization = `Bearer ${key}`;
+  try {
+    await ask("v2/" + path, null, null, {method, headers, body});
+  } catch (error) {
+    if (error.status !== 401) return alert(error.message);
+    const given = prompt("The key of a listed client, kept in this tab alone:") ?? "";
+    sessionStorage.setItem("key", given);
+    return given && writeSilence(method, path, silence);
+  }
+  refresh();
+}
+
+// ---- The page: time, views, and the loop that brings them up to date ----
+
+const VIEWS = {
+  metrics: metricsView, metric: metricView, query: queryView, dashboards: dashboardsView,
+  dashboard: dashboardView, alerts: alertsView,
+};
+let shown = null; // the view
+let updating = null;
+let timer;
+let focused = ""; // the id of what was focused before the view was made
+
+// Elements that are made anew get the focus back.
+function keepFocus(change, id = document.activeElement.id) {
+  change();
+  if (id) document.getElementById(id)?.focus();
+}
+
+function showTime() {
+  const isCustom = !(state.range in RANGES);
+  const select = (id, names, chosen, onchange) => el("select", {id, onchange},
+    ...Object.entries(names).map(([value, text]) => (
+      el("option", {value, selected: value === chosen}, text))));
+  const now = timeRange().map(Math.round), chosen = isCustom ? "custom" : state.range;
+  const range = select("range", {...RANGES, custom: "Custom"}, chosen,
+    () => go({range: range.value === "custom" ? now.join("-") : range.value}));
+  const pace = select("refresh", REFRESHES, state.refresh, () => {
+    adjust({refresh: pace.value});
+    refresh();
+  });
+  const zone = new Date().getTimezoneOffset() * 60;
+  const [from, to] = now.map((time) => el("input", {type: "datetime-local", step: 1,
+    value: new Date((time - zone) * 1000).toISOString().slice(0, 19)}));
+  const form = document.getElementById("time");
+  form.onsubmit = (event) => {
+    event.preventDefault();
+    if (isCustom) go({range: [from, to].map(({value}) => Date.parse(value) / 1000).join("-")});
+  };
+  const label = (text, field) => el("label", {}, `${text} `, field);
+  const custom = [label("From", from), label("To", to), el("button", {}, "Show")];
+  form.replaceChildren(...(isCustom ? custom : []), label("Time", range), label("Refresh", pace));
+}
+
+function showViews() {
+  const names = {metrics: "Metrics", query: "Query", dashboards: "Dashboards"};
+  if (alerts) names.alerts = "Alerts";
+  const current = {metric: "metrics", dashboard: "dashboards"}[state.view] ?? state.view;
+  const links = Object.entries(names).map(([view, name]) => el("a", {id: `to-${view}`,
+    href: linkTo(view), ariaCurrent: view === current ? "page" : null}, name));
+  keepFocus(() => document.getElementById("views").replaceChildren(...links));
+  const firing = alerts?.filter((alert) => alert.state === "firing").length;
+  const title = `${state.name || names[current]} · MetricStream`;
+  document.title = firing ? `(${firing}) ${title}` : title;
+}
+
+const keyOfView = () => hashOf({range: "", refresh: "", search: "", only: []});
+
+// Shows the view of the URL. Where only the time has changed, the pictures stay and ask anew.
+function render() {
+  focused = document.activeElement.id;
+  state = readState();
+  if (!Object.hasOwn(VIEWS, state.view)) state.view = "metrics";
+  updating?.abort();
+  updating = null;
+  const isSame = shown?.key === keyOfView();
+  for (const panel of panelsShown()) {
+    if (isSame) panel.cancel();
+    else panel.remove();
+  }
+  if (!isSame) shown = null;
+  keepFocus(() => {
+    showTime();
+    build();
+  });
+  refresh();
+}
+
+// Waits for the catalogue: the types of the metrics decide how they are drawn.
+function build() {
+  if (shown || !catalogue) return;
+  shown = Object.assign(VIEWS[state.view](), {key: keyOfView()});
+  document.getElementById("main").replaceChildren(...shown.nodes);
+}
+
+async function refresh() {
+  if (document.hidden || updating) return;
+  const mine = updating = new AbortController(), {signal} = mine;
+  try {
+    await Promise.all([readCatalogue(signal), readAlerts(signal)]);
+    build();
+    showViews();
+    await shown.update?.(signal);
+    for (const panel of panelsShown()) panel.refresh();
+  } catch (error) {
+    if (!isExpected(error)) throw error;
+    if (error.status) setNotice(error.message);
+  } finally {
+    if (updating === mine) updating = null;
+    schedule();
+  }
+}
+
+function schedule() {
+  clearTimeout(timer);
+  const pause = document.getElementById("notice").hidden ? Number(state.refresh) : 2;
+  if (pause >= 1) timer = setTimeout(refresh, pause * 1000);
+}
+
+addEventListener("popstate", render);
+document.addEventListener("visibilitychange", refresh);
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape" && history.state?.isOfTime) history.back();
+});
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
+  for (const chart of charts) chart.draw();
+});
+render();
+
+//# sourceURL=dashboard.js
+"""
+
+SCRIPT = _STATE_SCRIPT + _ASK_SCRIPT + _CHART_SCRIPT + _PANEL_SCRIPT + _VIEWS_SCRIPT
+
+
+ICON = (
+    "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'>"
+    "<path d='M1 11 5 5l4 6 6-9' fill='none' stroke='#1f6fd0' stroke-width='2'/></svg>"
+)
+_QUERY_WORDS = {
+    *SIGNATURES, *_AGGREGATIONS, *_SET_OPERATORS, *_NEVER_METRICS, *_NEVER_LABELS, "by", "offset",
+}  # fmt: skip
+
+
+def dashboard_page() -> str:
+    """The page: one document, style and script within it."""
+    script = SCRIPT.replace("%WORDS%", write_json(sorted(_QUERY_WORDS)))
+    page = PAGE.replace("%ICON%", urllib.parse.quote(ICON))
+    return page.replace("%STYLE%", STYLE).replace("%SCRIPT%", script)
+
+
+def content_security_policy(page: str) -> str:
+    """What a browser may do with a page: run the script within it, take the style within it, talk
+    to this server. Source: Content Security Policy Level 3.
+    """
+
+    def hash_of(tag: str) -> str:
+        inline = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+        digest = hashlib.sha256(inline.encode()).digest()
+        return f"'sha256-{base64.b64encode(digest).decode()}'"
+
+    return (
+        f"default-src 'none'; script-src {hash_of('script')}; style-src {hash_of('style')}; "
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'; require-trusted-types-for 'script'"
+    )
+
+
+@functools.cache
+def _page_responses(zipped: bool) -> tuple[str, Response, Response]:
+    """The ETag of the page, the page, and the answer to a browser that has it."""
+    page = dashboard_page()
+    body = gzip.compress(page.encode(), mtime=0) if zipped else page.encode()
+    etag = f'"{hashlib.sha256(body).hexdigest()[:16]}"'
+    fields = [
+        ("ETag", etag),
+        ("Cache-Control", "no-cache"),
+        ("Vary", "Accept-Encoding"),
+        ("Content-Security-Policy", content_security_policy(page)),
+        ("X-Content-Type-Options", "nosniff"),
+        ("Referrer-Policy", "no-referrer"),
+        *([("Content-Encoding", "gzip")] if zipped else []),
+    ]
+    whole = Response(200, body, "text/html; charset=utf-8", fields)
+    return etag, whole, Response(304, body, "text/html; charset=utf-8", fields)
+
+
+_TAKES_GZIP = re.compile(r"(?:^|[\s,])gzip(?!\s*;\s*q=0(?:\.0*)?\s*(?:,|$))", re.IGNORECASE)
+
+
+def show_page(request: Request, client: str) -> Answer:
+    """`GET /`: the page, or 304 where the browser has it (RFC 9110, 13.1.2)."""
+    headers = request.head.headers
+    zipped = _TAKES_GZIP.search(headers.get("accept-encoding", "")) is not None
+    etag, whole, known = _page_responses(zipped)
+    return Answer(known if etag in headers.get("if-none-match", "") else whole)
+
+
+def show_icon(request: Request, client: str) -> Answer:
+    """`GET /favicon.ico`, for those who ask for it whatever the page says."""
+    return Answer(Response(200, ICON.encode(), "image/svg+xml"))
+
+
+# ---- saved dashboards ----
+
+MAX_DASHBOARD_BYTES = 1024 * 1024
+
+
+class DashboardError(ValueError):
+    """A saved dashboard that can't be drawn: which member of it, and what is wrong."""
+
+
+def read_dashboard(text: str | bytes) -> dict[str, Any]:
+    """A saved dashboard, with what it leaves out. Raises JSONError or DashboardError.
+
+    >>> text = '{"title": "Host", "panels": [{"title": "Load", "query": "load1"}]}'
+    >>> read_dashboard(text)["panels"]
+    [{'title': 'Load', 'query': ['load1'], 'unit': '', 'legend': [], 'width': 6}]
+    >>> read_dashboard(text.replace('"load1"', '"load1", "width": 13'))
+    Traceback (most recent call last):
+    metricstream.DashboardError: panels[0].width: must be a whole number from 1 to 12
+    """
+    dashboard = _members(parse_json(text), "", _DASHBOARD)
+    for name, members in (("variables", _VARIABLE), ("panels", _PANEL)):
+        dashboard[name] = [
+            _members(item, f"{name}[{number}].", members)
+            for number, item in enumerate(dashboard[name])
+        ]
+    known = {"window": "5m", "step": "1m"}
+    known |= {variable["name"]: "x" for variable in dashboard["variables"]}
+    for number, panel in enumerate(dashboard["panels"]):
+        for name in ("query", "legend"):
+            if isinstance(panel[name], str):
+                panel[name] = [panel[name]]
+        for query in panel["query"]:
+            # As the page does it.
+            filled = re.sub(
+                r"\$([A-Za-z0-9_]+)", lambda match: known.get(match[1], match[0]), query
+            )
+            try:
+                parse_query(filled)
+            except QueryError as error:
+                raise DashboardError(f"panels[{number}].query: {error}") from None
+    return dashboard
+
+
+class _Member(NamedTuple):
+    """What a member of an object must be, and what it is where it is missing."""
+
+    must_be: str
+    holds: Callable[[Any], bool]
+    missing: Any = None
+
+
+def _members(value: Any, place: str, members: dict[str, _Member]) -> dict[str, Any]:
+    """The members of an object, all of them."""
+    if not isinstance(value, dict):
+        raise DashboardError(f"{place.rstrip('.') or 'the document'} must be an object")
+    for name in value:
+        if name not in members:
+            known = ", ".join(members)
+            raise DashboardError(f"{place}{name[:80]}: unknown member; known are {known}")
+    found = {name: value.get(name, member.missing) for name, member in members.items()}
+    for name, member in members.items():
+        if not member.holds(found[name]):
+            raise DashboardError(f"{place}{name}: must be {member.must_be}")
+    return found
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list)
+
+
+def _is_texts(value: Any) -> bool:
+    return _is_text(value) or (_is_list(value) and all(map(_is_text, value)))
+
+
+def _is_name(value: Any) -> bool:
+    return _is_text(value) and re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", value) is not None
+
+
+def _is_width(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= 12
+
+
+_DASHBOARD = {
+    "title": _Member("a string", _is_text),
+    "variables": _Member("an array", _is_list, []),
+    "panels": _Member("an array", _is_list),
+}
+_VARIABLE = {
+    "name": _Member("letters, digits and '_'", _is_name),
+    "tag": _Member("a string", _is_text),
+    "metric": _Member("a string", _is_text, ""),  # whose tag it is; "": of any
+}
+_PANEL = {
+    "title": _Member("a string", _is_text),
+    "query": _Member("a string or an array of strings", _is_texts),
+    "unit": _Member("a string", _is_text, ""),
+    "legend": _Member("a string or an array of strings", _is_texts, []),  # with {{tag}}
+    "width": _Member("a whole number from 1 to 12", _is_width, 6),  # in twelfths of the page
+}
+
+
+def read_dashboards(folder: str) -> dict[str, Any]:
+    """The saved dashboards of a folder as it is now, and what can't be read and why."""
+    dashboards, faults = [], []
+    for file in sorted(file for file in os.listdir(folder) if file.endswith(".json")):
+        try:
+            with open(os.path.join(folder, file), "rb") as opened:
+                text = opened.read(MAX_DASHBOARD_BYTES + 1)
+            if len(text) > MAX_DASHBOARD_BYTES:
+                raise DashboardError(f"more than {MAX_DASHBOARD_BYTES} bytes")
+            dashboards.append({"file": file, **read_dashboard(text)})
+        except OSError as error:
+            faults.append({"file": file, "error": error.strerror or str(error)})
+        except (DashboardError, JSONError) as error:
+            faults.append({"file": file, "error": str(error)})
+    return {"dashboards": dashboards, "faults": faults}
+
+
+def dashboard_routes(
+    folder: str | None, is_alerting: Callable[[], bool]
+) -> dict[str, dict[str, Handler]]:
+    """The routes of the page, and of the dashboards in a folder, if there is one. `is_alerting`
+    says whether the page has alerts to ask for.
+    """
+
+    def show_dashboards(request: Request, client: str) -> Answer:
+        """`GET /api/dashboards`"""
+        try:
+            saved = read_dashboards(folder) if folder else {"dashboards": [], "faults": []}
+        except OSError as error:
+            raise unavailable(f"can't read the dashboards: {error.strerror}") from None
+        return Answer(json_response(200, {**saved, "alerting": is_alerting()}))
+
+    return {
+        "/": {"GET": show_page},
+        "/favicon.ico": {"GET": show_icon},
+        "/api/dashboards": {"GET": show_dashboards},
+    }
+
+
+# ==================================================================================================
 # PART V. SCALING OUT
 # ==================================================================================================
 
 
 # ==================================================================================================
-# 44. Remote write
+# 45. Remote write
 # ==================================================================================================
 #
 # The problem: who outgrows one machine has an engine for many, and it wants samples in a protocol
@@ -17038,7 +18616,7 @@ def _retry_after_s(text: str) -> float | None:
 
 
 # ==================================================================================================
-# 45. Sender process
+# 46. Sender process
 # ==================================================================================================
 #
 # The problem: every sample of the log is to reach a receiver, whatever dies in between and however
@@ -17553,7 +19131,7 @@ class AgentSegments:
 
 
 # ==================================================================================================
-# 46. Command line
+# 47. Command line
 # ==================================================================================================
 #
 # Options become objects, one line says what is running, and a signal ends it. What goes wrong
@@ -17684,6 +19262,8 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--external-label", metavar="NAME=VALUE", action="append", type=_external_label, default=[],
         help="a label added to what leaves this machine: alerts, and samples that are sent on; may "
         "be repeated")
+    add("--dashboards", metavar="DIR",
+        help="saved dashboards (JSON files), which the page offers")
     add("--log-level", choices=("debug", "info", "warning", "error"), default="info",
         help="default info")
     add("--version", action="version", version=f"MetricStream {__version__}")
@@ -17983,6 +19563,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--agent needs a receiver: --remote-write URL")
     if len({Receiver(url).name for url in options.remote_write}) < len(options.remote_write):
         parser.error("argument --remote-write: the same receiver twice")
+    if options.dashboards is not None and not os.path.isdir(options.dashboards):
+        parser.error(f"argument --dashboards: {options.dashboards!a} is no folder")
     if options.new_client is not None:
         return _make_client(parser, options.new_client)
     lines = LineWriter(1)
@@ -18017,6 +19599,8 @@ def _run_server(options: argparse.Namespace, lines: LineWriter) -> int:
     except (ClientListError, LogError, WatchError) as error:
         return _complain(str(error))
     service = _service(options, log, clients, lines)
+    alerting = partial(service.has_route, "/api/v1/alerts")
+    service.add_routes(dashboard_routes(options.dashboards, alerting))
     try:
         try:
             followers, jobs = _followers(options, service)

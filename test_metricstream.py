@@ -7,6 +7,7 @@ clients meet real processes, which are ended by their own id. Nothing sleeps to 
 """
 
 import ast
+import base64
 import bisect
 import contextlib
 import doctest
@@ -4292,7 +4293,7 @@ def test_an_error_repeats_nothing_raw(watched, text):
     metric = b'{"name":"a","value":1,%b}'
     requests = [
         get(b"/" + octets), get(b"/" + b"".join(b"%%%02x" % octet for octet in octets)),
-        head(octets + b" / HTTP/1.1"), get(b"/", b"Host: " + octets), get(b"/", octets + b": a"),
+        head(octets + b" / HTTP/1.1"), get(b"/x", b"Host: " + octets), get(b"/x", octets + b": a"),
         get(b"/health", b"Expect: " + octets), post(b"Origin: " + octets),
         post(b"Content-Type: " + octets), gzipped(BATCH, b"Content-Encoding: " + octets),
         framed(b"Content-Length: " + octets), chunked(octets + b"\r\n"), chunked(b"",
@@ -9203,6 +9204,597 @@ def test_the_api_answers_as_a_real_alertmanager_does(tmp_path):
 
 
 # ==================================================================================================
+# Dashboard
+# ==================================================================================================
+
+PAGE_LIMIT_BYTES = 20_000
+HOSTILE = "</script><img src=x onerror=\"document.title='hostile'\">'\u202e{{x}}$window"
+HOST_DASHBOARD = {
+    "title": "Load of a host",
+    "variables": [{"name": "host", "tag": "host", "metric": "load1"}],
+    "panels": [
+        {"title": "Load", "query": 'load1{host="$host"}', "width": 8},
+        {"title": "Requests", "query": "sum(rate(requests_total[$window]))", "unit": "/s"},
+    ],
+}
+
+
+def page_of(folder: Path, **headers: str) -> Answer:
+    service = a_service(folder / str(len(list(folder.iterdir()))))
+    service.add_routes(metricstream.dashboard_routes(None, lambda: False))
+    reader = RequestReader()
+    fields = [f"{name.replace('_', '-')}: {value}".encode() for name, value in headers.items()]
+    reader.feed(get(b"/", *fields))
+    request = reader.next_request()
+    assert request is not None
+    response = service.answer(request, "peer", 0.0).response
+    assert response is not None
+    head, _, body = response.encode(b"", b"").partition(b"\r\n\r\n")
+    status_line, *lines = head.decode().split("\r\n")
+    return Answer(int(status_line.split()[1]), dict(line.split(": ", 1) for line in lines), body)
+
+
+def test_the_page_is_one_small_document_that_refers_to_nothing_else(tmp_path):
+    answer = page_of(tmp_path, Accept_Encoding="gzip, br")
+    page = gzip.decompress(answer.body).decode()
+    assert answer.status == 200 and len(answer.body) <= PAGE_LIMIT_BYTES
+    assert answer.headers["Content-Encoding"] == "gzip"
+    assert set(re.findall(r"https?://[^\s'\"]+", page)) == set()
+    icon = f"data:image/svg+xml,{urllib.parse.quote(metricstream.ICON)}"
+    assert re.findall(r'(?:src|href)="([^"]*)"', page) == [icon, "#"] and "url(" not in page
+    assert "innerHTML" not in page and "%STYLE%" not in page and "%" + "SCRIPT%" not in page
+
+
+def test_the_page_has_only_short_lines():
+    sources = (metricstream.PAGE, metricstream.STYLE, metricstream.SCRIPT)
+    assert max(len(line) for source in sources for line in source.splitlines()) <= 100
+
+
+def test_the_policy_allows_what_stands_in_the_page_and_nothing_else(tmp_path):
+    answer = page_of(tmp_path)
+    page, policy = answer.body.decode(), answer.headers["Content-Security-Policy"]
+    directives = dict(part.split(" ", 1) for part in policy.split("; "))
+    for tag, directive in (("script", "script-src"), ("style", "style-src")):
+        [inline] = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()
+        assert directives.pop(directive) == f"'sha256-{digest}'"
+    assert directives == {
+        "default-src": "'none'", "connect-src": "'self'", "img-src": "data:", "base-uri": "'none'",
+        "form-action": "'none'", "frame-ancestors": "'none'", "require-trusted-types-for": "'script'",
+    }  # fmt: skip
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    assert answer.headers["Referrer-Policy"] == "no-referrer"
+
+
+@pytest.mark.parametrize(("accepted", "is_zipped"), [
+    ("gzip", True), ("br;q=1.0, gzip;q=0.8", True), ("GZIP", True), ("", False), ("identity", False),
+    ("gzip;q=0", False), ("gzip; q=0.000, br", False), ("x-notgzip", False),
+])  # fmt: skip
+def test_the_page_is_zipped_for_those_who_take_it(tmp_path, accepted, is_zipped):
+    answer = page_of(tmp_path, Accept_Encoding=accepted)
+    assert answer.headers.get("Content-Encoding") == ("gzip" if is_zipped else None)
+    page = gzip.decompress(answer.body) if is_zipped else answer.body
+    assert page.decode() == metricstream.dashboard_page()
+
+
+def test_a_browser_that_has_the_page_gets_304(tmp_path):
+    whole = page_of(tmp_path, Accept_Encoding="gzip")
+    known = page_of(tmp_path, Accept_Encoding="gzip", If_None_Match=whole.headers["ETag"])
+    assert whole.headers["Cache-Control"] == "no-cache"
+    assert (known.status, known.body) == (304, b"") and known.headers == whole.headers
+    assert page_of(tmp_path, If_None_Match=whole.headers["ETag"]).status == 200  # not zipped
+
+
+@at_once()
+def test_the_page_is_at_the_root_alone_also_with_listed_clients_and_tls(tmp_path):
+    certificate, key = pem_files(tmp_path)
+    (tmp_path / "clients").write_text(KEY_LINE)
+    options = ["--clients", str(tmp_path / "clients"), "--tls-cert", certificate, "--tls-key", key]
+    with ServerProcess(tmp_path / "data", *options) as started:
+        def ask(path: str, **headers: str) -> http.client.HTTPResponse:
+            client = http.client.HTTPSConnection("localhost", started.port, context=trusting())
+            client.request("GET", path, headers=headers)
+            return client.getresponse()
+
+        page = ask("/", Accept="application/json").read().decode()
+        assert page == metricstream.dashboard_page()
+        assert ask("/?x=1").status == 200 and ask("/index.html").status == 404
+        assert ask("/favicon.ico").getheader("Content-Type") == "image/svg+xml"
+
+
+def dashboard_text(**changes: Any) -> str:
+    return json.dumps(HOST_DASHBOARD | changes)
+
+
+@pytest.mark.parametrize(("text", "fault"), [
+    ("[]", "the document must be an object"),
+    ('{"title": "a",}', "expected a name in double quotes, found '}' at line 1, column 15"),
+    ("{}", "title: must be a string"),
+    (dashboard_text(panels=None), "panels: must be an array"),
+    (dashboard_text(colour="red"), "colour: unknown member; known are title, variables, panels"),
+    (dashboard_text(panels=[{"title": "a"}]), "panels[0].query: must be a string or an array of strings"),
+    (dashboard_text(panels=[{"title": "a", "query": "a", "width": 13}]),
+     "panels[0].width: must be a whole number from 1 to 12"),
+    (dashboard_text(panels=[{"title": "a", "query": "a"}, 5]), "panels[1] must be an object"),
+    (dashboard_text(panels=[{"title": "a", "query": ["a", "sum(a"]}]),
+     "panels[0].query: 1:6: parse error: expected ',' or ')', found the end of the query"),
+    (dashboard_text(panels=[{"title": "a", "query": "a[$other]"}]),
+     "panels[0].query: 1:3: parse error: unexpected character: '$'"),
+    (dashboard_text(variables=[{"name": "a b", "tag": "a"}]),
+     "variables[0].name: must be letters, digits and '_'"),
+])  # fmt: skip
+def test_a_broken_dashboard_is_named_with_its_fault(tmp_path, text, fault):
+    (tmp_path / "broken.json").write_text(text)
+    (tmp_path / "good.json").write_text(dashboard_text())
+    (tmp_path / "other.txt").write_text("no dashboard")
+    found = metricstream.read_dashboards(str(tmp_path))
+    assert [dashboard["file"] for dashboard in found["dashboards"]] == ["good.json"]
+    assert found["faults"] == [{"file": "broken.json", "error": fault}]
+
+
+def test_a_dashboard_that_is_no_readable_file_is_a_fault(tmp_path):
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "long.json").write_bytes(b" " * (metricstream.MAX_DASHBOARD_BYTES + 1))
+    (tmp_path / "latin.json").write_bytes(b'"\xe4"')
+    faults = metricstream.read_dashboards(str(tmp_path))["faults"]
+    assert [fault["error"] for fault in faults] == [
+        "Is a directory", "invalid UTF-8 at line 1, column 2", "more than 1048576 bytes"]  # fmt: skip
+
+
+def test_the_dashboards_of_the_readme_are_good(tmp_path):
+    examples = re.findall(r"```json\n(.+?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    assert len(examples) == 2
+    for example in examples:
+        assert metricstream.read_dashboard(example)["panels"]
+
+
+# ---- in a browser ----
+
+
+class Browser:
+    """Chromium, driven through chromedriver: WebDriver is JSON over HTTP."""
+
+    SWITCHES = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
+        "--disable-background-networking --disable-component-update --window-size=1280,900"
+    )
+
+    def __init__(self, profile: Path) -> None:
+        self.process = subprocess.Popen(["chromedriver", "--port=0"], text=True,
+                                        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)  # fmt: skip
+        assert self.process.stdout
+        said = itertools.takewhile(bool, iter(self.process.stdout.readline, ""))
+        ports = (re.search(r"successfully on port (\d+)", line) for line in said)
+        port = int(next(filter(None, ports))[1])
+        self.client = Client(port, timeout_s=60)
+        self.path = "/session"
+        options = {"args": [*self.SWITCHES.split(), f"--user-data-dir={profile}"]}
+        capabilities = {"goog:chromeOptions": options,
+                        "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"}}  # fmt: skip
+        made = self.ask("POST", "", capabilities={"alwaysMatch": capabilities})
+        self.path += f"/{made['sessionId']}"
+
+    def close(self) -> None:
+        self.ask("DELETE", "")
+        self.process.terminate()
+        self.process.communicate(timeout=10)
+
+    def ask(self, method: str, path: str, **body: Any) -> Any:
+        content = body if method == "POST" else None
+        answer = self.client.ask(method, self.path + path, json.dumps(content) if content is not None else None)
+        value = answer.json["value"]  # type: ignore[index]
+        assert answer.status == 200, value
+        return value
+
+    def js(self, script: str, *arguments: Any) -> Any:
+        return self.ask("POST", "/execute/sync", script=script, args=arguments)
+
+    def devtools(self, command: str, **parameters: Any) -> Any:
+        return self.ask("POST", "/goog/cdp/execute", cmd=command, params=parameters)
+
+    def open(self, port: int, state: str = "", *, width: int = 1280, scheme: str = "light") -> None:
+        """Open the page in a state, anew."""
+        self.devtools("Emulation.setEmulatedMedia",
+                      features=[{"name": "prefers-color-scheme", "value": scheme}])  # fmt: skip
+        self.devtools("Emulation.setDeviceMetricsOverride", width=width, height=900,
+                      deviceScaleFactor=1, mobile=False)  # fmt: skip
+        self.ask("POST", "/url", url="about:blank")
+        self.log("performance")
+        self.log("browser")
+        self.ask("POST", "/url", url=f"http://127.0.0.1:{port}/#{state}")
+
+    def log(self, kind: str) -> list[dict]:
+        return self.ask("POST", "/se/log", type=kind)
+
+    def complaints(self) -> list[str]:
+        """What stands in the console."""
+        return [entry["message"] for entry in self.log("browser")]
+
+    def text(self, selector: str = "body") -> str:
+        """What a user reads."""
+        return self.js("return document.querySelector(arguments[0])?.innerText ?? ''", selector)
+
+    def wait_for_text(self, text: str, selector: str = "body") -> None:
+        eventually(lambda: text in self.text(selector))
+
+    def charts(self) -> list[str]:
+        """The names of the charts, as they are read out."""
+        return self.js("return [...document.querySelectorAll('.chart')].map((one) => one.ariaLabel)")
+
+    def wait_for_chart(self, start: str) -> str:
+        return eventually(lambda: next((name for name in self.charts() if name.startswith(start)), ""))
+
+    SHIFT = 8
+
+    def key(self, key: str, modifiers: int = 0) -> None:
+        text = {"text": key} if len(key) == 1 else {"text": "\r"} if key == "Enter" else {}
+        for kind in ("keyDown", "keyUp"):
+            self.devtools("Input.dispatchKeyEvent", type=kind, key=key, code=key, modifiers=modifiers,
+                          windowsVirtualKeyCode={"Enter": 13, "Escape": 27}.get(key, 0),
+                          **(text if kind == "keyDown" else {}))  # fmt: skip
+
+    def type(self, text: str) -> None:
+        self.devtools("Input.insertText", text=text)
+
+    def pointer(self, kind: str, x: float, y: float) -> None:
+        buttons = 0 if kind == "mouseReleased" else 1
+        self.devtools("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", buttons=buttons,
+                      clickCount=1)  # fmt: skip
+
+    def click(self, text: str, selector: str = "button, a") -> None:
+        found = self.js("const all = [...document.querySelectorAll(arguments[0])];"
+                        "const one = all.find((each) => each.innerText.trim() === arguments[1]);"
+                        "one?.focus(); one?.click(); return !!one", selector, text)  # fmt: skip
+        assert found, (text, self.text())
+
+    def columns(self, color: str, chart: int = 0) -> list[bool]:
+        """For each column of pixels of a chart, from its left margin: whether a series drew there."""
+        return self.js("""
+            const canvas = document.querySelectorAll("canvas")[arguments[1]];
+            const pen = canvas.getContext("2d"), columns = [];
+            pen.fillStyle = getComputedStyle(document.documentElement).getPropertyValue(arguments[0]);
+            const [r, g, b] = pen.fillStyle.match(/[0-9a-f]{2}/g).map((hex) => parseInt(hex, 16));
+            const {width, height} = canvas, {data} = pen.getImageData(0, 0, width, height);
+            for (let x = 64; x < width - 8; x++) {
+              let there = false;
+              for (let i = 4 * x; i < 4 * width * (height - 22); i += 4 * width) {
+                const far = Math.abs(data[i] - r) + Math.abs(data[i + 1] - g) + Math.abs(data[i + 2] - b);
+                there ||= data[i + 3] > 100 && far < 30;
+              }
+              columns.push(there);
+            }
+            return columns""", color, chart)
+
+    def addresses(self) -> set[str]:
+        """Whom the browser asked since the page was opened."""
+        events = (json.loads(entry["message"])["message"] for entry in self.log("performance"))
+        urls = [event["params"]["request"]["url"] for event in events
+                if event["method"] == "Network.requestWillBeSent"]  # fmt: skip
+        return {urllib.parse.urlsplit(url).netloc for url in urls if not url.startswith("data:")}
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    if not shutil.which("chromedriver"):
+        reason = "there is no chromedriver (Debian: apt-get install chromium chromium-driver)"
+        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+    with contextlib.closing(Browser(tmp_path_factory.mktemp("chromium"))) as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def pushed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A server with an hour of samples, and saved dashboards."""
+    folder = tmp_path_factory.mktemp("pushed")
+    boards = folder / "boards"
+    boards.mkdir()
+    (boards / "host.json").write_text(dashboard_text())
+    (boards / "broken.json").write_text("{}")
+    now_s = time.time()
+    times = [now_s - 15 * n for n in reversed(range(240))]
+
+    def series(name: str, value: Callable[[int], float], **tags: str) -> list:
+        return [({"__name__": name, **tags}, value(n), at) for n, at in enumerate(times)]
+
+    samples = [
+        *(sample for host in ("db1", "web1") for sample in series("load1", lambda n: n % 7, host=host)),
+        *(sample for n, sample in enumerate(series("torn_bytes", lambda n: 4096)) if not 100 <= n < 160),
+        *series("requests_total", lambda n: 30.0 * n, host="web1"),
+        *(sample for le, share in (("0.1", 0.5), ("1", 0.9), ("+Inf", 1.0)) for sample in
+          series("took_seconds_bucket", lambda n, share=share: 100 * n * share, le=le)),
+        *(({"__name__": "queue", "queue": f"q{n:02}"}, n, now_s - 5) for n in range(30)),
+        ({"__name__": "deploy"}, 1, now_s - 1800),
+        ({"__name__": HOSTILE, HOSTILE: HOSTILE}, 1, now_s - 5),
+        ({"__name__": HOSTILE, HOSTILE: "x" * 1000}, 2, now_s - 5),
+    ]  # fmt: skip
+    with ServerProcess(folder / "data", "--rate-limit", "0", "--dashboards", str(boards)) as started:
+        push(started.port, [sample for sample in samples if sample[0]["__name__"] != "requests_total"])
+        with contextlib.closing(Client(started.port)) as client:
+            counters = [{"name": "requests_total", "type": "counter", "value": value, "timestamp": at,
+                         "tags": {"host": "web1"}} for labels, value, at in samples
+                        if labels["__name__"] == "requests_total"]  # fmt: skip
+            assert client.ask("POST", "/metrics", {"metrics": counters}).status == 200
+        started.wait_for_store()
+        yield started
+
+
+def test_a_pushed_metric_appears_as_a_chart_by_itself(browser, tmp_path):
+    with ServerProcess(tmp_path) as started:
+        started.wait_for_store()
+        browser.open(started.port, "refresh=1")
+        browser.wait_for_text("No metrics yet")
+        assert f"curl http://127.0.0.1:{started.port}/metrics -H " in browser.text("pre")
+        with contextlib.closing(Client(started.port)) as client:
+            metric = {"name": "cpu_usage", "value": 75.5, "tags": {"host": "web1"}}
+            assert client.ask("POST", "/metrics", {"metrics": [metric]}).status == 200
+        name = "cpu_usage: last value cpu_usage, host=web1 75.5"
+        eventually(lambda: name in browser.charts())
+        assert "No metrics yet" not in browser.text() and "1 series · pushed" in browser.text()
+        assert browser.addresses() == {f"127.0.0.1:{started.port}"} and browser.complaints() == []
+        assert 1 <= sum(browser.columns("--series-0")) <= 6  # a lone point is a dot
+
+
+def test_counters_are_rates_and_histograms_quantiles_in_their_units(browser, pushed):
+    browser.open(pushed.port, "view=metric&name=requests_total")
+    browser.wait_for_text("2/s", "table")
+    browser.open(pushed.port)
+    quantiles = browser.wait_for_chart("took_seconds_bucket: last")
+    assert quantiles == "took_seconds_bucket: last value p50 100 ms; p90 1 s; p99 1 s"
+    assert browser.wait_for_chart("torn_bytes: last").endswith("torn_bytes 4 KiB")
+    assert browser.complaints() == []
+
+
+def test_search_filters_as_one_types(browser, pushed):
+    browser.open(pushed.port)
+    browser.wait_for_chart("load1: last")
+    browser.js("document.querySelector('[type=search]').focus()")
+    browser.type("LOAD")
+    browser.wait_for_text("1 of ")
+    assert "load1" in browser.text("main") and "torn_bytes" not in browser.text("main")
+    assert browser.js("return location.hash") == "#search=LOAD"
+
+
+def test_a_gap_is_background_and_a_lone_point_a_dot(browser, pushed):
+    browser.open(pushed.port, "search=torn")
+    browser.wait_for_chart("torn_bytes: last")
+    shown = browser.js("return [...document.querySelectorAll('.chart')].findIndex("
+                       "(one) => one.ariaLabel.startsWith('torn_bytes'))")  # fmt: skip
+    columns = eventually(lambda: any(found := browser.columns("--series-0", shown)) and found)
+    drawn = [at / len(columns) for at, there in enumerate(columns) if there]
+    [(before, after)] = [pair for pair in itertools.pairwise(drawn) if pair[1] - pair[0] > 0.02]
+    assert before == pytest.approx(100 / 240, abs=0.03) and after == pytest.approx(160 / 240, abs=0.03)
+
+
+def test_a_metric_is_grouped_by_a_tag_and_its_series_are_isolated(browser, pushed):
+    browser.open(pushed.port, "view=metric&name=load1")
+    browser.wait_for_text("Group by")
+    browser.click("host")
+    eventually(lambda: browser.js("return document.activeElement.innerText") == "host")
+    assert browser.js("return document.activeElement.ariaPressed") == "true"
+    assert browser.js("return location.hash").endswith("by=host")
+    browser.wait_for_text("host=web1", ".scroll")
+    browser.click("host=web1")
+    assert browser.wait_for_chart("load1: last").startswith("load1: last value host=web1")
+    assert "only=host%3Dweb1" in browser.js("return location.hash")
+    browser.click("mean")
+    browser.click("mean")
+    assert browser.js("return document.querySelector('[aria-sort=descending]').innerText") == "mean"
+
+
+def test_more_than_twenty_series_are_counted_and_shown_when_asked_for(browser, pushed):
+    browser.open(pushed.port, "view=metric&name=queue")
+    browser.wait_for_text("10 more series are not drawn.")
+    assert "queue=q19" in browser.text("table") and "queue=q20" not in browser.text("table")
+    browser.click("Show all")
+    browser.wait_for_text("queue=q29", "table")
+
+
+def test_the_keyboard_moves_the_cursor_which_is_read_out_and_opens_the_table(browser, pushed):
+    browser.open(pushed.port, "view=metric&name=torn_bytes")
+    browser.wait_for_chart("torn_bytes: last")
+    browser.js("document.querySelector('.chart').focus()")
+    browser.key("End")
+    browser.key("ArrowLeft", browser.SHIFT)
+    browser.wait_for_text(": torn_bytes 4 KiB", "#spoken")
+    before = browser.text("#spoken")
+    browser.key("ArrowRight")
+    eventually(lambda: browser.text("#spoken") != before)
+    browser.key("t")
+    browser.wait_for_text("4 KiB", "[aria-label='Values of torn_bytes']")
+    assert browser.js("return document.activeElement.ariaLabel") == "Values of torn_bytes"
+
+
+def test_dragging_zooms_and_escape_undoes_it(browser, pushed):
+    browser.open(pushed.port, "view=metric&name=load1")
+    browser.wait_for_chart("load1: last")
+    box = browser.js("return document.querySelector('.chart').getBoundingClientRect()")
+    y = box["y"] + 100
+    browser.pointer("mousePressed", box["x"] + 300, y)
+    browser.pointer("mouseMoved", box["x"] + 500, y)
+    browser.pointer("mouseReleased", box["x"] + 500, y)
+    [start, end] = map(int, re.search(r"range=(\d+)-(\d+)", browser.js("return location.hash")).groups())
+    assert 400 < end - start < 800 and "Custom" in browser.text("#range")
+    browser.key("Escape")
+    eventually(lambda: browser.js("return location.hash") == "#view=metric&name=load1")
+
+
+def test_a_query_runs_at_enter_and_an_error_shows_its_place_over_the_old_picture(browser, pushed):
+    browser.open(pushed.port, "view=query")
+    browser.wait_for_text("Query")
+    eventually(lambda: browser.js("document.querySelector('textarea')?.focus(); return !!document.activeElement.id"))
+    browser.type("sum(load1)")
+    browser.key("Enter")
+    browser.wait_for_chart("Result: last value sum(load1)")
+    assert browser.complaints() == []
+    browser.js("document.querySelector('textarea').select()")
+    browser.type("sum(load1")
+    browser.key("Enter")
+    browser.wait_for_text("1:10: parse error: expected ',' or ')', found the end of the query", "pre")
+    assert browser.text("pre").endswith("\n\nsum(load1\n         ^")
+    assert sum(browser.columns("--series-0")) > 100  # dimmed, and still there
+
+
+def test_a_query_is_completed_with_names_tags_and_values(browser, pushed):
+    browser.open(pushed.port, "view=query")
+    eventually(lambda: browser.js("document.querySelector('textarea')?.focus(); return !!document.activeElement.id"))
+    for typed, completed in [("sum_ov", "sum_over_time"), ("(loa", "load1"), ("{ho", "host"), ('="we', "web1")]:
+        browser.type(typed)
+        browser.wait_for_text(completed, ".options")
+        browser.key("ArrowDown")
+        browser.key("Enter")
+    assert browser.js("return document.querySelector('textarea').value") == 'sum_over_time(load1{host="web1'
+
+
+def test_hostile_names_and_tags_stay_text(browser, pushed):
+    browser.open(pushed.port, "search=script")
+    assert browser.wait_for_chart(f"{HOSTILE}: last").endswith("x" * 1000 + " 2")
+    assert HOSTILE in browser.text("h3")
+    browser.open(pushed.port, "view=metric&" + urllib.parse.urlencode({"name": HOSTILE, "by": HOSTILE}))
+    browser.wait_for_text(f"{HOSTILE}={HOSTILE}", "table")
+    browser.open(pushed.port, "view=query&" + urllib.parse.urlencode({"q": HOSTILE}))
+    browser.wait_for_text("parse error", "pre")
+    assert browser.js("return document.querySelectorAll('img').length") == 0
+    assert "MetricStream" in browser.js("return document.title")
+    assert [entry for entry in browser.complaints() if "400 (Bad Request)" not in entry] == []
+
+
+def test_saved_dashboards_are_listed_and_drawn_and_faults_named(browser, pushed):
+    browser.open(pushed.port, "view=dashboards")
+    browser.wait_for_text("broken.json: title: must be a string")
+    browser.click("Load of a host")
+    assert browser.wait_for_chart("Load: last").startswith("Load: last value load1, host=db1")
+    assert re.search(r"\[\$window\]\)\) [\d.]+/s$", browser.wait_for_chart("Requests: last"))
+    browser.js("const choice = document.querySelector('main select'); choice.value = 'web1';"
+               "choice.dispatchEvent(new Event('change'))")  # fmt: skip
+    browser.wait_for_chart("Load: last value load1, host=web1")
+    assert "%24host=web1" in browser.js("return location.hash") and browser.complaints() == []
+
+
+def test_what_is_shown_can_be_saved_as_a_dashboard(browser, pushed):
+    browser.open(pushed.port, "view=metric&name=took_seconds_bucket")
+    browser.wait_for_chart("took_seconds_bucket: last")
+    browser.js("URL.createObjectURL = (blob) => { blob.text().then((text) => { window.saved = text; });"
+               "return '#'; }")  # fmt: skip
+    browser.click("Save as dashboard")
+    saved = metricstream.read_dashboard(eventually(lambda: browser.js("return window.saved")))
+    assert saved["panels"][0]["legend"] == ["p50", "p90", "p99"]
+    browser.click("Download CSV")
+    eventually(lambda: browser.js("return window.saved").startswith('time,"p50","p90","p99"\r\n20'))
+
+
+def test_a_server_that_is_gone_is_said_and_its_return_noticed(browser, pushed):
+    browser.open(pushed.port, "refresh=1")
+    browser.wait_for_chart("load1: last")
+    offline = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+    browser.devtools("Network.enable")
+    browser.devtools("Network.emulateNetworkConditions", offline=True, **offline)
+    try:
+        browser.wait_for_text("The server does not answer. Trying again", "#notice")
+        assert any(name.startswith("load1: last value") for name in browser.charts())
+    finally:
+        browser.devtools("Network.emulateNetworkConditions", offline=False, **offline)
+    eventually(lambda: browser.text("#notice") == "")
+
+
+STATES = ["", "view=metric&name=load1&by=host", "view=metric&name=queue", "view=query&q=load1&q=sum(queue)",
+          "view=query&q=sum(load1", "view=dashboards", "view=dashboard&name=host.json",
+          "range=1700000000-1700003600"]  # fmt: skip
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_the_page_fits_a_narrow_window_in_every_state(browser, pushed, state):
+    browser.open(pushed.port, state, width=360)
+    eventually(lambda: browser.text("h1"))
+    assert browser.js("return document.documentElement.scrollWidth") <= 360
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("state", STATES)
+def test_axe_finds_nothing_in_any_state(browser, pushed, state, scheme):
+    if not (axe := os.environ.get("METRICSTREAM_AXE")):
+        pytest.skip("METRICSTREAM_AXE names no axe.min.js of axe-core; `make axe` fetches it")
+    browser.open(pushed.port, state, scheme=scheme)
+    eventually(lambda: browser.text("h1"))
+    eventually(lambda: not any(name.endswith("not read yet") for name in browser.charts()[:4])
+               or browser.text("pre"))  # fmt: skip
+    browser.js(Path(axe).read_text())
+    found = browser.ask("POST", "/execute/async", args=[], script="""
+        axe.run().then(({violations}) => arguments[0](violations.map(
+          ({id, nodes}) => [id, nodes.map(({html}) => html)])))""")
+    assert found == []
+
+
+def test_alerts_are_shown_and_silenced_with_a_key_that_is_asked_for_once(browser, tmp_path):
+    silences: list[dict] = []
+    alert = {"labels": {"alertname": "HighLoad", "host": "web1"}, "state": "firing", "value": "1e+00",
+             "annotations": {"summary": HOSTILE}, "activeAt": "2026-11-23T23:33:11.189Z"}  # fmt: skip
+
+    def answer(value: Any) -> dict:
+        return {"GET": lambda request, client: metricstream.Answer(metricstream.json_response(200, value()))}
+
+    def silence(request: Request, client: str) -> metricstream.Answer:
+        if request.head.headers.get("authorization") != "Bearer k3y":
+            raise HTTPError(401, "only listed clients may write")
+        silences.append({**json.loads(request.body), "id": "1", "status": {"state": "active"}})
+        return metricstream.Answer(metricstream.json_response(200, {"silenceID": "1"}))
+
+    def expire(request: Request, client: str) -> metricstream.Answer:
+        silences.clear()
+        return metricstream.Answer(metricstream.json_response(200, {}))
+
+    def vector() -> dict:
+        now_s = time.time()
+        found = {"metric": {"__name__": "load1"}, "value": [now_s, str(now_s)],
+                 "values": [[now_s - 15 * n, "1"] for n in (3, 2, 1)]}  # fmt: skip
+        return {"data": {"result": [found]}}
+
+    def over_time(request: Request, client: str) -> metricstream.Answer:
+        form = dict(urllib.parse.parse_qsl(request.body.decode()))
+        start, end, step = (int(form[name]) for name in ("start", "end", "step"))
+        asked.append(form["query"])
+        times = range(start, start + (end - start) // 2, step) if "ALERTS" in form["query"] else [end]
+        matrix = {"resultType": "matrix", "result": [{"metric": {}, "values": [[at, "1"] for at in times]}]}
+        return metricstream.Answer(metricstream.json_response(200, {"data": matrix}))
+
+    asked: list[str] = []
+    rule = {"name": "HighLoad", "type": "alerting", "query": "sum(load1) > 3"}
+    with running(tmp_path) as started:
+        started.service.add_routes({
+            **metricstream.dashboard_routes(None, lambda: True),
+            "/api/v1/query": (query := answer(vector)) | {"POST": query["GET"]},
+            "/api/v1/query_range": {"GET": over_time, "POST": over_time},
+            "/api/v1/labels": (labels := answer(lambda: {"data": []})) | {"POST": labels["GET"]},
+            "/api/v1/metadata": (types := answer(lambda: {"data": {}})) | {"POST": types["GET"]},
+            "/api/v1/alerts": answer(lambda: {"data": {"alerts": [alert]}}),
+            "/api/v1/rules": answer(lambda: {"data": {"groups": [{"rules": [rule]}]}}),
+            "/api/v2/silences": answer(lambda: silences) | {"POST": silence},
+            "/api/v2/silence/1": answer(dict) | {"DELETE": expire},
+        })  # fmt: skip
+        browser.open(started.port, "view=alerts")
+        browser.wait_for_text(HOSTILE)
+        assert "firing since" in browser.text("main") and "host=web1" in browser.text("main")
+        assert browser.js("return document.title").startswith("(1) ")
+        assert browser.complaints() == []
+        browser.click("Silence for 2 hours")
+        eventually(lambda: browser.client.ask("GET", f"{browser.path}/alert/text").status == 200)
+        browser.ask("POST", "/alert/text", text="k3y")
+        browser.ask("POST", "/alert/accept", x=0)
+        browser.wait_for_text("silenced until")
+        assert silences[0]["matchers"][0]["value"] == "HighLoad"
+        browser.click("End the silence")
+        browser.wait_for_text("Silence for 2 hours")
+        assert silences == []
+        browser.open(started.port, "view=metric&name=load1")
+        browser.wait_for_chart("load1: last")
+    assert 'count(ALERTS{alertname="HighLoad",alertstate="firing"})' in asked
+    shaded = browser.js("""
+        const canvas = document.querySelector("canvas"), pen = canvas.getContext("2d");
+        return [0.25, 0.75].map((share) => (
+          pen.getImageData(64 + share * (canvas.width - 72), 100, 1, 1).data[3] > 0))""")
+    assert shaded == [True, False]  # the half in which it fired
+
+
+# ==================================================================================================
 # PART V. SCALING OUT
 # ==================================================================================================
 
@@ -10191,7 +10783,7 @@ def test_version_and_help(_):
     shown = run("--help").stdout
     for option in ("--host", "--data-dir", "--rate-limit", "--stripes", "--durability", "--threads",
                    "--max-connections", "--log-level", "--clients", "--new-client", "--allowed-host",
-                   "--tls-cert", "--tls-key"):  # fmt: skip
+                   "--tls-cert", "--tls-key", "--dashboards"):  # fmt: skip
         assert option in shown
 
 
@@ -10683,6 +11275,10 @@ WORST_INPUTS: dict[str, list[tuple[str, str, str]]] = {
     r"""[^!-~]|["\\]""": [("", "a", ""), ("", "a", "é")],
     "_BLAMES_SAMPLE": [("", "too old sampl", ""), ("", "invalid ", ""), ("", "t", "")],
     "[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\\t -~]*": [("", "a", ""), ("a:", "a", "\0"), ("", ":", "\0")],
+    "_TAKES_GZIP": [("", "gzip", ""), ("", ",gzip;q=0", ""), ("gzip", " ", "x"), ("gzip;q=0.", "0", "x"),
+                    ("", " ", "gzip"), ("gzip;", " ", "q=1")],
+    r"\$([A-Za-z0-9_]+)": [("", "$", ""), ("$", "a", ""), ("", "$a", "")],
+    "[A-Za-z_][A-Za-z0-9_]*": [("", "a", "-")],
     "([0-9]{1,15})(?:([KMGT])B|B)?": [("", "1", ""), ("1K", "B", "")],
     # what templates, matchers and rule tests are read by
     r"[*?\[]": [("", "a", "")],
