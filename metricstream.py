@@ -12756,6 +12756,7 @@ _EMAIL_FIELDS = (
     "auth_secret", "auth_identity", "headers", "html", "text", "require_tls", "tls_config",
     "send_resolved",
 )  # fmt: skip
+_HEADER_NAME = re.compile(r"[!-9;-~]+")  # RFC 5322, 2.2
 _BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _ConfigFields = dict[str, YamlNode]
 
@@ -12954,6 +12955,9 @@ class _ConfigReader:
                     for name in ("subject", "html")}  # fmt: skip
         headers = {name.title(): self._template(value) for name, (_, value)
                    in self._entries(fields.get("headers"), "headers").items()}  # fmt: skip
+        for name, (key, _) in self._entries(fields.get("headers"), "headers").items():
+            if not _HEADER_NAME.fullmatch(name):
+                self._fault(key, f"{_clipped(name)!r} is no name for a header")
         if "Subject" not in headers:
             headers["Subject"] = parse_notification_template(defaults["subject"])
         html = parse_notification_template(defaults["html"])
@@ -13208,7 +13212,7 @@ class Delivery(NamedTuple):
     group_key: str
     group_labels: dict[str, str]
     alerts: tuple[Alert, ...]
-    now: float
+    now: float  # when it was begun, which decides what is resolved
     external_url: str
     deadline_s: float  # it takes no longer
     attempt: int
@@ -13299,10 +13303,10 @@ class Notifications:
         if 0 <= leap <= LEAP_S:
             return
         for id, alert in self.alerts.items():
-            if not alert.is_resolved(before):
-                self.alerts[id] = alert._replace(
-                    ends_at=alert.ends_at + leap, updated_at=min(alert.updated_at, now)
-                )
+            is_over = alert.is_resolved(before)
+            ends_at = min(alert.ends_at, now) if is_over else alert.ends_at + leap
+            updated_at = min(alert.updated_at, now)
+            self.alerts[id] = alert._replace(ends_at=ends_at, updated_at=updated_at)
         if leap < 0:
             for group in self._groups.values():
                 group.flush_at += leap
@@ -13327,7 +13331,7 @@ class Notifications:
                 left = max(1.0, pending.group.flush_at - now)
                 deadline_s = min(left, pending.delivery.integration.timeout_s)
                 pending.delivery = pending.delivery._replace(
-                    deadline_s=deadline_s, now=now, attempt=pending.delivery.attempt + 1
+                    deadline_s=deadline_s, attempt=pending.delivery.attempt + 1
                 )
                 pending.in_transit = True
                 deliveries.append(pending.delivery)
@@ -14148,8 +14152,8 @@ class Dispatcher(Notifications):
                 "inhibitedBy": [], "silencedBy": silenced_by,
                 "state": "suppressed" if silenced_by else "active",
             },
-            "updatedAt": _api_text(alert.updated_at), "generatorURL": alert.generator_url,
-            "labels": alert.labels,
+            "updatedAt": _api_text(alert.updated_at), "labels": alert.labels,
+            **({"generatorURL": alert.generator_url} if alert.generator_url else {}),
         }  # fmt: skip
 
     def _get_alerts(self, form: _Form, body: bytes) -> Any:
