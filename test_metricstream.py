@@ -8197,7 +8197,7 @@ def test_the_oldest_alerts_are_dropped_where_there_is_no_room():
 # ==================================================================================================
 
 
-def ask(dispatcher: metricstream.Dispatcher, method: str, path: str, body: Any = None) -> tuple[int, Any]:
+def ask_alerts(dispatcher: metricstream.Dispatcher, method: str, path: str, body: Any = None) -> tuple[int, Any]:
     path, _, query = path.partition("?")
     raw = b"" if body is None else json.dumps(body).encode()
     status, answer = dispatcher.answer(method, f"/api/v2/{path}", query, raw)
@@ -8205,7 +8205,7 @@ def ask(dispatcher: metricstream.Dispatcher, method: str, path: str, body: Any =
 
 
 @pytest.fixture
-def asked():
+def alerting():
     watch = Watch()
     watch.fire("Down/1", "Down/2", "Slow")
     return watch
@@ -8225,10 +8225,10 @@ def silence_of(watch: Watch, **fields: Any) -> dict[str, Any]:
         ("?filter=host%3D~%22.%22", 2), ("?receiver=a", 3), ("?receiver=.*", 3), ("?receiver=b", 0), ("?unprocessed=false", 3),
     ],
 )  # fmt: skip
-def test_alerts_are_asked_for(asked, query, count):
-    silence = silence_of(asked, matchers=[{"name": "alertname", "value": "Sl.*", "isRegex": True}])
-    _, answer = ask(asked.dispatcher, "POST", "silences", silence)
-    status, alerts = ask(asked.dispatcher, "GET", "alerts" + query)
+def test_alerts_are_asked_for(alerting, query, count):
+    silence = silence_of(alerting, matchers=[{"name": "alertname", "value": "Sl.*", "isRegex": True}])
+    _, answer = ask_alerts(alerting.dispatcher, "POST", "silences", silence)
+    status, alerts = ask_alerts(alerting.dispatcher, "GET", "alerts" + query)
     assert status == 200 and len(alerts) == count
     assert alerts == sorted(alerts, key=lambda each: each["fingerprint"])
     for alert in alerts:
@@ -8237,7 +8237,7 @@ def test_alerts_are_asked_for(asked, query, count):
             "state": "suppressed" if is_slow else "active", "inhibitedBy": [],
             "silencedBy": [answer["silenceID"]] if is_slow else [],
         }  # fmt: skip
-    _, groups = ask(asked.dispatcher, "GET", "alerts/groups" + query)
+    _, groups = ask_alerts(alerting.dispatcher, "GET", "alerts/groups" + query)
     assert sum(len(group["alerts"]) for group in groups) == count
     assert all(group["receiver"] == {"name": "a"} and list(group["labels"]) == ["alertname"] for group in groups)
 
@@ -8245,8 +8245,8 @@ def test_alerts_are_asked_for(asked, query, count):
 @pytest.mark.parametrize(
     "path", ["alerts?filter=x", "alerts?receiver=(", "alerts/groups?filter=x", "silences?filter=a%3D~("]
 )
-def test_a_filter_that_is_none_is_refused(asked, path):
-    status, reason = ask(asked.dispatcher, "GET", path)
+def test_a_filter_that_is_none_is_refused(alerting, path):
+    status, reason = ask_alerts(alerting.dispatcher, "GET", path)
     assert status == 400 and isinstance(reason, str)
 
 
@@ -8271,7 +8271,7 @@ POSTED_ALERTS: dict[str, tuple[Any, str]] = {
 def test_an_alert_is_refused_and_the_others_are_taken(body, reason):
     watch = Watch()
     posted = [*body, {"labels": {"alertname": "Good"}}] if isinstance(body, list) else body
-    status, answer = ask(watch.dispatcher, "POST", "alerts", posted)
+    status, answer = ask_alerts(watch.dispatcher, "POST", "alerts", posted)
     assert status == 400 and reason in answer
     assert len(watch.dispatcher.alerts) == isinstance(body, list)
 
@@ -8281,11 +8281,11 @@ def test_a_posted_alert_ends_when_it_says_or_after_the_resolve_timeout():
     ends_at = metricstream._api_text(watch.clock() + 30)
     posted = [{"labels": {"alertname": "A", "empty": ""}, "startsAt": "0001-01-01T00:00:00.000Z"},
               {"labels": {"alertname": "B"}, "endsAt": ends_at, "annotations": {"x": "y"}}]  # fmt: skip
-    assert ask(watch.dispatcher, "POST", "alerts", posted) == (200, None)
-    _, alerts = ask(watch.dispatcher, "GET", "alerts?filter=alertname%3DA")
+    assert ask_alerts(watch.dispatcher, "POST", "alerts", posted) == (200, None)
+    _, alerts = ask_alerts(watch.dispatcher, "GET", "alerts?filter=alertname%3DA")
     assert alerts[0]["labels"] == {"alertname": "A"} and alerts[0]["endsAt"] == metricstream._api_text(watch.clock() + 300)
     watch.run(40)
-    assert [each["labels"] for each in ask(watch.dispatcher, "GET", "alerts")[1]] == [{"alertname": "A"}]
+    assert [each["labels"] for each in ask_alerts(watch.dispatcher, "GET", "alerts")[1]] == [{"alertname": "A"}]
     watch.run(600)
     assert {name for _, status in watch.told for name in status if status[name] == "resolved"} == {"A", "B"}
 
@@ -8304,41 +8304,41 @@ POSTED_SILENCES: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("fields, reason", POSTED_SILENCES.values(), ids=POSTED_SILENCES)
-def test_a_silence_is_refused(asked, fields, reason):
-    status, answer = ask(asked.dispatcher, "POST", "silences", silence_of(asked, **fields))
+def test_a_silence_is_refused(alerting, fields, reason):
+    status, answer = ask_alerts(alerting.dispatcher, "POST", "silences", silence_of(alerting, **fields))
     assert status == 400 and reason in answer
 
 
-def test_a_silence_is_changed_or_replaced_and_ended(asked):
-    dispatcher = asked.dispatcher
-    _, answer = ask(dispatcher, "POST", "silences", silence_of(asked))
+def test_a_silence_is_changed_or_replaced_and_ended(alerting):
+    dispatcher = alerting.dispatcher
+    _, answer = ask_alerts(dispatcher, "POST", "silences", silence_of(alerting))
     id = answer["silenceID"]
-    started = ask(dispatcher, "GET", f"silence/{id}")[1]
-    later = metricstream._api_text(asked.clock() + 7200)
+    started = ask_alerts(dispatcher, "GET", f"silence/{id}")[1]
+    later = metricstream._api_text(alerting.clock() + 7200)
     longer = started | {"endsAt": later}
-    assert ask(dispatcher, "POST", "silences", longer)[1] == {"silenceID": id}
-    assert ask(dispatcher, "GET", f"silence/{id}")[1]["endsAt"] == later
-    asked.clock.now += 10
+    assert ask_alerts(dispatcher, "POST", "silences", longer)[1] == {"silenceID": id}
+    assert ask_alerts(dispatcher, "GET", f"silence/{id}")[1]["endsAt"] == later
+    alerting.clock.now += 10
     other = longer | {"matchers": [{"name": "a", "value": "b", "isRegex": False, "isEqual": False}]}
-    new = ask(dispatcher, "POST", "silences", other)[1]["silenceID"]
-    assert new != id and ask(dispatcher, "GET", f"silence/{id}")[1]["status"] == {"state": "expired"}
-    found = ask(dispatcher, "GET", "silences")[1]
+    new = ask_alerts(dispatcher, "POST", "silences", other)[1]["silenceID"]
+    assert new != id and ask_alerts(dispatcher, "GET", f"silence/{id}")[1]["status"] == {"state": "expired"}
+    found = ask_alerts(dispatcher, "GET", "silences")[1]
     assert [each["id"] for each in found] == [new, id]
-    assert [each["id"] for each in ask(dispatcher, "GET", "silences?filter=a!%3Db")[1]] == [new]
-    assert ask(dispatcher, "DELETE", f"silence/{new}") == (200, None)
-    assert ask(dispatcher, "GET", f"silence/{new}")[1]["status"] == {"state": "expired"}
+    assert [each["id"] for each in ask_alerts(dispatcher, "GET", "silences?filter=a!%3Db")[1]] == [new]
+    assert ask_alerts(dispatcher, "DELETE", f"silence/{new}") == (200, None)
+    assert ask_alerts(dispatcher, "GET", f"silence/{new}")[1]["status"] == {"state": "expired"}
     for method, path, body in [("GET", "silence/x", None), ("DELETE", "silence/x", None),
-                               ("POST", "silences", silence_of(asked, id="x"))]:  # fmt: skip
-        assert ask(dispatcher, method, path, body)[0] == 404
-    assert ask(dispatcher, "PUT", "silences")[0] == 405 and ask(dispatcher, "GET", "nothing")[0] == 404
+                               ("POST", "silences", silence_of(alerting, id="x"))]:  # fmt: skip
+        assert ask_alerts(dispatcher, method, path, body)[0] == 404
+    assert ask_alerts(dispatcher, "PUT", "silences")[0] == 405 and ask_alerts(dispatcher, "GET", "nothing")[0] == 404
 
 
-def test_the_status_says_what_alertmanagers_says(asked):
-    _, status = ask(asked.dispatcher, "GET", "status")
+def test_the_status_says_what_alertmanagers_says(alerting):
+    _, status = ask_alerts(alerting.dispatcher, "GET", "status")
     assert set(status) == {"cluster", "config", "uptime", "versionInfo"}
     assert status["cluster"]["status"] == "disabled" and "route:" in status["config"]["original"]
-    assert ask(asked.dispatcher, "GET", "receivers") == (200, [{"name": "a"}])
-    assert asked.dispatcher.answer("POST", "/api/v2/alerts", "", b"{")[0] == 400
+    assert ask_alerts(alerting.dispatcher, "GET", "receivers") == (200, [{"name": "a"}])
+    assert alerting.dispatcher.answer("POST", "/api/v2/alerts", "", b"{")[0] == 400
 
 
 @contextlib.contextmanager
@@ -8356,7 +8356,7 @@ def served(dispatcher: metricstream.Dispatcher) -> Iterator[str]:
             self.end_headers()
             self.wfile.write(answer)
 
-        do_POST = do_DELETE = do_GET
+        do_POST = do_DELETE = do_GET  # noqa: N815
 
         def log_message(self, *_: object) -> None:
             pass
@@ -8452,7 +8452,7 @@ def test_the_api_answers_as_a_real_alertmanager_does(tmp_path):
         for method, path, body in requests:
             if path == "alerts/groups":
                 eventually(lambda: len(real("GET", path)[1]) == 2)
-            theirs, ours = real(method, path, body), ask(mine, method, path, body)
+            theirs, ours = real(method, path, body), ask_alerts(mine, method, path, body)
             if theirs[0] == 200:
                 assert comparable(list(theirs)) == comparable(list(ours)), path
             else:
