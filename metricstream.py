@@ -12415,7 +12415,7 @@ def label_set_text(labels: Mapping[str, str]) -> str:
 # ---- matchers ----
 
 _LABEL_NAME = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
-_LABEL_MATCHER = re.compile(r"\s*([a-zA-Z_:][a-zA-Z0-9_:]*)\s*(=~|=|!=|!~)\s*(.*?)\s*", re.DOTALL)
+_LABEL_MATCHER = re.compile(r"\s*([a-zA-Z_:][a-zA-Z0-9_:]*)\s*(=~|=|!=|!~)(.*)", re.DOTALL)
 _MATCHER_TOKEN = re.compile(r'(?:[^,"\\]|\\.|\\\Z|"(?:[^"\\]|\\.)*(?:"|\\?\Z))*', re.DOTALL)
 _MATCHER_VALUE = re.compile(r'(?:[^"\\]|\\.|\\\Z)*', re.DOTALL)
 _MATCHER_ESCAPE = re.compile(r'\\([n"\\])')
@@ -12445,7 +12445,7 @@ def parse_matcher(text: str) -> Matcher:
     match = _LABEL_MATCHER.fullmatch(text)
     if match is None:
         raise ValueError(f"bad matcher format: {_clipped(text)}")
-    name, op, value = match.groups()
+    name, op, value = match[1], match[2], match[3].strip()
     if value.startswith('"') and (len(value) < 2 or not value.endswith('"')):
         raise ValueError(f"matcher value contains unescaped double quote: {_clipped(value)}")
     value = value[1:-1] if value.startswith('"') else value
@@ -12680,11 +12680,14 @@ def shown_url(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{hidden}"
 
 
+_NEVER_IN_A_URL = re.compile(r"[\x00-\x20\x7f]")
+
+
 def _checked_url(url: str) -> str:
     try:
         parts = urllib.parse.urlsplit(url)
         is_usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-        if not is_usable or re.search(r"[\x00-\x20\x7f]", url):
+        if not is_usable or _NEVER_IN_A_URL.search(url):
             raise ValueError
     except ValueError:
         # the URL is not repeated: it may hold a credential
@@ -12723,7 +12726,7 @@ def read_notify_config(text: str | bytes, name: str) -> NotifyConfig:
 
     >>> read_notify_config("route: {receiver: me}", "notify.yml")
     Traceback (most recent call last):
-    metricstream.ConfigError: notify.yml:1:18: no receiver has the name 'me'
+    metricstream.ConfigError: notify.yml:1:19: no receiver has the name 'me'
     """
     try:
         document = parse_yaml(text)
