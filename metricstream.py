@@ -13371,25 +13371,10 @@ class Notifications:
                 ids[alert.is_resolved(now)].add(fingerprint(alert.labels))
             entry = _LogEntry(frozenset(ids[False]), frozenset(ids[True]), now)
             for key, (_, integration) in zip(keys, integrations):
-                if self._needs_update(key, entry, integration, group.route):
+                if _is_news(self._log.get(key), entry, integration.send_resolved, group.route):
                     self._begin(key, integration, group, entry, alerts, told)
         if not group.open:
             self._finish(group, told)
-
-    def _needs_update(
-        self, key: _LogKey, wanted: _LogEntry, integration: Webhook | Email, route: Route
-    ) -> bool:
-        """The rule of Alertmanager's dedup stage."""
-        known = self._log.get(key)
-        if known is None:
-            return bool(wanted.firing)
-        if not wanted.firing <= known.firing:
-            return True
-        if not wanted.firing:
-            return bool(known.firing)
-        if integration.send_resolved and not wanted.resolved <= known.resolved:
-            return True
-        return known.at < wanted.at - route.repeat_interval_s
 
     def _begin(
         self, key: _LogKey, integration: Webhook | Email, group: _AlertGroup, entry: _LogEntry,
@@ -13509,9 +13494,7 @@ class Notifications:
         self._pending = {key: each for key, each in self._pending.items() if each.in_transit}
         self.config, self._groups, self._holders = config, {}, Counter()
         known = {(each["receiver"], each["key"]): each for each in saved}
-        left: dict[tuple[str, str], set[str]] = {
-            place: set(each["members"]) for place, each in known.items()
-        }
+        left = {place: set[str](each["members"]) for place, each in known.items()}
         for id, alert in list(self.alerts.items()):
             for route in config.route.matching(alert.labels):
                 place = (route.receiver, _group_key(route, alert.labels))
@@ -13531,13 +13514,7 @@ class Notifications:
             "saved_at": self.now(),
             "alerts": [alert._asdict() for alert in self.alerts.values()],
             "groups": self._saved_groups(),
-            "log": [
-                {
-                    **key._asdict(), "firing": sorted(entry.firing),
-                    "resolved": sorted(entry.resolved), "at": entry.at,
-                }
-                for key, entry in self._log.items()
-            ],
+            "log": _saved_log(self._log),
             "silences": [
                 {**silence._asdict(), "matchers": [list(m) for m in silence.matchers]}
                 for silence in self.silences.by_id.values()
@@ -13550,12 +13527,7 @@ class Notifications:
         """
         now = self.now()
         alerts = [Alert(**alert) for alert in state["alerts"]]
-        log = {
-            _LogKey(row["receiver"], row["kind"], row["number"], row["group_key"]): _LogEntry(
-                frozenset(row["firing"]), frozenset(row["resolved"]), row["at"]
-            )
-            for row in state["log"]
-        }
+        log = _restored_log(state["log"])
         silences = [
             Silence(**{**row, "matchers": tuple(checked_matcher(*m) for m in row["matchers"])})
             for row in state["silences"]
@@ -13565,6 +13537,40 @@ class Notifications:
         self.silences.by_id = {silence.id: silence for silence in silences}
         self._regroup(self.config, state["groups"], state["saved_at"])
         self._follow(state["saved_at"], now)
+
+
+def _saved_log(log: dict[_LogKey, _LogEntry]) -> list[dict[str, Any]]:
+    return [
+        {
+            **key._asdict(), "firing": sorted(entry.firing), "resolved": sorted(entry.resolved),
+            "at": entry.at,
+        }
+        for key, entry in log.items()
+    ]  # fmt: skip
+
+
+def _restored_log(rows: list[dict[str, Any]]) -> dict[_LogKey, _LogEntry]:
+    return {
+        _LogKey(row["receiver"], row["kind"], row["number"], row["group_key"]): _LogEntry(
+            frozenset(row["firing"]), frozenset(row["resolved"]), row["at"]
+        )
+        for row in rows
+    }
+
+
+def _is_news(
+    known: _LogEntry | None, wanted: _LogEntry, sends_resolved: bool, route: Route
+) -> bool:
+    """Whether a receiver is told, by what it knows: the rule of Alertmanager's dedup stage."""
+    if known is None:
+        return bool(wanted.firing)
+    if not wanted.firing <= known.firing:
+        return True
+    if not wanted.firing:
+        return bool(known.firing)
+    if sends_resolved and not wanted.resolved <= known.resolved:
+        return True
+    return known.at < wanted.at - route.repeat_interval_s
 
 
 def _group_key(route: Route, labels: dict[str, str]) -> str:
@@ -13675,7 +13681,9 @@ def _shared(maps: Sequence[Mapping[str, str]]) -> _KV:
 
 
 def _utc(time_s: float) -> datetime.datetime:
-    return _EPOCH + datetime.timedelta(seconds=time_s)
+    """A time of an alert; those beyond the calendar are its first or last."""
+    first, last = -62_135_596_800, 253_402_300_799
+    return _EPOCH + datetime.timedelta(seconds=min(max(time_s, first), last))
 
 
 def notification_data(delivery: Delivery, alerts: Sequence[Alert]) -> TemplateStruct:

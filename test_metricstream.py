@@ -8371,6 +8371,18 @@ def served(dispatcher: metricstream.Dispatcher) -> Iterator[str]:
             thread.join()
 
 
+def test_an_end_at_the_end_of_the_calendar_stays_there():
+    watch = Watch()
+    posted = [{"labels": {"alertname": "A"}, "endsAt": "9999-12-31T23:59:59Z"}]
+    posted[0]["startsAt"] = metricstream._api_text(watch.clock())
+    assert ask_alerts(watch.dispatcher, "POST", "alerts", posted) == (200, None)
+    watch.clock.now += 90_000
+    _, (alert,) = ask_alerts(watch.dispatcher, "GET", "alerts")
+    assert alert["endsAt"] == "9999-12-31T23:59:59.000Z"
+    watch.run(60)
+    assert [status for _, status in watch.told] == [{"A": "firing"}]
+
+
 @needs("amtool")
 def test_amtool_works():
     config = metricstream.read_notify_config(GOOD_CONFIGS["all of a route"], "f")
