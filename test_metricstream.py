@@ -7457,6 +7457,18 @@ def test_amtool_has_the_same_verdict(tmp_path, name):
         assert amtool_accepts(tmp_path, text) == (name in REFUSED_CONFIGS)
 
 
+def test_webhooks_alone_are_a_configuration_too(tmp_path):
+    config = metricstream.webhook_config(["http://u:S3cret@h/x", "https://i:1"])
+    again = metricstream.read_notify_config(config.shown, "f")
+    assert again.route._replace(key="") == config.route._replace(key="") and "S3cret" not in config.shown
+    assert config.route.group_by == ("alertname",) and config.route.group_wait_s == 10
+    assert config.route.group_interval_s == 60 and config.route.repeat_interval_s == 4 * 3600
+    assert [each.send_resolved for each in config.receivers["webhook"]] == [True, True]
+    for bad in ("h", "ftp://h", "http://", "http://h:x", "http://h/a b"):
+        with pytest.raises(ValueError, match="must be a URL with http"):
+            metricstream.webhook_config([bad])
+
+
 def test_all_faults_of_a_configuration_are_told_at_once():
     text = "route:\n  receiver: b\n  group_wait: 5\nreceivers:\n- webhook_configs: [{url: ftp://x}]\n"
     with pytest.raises(metricstream.ConfigError) as refused:
