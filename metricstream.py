@@ -10028,7 +10028,6 @@ _UNPRINTABLE = re.compile(
     "[^\t\n -~\x85\xa0-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]"
 )
 _DOCUMENT_MARKER = re.compile(r"(?<=\n)(?:---|\.\.\.)(?=[ \t\n\0])")
-_NO_CONTENT = re.compile(r"(?:[ \t\n]|\#[^\n\0]*+|(?<=\n)(?:---|\.\.\.)(?=[ \t\n\0]))*+\0")
 # Blanks and comments up to the next token. Tabs may stand behind a token, but not before one.
 _COMMENT = r"(?:\#[^\n\0]*+)?+"
 _UP_TO_TOKEN = re.compile(rf"[ \t]*+{_COMMENT}(?:\n(?:[ ]++\t[ \t]*+(?=\n)|[ ]*+{_COMMENT}))*+")
@@ -10039,28 +10038,21 @@ _END_OF_LINE = re.compile(rf"[ \t]*+{_COMMENT}(?=[\n\0])")
 _VISIBLE = r"[^ \t\n\0]"
 _PLAIN_FIRST = r"[^ \t\n\0,\[\]{}#&*!|>'\"%@`?:-]"
 _PLAIN_REST = rf"(?:[ \t]*+(?:[^ \t\n\0:#]++|:(?={_VISIBLE})|(?<={_VISIBLE})\#))*+"
-_FLOW_REST = rf"(?:[ \t]*+(?:[^ \t\n\0:#,?\[\]{{}}]++|:(?={_VISIBLE})|(?<={_VISIBLE})\#))*+"
+_FLOW_PLAIN_REST = rf"(?:[ \t]*+(?:[^ \t\n\0:#,?\[\]{{}}]++|:(?={_VISIBLE})|(?<={_VISIBLE})\#))*+"
 _PLAIN_LINE = rf"(?:{_PLAIN_FIRST}|[?:-](?={_VISIBLE})){_PLAIN_REST}"
-_BLOCK_PLAIN = (
-    re.compile(_PLAIN_LINE),
-    re.compile(_PLAIN_REST),
-)  # the first line, and further ones
-_FLOW_PLAIN = (
-    re.compile(rf"(?:{_PLAIN_FIRST}|-(?={_VISIBLE})){_FLOW_REST}"),
-    re.compile(_FLOW_REST),
-)
+_BLOCK_PLAIN = re.compile(_PLAIN_LINE)
+_BLOCK_REST = re.compile(_PLAIN_REST)  # further lines
+_FLOW_PLAIN = re.compile(rf"(?:{_PLAIN_FIRST}|-(?={_VISIBLE})){_FLOW_PLAIN_REST}")
+_FLOW_REST = re.compile(_FLOW_PLAIN_REST)
 _NEXT_LINE = re.compile(r"[ \t]*+\n([ ]*+)([ \t]*+)")
 _LIST_ITEM = re.compile(r"-(?=[ \t\n\0])")
 _ANCHOR = re.compile(r"[&*]([A-Za-z0-9_-]++)(?=[ \t\n\0,\]}])")
 _KEY = re.compile(
-    rf"(&[A-Za-z0-9_-]++[ \t]++)?+({_PLAIN_LINE}|\"(?:[^\"\\\n\0]++|\\.)*+\"|'(?:[^'\n\0]++|'')*+')"
-    r"[ \t]*+:(?=[ \t\n\0])"
+    rf"(?:&[A-Za-z0-9_-]++[ \t]++)?+(?:{_PLAIN_LINE}"
+    r"|\"(?:[^\"\\\n\0]++|\\.)*+\"|'(?:[^'\n\0]++|'')*+')[ \t]*+:(?=[ \t\n\0])"
 )
 
-_QUOTED_RUN = {
-    '"': re.compile(r"(?:[^\"\\ \t\n\0]++|[ \t]++(?!\n))++"),
-    "'": re.compile(r"(?:[^' \t\n\0]++|[ \t]++(?!\n))++"),
-}
+_QUOTED_TEXT = re.compile(r"(?:[^'\"\\ \t\n\0]++|[ \t]++(?!\n))++")
 _LINE_FOLD = re.compile(r"[ \t]*+\n[ \t]*+(?:\n[ \t]*+)*+")
 _YAML_ESCAPE = re.compile(
     r"""
@@ -10076,11 +10068,13 @@ _YAML_LETTERS = {
     "e": "\x1b", "N": "\x85", "_": "\xa0", "L": "\u2028", "P": "\u2029",
 }  # fmt: skip
 _BLOCK_HEADER = re.compile(rf"[|>](?:([+-])([1-9])?|([1-9])([+-])?)?[ \t]*+{_COMMENT}(?=[\n\0])")
+_INDENTATIONS = re.compile(r"(?:\n[ ]*+)*+")
 _BLOCK_LINE = re.compile(r"\n([ ]*+)([^\n\0]*+)")
 
 _MISPLACED = {
     "\0": "the text ends where a value is expected",
     "\t": "a tab can't indent; write spaces",
+    "%": "directives are not read; text that begins with '%' needs quotes",
     "!": "tags are not read; write the value without one",
     "-": "a list must begin on a line of its own",
     "?": "keys with '?' are not read",
@@ -10122,7 +10116,6 @@ class YamlList(NamedTuple):
 
     items: "list[YamlNode]"
     position: int
-    size: int  # in characters, with what aliases stand for
 
 
 class YamlMap(NamedTuple):
@@ -10130,10 +10123,14 @@ class YamlMap(NamedTuple):
 
     entries: "dict[str, tuple[YamlScalar, YamlNode]]"
     position: int
-    size: int
 
 
 YamlNode = YamlScalar | YamlList | YamlMap
+_Entries = dict[str, tuple[YamlScalar, YamlNode]]
+
+
+def _nothing(position: int) -> YamlScalar:
+    return YamlScalar("", position, True, [(0, position)])
 
 
 class YamlDocument:
@@ -10145,22 +10142,27 @@ class YamlDocument:
 
     def __init__(self, text: str):
         self.text = text
-        self.root: YamlNode = YamlScalar("", 1, True, [(0, 1)])
+        self.root: YamlNode = _nothing(1)
         self.has_more = False  # whether another document follows
-        self.anchors: dict[str, YamlNode] = {}
-        self.aliased = 0
+        # By name: the node, and how many characters it and the aliases in it stand for.
+        self.anchors: dict[str, tuple[YamlNode, int]] = {}
+        self.aliased = 0  # how many all aliases stand for
         self._breaks: list[int] = []
 
     def place(self, position: int) -> tuple[int, int]:
         """The line and column of a position, from 1."""
-        self._breaks = self._breaks or [match.start() for match in re.finditer("\n", self.text)]
+        if not self._breaks:
+            ends = itertools.accumulate(len(line) + 1 for line in self.text.split("\n"))
+            self._breaks = [end - 1 for end in ends]
         line = bisect_left(self._breaks, max(position, 1))
         return line, position - self._breaks[line - 1]
 
     def error(self, reason: str, position: int) -> YAMLError:
+        """The error that something is wrong at a position."""
         return YAMLError(reason, *self.place(position))
 
     def expected(self, what: str, position: int) -> YAMLError:
+        """The error that something else was expected than what stands at a position."""
         first = self.text[position]
         found = "the end of the text" if first == "\0" else ascii(first)
         return self.error(_MISPLACED["\t"] if first == "\t" else f"{what}, found {found}", position)
@@ -10194,11 +10196,9 @@ def parse_yaml(text: str | bytes) -> YamlDocument:
     begins_marked = text[position] == "-" and _DOCUMENT_MARKER.match(text, position)
     if begins_marked:
         position += len("---")
-    end = _DOCUMENT_MARKER.search(text, position)
+    end = _DOCUMENT_MARKER.search(text, position + 1)
     src = YamlDocument(text[: end.start()] + "\0" if end else text)
-    src.has_more = end is not None and not _NO_CONTENT.match(text, end.start())
-    if text[position] == "%" and text[position - 1] == "\n":
-        raise src.error("directives are not read", position)
+    src.has_more = bool(end and text[end.end() :].strip(" \t\n.-\0"))
     src.root, position = _block_node(src, position if begins_marked else 0, -1, 0)
     position = _next_token(src, position)
     if src.text[position] != "\0":
@@ -10206,8 +10206,16 @@ def parse_yaml(text: str | bytes) -> YamlDocument:
     return src
 
 
+def _behind_blanks(src: YamlDocument, position: int) -> int:
+    return _UP_TO_TOKEN.match(src.text, position).end()  # type: ignore[union-attr]  # matches ""
+
+
+def _flow_token(src: YamlDocument, position: int) -> int:
+    return _UP_TO_FLOW_TOKEN.match(src.text, position).end()  # type: ignore[union-attr]  # as above
+
+
 def _next_token(src: YamlDocument, position: int) -> int:
-    end = _UP_TO_TOKEN.match(src.text, position).end()  # type: ignore[union-attr]  # it matches the empty string
+    end = _behind_blanks(src, position)
     if src.text[end] == "\t":
         raise src.error(_MISPLACED["\t"], end)
     return end
@@ -10225,27 +10233,28 @@ def _block_node(
     start = _next_token(src, position)
     between = src.text[position:start]
     is_item = _LIST_ITEM.match(src.text, start)
-    if "\n" in between:
+    if "\n" in between or src.text[start] == "\0":
         least = least_list if is_item and least_list is not None else indent + 1
         if src.text[start] == "\0" or src.indentation(start) < least:
-            return YamlScalar("", position, True, [(0, position)]), position
+            return _nothing(position), position
         compact = True
     elif compact and "\t" in between:
         raise src.error(_MISPLACED["\t"], position + between.index("\t"))
+    if depth > MAX_YAML_DEPTH:
+        raise src.error(f"nesting deeper than {MAX_YAML_DEPTH}", start)
     if compact and is_item:
         return _block_list(src, start, depth + 1)
     if compact and _KEY.match(src.text, start):
         return _block_map(src, start, depth + 1)
     if src.text[start] == "&":
-        name, position = _anchor(src, start)
-        node, end = _block_node(src, position, indent, depth, False, least_list)
-        src.anchors[name] = node
-        return node, end
+        return _anchored(
+            src, start, lambda behind: _block_node(src, behind, indent, depth, False, least_list)
+        )
     if src.text[start] in "|>":
         return _block_scalar(src, start, indent)
-    node, end = _flow_node(src, start, indent, depth, _BLOCK_PLAIN)
+    node, end = _flow_node(src, start, indent, depth, False)
     if not _END_OF_LINE.match(src.text, end):
-        end = _UP_TO_TOKEN.match(src.text, end).end()  # type: ignore[union-attr]  # it matches the empty string
+        end = _behind_blanks(src, end)
         if src.text[end] == ":":
             raise src.error("text with ': ' in it needs quotes", end)
         raise src.expected("expected the end of the line", end)
@@ -10253,29 +10262,27 @@ def _block_node(
 
 
 def _block_list(src: YamlDocument, position: int, depth: int) -> tuple[YamlList, int]:
-    _check_depth(src, position, depth)
     start, indent = position, src.indentation(position)
     items: list[YamlNode] = []
     while _LIST_ITEM.match(src.text, position) and src.indentation(position) == indent:
         item, position = _block_node(src, position + 1, indent, depth, compact=True)
         items.append(item)
         position = _next_token(src, position)
-    return _list(items, start), position
+    return YamlList(items, start), position
 
 
 def _block_map(src: YamlDocument, position: int, depth: int) -> tuple[YamlMap, int]:
-    _check_depth(src, position, depth)
     start, indent = position, src.indentation(position)
-    entries: dict[str, tuple[YamlScalar, YamlNode]] = {}
+    entries: _Entries = {}
     while True:
         match = _KEY.match(src.text, position)
-        if match is None:
-            if re.match(r"[?!](?:[^ \t\n\0]*+[ \t\n])", src.text[position : position + 100]):
+        if not match:
+            if src.text[position] in "?!":
                 raise src.error(_MISPLACED[src.text[position]], position)
             raise src.expected("expected a key and ':'", position)
-        key = _block_key(src, match)
+        key, _ = _flow_node(src, position, indent, depth, False)
         value, position = _block_node(src, match.end(), indent, depth, least_list=indent)
-        _add_entry(src, entries, key, value)
+        _with_entry(src, entries, key, value)
         position = _next_token(src, position)
         found = src.indentation(position)
         if found < indent or src.text[position] == "\0":
@@ -10284,35 +10291,17 @@ def _block_map(src: YamlDocument, position: int, depth: int) -> tuple[YamlMap, i
             raise src.expected("indented more than the key above, whose value is over", position)
 
 
-def _block_key(src: YamlDocument, match: re.Match[str]) -> YamlScalar:
-    position = match.start(2)
-    if src.text[position] in _QUOTED_RUN:
-        key, _ = _quoted_scalar(src, position)
-    else:
-        key = YamlScalar(match[2], position, True, [(0, position)])
-    if match[1]:
-        src.anchors[match[1][1:].rstrip()] = key
-    return key
-
-
-def _check_depth(src: YamlDocument, position: int, depth: int) -> None:
-    if depth > MAX_YAML_DEPTH:
-        raise src.error(f"nesting deeper than {MAX_YAML_DEPTH}", position)
-
-
-def _add_entry(
-    src: YamlDocument, entries: dict[str, tuple[YamlScalar, YamlNode]], key: YamlScalar,
-    value: YamlNode,
-) -> None:  # fmt: skip
+def _with_entry(src: YamlDocument, entries: _Entries, key: YamlNode, value: YamlNode) -> _Entries:
+    if not isinstance(key, YamlScalar):
+        raise src.error("a key must be text; text that begins with '{' needs quotes", key.position)
     if key.text in entries:
         line, _ = src.place(entries[key.text][0].position)
         raise src.error(f"key {key.text[:80]!a} stands in line {line} already", key.position)
     entries[key.text] = key, value
+    return entries
 
 
-def _map(
-    src: YamlDocument, entries: dict[str, tuple[YamlScalar, YamlNode]], position: int
-) -> YamlMap:
+def _map(src: YamlDocument, entries: _Entries, position: int) -> YamlMap:
     """A map, with what its key `<<` merges into it: own keys win, then earlier maps."""
     if "<<" in entries and entries["<<"][0].plain:
         key, merged = entries.pop("<<")
@@ -10321,16 +10310,7 @@ def _map(
                 raise src.error("'<<' merges a map or a list of maps", key.position)
             for name, entry in source.entries.items():
                 entries.setdefault(name, entry)
-    size = 1 + sum(_size(key) + _size(value) for key, value in entries.values())
-    return YamlMap(entries, position, size)
-
-
-def _list(items: list[YamlNode], position: int) -> YamlList:
-    return YamlList(items, position, 1 + sum(map(_size, items)))
-
-
-def _size(node: YamlNode) -> int:
-    return 1 + len(node.text) if isinstance(node, YamlScalar) else node.size
+    return YamlMap(entries, position)
 
 
 def _anchor(src: YamlDocument, position: int) -> tuple[str, int]:
@@ -10338,30 +10318,42 @@ def _anchor(src: YamlDocument, position: int) -> tuple[str, int]:
     match = _ANCHOR.match(src.text, position)
     if match is None:
         raise src.error("a name of letters, digits, '_' and '-' must follow '&' or '*'", position)
-    end = _UP_TO_TOKEN.match(src.text, match.end()).end()  # type: ignore[union-attr]  # it matches the empty string
+    end = _behind_blanks(src, match.end())
     if src.text[position] == "&" and src.text[end] in "&*":
         raise src.error("an anchor can't have another anchor or an alias behind it", end)
     return match[1], match.end()
+
+
+def _anchored(
+    src: YamlDocument, position: int, read: Callable[[int], tuple[YamlNode, int]]
+) -> tuple[YamlNode, int]:
+    """What `read` finds behind an anchor, which is kept for aliases."""
+    name, start = _anchor(src, position)
+    before = src.aliased
+    node, end = read(start)
+    src.anchors[name] = node, end - start + src.aliased - before
+    return node, end
 
 
 def _alias(src: YamlDocument, position: int) -> tuple[YamlNode, int]:
     name, end = _anchor(src, position)
     if name not in src.anchors:
         raise src.error(f"no anchor {name!r} before this alias", position)
-    node = src.anchors[name]
-    src.aliased += _size(node)
+    node, size = src.anchors[name]
+    src.aliased += size
     if src.aliased > MAX_ALIASED:
         raise src.error(f"aliases stand for more than {MAX_ALIASED} characters", position)
     return node, end
 
 
 def _flow_node(
-    src: YamlDocument, position: int, indent: int, depth: int,
-    plain: tuple[re.Pattern[str], re.Pattern[str]],
-) -> tuple[YamlNode, int]:  # fmt: skip
+    src: YamlDocument, position: int, indent: int, depth: int, in_flow: bool
+) -> tuple[YamlNode, int]:
     """A node that ends on its line or in its brackets: all but block maps, lists and scalars."""
+    if depth > MAX_YAML_DEPTH:
+        raise src.error(f"nesting deeper than {MAX_YAML_DEPTH}", position)
     first = src.text[position]
-    if first in _QUOTED_RUN:
+    if first in "\"'":
         return _quoted_scalar(src, position)
     if first == "[":
         return _flow_list(src, position, depth + 1)
@@ -10370,52 +10362,53 @@ def _flow_node(
     if first == "*":
         return _alias(src, position)
     if first == "&":
-        name, position = _anchor(src, position)
-        node, end = _flow_value(src, position, depth)
-        src.anchors[name] = node
-        return node, end
-    return _plain(src, position, indent, *plain)
+        return _anchored(
+            src, position, lambda behind: _flow_value(src, behind, indent, depth, in_flow)
+        )
+    return _plain(src, position, indent, in_flow)
 
 
-def _flow_value(src: YamlDocument, position: int, depth: int) -> tuple[YamlNode, int]:
+def _flow_value(
+    src: YamlDocument, position: int, indent: int, depth: int, in_flow: bool
+) -> tuple[YamlNode, int]:
     """A node in brackets, or nothing before a comma or the end of them."""
     start = _flow_token(src, position)
     if src.text[start] in ",]}":
-        return YamlScalar("", position, True, [(0, position)]), start
-    return _flow_node(src, start, -1, depth, _FLOW_PLAIN)
+        return _nothing(position), start
+    return _flow_node(src, start, indent, depth, in_flow)
 
 
-def _flow_token(src: YamlDocument, position: int) -> int:
-    return _UP_TO_FLOW_TOKEN.match(src.text, position).end()  # type: ignore[union-attr]  # it matches the empty string
+def _flow_entry(
+    src: YamlDocument, position: int, depth: int
+) -> tuple[YamlNode, YamlNode | None, int]:
+    """A node in brackets, and the value behind its colon, if it has one."""
+    node, end = _flow_node(src, position, -1, depth, True)
+    colon = _behind_blanks(src, end)
+    if src.text[colon] != ":" or "\n" in src.text[position:colon]:
+        return node, None, end
+    return node, *_flow_value(src, colon + 1, -1, depth, True)
 
 
 def _flow_list(src: YamlDocument, position: int, depth: int) -> tuple[YamlList, int]:
-    _check_depth(src, position, depth)
-    start, items = position, []
+    start = position
+    items: list[YamlNode] = []
     position = _flow_token(src, position + 1)
     while src.text[position] != "]":
-        item, position = _flow_node(src, position, -1, depth, _FLOW_PLAIN)
+        item, value, end = _flow_entry(src, position, depth)
+        if value is not None:  # [a: b] is [{a: b}]
+            item = _map(src, _with_entry(src, {}, item, value), position)
         items.append(item)
-        position = _flow_comma(src, position, "]")
-    return _list(items, start), position + 1
+        position = _flow_comma(src, end, "]")
+    return YamlList(items, start), position + 1
 
 
 def _flow_map(src: YamlDocument, position: int, depth: int) -> tuple[YamlMap, int]:
-    _check_depth(src, position, depth)
     start = position
-    entries: dict[str, tuple[YamlScalar, YamlNode]] = {}
+    entries: _Entries = {}
     position = _flow_token(src, position + 1)
     while src.text[position] != "}":
-        if src.text[position] in "[{":
-            raise src.error("a key must be text; text that begins with '{' needs quotes", position)
-        key, end = _flow_node(src, position, -1, depth, _FLOW_PLAIN)
-        if not isinstance(key, YamlScalar):
-            raise src.error("a key must be text", position)
-        value: YamlNode = YamlScalar("", end, True, [(0, end)])
-        colon = _UP_TO_TOKEN.match(src.text, end).end()  # type: ignore[union-attr]  # it matches the empty string
-        if src.text[colon] == ":" and "\n" not in src.text[position:colon]:
-            value, end = _flow_value(src, colon + 1, depth)
-        _add_entry(src, entries, key, value)
+        key, value, end = _flow_entry(src, position, depth)
+        _with_entry(src, entries, key, value or _nothing(end))
         position = _flow_comma(src, end, "}")
     return _map(src, entries, start), position + 1
 
@@ -10443,28 +10436,27 @@ def _fold(breaks: int) -> str:
     return " " if breaks == 1 else "\n" * (breaks - 1)
 
 
-def _plain(
-    src: YamlDocument, position: int, indent: int, first: re.Pattern[str], rest: re.Pattern[str]
-) -> tuple[YamlScalar, int]:
-    match = first.match(src.text, position)
-    if match is None:
-        letter = src.text[position]
+def _plain(src: YamlDocument, position: int, indent: int, in_flow: bool) -> tuple[YamlScalar, int]:
+    text = src.text
+    first = _FLOW_PLAIN.match(text, position) if in_flow else _BLOCK_PLAIN.match(text, position)
+    if first is None:
+        letter = text[position]
         reason = f"text that begins with {letter!a} needs quotes"
         raise src.error(_MISPLACED.get(letter, reason), position)
-    pieces, end = [(match[0], position)], match.end()
+    pieces, end = [(first[0], position)], first.end()
     while True:
         breaks, start = 0, end
-        while line := _NEXT_LINE.match(src.text, start):
+        while line := _NEXT_LINE.match(text, start):
             breaks, start = breaks + 1, line.end()
             if line[2] and len(line[1]) <= indent:
                 raise src.error(_MISPLACED["\t"], line.start(2))
         if not breaks or src.indentation(start) <= indent:
             break
-        match = rest.match(src.text, start)
-        if not match or not match[0]:
+        rest = _FLOW_REST.match(text, start) if in_flow else _BLOCK_REST.match(text, start)
+        if not rest or not rest[0]:
             break
-        pieces += [(_fold(breaks), end), (match[0], start)]
-        end = match.end()
+        pieces += [(_fold(breaks), end), (rest[0], start)]
+        end = rest.end()
     return _scalar_of(pieces, position, plain=True), end
 
 
@@ -10473,23 +10465,23 @@ def _quoted_scalar(src: YamlDocument, position: int) -> tuple[YamlScalar, int]:
     pieces: list[tuple[str, int]] = []
     position += 1
     while True:
-        if run := _QUOTED_RUN[quote].match(src.text, position):
+        if run := _QUOTED_TEXT.match(src.text, position):
             pieces.append((run[0], position))
             position = run.end()
+        letter = src.text[position]
+        piece, end = letter, position + 1
         if fold := _LINE_FOLD.match(src.text, position):
-            pieces.append((_fold(fold[0].count("\n")), position))
-            position = fold.end()
-        elif src.text[position] == "\\":
+            piece, end = _fold(fold[0].count("\n")), fold.end()
+        elif letter == "\\" and quote == '"':
             piece, end = _yaml_escape(src, position)
-            pieces.append((piece, position))
-            position = end
-        elif src.text.startswith("''", position) and quote == "'":
-            pieces.append(("'", position))
-            position += 2
-        elif src.text[position] == quote:
-            return _scalar_of(pieces, start), position + 1
-        else:
+        elif quote == "'" and src.text.startswith("''", position):
+            end += 1
+        elif letter == quote:
+            return _scalar_of(pieces, start), end
+        elif letter == "\0":
             raise src.error(f"no {quote} ends this text", start)
+        pieces.append((piece, position))
+        position = end
 
 
 def _yaml_escape(src: YamlDocument, position: int) -> tuple[str, int]:
@@ -10511,14 +10503,19 @@ def _yaml_escape(src: YamlDocument, position: int) -> tuple[str, int]:
 
 def _block_scalar(src: YamlDocument, position: int, indent: int) -> tuple[YamlScalar, int]:
     """A literal or folded scalar: the lines that are indented as far as the first one is."""
-    header = _BLOCK_HEADER.match(src.text, position)
+    header, style = _BLOCK_HEADER.match(src.text, position), src.text[position]
     if header is None:
-        raise src.error(
-            f"only '+' or '-', a digit and a comment can follow {src.text[position]!r}", position
-        )
-    folded, chomp = src.text[position] == ">", header[1] or header[4] or ""
+        reason = f"only '+' or '-', a digit and a comment can follow {style!r}"
+        raise src.error(reason, position)
+    chomp = header[1] or header[4] or ""
     digit = header[2] or header[3]
-    width = max(indent, 0) + int(digit) if digit else _block_width(src, header.end(), indent)
+    width = max(indent, 0) + int(digit or 1)
+    if not digit:  # that of the first line with text
+        blank = _INDENTATIONS.match(src.text, header.end())
+        assert blank  # it matches the empty string
+        if src.text[blank.end()] == "\t":
+            raise src.error(_MISPLACED["\t"], blank.end())
+        width = max(width, *map(len, blank[0].split("\n")))
     pieces: list[tuple[str, int]] = []
     end, breaks, begins_blank = header.end(), 0, True
     while line := _BLOCK_LINE.match(src.text, end):
@@ -10528,7 +10525,7 @@ def _block_scalar(src: YamlDocument, position: int, indent: int) -> tuple[YamlSc
             is_blank = src.text[start] in " \t"
             if not pieces:
                 joint = "\n" * (breaks - 1)
-            elif folded and not is_blank and not begins_blank:
+            elif style == ">" and not is_blank and not begins_blank:
                 joint = _fold(breaks)
             else:
                 joint = "\n" * breaks
@@ -10542,19 +10539,6 @@ def _block_scalar(src: YamlDocument, position: int, indent: int) -> tuple[YamlSc
     last = breaks if pieces else breaks - 1
     kept = {"+": last, "-": 0, "": min(last, 1) if pieces else 0}[chomp]
     return _scalar_of([*pieces, ("\n" * kept, end)], position), end
-
-
-def _block_width(src: YamlDocument, position: int, indent: int) -> int:
-    """The indentation of a block scalar that names none: that of its first line with text."""
-    width = max(indent + 1, 1)
-    while line := _BLOCK_LINE.match(src.text, position):
-        width = max(width, len(line[1]))
-        if line[2]:
-            if line[2][0] == "\t":
-                raise src.error(_MISPLACED["\t"], line.start(2))
-            break
-        position = line.end()
-    return width
 
 
 # ==================================================================================================
@@ -13915,6 +13899,8 @@ def deliver(delivery: Delivery) -> str:
         reason = f"{target.shown}: {error or type(error).__name__}"
     for secret in sorted(filter(None, hidden), key=len, reverse=True):
         reason = reason.replace(secret, HIDDEN)
+    # what a stranger answered goes to a log and to a terminal
+    reason = "".join(letter if letter.isprintable() else " " for letter in reason)
     return (FINAL if is_final else "") + reason
 
 

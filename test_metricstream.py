@@ -7995,13 +7995,14 @@ def json_flow(payload: str) -> str:
 )  # fmt: skip
 def test_the_answer_of_a_webhook_says_whether_it_is_tried_again(sink, status, is_final):
     sink.status, sink.fields = status, {"Location": f"{sink.url}/other"}
-    sink.body = b"" if status == 204 else b"no such\x00channel"
+    sink.body = b"" if status == 204 else b"no such\x00\x1b[1mchannel"
     error = metricstream.deliver(a_delivery(WEBHOOK % f"url: '{sink.url}'"))
     assert len(sink.requests) == 1
     if is_final is None:
         assert error == ""
     else:
         assert error.startswith(metricstream.FINAL) == is_final and f"answered {status}" in error
+        assert error.isprintable()
 
 
 def test_a_receiver_that_is_down_may_be_tried_again(sink):
