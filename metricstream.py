@@ -10443,9 +10443,11 @@ class YamlDocument:
         return line, position - self._breaks[line - 1]
 
     def error(self, reason: str, position: int) -> YAMLError:
+        """The error that something is wrong at a position."""
         return YAMLError(reason, *self.place(position))
 
     def expected(self, what: str, position: int) -> YAMLError:
+        """The error that something else was expected than what stands at a position."""
         first = self.text[position]
         found = "the end of the text" if first == "\0" else ascii(first)
         return self.error(_MISPLACED["\t"] if first == "\t" else f"{what}, found {found}", position)
@@ -13996,7 +13998,7 @@ def label_set_text(labels: Mapping[str, str]) -> str:
 # ---- matchers ----
 
 _LABEL_NAME = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
-_LABEL_MATCHER = re.compile(r"\s*([a-zA-Z_:][a-zA-Z0-9_:]*)\s*(=~|=|!=|!~)\s*(.*)", re.DOTALL)
+_LABEL_MATCHER = re.compile(r"\s*([a-zA-Z_:][a-zA-Z0-9_:]*)\s*(=~|=|!=|!~)(.*)", re.DOTALL)
 _MATCHER_TOKEN = re.compile(r'(?:[^,"\\]|\\.|\\\Z|"(?:[^"\\]|\\.)*(?:"|\\?\Z))*', re.DOTALL)
 _MATCHER_VALUE = re.compile(r'(?:[^"\\]|\\.|\\\Z)*', re.DOTALL)
 _MATCHER_ESCAPE = re.compile(r'\\([n"\\])')
@@ -14026,7 +14028,7 @@ def parse_matcher(text: str) -> Matcher:
     match = _LABEL_MATCHER.fullmatch(text)
     if match is None:
         raise ValueError(f"bad matcher format: {_clipped(text)}")
-    name, op, value = match[1], match[2], match[3].rstrip()
+    name, op, value = match[1], match[2], match[3].strip()
     if value.startswith('"') and (len(value) < 2 or not value.endswith('"')):
         raise ValueError(f"matcher value contains unescaped double quote: {_clipped(value)}")
     value = value[1:-1] if value.startswith('"') else value
@@ -14261,11 +14263,14 @@ def shown_url(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{hidden}"
 
 
+_NEVER_IN_A_URL = re.compile(r"[\x00-\x20\x7f]")
+
+
 def _checked_url(url: str) -> str:
     try:
         parts = urllib.parse.urlsplit(url)
         is_usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-        if not is_usable or re.search(r"[\x00-\x20\x7f]", url):
+        if not is_usable or _NEVER_IN_A_URL.search(url):
             raise ValueError
     except ValueError:
         # the URL is not repeated: it may hold a credential
@@ -14337,6 +14342,7 @@ _EMAIL_FIELDS = (
     "auth_secret", "auth_identity", "headers", "html", "text", "require_tls", "tls_config",
     "send_resolved",
 )  # fmt: skip
+_HEADER_NAME = re.compile(r"[!-9;-~]+")  # RFC 5322, 2.2
 _BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _ConfigFields = dict[str, YamlNode]
 
@@ -14535,6 +14541,9 @@ class _ConfigReader:
                     for name in ("subject", "html")}  # fmt: skip
         headers = {name.title(): self._template(value) for name, (_, value)
                    in self._entries(fields.get("headers"), "headers").items()}  # fmt: skip
+        for name, (key, _) in self._entries(fields.get("headers"), "headers").items():
+            if not _HEADER_NAME.fullmatch(name):
+                self._fault(key, f"{_clipped(name)!r} is no name for a header")
         if "Subject" not in headers:
             headers["Subject"] = parse_notification_template(defaults["subject"])
         html = parse_notification_template(defaults["html"])
@@ -14789,7 +14798,7 @@ class Delivery(NamedTuple):
     group_key: str
     group_labels: dict[str, str]
     alerts: tuple[Alert, ...]
-    now: float
+    now: float  # when it was begun, which decides what is resolved
     external_url: str
     deadline_s: float  # it takes no longer
     attempt: int
@@ -14880,10 +14889,10 @@ class Notifications:
         if 0 <= leap <= LEAP_S:
             return
         for id, alert in self.alerts.items():
-            if not alert.is_resolved(before):
-                self.alerts[id] = alert._replace(
-                    ends_at=alert.ends_at + leap, updated_at=min(alert.updated_at, now)
-                )
+            is_over = alert.is_resolved(before)
+            ends_at = min(alert.ends_at, now) if is_over else alert.ends_at + leap
+            updated_at = min(alert.updated_at, now)
+            self.alerts[id] = alert._replace(ends_at=ends_at, updated_at=updated_at)
         if leap < 0:
             for group in self._groups.values():
                 group.flush_at += leap
@@ -14908,7 +14917,7 @@ class Notifications:
                 left = max(1.0, pending.group.flush_at - now)
                 deadline_s = min(left, pending.delivery.integration.timeout_s)
                 pending.delivery = pending.delivery._replace(
-                    deadline_s=deadline_s, now=now, attempt=pending.delivery.attempt + 1
+                    deadline_s=deadline_s, attempt=pending.delivery.attempt + 1
                 )
                 pending.in_transit = True
                 deliveries.append(pending.delivery)
@@ -14945,25 +14954,10 @@ class Notifications:
                 ids[alert.is_resolved(now)].add(fingerprint(alert.labels))
             entry = _LogEntry(frozenset(ids[False]), frozenset(ids[True]), now)
             for key, (_, integration) in zip(keys, integrations):
-                if self._needs_update(key, entry, integration, group.route):
+                if _is_news(self._log.get(key), entry, integration.send_resolved, group.route):
                     self._begin(key, integration, group, entry, alerts, told)
         if not group.open:
             self._finish(group, told)
-
-    def _needs_update(
-        self, key: _LogKey, wanted: _LogEntry, integration: Webhook | Email, route: Route
-    ) -> bool:
-        """The rule of Alertmanager's dedup stage."""
-        known = self._log.get(key)
-        if known is None:
-            return bool(wanted.firing)
-        if not wanted.firing <= known.firing:
-            return True
-        if not wanted.firing:
-            return bool(known.firing)
-        if integration.send_resolved and not wanted.resolved <= known.resolved:
-            return True
-        return known.at < wanted.at - route.repeat_interval_s
 
     def _begin(
         self, key: _LogKey, integration: Webhook | Email, group: _AlertGroup, entry: _LogEntry,
@@ -15083,9 +15077,7 @@ class Notifications:
         self._pending = {key: each for key, each in self._pending.items() if each.in_transit}
         self.config, self._groups, self._holders = config, {}, Counter()
         known = {(each["receiver"], each["key"]): each for each in saved}
-        left: dict[tuple[str, str], set[str]] = {
-            place: set(each["members"]) for place, each in known.items()
-        }
+        left = {place: set[str](each["members"]) for place, each in known.items()}
         for id, alert in list(self.alerts.items()):
             for route in config.route.matching(alert.labels):
                 place = (route.receiver, _group_key(route, alert.labels))
@@ -15105,13 +15097,7 @@ class Notifications:
             "saved_at": self.now(),
             "alerts": [alert._asdict() for alert in self.alerts.values()],
             "groups": self._saved_groups(),
-            "log": [
-                {
-                    **key._asdict(), "firing": sorted(entry.firing),
-                    "resolved": sorted(entry.resolved), "at": entry.at,
-                }
-                for key, entry in self._log.items()
-            ],
+            "log": _saved_log(self._log),
             "silences": [
                 {**silence._asdict(), "matchers": [list(m) for m in silence.matchers]}
                 for silence in self.silences.by_id.values()
@@ -15124,12 +15110,7 @@ class Notifications:
         """
         now = self.now()
         alerts = [Alert(**alert) for alert in state["alerts"]]
-        log = {
-            _LogKey(row["receiver"], row["kind"], row["number"], row["group_key"]): _LogEntry(
-                frozenset(row["firing"]), frozenset(row["resolved"]), row["at"]
-            )
-            for row in state["log"]
-        }
+        log = _restored_log(state["log"])
         silences = [
             Silence(**{**row, "matchers": tuple(checked_matcher(*m) for m in row["matchers"])})
             for row in state["silences"]
@@ -15139,6 +15120,40 @@ class Notifications:
         self.silences.by_id = {silence.id: silence for silence in silences}
         self._regroup(self.config, state["groups"], state["saved_at"])
         self._follow(state["saved_at"], now)
+
+
+def _saved_log(log: dict[_LogKey, _LogEntry]) -> list[dict[str, Any]]:
+    return [
+        {
+            **key._asdict(), "firing": sorted(entry.firing), "resolved": sorted(entry.resolved),
+            "at": entry.at,
+        }
+        for key, entry in log.items()
+    ]  # fmt: skip
+
+
+def _restored_log(rows: list[dict[str, Any]]) -> dict[_LogKey, _LogEntry]:
+    return {
+        _LogKey(row["receiver"], row["kind"], row["number"], row["group_key"]): _LogEntry(
+            frozenset(row["firing"]), frozenset(row["resolved"]), row["at"]
+        )
+        for row in rows
+    }
+
+
+def _is_news(
+    known: _LogEntry | None, wanted: _LogEntry, sends_resolved: bool, route: Route
+) -> bool:
+    """Whether a receiver is told, by what it knows: the rule of Alertmanager's dedup stage."""
+    if known is None:
+        return bool(wanted.firing)
+    if not wanted.firing <= known.firing:
+        return True
+    if not wanted.firing:
+        return bool(known.firing)
+    if sends_resolved and not wanted.resolved <= known.resolved:
+        return True
+    return known.at < wanted.at - route.repeat_interval_s
 
 
 def _group_key(route: Route, labels: dict[str, str]) -> str:
@@ -15249,7 +15264,9 @@ def _shared(maps: Sequence[Mapping[str, str]]) -> _KV:
 
 
 def _utc(time_s: float) -> datetime.datetime:
-    return _EPOCH + datetime.timedelta(seconds=time_s)
+    """A time of an alert; those beyond the calendar are its first or last."""
+    first, last = -62_135_596_800, 253_402_300_799
+    return _EPOCH + datetime.timedelta(seconds=min(max(time_s, first), last))
 
 
 def notification_data(delivery: Delivery, alerts: Sequence[Alert]) -> TemplateStruct:
@@ -15481,6 +15498,8 @@ def deliver(delivery: Delivery) -> str:
         reason = f"{target.shown}: {error or type(error).__name__}"
     for secret in sorted(filter(None, hidden), key=len, reverse=True):
         reason = reason.replace(secret, HIDDEN)
+    # what a stranger answered goes to a log and to a terminal
+    reason = "".join(letter if letter.isprintable() else " " for letter in reason)
     return (FINAL if is_final else "") + reason
 
 
@@ -15729,8 +15748,8 @@ class Dispatcher(Notifications):
                 "inhibitedBy": [], "silencedBy": silenced_by,
                 "state": "suppressed" if silenced_by else "active",
             },
-            "updatedAt": _api_text(alert.updated_at), "generatorURL": alert.generator_url,
-            "labels": alert.labels,
+            "updatedAt": _api_text(alert.updated_at), "labels": alert.labels,
+            **({"generatorURL": alert.generator_url} if alert.generator_url else {}),
         }  # fmt: skip
 
     def _get_alerts(self, form: _Form, body: bytes) -> Any:
