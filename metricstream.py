@@ -40,6 +40,7 @@ import decimal
 import email.utils
 import errno
 import fcntl
+import fractions
 import functools
 import gzip
 import hashlib
@@ -10062,6 +10063,10 @@ class _HTML(str):
     type_name = "template.HTML"
 
 
+class _Byte(int):
+    type_name = "uint8"
+
+
 _TYPE_NAMES = {
     type(None): "<nil>", bool: "bool", int: "int", float: "float64", str: "string",
     dict: "map[string]string", list: "[]string",
@@ -10089,12 +10094,16 @@ class _Verb(NamedTuple):
     """What stands behind a % sign."""
 
     letter: str
-    flags: str = ""
+    flags: str = ""  # of "-+# 0", and those below
     width: int = 0
     precision: int | None = None
 
 
+# `+` and `#` mean something else for `%v`, and must not reach the numbers within a list.
+_NAMES_FIELDS, _GO_SYNTAX = "P", "S"
+_OF_V = str.maketrans("+#", _NAMES_FIELDS + _GO_SYNTAX)
 _AS_V = _Verb("v")
+_SHOWN = _Verb("v", "*")  # what a pointer points to, without the `&` that fmt puts before it
 
 
 class _Output:
@@ -10113,35 +10122,38 @@ class _Output:
     def value(self, value: Any, form: _Verb = _AS_V, depth: int = 0) -> None:
         if depth > MAX_TEMPLATE_DEPTH:
             raise ValueError("value nested too deeply")
-        if form.letter == "T":
-            self.add(_padded(_type_name(value), form))
-        elif isinstance(value, dict):
-            self.composite(value, "map[", value.items(), "]", form, depth)
-        elif isinstance(value, list):
-            self.composite(value, "[", ((None, item) for item in value), "]", form, depth)
-        elif isinstance(value, TemplateStruct):
-            named = "+" in form.flags or "#" in form.flags
-            fields = ((name if named else None, item) for name, item in value.fields.items())
-            self.composite(value, "{", fields, "}", form, depth)
-        else:
-            text = _scalar_text(value, form)
-            if text is None:
-                self.add(f"%!{form.letter}({_type_name(value)}")
-                if value is not None:
-                    self.add("=")
-                    self.value(value, form._replace(letter="v"), depth)
-                text = ")"
+        if value is None and depth:
+            self.add("interface {}(nil)" if _GO_SYNTAX in form.flags else "<nil>")
+        elif form.letter == "T" and value is not None:
+            self.add(_padded(_type_name(value)[: form.precision], form))
+        elif isinstance(value, dict | list | TemplateStruct) and not (
+            form.letter in "pw" or (depth and form.letter != "v" and _type_name(value)[0] == "*")
+        ):
+            self.composite(value, form, depth)
+        elif (text := _scalar_text(value, form)) is not None:
             self.add(text)
+        else:
+            self.add(f"%!{form.letter}({_type_name(value)}")
+            if value is not None:
+                self.add("=")
+                self.value(value, form._replace(letter="v"), depth)
+            self.add(")")
 
-    def composite(
-        self, value: Any, begin: str, items: Iterable[tuple[Any, Any]], end: str, form: _Verb,
-        depth: int,
-    ) -> None:  # fmt: skip
-        separator, is_go = " ", form.letter == "v" and "#" in form.flags
-        if is_go:
-            begin, separator, end = f"{_type_name(value)}{{".lstrip("*"), ", ", "}"
-        if isinstance(value, dict):
-            items = sorted(items)
+    def composite(self, value: Any, form: _Verb, depth: int) -> None:
+        type_name, flags = _type_name(value), form.flags
+        begin, separator, end = "[", " ", "]"
+        items: Iterable[tuple[Any, Any]]
+        if isinstance(value, list):
+            items = ((None, item) for item in value)
+        elif isinstance(value, dict):
+            begin, items = "map[", sorted(value.items())
+        else:
+            names_fields = _NAMES_FIELDS in flags or _GO_SYNTAX in flags
+            items = ((name if names_fields else None, item) for name, item in value.fields.items())
+            begin, end = "{", "}"
+        if _GO_SYNTAX in flags:
+            begin, separator, end = type_name.lstrip("*") + "{", ", ", "}"
+        self.add("&" if type_name[0] == "*" and "*" not in flags else "")
         self.add(begin)
         for index, (name, item) in enumerate(items):
             self.add(separator if index else "")
@@ -10165,16 +10177,14 @@ def _scalar_text(value: Any, form: _Verb) -> str | None:
     elif isinstance(value, datetime.timedelta):
         value = _duration_text_of(value) if verb in "vsqxX" else _nanoseconds(value)
     if value is None:
-        return _padded("<nil>", form) if verb == "v" else None
+        return _padded("<nil>", form) if verb in "vT" else None
     if isinstance(value, bool):
         return _padded("true" if value else "false", form) if verb in "tv" else None
     if isinstance(value, int):
         return _integer_text(value, form)
     if isinstance(value, float):
-        return _float_text(value, form) if verb in "eEfFgGv" else None
-    if isinstance(value, str):
-        return _string_text(value, form)
-    return None
+        return _float_text(value, form) if verb in "bxXeEfFgGv" else None
+    return _string_text(value, form) if isinstance(value, str) else None
 
 
 def _padded(text: str, form: _Verb) -> str:
@@ -10183,40 +10193,50 @@ def _padded(text: str, form: _Verb) -> str:
     return text.rjust(form.width, "0" if "0" in form.flags else " ")
 
 
+def _without_zeros(form: _Verb) -> _Verb:
+    return form._replace(flags=form.flags.replace("0", ""))
+
+
 def _string_text(text: str, form: _Verb) -> str | None:
     verb, flags, _, precision = form
     if verb in "xX":
         octets = text.encode(errors="surrogateescape")[:precision]
         prefix = "0x" if "#" in flags else ""
         separator = f" {prefix}" if " " in flags else ""
-        digits = prefix + octets.hex(separator[:1]).replace(" ", separator) if octets else ""
+        digits = prefix + separator.join(f"{octet:02x}" for octet in octets) if octets else ""
         return _padded(digits.upper() if verb == "X" else digits, form)
     text = text[:precision]
-    if verb == "q" or (verb == "v" and "#" in flags):
-        is_plain = "`" not in text and text.isprintable()
-        raw = verb == "q" and "#" in flags and is_plain
-        text = f"`{text}`" if raw else _quoted(text)
+    if verb == "q" or (verb == "v" and _GO_SYNTAX in flags):
+        is_raw = "#" in flags and not _NOT_RAW.search(text)
+        text = f"`{text}`" if is_raw else f'"{_escaped_for(text, flags)}"'
     elif verb not in "sv":
         return None
     return _padded(text, form)
 
 
+_NOT_RAW = re.compile("[`\x00-\x08\x0a-\x1f\x7f\ufeff\ud800-\udfff]")
+
+
+def _escaped_for(text: str, flags: str) -> str:
+    """As it stands within quotes; with `+` in ASCII alone."""
+    escaped = "".join(map(_go_escaped, text))
+    if "+" in flags and not escaped.isascii():
+        escaped = "".join(c if c.isascii() else _code_escape(c) for c in escaped)
+    return escaped
+
+
+def _code_escape(letter: str) -> str:
+    return f"\\u{ord(letter):04x}" if letter < "\U00010000" else f"\\U{ord(letter):08x}"
+
+
 _BASES = {"d": "d", "v": "d", "b": "b", "o": "o", "O": "o", "x": "x", "X": "X"}
-_PREFIXES = {"b": "0b", "o": "0", "x": "0x", "X": "0X"}
+_PREFIXES = {"b": "0b", "o": "0", "O": "0", "x": "0x", "X": "0X"}
 
 
 def _integer_text(value: int, form: _Verb) -> str | None:
     verb, flags, width, precision = form
-    character = chr(value) if 0 <= value <= 0x10FFFF and not 0xD800 <= value < 0xE000 else "\ufffd"
-    if verb == "c":
-        return _padded(character, form)
-    if verb == "q":
-        inner = {"'": "\\'", '"': '"'}.get(character) or _go_escaped(character)
-        return _padded(f"'{inner}'", form)
-    if verb == "U":
-        text = f"U+{value & 0xFFFFFFFFFFFFFFFF:04X}"
-        shows = "#" in flags and character.isprintable()
-        return _padded(f"{text} '{character}'" if shows else text, form._replace(flags=""))
+    if verb in "cqU":
+        return _character_text(value, form)
     if verb not in _BASES:
         return None
     if precision == 0 and value == 0:
@@ -10225,114 +10245,203 @@ def _integer_text(value: int, form: _Verb) -> str | None:
     digits = format(abs(value), _BASES[verb])
     if precision is not None:
         digits = digits.rjust(precision, "0")
-    elif "0" in flags and "-" not in flags:
+    elif "0" in flags:
         digits = digits.rjust(width - len(sign), "0")
-    prefix = "0o" if verb == "O" else _PREFIXES.get(verb, "") if "#" in flags else ""
+    prefix = _PREFIXES.get(verb, "") if "#" in flags else ""
     if prefix == "0" and digits.startswith("0"):
         prefix = ""
-    return _padded(sign + prefix + digits, form._replace(flags=flags.replace("0", "")))
+    prefix = "0o" + prefix if verb == "O" else prefix
+    return _padded(sign + prefix + digits, _without_zeros(form))
+
+
+def _character_text(code: int, form: _Verb) -> str:
+    is_character = 0 <= code <= 0x10FFFF and not 0xD800 <= code < 0xE000
+    character = chr(code) if is_character else "\ufffd"
+    if form.letter == "c":
+        return _padded(character, form)
+    if form.letter == "q":
+        inner = {"'": "\\'", '"': '"'}.get(character) or _escaped_for(character, form.flags)
+        return _padded(f"'{inner}'", form)
+    text = f"U+{code & 0xFFFFFFFFFFFFFFFF:0{max(4, form.precision or 0)}X}"
+    if "#" in form.flags and is_character and character.isprintable():
+        text += f" '{character}'"
+    return _padded(text, _without_zeros(form))
 
 
 def _float_text(value: float, form: _Verb) -> str:
     verb, flags, width, precision = form
-    sign = "-" if math.copysign(1, value) < 0 else "+" if "+" in flags else ""
+    sign = "-" if math.copysign(1, value) < 0 and value == value else "+"
+    if sign == "+" and "+" not in flags:
+        sign = " " if " " in flags else ""
     if not math.isfinite(value):
-        sign = sign if value == value else "+" if "+" in flags else ""
-        text = "NaN" if value != value else "Inf"
-        sign = sign or (" " if " " in flags else "+" if text == "Inf" else "")
-        return _padded(sign + text, form._replace(flags=flags.replace("0", "")))
-    sign = sign or (" " if " " in flags else "")
-    if precision is None and verb in "gGv":
-        text = _shortest_text(abs(value))
-        text = text.upper() if verb == "G" else text
-    else:
-        text = format(
-            abs(value), f".{6 if precision is None else precision}{verb}".replace("v", "g")
-        )
-    if "0" in flags and "-" not in flags:
+        text = "NaN" if value != value else sign + "Inf" if sign else "+Inf"
+        text = sign + text if value != value else text
+        return _padded(text, _without_zeros(form))
+    text = _digits_of(abs(value), "g" if verb == "v" else verb, precision)
+    if "#" in flags and verb != "b":
+        text = _with_point(text, verb, precision)
+    if "0" in flags:
         text = text.rjust(width - len(sign), "0")
-    return _padded(sign + text, form._replace(flags=flags.replace("0", "")))
+    return _padded(sign + text, _without_zeros(form))
+
+
+def _digits_of(value: float, verb: str, precision: int | None) -> str:
+    if verb == "b":
+        mantissa, exponent = math.frexp(value)
+        exponent = max(exponent - 53, -1074)
+        return f"{int(math.ldexp(value, -exponent))}p{exponent:+d}" if value else "0p-1074"
+    if verb in "xX":
+        text = _hexadecimal_text(value, precision)
+        return text.upper() if verb == "X" else text
+    if precision is None and verb in "gG":
+        text = _shortest_text(value)
+        return text.upper() if verb == "G" else text
+    return format(value, f".{6 if precision is None else precision}{verb}")
+
+
+def _hexadecimal_text(value: float, precision: int | None) -> str:
+    """The digits of `%x`: 0x1.8p+00."""
+    mantissa, exponent = math.frexp(value)
+    number, places = int(math.ldexp(mantissa, 53)), 13  # 1 and 52 bits behind the point
+    if precision is not None and precision < places:
+        # to even, as `round` does
+        number, places = round(fractions.Fraction(number, 16 ** (13 - precision))), precision
+    if number >= 2 * 16**places:
+        number, exponent = number // 2, exponent + 1
+    digits = f"{number:0{places + 1}x}"
+    head, tail = digits[0], digits[1:].ljust(precision or 0, "0")
+    tail = tail.rstrip("0") if precision is None else tail
+    return f"0x{head}{'.' if tail else ''}{tail}p{exponent - 1 if value else 0:+03d}"
+
+
+def _with_point(text: str, verb: str, precision: int | None) -> str:
+    """With `#` a number has a point, and zeros up to its precision."""
+    exponent_at = re.search("[pP]" if verb in "xX" else "[eE]", text)
+    number = text[: exponent_at.start()] if exponent_at else text
+    digits = (6 if precision is None else precision) if verb in "vgGx" else 0
+    digits -= len(number.replace(".", "").lstrip("0"))
+    if "." not in number:
+        digits -= number == "0"
+        number += "."
+    return number + "0" * digits + (exponent_at[0] + text[exponent_at.end() :] if exponent_at else "")
 
 
 def _shortest_text(value: float) -> str:
-    """The shortest decimal that reads back; with an exponent from 1e+06 on and below 0.0001."""
+    """The shortest decimal that reads back; with an exponent from 1e+21 on and below 0.0001."""
     digits = decimal.Decimal(repr(value)).normalize().as_tuple().digits
     text = f"{value:.{len(digits) - 1}e}"
     return decimal_text(value) if -4 <= int(text.partition("e")[2]) < 6 else text
 
 
 _VERB = re.compile(
-    r"""%(?P<flags>[-+#\ 0]*)(?P<width>\*|[0-9]*)(?:\.(?P<precision>\*|[0-9]*))?
-        (?:\[(?P<index>[0-9]*)\])?(?P<verb>.?)""",
+    r"""%(?P<flags>[-+#\ 0]*)
+        (?P<index>\[(?:[^\]]{0,9}\])?)? (?P<width>\*|[0-9]*)
+        (?:\. (?P<index2>\[(?:[^\]]{0,9}\])?)? (?P<precision>\*|[0-9]*) )?
+        (?P<index3>\[(?:[^\]]{0,9}\])?)? (?P<verb>.?)""",
     re.DOTALL | re.VERBOSE,
 )
+_VERB_INDEX = re.compile(r"\[([0-9]{1,7})\]")
 MAX_PRINTF_WIDTH = 1_000_000  # as Go's fmt has it
 
 
-def _go_printf(format: str, *values: Any) -> str:
-    printer = _Output()
-    place, index, reordered = 0, 0, False
+class _Printf:
+    """One call of `printf`: which value is next, and what is wrong with the format."""
 
-    def number(text: str | None, fault: str) -> int | None:
-        """A width or a precision, from the format or for `*` from the values."""
-        nonlocal index
-        if text != "*":
-            return int(text[:8] or 0) if text is not None else None
-        index += 1
-        value = values[index - 1] if index <= len(values) else None
-        if type(value) is int and abs(value) <= MAX_PRINTF_WIDTH:
-            return value
-        printer.add(f"%!({fault})")
-        return None
+    def __init__(self, values: Sequence[Any]) -> None:
+        self.values, self.index = values, 0
+        self.is_reordered = False
+        self.output = _Output()
 
-    for match in _VERB.finditer(format):
-        printer.add(format[place : match.start()])
-        place, verb, flags = match.end(), match["verb"], match["flags"]
-        width = number(match["width"], "BADWIDTH") or 0
-        precision = number(match["precision"], "BADPREC")
+    def run(self, format: str) -> str:
+        place = 0
+        for match in _VERB.finditer(format):
+            self.output.add(format[place : match.start()])
+            place = match.end()
+            self.verb(match)
+        self.output.add(format[place:])
+        rest = self.values[self.index :]
+        if rest and not self.is_reordered:
+            self.output.add("%!(EXTRA ")
+            for number, value in enumerate(rest):
+                self.output.add(", " if number else "")
+                self.output.add(_type_name(value) + ("=" if value is not None else ""))
+                if value is not None:
+                    self.output.value(value)
+            self.output.add(")")
+        return self.output.text()
+
+    def verb(self, match: re.Match[str]) -> None:
+        flags, letter = match["flags"], match["verb"]
+        is_good = self.jump(match["index"])
+        width = self.number(match["width"], "BADWIDTH") or 0
         if width < 0:
             flags, width = flags + "-", -width
-        if max(width, precision or 0) > MAX_PRINTF_WIDTH or not verb:
-            printer.add("%!(NOVERB)")
-            place = len(format)
-            break
-        if match["index"] is not None:
-            reordered, index = True, int(match["index"][:8] or 0) - 1
-        if verb == "%":
-            printer.add("%")
-        elif not 0 <= index < len(values):
-            is_bad = match["index"] is not None
-            printer.add(f"%!{verb}({'BADINDEX' if is_bad else 'MISSING'})")
+        is_good &= not (match["index"] and match["width"].isdigit())
+        is_good &= not (match["index"] and match["width"] != "*" and match["precision"] is not None)
+        is_good &= self.jump(match["index2"])
+        precision = self.number(match["precision"], "BADPREC")
+        is_good &= self.jump(match["index3"])
+        if "-" in flags:
+            flags = flags.replace("0", "")
+        if letter == "v":
+            flags = flags.translate(_OF_V)
+        if not letter:
+            self.output.add("%!(NOVERB)")
+        elif letter == "%":
+            self.output.add("%")
+        elif not is_good:
+            self.output.add(f"%!{letter}(BADINDEX)")
+        elif self.index >= len(self.values):
+            self.output.add(f"%!{letter}(MISSING)")
         else:
             precision = None if precision is not None and precision < 0 else precision
-            printer.value(values[index], _Verb(verb, flags, width, precision))
-            index += 1
-    printer.add(format[place:])
-    if not reordered and index < len(values):
-        printer.add("%!(EXTRA ")
-        for extra in range(index, len(values)):
-            value = values[extra]
-            printer.add(", " if extra > index else "")
-            printer.add(_type_name(value) + ("=" if value is not None else ""))
-            if value is not None:
-                printer.value(value)
-        printer.add(")")
-    return printer.text()
+            form = _Verb(letter, flags, width, precision)
+            self.output.value(self.values[self.index], form)
+            self.index += 1
+
+    def jump(self, index: str | None) -> bool:
+        """To the value that an index such as `[2]` names; False if there is none."""
+        if index is None:
+            return True
+        self.is_reordered = True
+        match = _VERB_INDEX.fullmatch(index)
+        if match and 1 <= int(match[1]) <= len(self.values):
+            self.index = int(match[1]) - 1
+            return True
+        return False
+
+    def number(self, text: str | None, fault: str) -> int | None:
+        """A width or a precision, from the format or for `*` from the values."""
+        if text is None:
+            return None
+        if text != "*":
+            return min(int(text[:8] or 0), MAX_TEMPLATE_OUTPUT + 1)
+        value = self.values[self.index] if self.index < len(self.values) else None
+        self.index += self.index < len(self.values)
+        is_number = isinstance(value, int) and not isinstance(value, bool)
+        if is_number and abs(value) <= MAX_PRINTF_WIDTH:
+            return value
+        self.output.add(f"%!({fault})")
+        return None
 
 
-def _go_print(*values: Any, spaces: bool = False, end: str = "") -> str:
+def _go_printf(format: str, *values: Any) -> str:
+    return _Printf(values).run(format)
+
+
+def _go_print(*values: Any, spaces: bool = False, end: str = "", form: _Verb = _AS_V) -> str:
     """All values; between two of them a space, always or if neither is a string."""
     printer = _Output()
     for index, value in enumerate(values):
         apart = not isinstance(value, str) and not isinstance(values[index - 1], str)
         printer.add(" " if index and (spaces or apart) else "")
-        printer.value(value)
+        printer.value(value, form)
     printer.add(end)
     return printer.text()
 
 
 def _printed(*values: Any) -> str:
-    return _go_print(*("<no value>" if value is None else value for value in values))
+    return _go_print(*("<no value>" if value is None else value for value in values), form=_SHOWN)
 
 
 # ---- times: as Go writes and lays them out ----
@@ -10537,7 +10646,7 @@ def _indexed(value: Any, *indexes: Any) -> Any:
             if place == len(items):
                 kind = "string" if isinstance(value, str) else "slice"
                 raise ValueError(f"reflect: {kind} index out of range")
-            value = items[place]
+            value = _Byte(items[place]) if isinstance(value, str) else items[place]
         else:
             raise ValueError(f"can't index item of type {_type_name(value)}")
     return value
@@ -11529,7 +11638,7 @@ class _TemplateRun:
 
     def show(self, value: Any) -> None:
         try:
-            self.printed.value(value)
+            self.printed.value(value, _SHOWN)
         except ValueError as error:
             self.fail(str(error))
 
