@@ -10067,6 +10067,16 @@ class _Byte(int):
     type_name = "uint8"
 
 
+class _Month(int):
+    type_name = "time.Month"
+    names = calendar.month_name
+
+
+class _Weekday(int):
+    type_name = "time.Weekday"
+    names = (calendar.day_name[6], *calendar.day_name[:6])
+
+
 _TYPE_NAMES = {
     type(None): "<nil>", bool: "bool", int: "int", float: "float64", str: "string",
     dict: "map[string]string", list: "[]string",
@@ -10176,6 +10186,8 @@ def _scalar_text(value: Any, form: _Verb) -> str | None:
         value = _time_text(value)
     elif isinstance(value, datetime.timedelta):
         value = _duration_text_of(value) if verb in "vsqxX" else _nanoseconds(value)
+    elif isinstance(value, _Month | _Weekday) and verb in "vsqxX":
+        value = value.names[value]
     if value is None:
         return _padded("<nil>", form) if verb in "vT" else None
     if isinstance(value, bool):
@@ -10380,6 +10392,9 @@ class _Printf:
         is_good &= not (match["index"] and match["width"] != "*" and match["precision"] is not None)
         is_good &= self.jump(match["index2"])
         precision = self.number(match["precision"], "BADPREC")
+        if precision is not None and precision < 0:
+            precision = None
+            self.output.add("%!(BADPREC)")
         is_good &= self.jump(match["index3"])
         if "-" in flags:
             flags = flags.replace("0", "")
@@ -10394,7 +10409,6 @@ class _Printf:
         elif self.index >= len(self.values):
             self.output.add(f"%!{letter}(MISSING)")
         else:
-            precision = None if precision is not None and precision < 0 else precision
             form = _Verb(letter, flags, width, precision)
             self.output.value(self.values[self.index], form)
             self.index += 1
@@ -10449,15 +10463,20 @@ def _printed(*values: Any) -> str:
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 _MICROSECOND = datetime.timedelta(microseconds=1)
 _LAYOUT = re.compile(
-    r"January|Jan|Monday|Mon|MST|2006|Z07:00|Z0700|-07:00|-0700|-07|[.,](?:0+|9+)(?![0-9])"
-    r"|002|01|02|03|04|05|06|15|PM|pm|_2(?!006)|[12345]"
+    r"January|Jan(?![a-z])|Monday|Mon(?![a-z])|MST|2006|[-Z]07(?::00(?::00)?|00(?:00)?)?"
+    r"|[.,](?:0+|9+)(?![0-9])|002|01|02|03|04|05|06|15|PM|pm|__2|_2(?!006)|[12345]"
 )
 
 
-def _offset(time: datetime.datetime, colon: str = "") -> str:
-    minutes = round((time.utcoffset() or datetime.timedelta()) / datetime.timedelta(minutes=1))
-    hours, minutes = divmod(abs(minutes), 60)
-    return f"{'-' if minutes < 0 else '+'}{hours:02d}{colon}{minutes:02d}"
+def _offset(time: datetime.datetime, form: str) -> str:
+    """As `-0700`, `-07:00:00` and the like ask for it; with a Z in front UTC is a Z alone."""
+    seconds = round((time.utcoffset() or datetime.timedelta()).total_seconds())
+    if form[0] == "Z" and not seconds:
+        return "Z"
+    parts = abs(seconds) // 3600, abs(seconds) // 60 % 60, abs(seconds) % 60
+    colon = ":" if ":" in form else ""
+    shown = colon.join(f"{part:02d}" for part in parts[: (len(form) - form.count(":") - 1) // 2])
+    return ("-" if seconds < 0 else "+") + shown
 
 
 _LAYOUT_PARTS: dict[str, Callable[[datetime.datetime], str]] = {
@@ -10467,11 +10486,6 @@ _LAYOUT_PARTS: dict[str, Callable[[datetime.datetime], str]] = {
     "Mon": lambda t: calendar.day_abbr[t.weekday()],
     "MST": lambda t: t.tzname() or "",
     "2006": lambda t: f"{t.year:04d}",
-    "Z07:00": lambda t: _offset(t, ":") if t.utcoffset() else "Z",
-    "Z0700": lambda t: _offset(t) if t.utcoffset() else "Z",
-    "-07:00": lambda t: _offset(t, ":"),
-    "-0700": _offset,
-    "-07": lambda t: _offset(t)[:3],
     "002": lambda t: f"{t.timetuple().tm_yday:03d}",
     "01": lambda t: f"{t.month:02d}",
     "02": lambda t: f"{t.day:02d}",
@@ -10483,6 +10497,7 @@ _LAYOUT_PARTS: dict[str, Callable[[datetime.datetime], str]] = {
     "PM": lambda t: "PM" if t.hour >= 12 else "AM",
     "pm": lambda t: "pm" if t.hour >= 12 else "am",
     "_2": lambda t: f"{t.day:2d}",
+    "__2": lambda t: f"{t.timetuple().tm_yday:3d}",
     "1": lambda t: str(t.month),
     "2": lambda t: str(t.day),
     "3": lambda t: str((t.hour - 1) % 12 + 1),
@@ -10496,6 +10511,8 @@ def _laid_out(time: datetime.datetime, layout: str) -> str:
         word = match[0]
         if word in _LAYOUT_PARTS:
             return _LAYOUT_PARTS[word](time)
+        if word[0] in "-Z":
+            return _offset(time, word)
         digits = f"{time.microsecond:06d}".ljust(9, "0")[: len(word) - 1]
         digits = digits.rstrip("0") if word[1] == "9" else digits
         return word[0] + digits if digits else ""
@@ -10538,19 +10555,21 @@ _TIME_METHODS = {
     "After": TemplateFunction("time.Time", lambda time, other: time > other),
     "Before": TemplateFunction("time.Time", lambda time, other: time < other),
     "Day": TemplateFunction("", lambda time: time.day),
+    "Equal": TemplateFunction("time.Time", operator.eq),
     "Format": TemplateFunction("string", _laid_out),
     "Hour": TemplateFunction("", lambda time: time.hour),
     "IsZero": TemplateFunction("", lambda time: time.year == 1),
     "Local": TemplateFunction("", lambda time: time.astimezone()),
     "Minute": TemplateFunction("", lambda time: time.minute),
-    "Month": TemplateFunction("", lambda time: calendar.month_name[time.month]),
+    "Month": TemplateFunction("", lambda time: _Month(time.month)),
+    "Nanosecond": TemplateFunction("", lambda time: time.microsecond * 1000),
     "Second": TemplateFunction("", lambda time: time.second),
     "String": TemplateFunction("", _time_text),
     "Sub": TemplateFunction("time.Time", lambda time, other: time - other),
     "UTC": TemplateFunction("", lambda time: time.astimezone(datetime.UTC)),
     "Unix": TemplateFunction("", lambda time: (time - _EPOCH) // datetime.timedelta(seconds=1)),
     "UnixMilli": TemplateFunction("", lambda time: (time - _EPOCH) // (1000 * _MICROSECOND)),
-    "Weekday": TemplateFunction("", lambda time: calendar.day_name[time.weekday()]),
+    "Weekday": TemplateFunction("", lambda time: _Weekday(time.isoweekday() % 7)),
     "Year": TemplateFunction("", lambda time: time.year),
     "YearDay": TemplateFunction("", lambda time: time.timetuple().tm_yday),
 }
@@ -10582,13 +10601,13 @@ def _basic(value: Any) -> tuple[str, Any]:
     """The kind of a value that can be compared, and what to compare."""
     if isinstance(value, datetime.timedelta):
         return "int", _nanoseconds(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return "int", value
     kind = "string" if isinstance(value, str) else _type_name(value)
     return (kind if kind in ("bool", "int", "float64", "string") else ""), value
 
 
 def _equal(value: Any, *others: Any) -> bool:
-    if isinstance(value, dict | list | TemplateStruct):
-        raise ValueError(f"uncomparable type {_type_name(value)}: {_go_print(value)}")
     if not others:
         raise ValueError("missing argument for comparison")
     kind, left = _basic(value)
@@ -10596,7 +10615,7 @@ def _equal(value: Any, *others: Any) -> bool:
         other_kind, right = _basic(other)
         if kind == other_kind:
             if isinstance(other, dict | list | TemplateStruct):
-                raise ValueError(f"uncomparable type {_type_name(other)}: {_go_print(other)}")
+                raise ValueError(f"non-comparable type {_go_print(value)}: {_type_name(value)}")
             if left == right:
                 return True
         elif value is not None and other is not None:
@@ -10679,7 +10698,7 @@ def _length(value: Any) -> int:
     if isinstance(value, dict | list):
         return len(value)
     if value is None:
-        raise ValueError("len of nil pointer")
+        raise ValueError("reflect: call of reflect.Value.Type on zero Value")
     raise ValueError(f"len of type {_type_name(value)}")
 
 
@@ -10757,6 +10776,9 @@ def _sorted_by_label(name: str, result: list[TemplateStruct]) -> list[TemplateSt
     return _QueryResult(sorted(result, key=partial(_label, name)))
 
 
+_HEX_FLOAT = re.compile(r"[-+]?0[xX](?=\.?[0-9a-fA-F])[0-9a-fA-F]*\.?[0-9a-fA-F]*[pP][-+]?[0-9]+")
+
+
 def _float_of(value: Any) -> float:
     if isinstance(value, datetime.timedelta):
         return value.total_seconds()
@@ -10765,8 +10787,9 @@ def _float_of(value: Any) -> float:
     if not isinstance(value, str) or isinstance(value, _HTML):
         raise ValueError(f"can't convert {_type_name(value)} to float")
     try:
-        return read_float(value)
-    except ValueError:
+        number = re.sub(r"(?<=[0-9a-fA-FxX])_(?=[0-9a-fA-F])", "", value)
+        return float.fromhex(number) if _HEX_FLOAT.fullmatch(number) else read_float(number)
+    except (ValueError, OverflowError):
         fault = "value out of range" if GO_FLOAT.fullmatch(value) else "invalid syntax"
         raise ValueError(f"strconv.ParseFloat: parsing {_quoted(value)}: {fault}") from None
 
@@ -10845,6 +10868,8 @@ def _humanize_timestamp(value: Any) -> str:
 
 
 def _parse_duration(text: str) -> float:
+    if text == "0":
+        return 0.0
     try:
         return parse_duration_ms(text) / 1000
     except ValueError as error:
@@ -10865,11 +10890,11 @@ def _strip_port(text: str) -> str:
 def _strip_domain(text: str) -> str:
     match = _HOST_PORT.fullmatch(text)
     host = _strip_port(text)
-    try:
-        ipaddress.ip_address(host)
+    with contextlib.suppress(ValueError):
+        # Go's ParseIP knows no zones
+        ipaddress.ip_address(host.replace("%", " "))
         return text
-    except ValueError:
-        host = host.partition(".")[0]
+    host = host.partition(".")[0]
     if not match or not match["port"]:
         return host
     return f"[{host}]:{match['port']}" if ":" in host else f"{host}:{match['port']}"
@@ -10907,14 +10932,22 @@ def _search(pattern: str, text: str, position: int) -> list[str | None] | None:
     return groups and groups[1:]
 
 
+def _compiled(pattern: str, fault: str = "") -> Regex:
+    try:
+        return compile_regex(pattern)
+    except ValueError as error:
+        reason = str(error).removeprefix(f'invalid regular expression "{pattern[:1024]}": ')
+        raise ValueError(fault + reason) from None
+
+
 def _matches(pattern: str, text: str) -> bool:
-    compile_regex(pattern)  # an error names the pattern as it was written
+    _compiled(pattern)  # an error names the pattern as it was written
     return _search(pattern, text, 0) is not None
 
 
 def _replace_all(pattern: str, template: str, text: str) -> str:
     """As Go's Regexp.ReplaceAllString has it; no empty match stands right behind another one."""
-    names = compile_regex(pattern).names
+    names = _compiled(pattern, f"regexp: Compile(`{pattern}`): ").names
     written: list[str] = []
     position, last_end = 0, 0
     while position <= len(text) and (found := _search(pattern, text, position)):
@@ -11125,13 +11158,13 @@ def _action_items(text: str, position: int) -> Generator[_Item, None, re.Match[s
         if kind == "number" and re.compile(r"[-+\w]").match(text, end):
             fault = f"bad number syntax: {_quoted(text[position : end + 1])}"
             break
+        if kind == "word":
+            kind = word if word in _KEYWORDS else "bool" if word in _BOOLS else "function"
+        yield _Item(word if kind == "operator" else kind, word, position)
         depth += (word == "(") - (word == ")")
         if depth < 0:
             fault = "unexpected right paren"
             break
-        if kind == "word":
-            kind = word if word in _KEYWORDS else "bool" if word in _BOOLS else "function"
-        yield _Item(word if kind == "operator" else kind, word, position)
         position = end
     yield _Item("error", fault, position)
     return None
@@ -11526,14 +11559,16 @@ class _TemplateParser:
             integer = int(text, 8 if re.fullmatch(r"[-+]?0[0-7_]+", text) else 0)
             if -(2**63) <= integer < 2**64:
                 return integer
-        with contextlib.suppress(ValueError, OverflowError):
-            is_hexadecimal = text.lstrip("+-")[:2] in ("0x", "0X")
+        is_hexadecimal = text.lstrip("+-")[:2] in ("0x", "0X")
+        try:
             number = float.fromhex(text) if is_hexadecimal else float(text)
-            if math.isfinite(number) and "_" not in text:
-                if not re.search("[pP]" if is_hexadecimal else "[.eE]", text):
-                    self.fail(f"integer overflow: {_quoted(text)}")
-                return number
-        self.fail(f"illegal number syntax: {_quoted(text)}")
+        except (ValueError, OverflowError):
+            number = math.inf
+        if not math.isfinite(number) or "_" in text:
+            self.fail(f"illegal number syntax: {_quoted(text)}")
+        if not re.search("[pP]" if is_hexadecimal else "[.eE]", text):
+            self.fail(f"integer overflow: {_quoted(text)}")
+        return number
 
     ACTIONS: ClassVar[dict[str, Callable[["_TemplateParser", str], _Statement]]] = {
         "if": block, "with": block, "range": block, "break": leave, "continue": leave,
@@ -11682,7 +11717,7 @@ class _TemplateRun:
         if value is None:
             value = []
         if not isinstance(value, dict | list):
-            self.fail(f"range can't iterate over {_go_print('v', value)}")
+            self.fail(f"range can't iterate over {_go_print(value)}")
         rows = sorted(value.items()) if isinstance(value, dict) else list(enumerate(value))
         variables, depth = len(self.variables), self.depth
         for row in rows:
