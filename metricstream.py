@@ -11085,7 +11085,7 @@ _ITEM = re.compile(
   | (?P<number>   (?=[-+0-9]|\.[0-9]) [-+]?
                   (?: 0[xX][0-9A-Fa-f_]*(?:\.[0-9A-Fa-f_]*)?(?:[pP][-+]?[0-9_]*)?
                     | 0[oObB][0-9_]*
-                    | [0-9_]*(?:\.[0-9_]*)?(?:[eE][-+]?[0-9_]*)? ) )
+                    | [0-9_]*(?:\.[0-9_]*)?(?:[eE][-+]?[0-9_]*)? ) i? )
   | (?P<field>    \.\w+ )
   | (?P<word>     \.|\w+ )
   | (?P<operator> :=|[=|()] )
@@ -11268,6 +11268,7 @@ class _TemplateParser:
         self.items = list(_template_items(text))
         self.index = 0
         self.seen = 0  # the item that was read last, before any that was put back
+        self.action: int | None = None  # where the `{{` stands, while its start is read
         self.templates: dict[str, list[_Statement]] = {}
         self.variables = ["$"]
         self.ranges = 0  # how many surround what is read
@@ -11280,9 +11281,13 @@ class _TemplateParser:
         raise TemplateError(f"template: {self.name}:{line}: {reason}")
 
     def unexpected(self, item: _Item, where: str) -> NoReturn:
-        self.fail(
-            item.text if item.kind == "error" else f"unexpected {_shown_item(item)} in {where}"
-        )
+        if item.kind != "error":
+            self.fail(f"unexpected {_shown_item(item)} in {where}")
+        start, started = self.action, ""
+        if start is not None and "\n" in self.text[start : item.position]:
+            line = self.text.count("\n", 0, start) + 1
+            started = f" in action started at {self.name}:{line}"
+        self.fail((item.text + started).replace(" action in action", " action"))
 
     def take(self) -> _Item:
         item = self.items[self.index]
@@ -11377,11 +11382,15 @@ class _TemplateParser:
             return item.text
         if item.kind != "{{":
             self.unexpected(item, "input")
+        self.action = item.position
         kind = self.skip_space().kind
-        if kind not in self.ACTIONS:
-            return self.pipeline("command")
-        self.take()
-        return self.ACTIONS[kind](self, kind)
+        if kind in self.ACTIONS:
+            self.take()
+            statement = self.ACTIONS[kind](self, kind)
+        else:
+            statement = self.pipeline("command")
+        self.action = None
+        return statement
 
     def block(self, kind: str) -> _Statement:
         variables = len(self.variables)
@@ -11906,6 +11915,8 @@ class _TemplateRun:
         value = node.value
         if wanted == "any":
             return self.constant(node)
+        if value is None and wanted == _QueryResult.type_name:
+            return _QueryResult()
         if value is None:
             self.fail(f"cannot assign nil to {wanted}")
         if wanted == "string":
