@@ -46,6 +46,7 @@ import email.policy
 import email.utils
 import errno
 import fcntl
+import fractions
 import functools
 import glob
 import gzip
@@ -11145,6 +11146,20 @@ class _HTML(str):
     type_name = "template.HTML"
 
 
+class _Byte(int):
+    type_name = "uint8"
+
+
+class _Month(int):
+    type_name = "time.Month"
+    names = calendar.month_name
+
+
+class _Weekday(int):
+    type_name = "time.Weekday"
+    names = (calendar.day_name[6], *calendar.day_name[:6])
+
+
 _TYPE_NAMES = {
     type(None): "<nil>", bool: "bool", int: "int", float: "float64", str: "string",
     dict: "map[string]string", list: "[]string",
@@ -11172,12 +11187,16 @@ class _Verb(NamedTuple):
     """What stands behind a % sign."""
 
     letter: str
-    flags: str = ""
+    flags: str = ""  # of "-+# 0", and those below
     width: int = 0
     precision: int | None = None
 
 
+# `+` and `#` mean something else for `%v`, and must not reach the numbers within a list.
+_NAMES_FIELDS, _GO_SYNTAX = "P", "S"
+_OF_V = str.maketrans("+#", _NAMES_FIELDS + _GO_SYNTAX)
 _AS_V = _Verb("v")
+_SHOWN = _Verb("v", "*")  # what a pointer points to, without the `&` that fmt puts before it
 
 
 class _Output:
@@ -11196,35 +11215,38 @@ class _Output:
     def value(self, value: Any, form: _Verb = _AS_V, depth: int = 0) -> None:
         if depth > MAX_TEMPLATE_DEPTH:
             raise ValueError("value nested too deeply")
-        if form.letter == "T":
-            self.add(_padded(_type_name(value), form))
-        elif isinstance(value, dict):
-            self.composite(value, "map[", value.items(), "]", form, depth)
-        elif isinstance(value, list):
-            self.composite(value, "[", ((None, item) for item in value), "]", form, depth)
-        elif isinstance(value, TemplateStruct):
-            named = "+" in form.flags or "#" in form.flags
-            fields = ((name if named else None, item) for name, item in value.fields.items())
-            self.composite(value, "{", fields, "}", form, depth)
-        else:
-            text = _scalar_text(value, form)
-            if text is None:
-                self.add(f"%!{form.letter}({_type_name(value)}")
-                if value is not None:
-                    self.add("=")
-                    self.value(value, form._replace(letter="v"), depth)
-                text = ")"
+        if value is None and depth:
+            self.add("interface {}(nil)" if _GO_SYNTAX in form.flags else "<nil>")
+        elif form.letter == "T" and value is not None:
+            self.add(_padded(_type_name(value)[: form.precision], form))
+        elif isinstance(value, dict | list | TemplateStruct) and not (
+            form.letter in "pw" or (depth and form.letter != "v" and _type_name(value)[0] == "*")
+        ):
+            self.composite(value, form, depth)
+        elif (text := _scalar_text(value, form)) is not None:
             self.add(text)
+        else:
+            self.add(f"%!{form.letter}({_type_name(value)}")
+            if value is not None:
+                self.add("=")
+                self.value(value, form._replace(letter="v"), depth)
+            self.add(")")
 
-    def composite(
-        self, value: Any, begin: str, items: Iterable[tuple[Any, Any]], end: str, form: _Verb,
-        depth: int,
-    ) -> None:  # fmt: skip
-        separator, is_go = " ", form.letter == "v" and "#" in form.flags
-        if is_go:
-            begin, separator, end = f"{_type_name(value)}{{".lstrip("*"), ", ", "}"
-        if isinstance(value, dict):
-            items = sorted(items)
+    def composite(self, value: Any, form: _Verb, depth: int) -> None:
+        type_name, flags = _type_name(value), form.flags
+        begin, separator, end = "[", " ", "]"
+        items: Iterable[tuple[Any, Any]]
+        if isinstance(value, list):
+            items = ((None, item) for item in value)
+        elif isinstance(value, dict):
+            begin, items = "map[", sorted(value.items())
+        else:
+            names_fields = _NAMES_FIELDS in flags or _GO_SYNTAX in flags
+            items = ((name if names_fields else None, item) for name, item in value.fields.items())
+            begin, end = "{", "}"
+        if _GO_SYNTAX in flags:
+            begin, separator, end = type_name.lstrip("*") + "{", ", ", "}"
+        self.add("&" if type_name[0] == "*" and "*" not in flags else "")
         self.add(begin)
         for index, (name, item) in enumerate(items):
             self.add(separator if index else "")
@@ -11247,17 +11269,17 @@ def _scalar_text(value: Any, form: _Verb) -> str | None:
         value = _time_text(value)
     elif isinstance(value, datetime.timedelta):
         value = _duration_text_of(value) if verb in "vsqxX" else _nanoseconds(value)
+    elif isinstance(value, _Month | _Weekday) and verb in "vsqxX":
+        value = value.names[value]
     if value is None:
-        return _padded("<nil>", form) if verb == "v" else None
+        return _padded("<nil>", form) if verb in "vT" else None
     if isinstance(value, bool):
         return _padded("true" if value else "false", form) if verb in "tv" else None
     if isinstance(value, int):
         return _integer_text(value, form)
     if isinstance(value, float):
-        return _float_text(value, form) if verb in "eEfFgGv" else None
-    if isinstance(value, str):
-        return _string_text(value, form)
-    return None
+        return _float_text(value, form) if verb in "bxXeEfFgGv" else None
+    return _string_text(value, form) if isinstance(value, str) else None
 
 
 def _padded(text: str, form: _Verb) -> str:
@@ -11266,40 +11288,50 @@ def _padded(text: str, form: _Verb) -> str:
     return text.rjust(form.width, "0" if "0" in form.flags else " ")
 
 
+def _without_zeros(form: _Verb) -> _Verb:
+    return form._replace(flags=form.flags.replace("0", ""))
+
+
 def _string_text(text: str, form: _Verb) -> str | None:
     verb, flags, _, precision = form
     if verb in "xX":
         octets = text.encode(errors="surrogateescape")[:precision]
         prefix = "0x" if "#" in flags else ""
         separator = f" {prefix}" if " " in flags else ""
-        digits = prefix + octets.hex(separator[:1]).replace(" ", separator) if octets else ""
+        digits = prefix + separator.join(f"{octet:02x}" for octet in octets) if octets else ""
         return _padded(digits.upper() if verb == "X" else digits, form)
     text = text[:precision]
-    if verb == "q" or (verb == "v" and "#" in flags):
-        is_plain = "`" not in text and text.isprintable()
-        raw = verb == "q" and "#" in flags and is_plain
-        text = f"`{text}`" if raw else _quoted(text)
+    if verb == "q" or (verb == "v" and _GO_SYNTAX in flags):
+        is_raw = "#" in flags and not _NOT_RAW.search(text)
+        text = f"`{text}`" if is_raw else f'"{_escaped_for(text, flags)}"'
     elif verb not in "sv":
         return None
     return _padded(text, form)
 
 
+_NOT_RAW = re.compile("[`\x00-\x08\x0a-\x1f\x7f\ufeff\ud800-\udfff]")
+
+
+def _escaped_for(text: str, flags: str) -> str:
+    """As it stands within quotes; with `+` in ASCII alone."""
+    escaped = "".join(map(_go_escaped, text))
+    if "+" in flags and not escaped.isascii():
+        escaped = "".join(c if c.isascii() else _code_escape(c) for c in escaped)
+    return escaped
+
+
+def _code_escape(letter: str) -> str:
+    return f"\\u{ord(letter):04x}" if letter < "\U00010000" else f"\\U{ord(letter):08x}"
+
+
 _BASES = {"d": "d", "v": "d", "b": "b", "o": "o", "O": "o", "x": "x", "X": "X"}
-_PREFIXES = {"b": "0b", "o": "0", "x": "0x", "X": "0X"}
+_PREFIXES = {"b": "0b", "o": "0", "O": "0", "x": "0x", "X": "0X"}
 
 
 def _integer_text(value: int, form: _Verb) -> str | None:
     verb, flags, width, precision = form
-    character = chr(value) if 0 <= value <= 0x10FFFF and not 0xD800 <= value < 0xE000 else "\ufffd"
-    if verb == "c":
-        return _padded(character, form)
-    if verb == "q":
-        inner = {"'": "\\'", '"': '"'}.get(character) or _go_escaped(character)
-        return _padded(f"'{inner}'", form)
-    if verb == "U":
-        text = f"U+{value & 0xFFFFFFFFFFFFFFFF:04X}"
-        shows = "#" in flags and character.isprintable()
-        return _padded(f"{text} '{character}'" if shows else text, form._replace(flags=""))
+    if verb in "cqU":
+        return _character_text(value, form)
     if verb not in _BASES:
         return None
     if precision == 0 and value == 0:
@@ -11308,114 +11340,210 @@ def _integer_text(value: int, form: _Verb) -> str | None:
     digits = format(abs(value), _BASES[verb])
     if precision is not None:
         digits = digits.rjust(precision, "0")
-    elif "0" in flags and "-" not in flags:
+    elif "0" in flags:
         digits = digits.rjust(width - len(sign), "0")
-    prefix = "0o" if verb == "O" else _PREFIXES.get(verb, "") if "#" in flags else ""
+    prefix = _PREFIXES.get(verb, "") if "#" in flags else ""
     if prefix == "0" and digits.startswith("0"):
         prefix = ""
-    return _padded(sign + prefix + digits, form._replace(flags=flags.replace("0", "")))
+    prefix = "0o" + prefix if verb == "O" else prefix
+    return _padded(sign + prefix + digits, _without_zeros(form))
+
+
+def _character_text(code: int, form: _Verb) -> str:
+    is_character = 0 <= code <= 0x10FFFF and not 0xD800 <= code < 0xE000
+    character = chr(code) if is_character else "\ufffd"
+    if form.letter == "c":
+        return _padded(character, form)
+    if form.letter == "q":
+        inner = {"'": "\\'", '"': '"'}.get(character) or _escaped_for(character, form.flags)
+        return _padded(f"'{inner}'", form)
+    text = f"U+{code & 0xFFFFFFFFFFFFFFFF:0{max(4, form.precision or 0)}X}"
+    if "#" in form.flags and is_character and character.isprintable():
+        text += f" '{character}'"
+    return _padded(text, _without_zeros(form))
 
 
 def _float_text(value: float, form: _Verb) -> str:
     verb, flags, width, precision = form
-    sign = "-" if math.copysign(1, value) < 0 else "+" if "+" in flags else ""
+    sign = "-" if math.copysign(1, value) < 0 and value == value else "+"
+    if sign == "+" and "+" not in flags:
+        sign = " " if " " in flags else ""
     if not math.isfinite(value):
-        sign = sign if value == value else "+" if "+" in flags else ""
-        text = "NaN" if value != value else "Inf"
-        sign = sign or (" " if " " in flags else "+" if text == "Inf" else "")
-        return _padded(sign + text, form._replace(flags=flags.replace("0", "")))
-    sign = sign or (" " if " " in flags else "")
-    if precision is None and verb in "gGv":
-        text = _shortest_text(abs(value))
-        text = text.upper() if verb == "G" else text
-    else:
-        text = format(
-            abs(value), f".{6 if precision is None else precision}{verb}".replace("v", "g")
-        )
-    if "0" in flags and "-" not in flags:
+        text = "NaN" if value != value else sign + "Inf" if sign else "+Inf"
+        text = sign + text if value != value else text
+        return _padded(text, _without_zeros(form))
+    text = _digits_of(abs(value), "g" if verb == "v" else verb, precision)
+    if "#" in flags and verb != "b":
+        text = _with_point(text, verb, precision)
+    if "0" in flags:
         text = text.rjust(width - len(sign), "0")
-    return _padded(sign + text, form._replace(flags=flags.replace("0", "")))
+    return _padded(sign + text, _without_zeros(form))
+
+
+def _digits_of(value: float, verb: str, precision: int | None) -> str:
+    if verb == "b":
+        mantissa, exponent = math.frexp(value)
+        exponent = max(exponent - 53, -1074)
+        return f"{int(math.ldexp(value, -exponent))}p{exponent:+d}" if value else "0p-1074"
+    if verb in "xX":
+        text = _hexadecimal_text(value, precision)
+        return text.upper() if verb == "X" else text
+    if precision is None and verb in "gG":
+        text = _shortest_text(value)
+        return text.upper() if verb == "G" else text
+    return format(value, f".{6 if precision is None else precision}{verb}")
+
+
+def _hexadecimal_text(value: float, precision: int | None) -> str:
+    """The digits of `%x`: 0x1.8p+00."""
+    mantissa, exponent = math.frexp(value)
+    number, places = int(math.ldexp(mantissa, 53)), 13  # 1 and 52 bits behind the point
+    if precision is not None and precision < places:
+        # to even, as `round` does
+        number, places = round(fractions.Fraction(number, 16 ** (13 - precision))), precision
+    if number >= 2 * 16**places:
+        number, exponent = number // 2, exponent + 1
+    digits = f"{number:0{places + 1}x}"
+    head, tail = digits[0], digits[1:].ljust(precision or 0, "0")
+    tail = tail.rstrip("0") if precision is None else tail
+    return f"0x{head}{'.' if tail else ''}{tail}p{exponent - 1 if value else 0:+03d}"
+
+
+_DECIMAL_EXPONENT, _HEXADECIMAL_EXPONENT = re.compile("[eE]"), re.compile("[pP]")
+
+
+def _with_point(text: str, verb: str, precision: int | None) -> str:
+    """With `#` a number has a point, and zeros up to its precision."""
+    exponent_at = (_HEXADECIMAL_EXPONENT if verb in "xX" else _DECIMAL_EXPONENT).search(text)
+    number = text[: exponent_at.start()] if exponent_at else text
+    digits = (6 if precision is None else precision) if verb in "vgGx" else 0
+    digits -= len(number.replace(".", "").lstrip("0"))
+    if "." not in number:
+        digits -= number == "0"
+        number += "."
+    return (
+        number + "0" * digits + (exponent_at[0] + text[exponent_at.end() :] if exponent_at else "")
+    )
 
 
 def _shortest_text(value: float) -> str:
-    """The shortest decimal that reads back; with an exponent from 1e+06 on and below 0.0001."""
+    """The shortest decimal that reads back; with an exponent from 1e+21 on and below 0.0001."""
     digits = decimal.Decimal(repr(value)).normalize().as_tuple().digits
     text = f"{value:.{len(digits) - 1}e}"
     return decimal_text(value) if -4 <= int(text.partition("e")[2]) < 6 else text
 
 
 _VERB = re.compile(
-    r"""%(?P<flags>[-+#\ 0]*)(?P<width>\*|[0-9]*)(?:\.(?P<precision>\*|[0-9]*))?
-        (?:\[(?P<index>[0-9]*)\])?(?P<verb>.?)""",
+    r"""%(?P<flags>[-+#\ 0]*)
+        (?P<index>\[(?:[^\]]{0,9}\])?)? (?P<width>\*|[0-9]*)
+        (?:\. (?P<index2>\[(?:[^\]]{0,9}\])?)? (?P<precision>\*|[0-9]*) )?
+        (?P<index3>\[(?:[^\]]{0,9}\])?)? (?P<verb>.?)""",
     re.DOTALL | re.VERBOSE,
 )
+_VERB_INDEX = re.compile(r"\[([0-9]{1,7})\]")
 MAX_PRINTF_WIDTH = 1_000_000  # as Go's fmt has it
 
 
-def _go_printf(format: str, *values: Any) -> str:
-    printer = _Output()
-    place, index, reordered = 0, 0, False
+class _Printf:
+    """One call of `printf`: which value is next, and what is wrong with the format."""
 
-    def number(text: str | None, fault: str) -> int | None:
-        """A width or a precision, from the format or for `*` from the values."""
-        nonlocal index
-        if text != "*":
-            return int(text[:8] or 0) if text is not None else None
-        index += 1
-        value = values[index - 1] if index <= len(values) else None
-        if type(value) is int and abs(value) <= MAX_PRINTF_WIDTH:
-            return value
-        printer.add(f"%!({fault})")
-        return None
+    def __init__(self, values: Sequence[Any]) -> None:
+        self.values, self.index = values, 0
+        self.is_reordered = False
+        self.output = _Output()
 
-    for match in _VERB.finditer(format):
-        printer.add(format[place : match.start()])
-        place, verb, flags = match.end(), match["verb"], match["flags"]
-        width = number(match["width"], "BADWIDTH") or 0
-        precision = number(match["precision"], "BADPREC")
+    def run(self, format: str) -> str:
+        place = 0
+        for match in _VERB.finditer(format):
+            self.output.add(format[place : match.start()])
+            place = match.end()
+            self.verb(match)
+        self.output.add(format[place:])
+        rest = self.values[self.index :]
+        if rest and not self.is_reordered:
+            self.output.add("%!(EXTRA ")
+            for number, value in enumerate(rest):
+                self.output.add(", " if number else "")
+                self.output.add(_type_name(value) + ("=" if value is not None else ""))
+                if value is not None:
+                    self.output.value(value)
+            self.output.add(")")
+        return self.output.text()
+
+    def verb(self, match: re.Match[str]) -> None:
+        flags, letter = match["flags"], match["verb"]
+        is_good = self.jump(match["index"])
+        width = self.number(match["width"], "BADWIDTH") or 0
         if width < 0:
             flags, width = flags + "-", -width
-        if max(width, precision or 0) > MAX_PRINTF_WIDTH or not verb:
-            printer.add("%!(NOVERB)")
-            place = len(format)
-            break
-        if match["index"] is not None:
-            reordered, index = True, int(match["index"][:8] or 0) - 1
-        if verb == "%":
-            printer.add("%")
-        elif not 0 <= index < len(values):
-            is_bad = match["index"] is not None
-            printer.add(f"%!{verb}({'BADINDEX' if is_bad else 'MISSING'})")
+        is_good &= not (match["index"] and match["width"].isdigit())
+        is_good &= not (match["index"] and match["width"] != "*" and match["precision"] is not None)
+        is_good &= self.jump(match["index2"])
+        precision = self.number(match["precision"], "BADPREC")
+        if precision is not None and precision < 0:
+            precision = None
+            self.output.add("%!(BADPREC)")
+        is_good &= self.jump(match["index3"])
+        if "-" in flags:
+            flags = flags.replace("0", "")
+        if letter == "v":
+            flags = flags.translate(_OF_V)
+        if not letter:
+            self.output.add("%!(NOVERB)")
+        elif letter == "%":
+            self.output.add("%")
+        elif not is_good:
+            self.output.add(f"%!{letter}(BADINDEX)")
+        elif self.index >= len(self.values):
+            self.output.add(f"%!{letter}(MISSING)")
         else:
-            precision = None if precision is not None and precision < 0 else precision
-            printer.value(values[index], _Verb(verb, flags, width, precision))
-            index += 1
-    printer.add(format[place:])
-    if not reordered and index < len(values):
-        printer.add("%!(EXTRA ")
-        for extra in range(index, len(values)):
-            value = values[extra]
-            printer.add(", " if extra > index else "")
-            printer.add(_type_name(value) + ("=" if value is not None else ""))
-            if value is not None:
-                printer.value(value)
-        printer.add(")")
-    return printer.text()
+            form = _Verb(letter, flags, width, precision)
+            self.output.value(self.values[self.index], form)
+            self.index += 1
+
+    def jump(self, index: str | None) -> bool:
+        """To the value that an index such as `[2]` names; False if there is none."""
+        if index is None:
+            return True
+        self.is_reordered = True
+        match = _VERB_INDEX.fullmatch(index)
+        if match and 1 <= int(match[1]) <= len(self.values):
+            self.index = int(match[1]) - 1
+            return True
+        return False
+
+    def number(self, text: str | None, fault: str) -> int | None:
+        """A width or a precision, from the format or for `*` from the values."""
+        if text is None:
+            return None
+        if text != "*":
+            return min(int(text[:8] or 0), MAX_TEMPLATE_OUTPUT + 1)
+        value = self.values[self.index] if self.index < len(self.values) else None
+        self.index += self.index < len(self.values)
+        if isinstance(value, int) and not isinstance(value, bool):
+            if abs(value) <= MAX_PRINTF_WIDTH:
+                return value
+        self.output.add(f"%!({fault})")
+        return None
 
 
-def _go_print(*values: Any, spaces: bool = False, end: str = "") -> str:
+def _go_printf(format: str, *values: Any) -> str:
+    return _Printf(values).run(format)
+
+
+def _go_print(*values: Any, spaces: bool = False, end: str = "", form: _Verb = _AS_V) -> str:
     """All values; between two of them a space, always or if neither is a string."""
     printer = _Output()
     for index, value in enumerate(values):
         apart = not isinstance(value, str) and not isinstance(values[index - 1], str)
         printer.add(" " if index and (spaces or apart) else "")
-        printer.value(value)
+        printer.value(value, form)
     printer.add(end)
     return printer.text()
 
 
 def _printed(*values: Any) -> str:
-    return _go_print(*("<no value>" if value is None else value for value in values))
+    return _go_print(*("<no value>" if value is None else value for value in values), form=_SHOWN)
 
 
 # ---- times: as Go writes and lays them out ----
@@ -11423,15 +11551,20 @@ def _printed(*values: Any) -> str:
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 _MICROSECOND = datetime.timedelta(microseconds=1)
 _LAYOUT = re.compile(
-    r"January|Jan|Monday|Mon|MST|2006|Z07:00|Z0700|-07:00|-0700|-07|[.,](?:0+|9+)(?![0-9])"
-    r"|002|01|02|03|04|05|06|15|PM|pm|_2(?!006)|[12345]"
+    r"January|Jan(?![a-z])|Monday|Mon(?![a-z])|MST|2006|[-Z]07(?::00(?::00)?|00(?:00)?)?"
+    r"|[.,](?:0+|9+)(?![0-9])|002|01|02|03|04|05|06|15|PM|pm|__2|_2(?!006)|[12345]"
 )
 
 
-def _offset(time: datetime.datetime, colon: str = "") -> str:
-    minutes = round((time.utcoffset() or datetime.timedelta()) / datetime.timedelta(minutes=1))
-    hours, minutes = divmod(abs(minutes), 60)
-    return f"{'-' if minutes < 0 else '+'}{hours:02d}{colon}{minutes:02d}"
+def _offset(time: datetime.datetime, form: str) -> str:
+    """As `-0700`, `-07:00:00` and the like ask for it; with a Z in front UTC is a Z alone."""
+    seconds = round((time.utcoffset() or datetime.timedelta()).total_seconds())
+    if form[0] == "Z" and not seconds:
+        return "Z"
+    parts = abs(seconds) // 3600, abs(seconds) // 60 % 60, abs(seconds) % 60
+    colon = ":" if ":" in form else ""
+    shown = colon.join(f"{part:02d}" for part in parts[: (len(form) - form.count(":") - 1) // 2])
+    return ("-" if seconds < 0 else "+") + shown
 
 
 _LAYOUT_PARTS: dict[str, Callable[[datetime.datetime], str]] = {
@@ -11441,11 +11574,6 @@ _LAYOUT_PARTS: dict[str, Callable[[datetime.datetime], str]] = {
     "Mon": lambda t: calendar.day_abbr[t.weekday()],
     "MST": lambda t: t.tzname() or "",
     "2006": lambda t: f"{t.year:04d}",
-    "Z07:00": lambda t: _offset(t, ":") if t.utcoffset() else "Z",
-    "Z0700": lambda t: _offset(t) if t.utcoffset() else "Z",
-    "-07:00": lambda t: _offset(t, ":"),
-    "-0700": _offset,
-    "-07": lambda t: _offset(t)[:3],
     "002": lambda t: f"{t.timetuple().tm_yday:03d}",
     "01": lambda t: f"{t.month:02d}",
     "02": lambda t: f"{t.day:02d}",
@@ -11457,6 +11585,7 @@ _LAYOUT_PARTS: dict[str, Callable[[datetime.datetime], str]] = {
     "PM": lambda t: "PM" if t.hour >= 12 else "AM",
     "pm": lambda t: "pm" if t.hour >= 12 else "am",
     "_2": lambda t: f"{t.day:2d}",
+    "__2": lambda t: f"{t.timetuple().tm_yday:3d}",
     "1": lambda t: str(t.month),
     "2": lambda t: str(t.day),
     "3": lambda t: str((t.hour - 1) % 12 + 1),
@@ -11470,6 +11599,8 @@ def _laid_out(time: datetime.datetime, layout: str) -> str:
         word = match[0]
         if word in _LAYOUT_PARTS:
             return _LAYOUT_PARTS[word](time)
+        if word[0] in "-Z":
+            return _offset(time, word)
         digits = f"{time.microsecond:06d}".ljust(9, "0")[: len(word) - 1]
         digits = digits.rstrip("0") if word[1] == "9" else digits
         return word[0] + digits if digits else ""
@@ -11512,19 +11643,21 @@ _TIME_METHODS = {
     "After": TemplateFunction("time.Time", lambda time, other: time > other),
     "Before": TemplateFunction("time.Time", lambda time, other: time < other),
     "Day": TemplateFunction("", lambda time: time.day),
+    "Equal": TemplateFunction("time.Time", operator.eq),
     "Format": TemplateFunction("string", _laid_out),
     "Hour": TemplateFunction("", lambda time: time.hour),
     "IsZero": TemplateFunction("", lambda time: time.year == 1),
     "Local": TemplateFunction("", lambda time: time.astimezone()),
     "Minute": TemplateFunction("", lambda time: time.minute),
-    "Month": TemplateFunction("", lambda time: calendar.month_name[time.month]),
+    "Month": TemplateFunction("", lambda time: _Month(time.month)),
+    "Nanosecond": TemplateFunction("", lambda time: time.microsecond * 1000),
     "Second": TemplateFunction("", lambda time: time.second),
     "String": TemplateFunction("", _time_text),
     "Sub": TemplateFunction("time.Time", lambda time, other: time - other),
     "UTC": TemplateFunction("", lambda time: time.astimezone(datetime.UTC)),
     "Unix": TemplateFunction("", lambda time: (time - _EPOCH) // datetime.timedelta(seconds=1)),
     "UnixMilli": TemplateFunction("", lambda time: (time - _EPOCH) // (1000 * _MICROSECOND)),
-    "Weekday": TemplateFunction("", lambda time: calendar.day_name[time.weekday()]),
+    "Weekday": TemplateFunction("", lambda time: _Weekday(time.isoweekday() % 7)),
     "Year": TemplateFunction("", lambda time: time.year),
     "YearDay": TemplateFunction("", lambda time: time.timetuple().tm_yday),
 }
@@ -11556,13 +11689,13 @@ def _basic(value: Any) -> tuple[str, Any]:
     """The kind of a value that can be compared, and what to compare."""
     if isinstance(value, datetime.timedelta):
         return "int", _nanoseconds(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return "int", value
     kind = "string" if isinstance(value, str) else _type_name(value)
     return (kind if kind in ("bool", "int", "float64", "string") else ""), value
 
 
 def _equal(value: Any, *others: Any) -> bool:
-    if isinstance(value, dict | list | TemplateStruct):
-        raise ValueError(f"uncomparable type {_type_name(value)}: {_go_print(value)}")
     if not others:
         raise ValueError("missing argument for comparison")
     kind, left = _basic(value)
@@ -11570,7 +11703,7 @@ def _equal(value: Any, *others: Any) -> bool:
         other_kind, right = _basic(other)
         if kind == other_kind:
             if isinstance(other, dict | list | TemplateStruct):
-                raise ValueError(f"uncomparable type {_type_name(other)}: {_go_print(other)}")
+                raise ValueError(f"non-comparable type {_go_print(value)}: {_type_name(value)}")
             if left == right:
                 return True
         elif value is not None and other is not None:
@@ -11620,7 +11753,7 @@ def _indexed(value: Any, *indexes: Any) -> Any:
             if place == len(items):
                 kind = "string" if isinstance(value, str) else "slice"
                 raise ValueError(f"reflect: {kind} index out of range")
-            value = items[place]
+            value = _Byte(items[place]) if isinstance(value, str) else items[place]
         else:
             raise ValueError(f"can't index item of type {_type_name(value)}")
     return value
@@ -11653,7 +11786,7 @@ def _length(value: Any) -> int:
     if isinstance(value, dict | list):
         return len(value)
     if value is None:
-        raise ValueError("len of nil pointer")
+        raise ValueError("reflect: call of reflect.Value.Type on zero Value")
     raise ValueError(f"len of type {_type_name(value)}")
 
 
@@ -11731,6 +11864,9 @@ def _sorted_by_label(name: str, result: list[TemplateStruct]) -> list[TemplateSt
     return _QueryResult(sorted(result, key=partial(_label, name)))
 
 
+_HEX_FLOAT = re.compile(r"[-+]?0[xX](?=\.?[0-9a-fA-F])[0-9a-fA-F]*\.?[0-9a-fA-F]*[pP][-+]?[0-9]+")
+
+
 def _float_of(value: Any) -> float:
     if isinstance(value, datetime.timedelta):
         return value.total_seconds()
@@ -11739,8 +11875,9 @@ def _float_of(value: Any) -> float:
     if not isinstance(value, str) or isinstance(value, _HTML):
         raise ValueError(f"can't convert {_type_name(value)} to float")
     try:
-        return read_float(value)
-    except ValueError:
+        number = re.sub(r"(?<=[0-9a-fA-FxX])_(?=[0-9a-fA-F])", "", value)
+        return float.fromhex(number) if _HEX_FLOAT.fullmatch(number) else read_float(number)
+    except (ValueError, OverflowError):
         fault = "value out of range" if GO_FLOAT.fullmatch(value) else "invalid syntax"
         raise ValueError(f"strconv.ParseFloat: parsing {_quoted(value)}: {fault}") from None
 
@@ -11819,6 +11956,8 @@ def _humanize_timestamp(value: Any) -> str:
 
 
 def _parse_duration(text: str) -> float:
+    if text == "0":
+        return 0.0
     try:
         return parse_duration_ms(text) / 1000
     except ValueError as error:
@@ -11839,11 +11978,11 @@ def _strip_port(text: str) -> str:
 def _strip_domain(text: str) -> str:
     match = _HOST_PORT.fullmatch(text)
     host = _strip_port(text)
-    try:
-        ipaddress.ip_address(host)
+    with contextlib.suppress(ValueError):
+        # Go's ParseIP knows no zones
+        ipaddress.ip_address(host.replace("%", " "))
         return text
-    except ValueError:
-        host = host.partition(".")[0]
+    host = host.partition(".")[0]
     if not match or not match["port"]:
         return host
     return f"[{host}]:{match['port']}" if ":" in host else f"{host}:{match['port']}"
@@ -11881,14 +12020,22 @@ def _search(pattern: str, text: str, position: int) -> list[str | None] | None:
     return groups and groups[1:]
 
 
+def _compiled(pattern: str, fault: str = "") -> Regex:
+    try:
+        return compile_regex(pattern)
+    except ValueError as error:
+        reason = str(error).removeprefix(f'invalid regular expression "{pattern[:1024]}": ')
+        raise ValueError(fault + reason) from None
+
+
 def _matches(pattern: str, text: str) -> bool:
-    compile_regex(pattern)  # an error names the pattern as it was written
+    _compiled(pattern)  # an error names the pattern as it was written
     return _search(pattern, text, 0) is not None
 
 
 def _replace_all(pattern: str, template: str, text: str) -> str:
     """As Go's Regexp.ReplaceAllString has it; no empty match stands right behind another one."""
-    names = compile_regex(pattern).names
+    names = _compiled(pattern, f"regexp: Compile(`{pattern}`): ").names
     written: list[str] = []
     position, last_end = 0, 0
     while position <= len(text) and (found := _search(pattern, text, position)):
@@ -12037,7 +12184,7 @@ _ITEM = re.compile(
   | (?P<number>   (?=[-+0-9]|\.[0-9]) [-+]?
                   (?: 0[xX][0-9A-Fa-f_]*(?:\.[0-9A-Fa-f_]*)?(?:[pP][-+]?[0-9_]*)?
                     | 0[oObB][0-9_]*
-                    | [0-9_]*(?:\.[0-9_]*)?(?:[eE][-+]?[0-9_]*)? ) )
+                    | [0-9_]*(?:\.[0-9_]*)?(?:[eE][-+]?[0-9_]*)? ) i? )
   | (?P<field>    \.\w+ )
   | (?P<word>     \.|\w+ )
   | (?P<operator> :=|[=|()] )
@@ -12110,13 +12257,13 @@ def _action_items(text: str, position: int) -> Generator[_Item, None, re.Match[s
         if kind == "number" and re.compile(r"[-+\w]").match(text, end):
             fault = f"bad number syntax: {_quoted(text[position : end + 1])}"
             break
+        if kind == "word":
+            kind = word if word in _KEYWORDS else "bool" if word in _BOOLS else "function"
+        yield _Item(word if kind == "operator" else kind, word, position)
         depth += (word == "(") - (word == ")")
         if depth < 0:
             fault = "unexpected right paren"
             break
-        if kind == "word":
-            kind = word if word in _KEYWORDS else "bool" if word in _BOOLS else "function"
-        yield _Item(word if kind == "operator" else kind, word, position)
         position = end
     yield _Item("error", fault, position)
     return None
@@ -12220,6 +12367,7 @@ class _TemplateParser:
         self.items = list(_template_items(text))
         self.index = 0
         self.seen = 0  # the item that was read last, before any that was put back
+        self.action: int | None = None  # where the `{{` stands, while its start is read
         self.templates: dict[str, list[_Statement]] = {}
         self.variables = ["$"]
         self.ranges = 0  # how many surround what is read
@@ -12232,9 +12380,13 @@ class _TemplateParser:
         raise TemplateError(f"template: {self.name}:{line}: {reason}")
 
     def unexpected(self, item: _Item, where: str) -> NoReturn:
-        self.fail(
-            item.text if item.kind == "error" else f"unexpected {_shown_item(item)} in {where}"
-        )
+        if item.kind != "error":
+            self.fail(f"unexpected {_shown_item(item)} in {where}")
+        start, started = self.action, ""
+        if start is not None and "\n" in self.text[start : item.position]:
+            line = self.text.count("\n", 0, start) + 1
+            started = f" in action started at {self.name}:{line}"
+        self.fail((item.text + started).replace(" action in action", " action"))
 
     def take(self) -> _Item:
         item = self.items[self.index]
@@ -12329,11 +12481,15 @@ class _TemplateParser:
             return item.text
         if item.kind != "{{":
             self.unexpected(item, "input")
+        self.action = item.position
         kind = self.skip_space().kind
-        if kind not in self.ACTIONS:
-            return self.pipeline("command")
-        self.take()
-        return self.ACTIONS[kind](self, kind)
+        if kind in self.ACTIONS:
+            self.take()
+            statement = self.ACTIONS[kind](self, kind)
+        else:
+            statement = self.pipeline("command")
+        self.action = None
+        return statement
 
     def block(self, kind: str) -> _Statement:
         variables = len(self.variables)
@@ -12511,14 +12667,16 @@ class _TemplateParser:
             integer = int(text, 8 if re.fullmatch(r"[-+]?0[0-7_]+", text) else 0)
             if -(2**63) <= integer < 2**64:
                 return integer
-        with contextlib.suppress(ValueError, OverflowError):
-            is_hexadecimal = text.lstrip("+-")[:2] in ("0x", "0X")
+        is_hexadecimal = text.lstrip("+-")[:2] in ("0x", "0X")
+        try:
             number = float.fromhex(text) if is_hexadecimal else float(text)
-            if math.isfinite(number) and "_" not in text:
-                if not any(letter in text for letter in ("pP" if is_hexadecimal else ".eE")):
-                    self.fail(f"integer overflow: {_quoted(text)}")
-                return number
-        self.fail(f"illegal number syntax: {_quoted(text)}")
+        except (ValueError, OverflowError):
+            number = math.inf
+        if not math.isfinite(number) or "_" in text:
+            self.fail(f"illegal number syntax: {_quoted(text)}")
+        if not any(letter in text for letter in ("pP" if is_hexadecimal else ".eE")):
+            self.fail(f"integer overflow: {_quoted(text)}")
+        return number
 
     ACTIONS: ClassVar[dict[str, Callable[["_TemplateParser", str], _Statement]]] = {
         "if": block, "with": block, "range": block, "break": leave, "continue": leave,
@@ -12627,7 +12785,7 @@ class _TemplateRun:
 
     def show(self, value: Any) -> None:
         try:
-            self.printed.value(value)
+            self.printed.value(value, _SHOWN)
         except ValueError as error:
             self.fail(str(error))
 
@@ -12677,7 +12835,7 @@ class _TemplateRun:
         if value is None:
             value = []
         if not isinstance(value, dict | list):
-            self.fail(f"range can't iterate over {_go_print('v', value)}")
+            self.fail(f"range can't iterate over {_go_print(value)}")
         rows = sorted(value.items()) if isinstance(value, dict) else list(enumerate(value))
         variables, depth = len(self.variables), self.depth
         for row in rows:
@@ -12866,6 +13024,8 @@ class _TemplateRun:
         value = node.value
         if wanted == "any":
             return self.constant(node)
+        if value is None and wanted == _QueryResult.type_name:
+            return _QueryResult()
         if value is None:
             self.fail(f"cannot assign nil to {wanted}")
         if wanted == "string":
