@@ -5956,7 +5956,7 @@ class Checkpoint(NamedTuple):
     segment: int = 0
     offset: int = 0  # all before it is taken
     end: int = 0  # up to here it may have been taken: no answer has come yet
-    check: int = 0  # CRC-32 of what stands before the offset: whether it is the same file
+    check: int = 0  # CRC-32 of what stands before the end: whether it is the same file
 
     @classmethod
     def read(cls, path: str) -> "Checkpoint":
@@ -6031,12 +6031,18 @@ class FollowedLog:
             return
         if self._last_file < 0:
             self.acknowledge(position)
+            position = position._replace(size_bytes=0)  # there is no old one
         self._last_file = position.file
         self._next.append((position, descriptor))
 
     def acknowledge(self, position: Position) -> None:
         """Nothing before this position is ever taken back."""
         self.acknowledged = max(self.acknowledged, position)
+
+    @property
+    def descriptors(self) -> list[int]:
+        """Of the file that is read now and those after it."""
+        return [self.tail.descriptor, *(descriptor for _, descriptor in list(self._next))]
 
     @property
     def left_bytes(self) -> int:
@@ -9984,8 +9990,9 @@ class Follower:
     """The front's end of a process that follows the log, and runs as `role` of this program.
 
     `name` is what it is called where it is spoken of; `hear` is called with each line that it says,
-    which is a JSON object, and with its status as "ended" when it died. `look` and `close` are
-    called by one thread, the others by any.
+    which is a JSON object, and with its status as "ended" when it died. Of the log's files the last
+    `kept_files` that the process has not left are kept open for one that is started anew, whatever
+    becomes of their names. `look` and `close` are called by one thread, the others by any.
     """
 
     def __init__(
@@ -9995,14 +10002,17 @@ class Follower:
         name: str,
         options: dict[str, Any],
         hear: Callable[[dict[str, Any]], None],
+        kept_files: int = 1,
     ):
+        self._kept_files = kept_files
         self._log, self._role, self.name, self._options = log, role, name, options
         self._tell_owner = hear
         # Guards the four below. Nothing waits under it.
         self._lock = threading.Lock()
         self._control: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
-        self._current = log.position.file, log.descriptor  # the file of the log
+        # (new file, end of the old), a file; the last one is the one that is appended to
+        self._files = deque([(log.position, os.dup(log.descriptor))])
         self._missed_switch = False
         # The rest belongs to the housekeeper; others only read it.
         self._received = b""
@@ -10057,7 +10067,8 @@ class Follower:
     def _switch(self, file: int, descriptor: int, final_size: int) -> None:
         """The log goes on in another file; called by the log, in the order of its lines."""
         with self._lock:
-            self._current = file, descriptor
+            self._files.append((Position(file, final_size), os.dup(descriptor)))
+            self._close_files(len(self._files) - self._kept_files)
             if self._control is None:
                 return
             try:
@@ -10065,6 +10076,15 @@ class Follower:
             except OSError as error:  # it begins anew, and reads what it missed
                 logger.debug("%s was not told of a new file: %s", self.name, error)
                 self._missed_switch = True
+
+    def _close_files(self, count: int) -> None:
+        for _ in range(count):
+            os.close(self._files.popleft()[1])
+
+    def has_left(self, file: int) -> None:
+        """The process needs no file of the log before this one any more."""
+        with self._lock:
+            self._close_files(sum(position.file < file for position, _ in self._files))
 
     def look(self) -> None:
         """What the housekeeper does for the process, again and again."""
@@ -10117,10 +10137,13 @@ class Follower:
         self._starts += 1
         with self._lock:
             self._control, self._process = mine, process
-            file, descriptor = self._current
+            (first, descriptor), *others = self._files
             position = self._log.position
-            size = position.size_bytes if position.file == file else 0
-            self._send_locked(_SWITCH, Position(file, size), descriptor)
+            size = position.size_bytes if position.file == first.file else 0
+            self._send_locked(_SWITCH, Position(first.file, size), descriptor)
+            for begun, descriptor in others:
+                self._send_locked(_SWITCH, begun, descriptor)
+            self._send_locked(_POSITION, position, -1)
         if self.on_start is not None:
             self.on_start()
 
@@ -10177,6 +10200,9 @@ class Follower:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(max(0.0, self._stop_by - time.monotonic()))
         self._end()
+        with self._lock:
+            self._log.on_switch.remove(self._switch)
+            self._close_files(len(self._files))
 
 
 class StoreClient:
@@ -18819,7 +18845,8 @@ SPLIT_REQUESTS = 64  # at most so many to find which samples a receiver refuses
 COMPLAINT_S = 60.0  # a receiver is not complained of again before
 METADATA_S = 60.0  # how often types are sent
 BACKLOG_BYTES = 10 * 1024**3
-CHECKED_BYTES = 256  # before an offset: by them a file is known again
+KEPT_FILES = 16  # of the log, for a sender that dies
+CHECKED_BYTES = 256  # by so many a file is known again
 AGENT_SEGMENT_BYTES = 64 * 1024 * 1024
 
 
@@ -18867,17 +18894,20 @@ class LogReader:
         self._repeat_to = 0  # the end of a request that was under way when a sender ended
 
     def begin(self) -> None:
-        """Find where to go on; the front has told of the first file."""
-        self._log.next_file()
-        followed = os.fstat(self._log.tail.descriptor).st_ino
-        paths = []
-        for number, path in log_segments(self._folder):
-            with contextlib.suppress(FileNotFoundError):  # it was taken, and is removed
-                if os.stat(path).st_ino == followed:
-                    break
-                if number > self.checkpoint.segment:
-                    paths.append(path)
-        if not self._is_known(paths[0] if paths else os.path.join(self._folder, LOG_NAME)):
+        """Find where to go on; the front has told of the files that it has open."""
+        log = self._log
+        log.next_file()
+        taken = range(1, self.checkpoint.segment + 1)
+        while not log.is_in_last_file and self._segment_of(log.tail.descriptor) in taken:
+            os.close(log.next_file())
+        paths = self._segments_before(log.descriptors)
+        if paths and self._is_known(paths[0]):
+            pass
+        elif any(map(self._is_known, log.descriptors)):
+            paths = []
+            while not self._is_known(log.tail.descriptor):
+                os.close(log.next_file())
+        else:
             paths = self._with_renamed(paths)
         self._older.extend((path, os.stat(path).st_size) for path in paths)
         self._open()
@@ -18885,18 +18915,39 @@ class LogReader:
         if self.checkpoint.end > self.checkpoint.offset:
             self._repeat_to = self.checkpoint.end
 
-    def _is_known(self, path: str) -> bool:
-        """Whether this is the file whose first part the receiver has taken."""
+    def _segments_before(self, descriptors: list[int]) -> list[str]:
+        """Segments behind the checkpoint, and before files that are open already."""
+        inodes = {os.fstat(descriptor).st_ino for descriptor in descriptors}
+        paths = []
+        for number, path in log_segments(self._folder):
+            with contextlib.suppress(FileNotFoundError):  # it was taken, and is removed
+                if os.stat(path).st_ino in inodes:
+                    break
+                if number > self.checkpoint.segment:
+                    paths.append(path)
+        return paths
+
+    def _segment_of(self, descriptor: int) -> int:
+        """The number that a file has among the segments; 0 if none."""
+        inode = os.fstat(descriptor).st_ino
+        for number, path in log_segments(self._folder):
+            with contextlib.suppress(FileNotFoundError):
+                if os.stat(path).st_ino == inode:
+                    return number
+        return 0
+
+    def _is_known(self, file: str | int) -> bool:
+        """Whether this is the file, by its path or descriptor, that was being sent."""
         try:
-            with open(path, "rb") as file:
-                return self._check(file.fileno(), self.checkpoint.offset) == self.checkpoint.check
+            with open(file, "rb", closefd=isinstance(file, str)) as opened:
+                return self._check(opened.fileno(), self.checkpoint.end) == self.checkpoint.check
         except OSError:
             return False
 
     @staticmethod
-    def _check(descriptor: int, offset: int) -> int:
-        size = min(offset, CHECKED_BYTES)
-        return zlib.crc32(os.pread(descriptor, size, offset - size))
+    def _check(descriptor: int, end: int) -> int:
+        size = min(end, CHECKED_BYTES)
+        return zlib.crc32(os.pread(descriptor, size, end - size))
 
     def _with_renamed(self, paths: list[str]) -> list[str]:
         """The file that was being sent has another name now, or is gone."""
@@ -18944,7 +18995,7 @@ class LogReader:
         """Note that the lines that were read are being sent, or are taken."""
         end = self._tail.position
         offset = end if is_taken else end - len(lines)
-        check = self._check(self._tail.descriptor, offset)
+        check = self._check(self._tail.descriptor, end)
         self._write(Checkpoint(self.checkpoint.segment, offset, end, check))
 
     def _write(self, checkpoint: Checkpoint) -> None:
@@ -18952,16 +19003,16 @@ class LogReader:
         self.checkpoint = checkpoint
 
     def _next_file(self) -> None:
-        inode = os.fstat(self._tail.descriptor).st_ino
-        segment = self.checkpoint.segment
-        for number, path in log_segments(self._folder):
-            with contextlib.suppress(FileNotFoundError):
-                if os.stat(path).st_ino == inode:
-                    segment = number
+        segment = self._segment_of(self._tail.descriptor) or self.checkpoint.segment
         followed = self._tail is self._log.tail
         os.close(self._log.next_file() if followed else self._tail.descriptor)
         self._write(Checkpoint(segment))
         self._open()
+
+    @property
+    def file(self) -> int:
+        """The number of the followed file that is read now; -1 before there is any."""
+        return self._log.file if self._tail is self._log.tail else -1
 
     @property
     def pending_bytes(self) -> int:
@@ -18994,7 +19045,7 @@ class Sender:
         self._encoder = WriteRequestEncoder(dict(options.external_labels), options.names)
         self._log = FollowedLog(PIECE_BYTES)
         self._reader = LogReader(options.folder, options.checkpoint, self._log)
-        self._stopping = False
+        self._stopping = self._has_begun = False
         self._said: deque[str] = deque()  # lines for the front; the alarm sends them
         self._unsent = b""
         self._next_status = self._next_metadata = 0.0
@@ -19009,7 +19060,7 @@ class Sender:
         """Send until the front says stop, or is gone."""
         signal.signal(signal.SIGALRM, self._look)
         self._look()
-        while not self._log.has_next_file:  # the first one
+        while not self._has_begun:
             self._pause(LOOK_S)
         self._reader.begin()
         with contextlib.suppress(_Stopped):
@@ -19050,6 +19101,7 @@ class Sender:
                 self._log.begin_file(position, descriptors[0])
             else:
                 self._log.acknowledge(position)
+                self._has_begun = True  # of all files before the first position
             self._stopping |= kind == _STOP
 
     def _tell(self) -> None:
@@ -19066,6 +19118,7 @@ class Sender:
         pending_bytes = self._reader.pending_bytes
         return {
             "error": self._error,
+            "file": self._reader.file,
             "pending_bytes": pending_bytes,
             "samples_pending": math.ceil(pending_bytes / self._line_bytes),
             "highest_s": self._newest_ms / 1000,
@@ -19196,7 +19249,9 @@ class SenderClient:
     def __init__(self, log: MetricLog, options: SenderOptions):
         self.name = Receiver(options.url, options.headers, options.ca).name
         title = f"the sender to {self.name}"
-        self.follower = Follower(log, "sender", title, options._asdict(), self._hear)
+        self.follower = Follower(
+            log, "sender", title, options._asdict(), self._hear, kept_files=KEPT_FILES
+        )
         self._status: dict[str, Any] = {"counts": {}}
         # what senders counted that have died
         self._earlier: dict[str, float] = defaultdict(int)
@@ -19208,6 +19263,7 @@ class SenderClient:
             self._status["counts"] = {}
         else:
             self._status = said
+            self.follower.has_left(said["file"])
             if "samples_total" in said["counts"]:
                 self.follower.is_well()
 
