@@ -10299,8 +10299,7 @@ def _float_text(value: float, form: _Verb) -> str:
 
 def _digits_of(value: float, verb: str, precision: int | None) -> str:
     if verb == "b":
-        mantissa, exponent = math.frexp(value)
-        exponent = max(exponent - 53, -1074)
+        exponent = max(math.frexp(value)[1] - 53, -1074)
         return f"{int(math.ldexp(value, -exponent))}p{exponent:+d}" if value else "0p-1074"
     if verb in "xX":
         text = _hexadecimal_text(value, precision)
@@ -10328,18 +10327,19 @@ def _hexadecimal_text(value: float, precision: int | None) -> str:
 
 def _with_point(text: str, verb: str, precision: int | None) -> str:
     """With `#` a number has a point, and zeros up to its precision."""
-    exponent_at = re.search("[pP]" if verb in "xX" else "[eE]", text)
-    number = text[: exponent_at.start()] if exponent_at else text
+    marks = "pP" if verb in "xX" else "eE"
+    end = next((place for place, letter in enumerate(text) if letter in marks), len(text))
+    number = text[:end]
     digits = (6 if precision is None else precision) if verb in "vgGx" else 0
     digits -= len(number.replace(".", "").lstrip("0"))
     if "." not in number:
         digits -= number == "0"
         number += "."
-    return number + "0" * digits + (exponent_at[0] + text[exponent_at.end() :] if exponent_at else "")
+    return number + "0" * digits + text[end:]
 
 
 def _shortest_text(value: float) -> str:
-    """The shortest decimal that reads back; with an exponent from 1e+21 on and below 0.0001."""
+    """The shortest decimal that reads back; with an exponent from 1e+06 on and below 0.0001."""
     digits = decimal.Decimal(repr(value)).normalize().as_tuple().digits
     text = f"{value:.{len(digits) - 1}e}"
     return decimal_text(value) if -4 <= int(text.partition("e")[2]) < 6 else text
@@ -10432,8 +10432,7 @@ class _Printf:
             return min(int(text[:8] or 0), MAX_TEMPLATE_OUTPUT + 1)
         value = self.values[self.index] if self.index < len(self.values) else None
         self.index += self.index < len(self.values)
-        is_number = isinstance(value, int) and not isinstance(value, bool)
-        if is_number and abs(value) <= MAX_PRINTF_WIDTH:
+        if isinstance(value, int) and not isinstance(value, bool) and abs(value) <= MAX_PRINTF_WIDTH:
             return value
         self.output.add(f"%!({fault})")
         return None
@@ -10711,6 +10710,7 @@ def _not_callable(value: Any, *_: Any) -> NoReturn:
 _HTML_ESCAPES = str.maketrans(
     {'"': "&#34;", "'": "&#39;", "&": "&amp;", "<": "&lt;", ">": "&gt;", "\0": "\ufffd"}
 )
+_JS_UNSAFE = re.compile(r"[\\'\"<>&=\x00-\x1f]|[^\x00-\x7f]")
 _JS_ESCAPES = {"\\": "\\\\", "'": "\\'", '"': '\\"'}
 
 
@@ -10742,10 +10742,7 @@ _GO_FUNCTIONS = {
     "println": TemplateFunction("...any", partial(_go_print, spaces=True, end="\n")),
     "html": TemplateFunction("...any", lambda *values: _printed(*values).translate(_HTML_ESCAPES)),
     "js": TemplateFunction(
-        "...any",
-        lambda *values: re.sub(
-            r"[\\'\"<>&=\x00-\x1f]|[^\x00-\x7f]", _js_escaped, _printed(*values)
-        ),
+        "...any", lambda *values: _JS_UNSAFE.sub(_js_escaped, _printed(*values))
     ),
     "urlquery": TemplateFunction("...any", lambda *values: _query_escaped(_printed(*values))),
 }
@@ -10776,7 +10773,10 @@ def _sorted_by_label(name: str, result: list[TemplateStruct]) -> list[TemplateSt
     return _QueryResult(sorted(result, key=partial(_label, name)))
 
 
-_HEX_FLOAT = re.compile(r"[-+]?0[xX](?=\.?[0-9a-fA-F])[0-9a-fA-F]*\.?[0-9a-fA-F]*[pP][-+]?[0-9]+")
+_UNDERSCORE = re.compile("(?<=[0-9a-fA-FxX])_(?=[0-9a-fA-F])")
+_HEX_FLOAT = re.compile(
+    r"[-+]?0[xX](?=\.?[0-9a-fA-F])[0-9a-fA-F]*(?:\.[0-9a-fA-F]*)?[pP][-+]?[0-9]+"
+)
 
 
 def _float_of(value: Any) -> float:
@@ -10787,7 +10787,7 @@ def _float_of(value: Any) -> float:
     if not isinstance(value, str) or isinstance(value, _HTML):
         raise ValueError(f"can't convert {_type_name(value)} to float")
     try:
-        number = re.sub(r"(?<=[0-9a-fA-FxX])_(?=[0-9a-fA-F])", "", value)
+        number = _UNDERSCORE.sub("", value)
         return float.fromhex(number) if _HEX_FLOAT.fullmatch(number) else read_float(number)
     except (ValueError, OverflowError):
         fault = "value out of range" if GO_FLOAT.fullmatch(value) else "invalid syntax"
@@ -11030,8 +11030,16 @@ def _plain_value(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain_value(item) for item in value]
     if isinstance(value, datetime.datetime):
-        return value.isoformat().replace("+00:00", "Z")
+        return _laid_out(value, "2006-01-02T15:04:05.999999999Z07:00")
     return _nanoseconds(value) if isinstance(value, datetime.timedelta) else value
+
+
+# as Go's encoding/json has it, so that JSON can stand in a page
+_JSON_IN_HTML = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
+
+
+def _to_json(value: Any) -> str:
+    return write_json(_plain_value(value)).translate(_JSON_IN_HTML)
 
 
 NOTIFICATION_FUNCTIONS = _COMMON_FUNCTIONS | {
@@ -11042,7 +11050,7 @@ NOTIFICATION_FUNCTIONS = _COMMON_FUNCTIONS | {
         "time.Time", lambda when: datetime.datetime.now(datetime.UTC) - when
     ),
     "stringSlice": TemplateFunction("...string", lambda *texts: list(texts)),
-    "toJson": TemplateFunction("any", lambda value: write_json(_plain_value(value))),
+    "toJson": TemplateFunction("any", _to_json),
     "trimSpace": TemplateFunction("string", lambda text: text.strip(" \t\r\n")),
     "tz": TemplateFunction("string time.Time", _in_zone),
     "urlUnescape": TemplateFunction("string", lambda text: _HTML(urllib.parse.unquote_plus(text))),
@@ -11093,6 +11101,7 @@ _ITEM = re.compile(
     """,
     re.VERBOSE,
 )
+_GLUED_TO_NUMBER = re.compile(r"[-+\w]")
 _ENDS_WORD = re.compile(r"[ \t\r\n.,|:()]|\}\}|\Z")
 _UNFINISHED = {
     '"': "unterminated quoted string", "`": "unterminated raw quoted string",
@@ -11155,8 +11164,8 @@ def _action_items(text: str, position: int) -> Generator[_Item, None, re.Match[s
         if kind in ("variable", "field", "word") and not _ENDS_WORD.match(text, end):
             fault = f"bad character {_code_point(text[end])}"
             break
-        if kind == "number" and re.compile(r"[-+\w]").match(text, end):
-            fault = f"bad number syntax: {_quoted(text[position : end + 1])}"
+        if kind == "number" and (glued := _GLUED_TO_NUMBER.match(text, end)):
+            fault = f"bad number syntax: {_quoted(text[position : glued.end()])}"
             break
         if kind == "word":
             kind = word if word in _KEYWORDS else "bool" if word in _BOOLS else "function"
@@ -11260,6 +11269,49 @@ class _Leave(NamedTuple):
 _Statement = str | _Pipe | _Block | _Invocation | _Leave
 
 
+def _unquoted(literal: str) -> str:
+    try:
+        # the strings of PromQL are those of Go
+        return str(parse_query(literal).value)  # type: ignore[union-attr]
+    except QueryError:
+        raise ValueError("invalid syntax") from None
+
+
+_OCTAL = re.compile("[-+]?0[0-7_]+")
+
+
+def _constant_value(kind: str, text: str) -> Any:
+    """What a literal means. Raises ValueError."""
+    if kind in ("bool", "nil"):
+        return _BOOLS.get(text)
+    if kind == "number":
+        return _number_value(text)
+    value = _unquoted(text)
+    if kind == "string":
+        return value
+    if len(value) != 1:
+        raise ValueError(f"malformed character constant: {text}" if value else "invalid syntax")
+    code = ord(value)
+    return code - 0xDC00 if 0xDC80 <= code <= 0xDCFF else code
+
+
+def _number_value(text: str) -> int | float:
+    with contextlib.suppress(ValueError):
+        integer = int(text, 8 if _OCTAL.fullmatch(text) else 0)
+        if -(2**63) <= integer < 2**64:
+            return integer
+    is_hexadecimal = text.lstrip("+-")[:2] in ("0x", "0X")
+    try:
+        number = float.fromhex(text) if is_hexadecimal else float(text)
+    except (ValueError, OverflowError):
+        number = math.inf
+    if not math.isfinite(number) or "_" in text:
+        raise ValueError(f"illegal number syntax: {_quoted(text)}")
+    if not any(mark in text for mark in ("pP" if is_hexadecimal else ".eE")):
+        raise ValueError(f"integer overflow: {_quoted(text)}")
+    return number
+
+
 class _TemplateParser:
     """Recursive descent; each method reads one rule of the grammar."""
 
@@ -11315,12 +11367,13 @@ class _TemplateParser:
             self.unexpected(item, where)
         return item
 
-    def unquoted(self, literal: str) -> str:
+    def template_name(self, where: str) -> _Item:
+        """The name of a template, without its quotes."""
+        item = self.require("string", where)
         try:
-            # the strings of PromQL are those of Go
-            return str(parse_query(literal).value)  # type: ignore[union-attr]
-        except QueryError:
-            self.fail("invalid syntax")
+            return item._replace(text=_unquoted(item.text))
+        except ValueError as error:
+            self.fail(str(error))
 
     def enter(self) -> None:
         self.depth += 1
@@ -11350,7 +11403,7 @@ class _TemplateParser:
             self.fail(f"template: multiple definition of template {_quoted(name)}")
 
     def define(self) -> None:
-        name = self.unquoted(self.require("string", "define clause").text)
+        name = self.template_name("define clause").text
         self.require("}}", "define clause")
         self.template(name, "define clause")
 
@@ -11427,8 +11480,8 @@ class _TemplateParser:
 
     def invocation(self, kind: str) -> _Statement:
         where = f"{kind} clause"
-        item = self.require("string", where)
-        name, pipe = self.unquoted(item.text), None
+        item = self.template_name(where)
+        name, pipe = item.text, None
         if kind == "block" or self.skip_space().kind != "}}":
             pipe = self.pipeline(where)
         else:
@@ -11548,36 +11601,10 @@ class _TemplateParser:
             pipe = self.pipeline("parenthesized pipeline", ")")
             self.depth -= 1
             return pipe
-        if kind == "string":
-            return _Constant(self.unquoted(text), text, position)
-        if kind in ("bool", "nil"):
-            return _Constant(_BOOLS.get(text), text, position)
-        return _Constant(self.number(text) if kind == "number" else self.char(text), text, position)
-
-    def char(self, text: str) -> int:
-        character = self.unquoted(text)
-        if not character:
-            self.fail("invalid syntax")
-        if len(character) > 1:
-            self.fail(f"malformed character constant: {text}")
-        code = ord(character)
-        return code - 0xDC00 if 0xDC80 <= code <= 0xDCFF else code
-
-    def number(self, text: str) -> int | float:
-        with contextlib.suppress(ValueError):
-            integer = int(text, 8 if re.fullmatch(r"[-+]?0[0-7_]+", text) else 0)
-            if -(2**63) <= integer < 2**64:
-                return integer
-        is_hexadecimal = text.lstrip("+-")[:2] in ("0x", "0X")
         try:
-            number = float.fromhex(text) if is_hexadecimal else float(text)
-        except (ValueError, OverflowError):
-            number = math.inf
-        if not math.isfinite(number) or "_" in text:
-            self.fail(f"illegal number syntax: {_quoted(text)}")
-        if not re.search("[pP]" if is_hexadecimal else "[.eE]", text):
-            self.fail(f"integer overflow: {_quoted(text)}")
-        return number
+            return _Constant(_constant_value(kind, text), text, position)
+        except ValueError as error:
+            self.fail(str(error))
 
     ACTIONS: ClassVar[dict[str, Callable[["_TemplateParser", str], _Statement]]] = {
         "if": block, "with": block, "range": block, "break": leave, "continue": leave,
