@@ -10004,13 +10004,13 @@ _STORE_STATISTICS = (
 # 29. Values of templates
 # ==================================================================================================
 #
-# The problem: what a template prints must not differ by a character from what Go prints, for
-# numbers, lists, maps, times and everything that `printf` can ask for. The idea: a template sees
-# values of Python that stand for Go's types, and objects made for it, never an attribute of Python;
-# each type carries the name that Go has for it, so that a mistake is told in the words that people
-# find when they search for it. What it costs: Go's verbs and layouts, written once more.
+# The problem: what a template prints must not differ by a character from what Go prints. The idea:
+# a template sees values of Python that stand for Go's types, and objects made for it, never an
+# attribute of Python. Each type carries the name that Go has for it, so that a mistake is told in
+# the words that people find when they search for it. What it costs: Go's times and layouts, written
+# once more, and in the next chapter its verbs.
 #
-# Sources: https://pkg.go.dev/fmt and https://pkg.go.dev/time.
+# Source: https://pkg.go.dev/time.
 
 MAX_TEMPLATE_STEPS = 200_000  # of one execution: nodes, arguments, and every 16 characters
 MAX_TEMPLATE_DEPTH = 64  # of parentheses, of blocks, and of templates that call templates
@@ -10097,7 +10097,138 @@ def _entry(mapping: dict[str, Any], key: str) -> Any:
     return mapping.get(key, None if isinstance(mapping, _AnyMap) else "")
 
 
-# ---- what Go's fmt prints ----
+# ---- times: as Go writes and lays them out ----
+
+_EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+_MICROSECOND = datetime.timedelta(microseconds=1)
+_LAYOUT = re.compile(
+    r"January|Jan(?![a-z])|Monday|Mon(?![a-z])|MST|2006|[-Z]07(?::00(?::00)?|00(?:00)?)?"
+    r"|[.,](?:0+|9+)(?![0-9])|002|01|02|03|04|05|06|15|PM|pm|__2|_2(?!006)|[12345]"
+)
+
+
+def _offset(time: datetime.datetime, form: str) -> str:
+    """As `-0700`, `-07:00:00` and the like ask for it; with a Z in front UTC is a Z alone."""
+    seconds = round((time.utcoffset() or datetime.timedelta()).total_seconds())
+    if form[0] == "Z" and not seconds:
+        return "Z"
+    parts = abs(seconds) // 3600, abs(seconds) // 60 % 60, abs(seconds) % 60
+    colon = ":" if ":" in form else ""
+    shown = colon.join(f"{part:02d}" for part in parts[: (len(form) - form.count(":") - 1) // 2])
+    return ("-" if seconds < 0 else "+") + shown
+
+
+_LAYOUT_PARTS: dict[str, Callable[[datetime.datetime], str]] = {
+    "January": lambda t: calendar.month_name[t.month],
+    "Jan": lambda t: calendar.month_abbr[t.month],
+    "Monday": lambda t: calendar.day_name[t.weekday()],
+    "Mon": lambda t: calendar.day_abbr[t.weekday()],
+    "MST": lambda t: t.tzname() or "",
+    "2006": lambda t: f"{t.year:04d}",
+    "002": lambda t: f"{t.timetuple().tm_yday:03d}",
+    "01": lambda t: f"{t.month:02d}",
+    "02": lambda t: f"{t.day:02d}",
+    "03": lambda t: f"{(t.hour - 1) % 12 + 1:02d}",
+    "04": lambda t: f"{t.minute:02d}",
+    "05": lambda t: f"{t.second:02d}",
+    "06": lambda t: f"{t.year % 100:02d}",
+    "15": lambda t: f"{t.hour:02d}",
+    "PM": lambda t: "PM" if t.hour >= 12 else "AM",
+    "pm": lambda t: "pm" if t.hour >= 12 else "am",
+    "_2": lambda t: f"{t.day:2d}",
+    "__2": lambda t: f"{t.timetuple().tm_yday:3d}",
+    "1": lambda t: str(t.month),
+    "2": lambda t: str(t.day),
+    "3": lambda t: str((t.hour - 1) % 12 + 1),
+    "4": lambda t: str(t.minute),
+    "5": lambda t: str(t.second),
+}
+
+
+def _laid_out(time: datetime.datetime, layout: str) -> str:
+    def part(match: re.Match[str]) -> str:
+        word = match[0]
+        if word in _LAYOUT_PARTS:
+            return _LAYOUT_PARTS[word](time)
+        if word[0] in "-Z":
+            return _offset(time, word)
+        digits = f"{time.microsecond:06d}".ljust(9, "0")[: len(word) - 1]
+        digits = digits.rstrip("0") if word[1] == "9" else digits
+        return word[0] + digits if digits else ""
+
+    return _LAYOUT.sub(part, layout)
+
+
+def _time_text(time: datetime.datetime) -> str:
+    return _laid_out(time, "2006-01-02 15:04:05.999999999 -0700 MST")
+
+
+def _duration_of(nanoseconds: int) -> datetime.timedelta:
+    return datetime.timedelta(microseconds=nanoseconds // 1000)
+
+
+def _nanoseconds(duration: datetime.timedelta) -> int:
+    return duration // _MICROSECOND * 1000
+
+
+def _duration_text_of(duration: datetime.timedelta) -> str:
+    """As Go writes it: 1h2m3.5s, 1.5ms.
+
+    >>> _duration_text_of(datetime.timedelta(minutes=61, milliseconds=1500))
+    '1h1m1.5s'
+    """
+    microseconds = abs(duration // _MICROSECOND)
+    sign = "-" if duration < datetime.timedelta() else ""
+    for unit, size in (("µs", 1), ("ms", 1000)):
+        if 0 < microseconds < size * 1000:
+            return f"{sign}{decimal_text(microseconds / size)}{unit}"
+    minutes, rest = divmod(microseconds, 60_000_000)
+    text = f"{decimal_text(rest / 1_000_000)}s"
+    if minutes:
+        text = f"{minutes // 60}h{minutes % 60}m{text}" if minutes >= 60 else f"{minutes}m{text}"
+    return sign + text
+
+
+_TIME_METHODS = {
+    "Add": TemplateFunction("time.Duration", lambda time, duration: time + duration),
+    "After": TemplateFunction("time.Time", lambda time, other: time > other),
+    "Before": TemplateFunction("time.Time", lambda time, other: time < other),
+    "Day": TemplateFunction("", lambda time: time.day),
+    "Equal": TemplateFunction("time.Time", operator.eq),
+    "Format": TemplateFunction("string", _laid_out),
+    "Hour": TemplateFunction("", lambda time: time.hour),
+    "IsZero": TemplateFunction("", lambda time: time.year == 1),
+    "Local": TemplateFunction("", lambda time: time.astimezone()),
+    "Minute": TemplateFunction("", lambda time: time.minute),
+    "Month": TemplateFunction("", lambda time: _Month(time.month)),
+    "Nanosecond": TemplateFunction("", lambda time: time.microsecond * 1000),
+    "Second": TemplateFunction("", lambda time: time.second),
+    "String": TemplateFunction("", _time_text),
+    "Sub": TemplateFunction("time.Time", lambda time, other: time - other),
+    "UTC": TemplateFunction("", lambda time: time.astimezone(datetime.UTC)),
+    "Unix": TemplateFunction("", lambda time: (time - _EPOCH) // datetime.timedelta(seconds=1)),
+    "UnixMilli": TemplateFunction("", lambda time: (time - _EPOCH) // (1000 * _MICROSECOND)),
+    "Weekday": TemplateFunction("", lambda time: _Weekday(time.isoweekday() % 7)),
+    "Year": TemplateFunction("", lambda time: time.year),
+    "YearDay": TemplateFunction("", lambda time: time.timetuple().tm_yday),
+}
+_DURATION_METHODS = {
+    "Hours": TemplateFunction("", lambda duration: duration / datetime.timedelta(hours=1)),
+    "Minutes": TemplateFunction("", lambda duration: duration / datetime.timedelta(minutes=1)),
+    "Seconds": TemplateFunction("", lambda duration: duration / datetime.timedelta(seconds=1)),
+    "String": TemplateFunction("", _duration_text_of),
+}
+_METHODS = {datetime.datetime: _TIME_METHODS, datetime.timedelta: _DURATION_METHODS}
+
+
+# ==================================================================================================
+# 30. Formats of templates
+# ==================================================================================================
+#
+# What `printf` and `print` write, for every verb, flag and kind of value: Go's fmt package once
+# more. A verb that is not for a value is told in the text itself, as `%!d(string=x)`.
+#
+# Source: https://pkg.go.dev/fmt and its print.go and format.go, whose order of events this keeps.
 
 
 class _Verb(NamedTuple):
@@ -10347,9 +10478,9 @@ def _shortest_text(value: float) -> str:
 
 _VERB = re.compile(
     r"""%(?P<flags>[-+#\ 0]*)
-        (?P<index>\[(?:[^\]]{0,9}\])?)? (?P<width>\*|[0-9]*)
-        (?:\. (?P<index2>\[(?:[^\]]{0,9}\])?)? (?P<precision>\*|[0-9]*) )?
-        (?P<index3>\[(?:[^\]]{0,9}\])?)? (?P<verb>.?)""",
+        (?P<index>\[(?:[^\]]{0,99}\])?)? (?P<width>\*|[0-9]*)
+        (?:\. (?P<index2>\[(?:[^\]]{0,99}\])?)? (?P<precision>\*|[0-9]*) )?
+        (?P<index3>\[(?:[^\]]{0,99}\])?)? (?P<verb>.?)""",
     re.DOTALL | re.VERBOSE,
 )
 _VERB_INDEX = re.compile(r"\[([0-9]{1,7})\]")
@@ -10432,7 +10563,11 @@ class _Printf:
             return min(int(text[:8] or 0), MAX_TEMPLATE_OUTPUT + 1)
         value = self.values[self.index] if self.index < len(self.values) else None
         self.index += self.index < len(self.values)
-        if isinstance(value, int) and not isinstance(value, bool) and abs(value) <= MAX_PRINTF_WIDTH:
+        if (
+            isinstance(value, int)
+            and not isinstance(value, bool)
+            and abs(value) <= MAX_PRINTF_WIDTH
+        ):
             return value
         self.output.add(f"%!({fault})")
         return None
@@ -10457,132 +10592,8 @@ def _printed(*values: Any) -> str:
     return _go_print(*("<no value>" if value is None else value for value in values), form=_SHOWN)
 
 
-# ---- times: as Go writes and lays them out ----
-
-_EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
-_MICROSECOND = datetime.timedelta(microseconds=1)
-_LAYOUT = re.compile(
-    r"January|Jan(?![a-z])|Monday|Mon(?![a-z])|MST|2006|[-Z]07(?::00(?::00)?|00(?:00)?)?"
-    r"|[.,](?:0+|9+)(?![0-9])|002|01|02|03|04|05|06|15|PM|pm|__2|_2(?!006)|[12345]"
-)
-
-
-def _offset(time: datetime.datetime, form: str) -> str:
-    """As `-0700`, `-07:00:00` and the like ask for it; with a Z in front UTC is a Z alone."""
-    seconds = round((time.utcoffset() or datetime.timedelta()).total_seconds())
-    if form[0] == "Z" and not seconds:
-        return "Z"
-    parts = abs(seconds) // 3600, abs(seconds) // 60 % 60, abs(seconds) % 60
-    colon = ":" if ":" in form else ""
-    shown = colon.join(f"{part:02d}" for part in parts[: (len(form) - form.count(":") - 1) // 2])
-    return ("-" if seconds < 0 else "+") + shown
-
-
-_LAYOUT_PARTS: dict[str, Callable[[datetime.datetime], str]] = {
-    "January": lambda t: calendar.month_name[t.month],
-    "Jan": lambda t: calendar.month_abbr[t.month],
-    "Monday": lambda t: calendar.day_name[t.weekday()],
-    "Mon": lambda t: calendar.day_abbr[t.weekday()],
-    "MST": lambda t: t.tzname() or "",
-    "2006": lambda t: f"{t.year:04d}",
-    "002": lambda t: f"{t.timetuple().tm_yday:03d}",
-    "01": lambda t: f"{t.month:02d}",
-    "02": lambda t: f"{t.day:02d}",
-    "03": lambda t: f"{(t.hour - 1) % 12 + 1:02d}",
-    "04": lambda t: f"{t.minute:02d}",
-    "05": lambda t: f"{t.second:02d}",
-    "06": lambda t: f"{t.year % 100:02d}",
-    "15": lambda t: f"{t.hour:02d}",
-    "PM": lambda t: "PM" if t.hour >= 12 else "AM",
-    "pm": lambda t: "pm" if t.hour >= 12 else "am",
-    "_2": lambda t: f"{t.day:2d}",
-    "__2": lambda t: f"{t.timetuple().tm_yday:3d}",
-    "1": lambda t: str(t.month),
-    "2": lambda t: str(t.day),
-    "3": lambda t: str((t.hour - 1) % 12 + 1),
-    "4": lambda t: str(t.minute),
-    "5": lambda t: str(t.second),
-}
-
-
-def _laid_out(time: datetime.datetime, layout: str) -> str:
-    def part(match: re.Match[str]) -> str:
-        word = match[0]
-        if word in _LAYOUT_PARTS:
-            return _LAYOUT_PARTS[word](time)
-        if word[0] in "-Z":
-            return _offset(time, word)
-        digits = f"{time.microsecond:06d}".ljust(9, "0")[: len(word) - 1]
-        digits = digits.rstrip("0") if word[1] == "9" else digits
-        return word[0] + digits if digits else ""
-
-    return _LAYOUT.sub(part, layout)
-
-
-def _time_text(time: datetime.datetime) -> str:
-    return _laid_out(time, "2006-01-02 15:04:05.999999999 -0700 MST")
-
-
-def _duration_of(nanoseconds: int) -> datetime.timedelta:
-    return datetime.timedelta(microseconds=nanoseconds // 1000)
-
-
-def _nanoseconds(duration: datetime.timedelta) -> int:
-    return duration // _MICROSECOND * 1000
-
-
-def _duration_text_of(duration: datetime.timedelta) -> str:
-    """As Go writes it: 1h2m3.5s, 1.5ms.
-
-    >>> _duration_text_of(datetime.timedelta(minutes=61, milliseconds=1500))
-    '1h1m1.5s'
-    """
-    microseconds = abs(duration // _MICROSECOND)
-    sign = "-" if duration < datetime.timedelta() else ""
-    for unit, size in (("µs", 1), ("ms", 1000)):
-        if 0 < microseconds < size * 1000:
-            return f"{sign}{decimal_text(microseconds / size)}{unit}"
-    minutes, rest = divmod(microseconds, 60_000_000)
-    text = f"{decimal_text(rest / 1_000_000)}s"
-    if minutes:
-        text = f"{minutes // 60}h{minutes % 60}m{text}" if minutes >= 60 else f"{minutes}m{text}"
-    return sign + text
-
-
-_TIME_METHODS = {
-    "Add": TemplateFunction("time.Duration", lambda time, duration: time + duration),
-    "After": TemplateFunction("time.Time", lambda time, other: time > other),
-    "Before": TemplateFunction("time.Time", lambda time, other: time < other),
-    "Day": TemplateFunction("", lambda time: time.day),
-    "Equal": TemplateFunction("time.Time", operator.eq),
-    "Format": TemplateFunction("string", _laid_out),
-    "Hour": TemplateFunction("", lambda time: time.hour),
-    "IsZero": TemplateFunction("", lambda time: time.year == 1),
-    "Local": TemplateFunction("", lambda time: time.astimezone()),
-    "Minute": TemplateFunction("", lambda time: time.minute),
-    "Month": TemplateFunction("", lambda time: _Month(time.month)),
-    "Nanosecond": TemplateFunction("", lambda time: time.microsecond * 1000),
-    "Second": TemplateFunction("", lambda time: time.second),
-    "String": TemplateFunction("", _time_text),
-    "Sub": TemplateFunction("time.Time", lambda time, other: time - other),
-    "UTC": TemplateFunction("", lambda time: time.astimezone(datetime.UTC)),
-    "Unix": TemplateFunction("", lambda time: (time - _EPOCH) // datetime.timedelta(seconds=1)),
-    "UnixMilli": TemplateFunction("", lambda time: (time - _EPOCH) // (1000 * _MICROSECOND)),
-    "Weekday": TemplateFunction("", lambda time: _Weekday(time.isoweekday() % 7)),
-    "Year": TemplateFunction("", lambda time: time.year),
-    "YearDay": TemplateFunction("", lambda time: time.timetuple().tm_yday),
-}
-_DURATION_METHODS = {
-    "Hours": TemplateFunction("", lambda duration: duration / datetime.timedelta(hours=1)),
-    "Minutes": TemplateFunction("", lambda duration: duration / datetime.timedelta(minutes=1)),
-    "Seconds": TemplateFunction("", lambda duration: duration / datetime.timedelta(seconds=1)),
-    "String": TemplateFunction("", _duration_text_of),
-}
-_METHODS = {datetime.datetime: _TIME_METHODS, datetime.timedelta: _DURATION_METHODS}
-
-
 # ==================================================================================================
-# 30. Functions of templates
+# 31. Functions of templates
 # ==================================================================================================
 #
 # What a template may call: the functions that Go has, those that Prometheus adds for rules, and
@@ -10613,7 +10624,7 @@ def _equal(value: Any, *others: Any) -> bool:
     for other in others:
         other_kind, right = _basic(other)
         if kind == other_kind:
-            if isinstance(other, dict | list | TemplateStruct):
+            if value is not None and isinstance(other, dict | list | TemplateStruct):
                 raise ValueError(f"non-comparable type {_go_print(value)}: {_type_name(value)}")
             if left == right:
                 return True
@@ -10870,13 +10881,11 @@ def _humanize_timestamp(value: Any) -> str:
 def _parse_duration(text: str) -> float:
     if text == "0":
         return 0.0
-    try:
-        return parse_duration_ms(text) / 1000
-    except ValueError as error:
-        if "range" in str(error):
-            raise
-        fault = f"not a valid duration string: {_quoted(text)}" if text else "empty duration string"
-        raise ValueError(fault) from None
+    if not text:
+        raise ValueError("empty duration string")
+    if not _DURATION.fullmatch(text):
+        raise ValueError(f"not a valid duration string: {_quoted(text)}")
+    return parse_duration_ms(text) / 1000
 
 
 _HOST_PORT = re.compile(r"(?:\[(?P<bracketed>[^\[\]]*)\]|(?P<plain>[^:\[\]]*)):(?P<port>[^:\[\]]*)")
@@ -11058,17 +11067,15 @@ NOTIFICATION_FUNCTIONS = _COMMON_FUNCTIONS | {
 
 
 # ==================================================================================================
-# 31. Template parser
+# 32. Template items
 # ==================================================================================================
 #
 # The problem: labels and annotations of alerts, and what is sent to a webhook, are templates of
 # Go's text/template, and there are thousands of them. The idea: text becomes items, items become a
-# tree, and the next chapter walks over the tree. What it costs: Go's grammar and its errors, letter
-# by letter, since people search for them.
+# tree, and a walk over the tree prints. What it costs: Go's grammar and its errors, letter by
+# letter, since people search for them.
 #
-# Source: https://pkg.go.dev/text/template. Not here: complex numbers, and functions as values.
-
-# ---- text becomes items ----
+# Source: https://pkg.go.dev/text/template and its lex.go.
 
 
 class _Item(NamedTuple):
@@ -11090,7 +11097,7 @@ _ITEM = re.compile(
   | (?P<string>   "(?:[^"\\\n]|\\[^\n])*" | `[^`]*` )
   | (?P<char>     '(?:[^'\\\n]|\\[^\n])*' )
   | (?P<variable> \$\w* )
-  | (?P<number>   (?=[-+0-9]|\.[0-9]) [-+]?
+  | (?P<number>   (?=[-+0-9]|\.(?:[0-9]|\Z)) [-+]?
                   (?: 0[xX][0-9A-Fa-f_]*(?:\.[0-9A-Fa-f_]*)?(?:[pP][-+]?[0-9_]*)?
                     | 0[oObB][0-9_]*
                     | [0-9_]*(?:\.[0-9_]*)?(?:[eE][-+]?[0-9_]*)? ) i? )
@@ -11194,7 +11201,62 @@ def _shown_item(item: _Item) -> str:
     return f"{_quoted(item.text[:10])}..." if len(item.text) > 10 else _quoted(item.text)
 
 
-# ---- items become a tree: `text` is what Go calls a node in its errors ----
+# ---- what literals mean ----
+
+
+def _unquoted(literal: str) -> str:
+    try:
+        # the strings of PromQL are those of Go
+        return str(parse_query(literal).value)  # type: ignore[union-attr]
+    except QueryError:
+        raise ValueError("invalid syntax") from None
+
+
+_OCTAL = re.compile("[-+]?0[0-7_]+")
+
+
+def _constant_value(kind: str, text: str) -> Any:
+    """What a literal means. Raises ValueError."""
+    if kind in ("bool", "nil"):
+        return _BOOLS.get(text)
+    if kind == "number":
+        return _number_value(text)
+    if kind == "char" and len(text) > 3 and text[1] != "\\":
+        raise ValueError(f"malformed character constant: {text}")
+    value = _unquoted(text)
+    if kind == "string":
+        return value
+    if len(value) != 1:
+        raise ValueError(f"malformed character constant: {text}" if value else "invalid syntax")
+    code = ord(value)
+    return code - 0xDC00 if 0xDC80 <= code <= 0xDCFF else code
+
+
+def _number_value(text: str) -> int | float:
+    with contextlib.suppress(ValueError):
+        integer = int(text, 8 if _OCTAL.fullmatch(text) else 0)
+        if -(2**63) <= integer < 2**64:
+            return integer
+    is_hexadecimal = text.lstrip("+-")[:2] in ("0x", "0X")
+    try:
+        number = float.fromhex(text) if is_hexadecimal else float(text)
+    except (ValueError, OverflowError):
+        number = math.inf
+    if not math.isfinite(number) or "_" in text:
+        raise ValueError(f"illegal number syntax: {_quoted(text)}")
+    if not any(mark in text for mark in ("pP" if is_hexadecimal else ".eE")):
+        raise ValueError(f"integer overflow: {_quoted(text)}")
+    return number
+
+
+# ==================================================================================================
+# 33. Template parser
+# ==================================================================================================
+#
+# Items become a tree, and the next chapter walks over the tree. What `text` holds in a node is what
+# Go calls the node in its errors. Not here: complex numbers, and functions as values.
+#
+# Source: https://pkg.go.dev/text/template and its parse.go.
 
 
 class _Constant(NamedTuple):
@@ -11269,49 +11331,6 @@ class _Leave(NamedTuple):
 _Statement = str | _Pipe | _Block | _Invocation | _Leave
 
 
-def _unquoted(literal: str) -> str:
-    try:
-        # the strings of PromQL are those of Go
-        return str(parse_query(literal).value)  # type: ignore[union-attr]
-    except QueryError:
-        raise ValueError("invalid syntax") from None
-
-
-_OCTAL = re.compile("[-+]?0[0-7_]+")
-
-
-def _constant_value(kind: str, text: str) -> Any:
-    """What a literal means. Raises ValueError."""
-    if kind in ("bool", "nil"):
-        return _BOOLS.get(text)
-    if kind == "number":
-        return _number_value(text)
-    value = _unquoted(text)
-    if kind == "string":
-        return value
-    if len(value) != 1:
-        raise ValueError(f"malformed character constant: {text}" if value else "invalid syntax")
-    code = ord(value)
-    return code - 0xDC00 if 0xDC80 <= code <= 0xDCFF else code
-
-
-def _number_value(text: str) -> int | float:
-    with contextlib.suppress(ValueError):
-        integer = int(text, 8 if _OCTAL.fullmatch(text) else 0)
-        if -(2**63) <= integer < 2**64:
-            return integer
-    is_hexadecimal = text.lstrip("+-")[:2] in ("0x", "0X")
-    try:
-        number = float.fromhex(text) if is_hexadecimal else float(text)
-    except (ValueError, OverflowError):
-        number = math.inf
-    if not math.isfinite(number) or "_" in text:
-        raise ValueError(f"illegal number syntax: {_quoted(text)}")
-    if not any(mark in text for mark in ("pP" if is_hexadecimal else ".eE")):
-        raise ValueError(f"integer overflow: {_quoted(text)}")
-    return number
-
-
 class _TemplateParser:
     """Recursive descent; each method reads one rule of the grammar."""
 
@@ -11367,11 +11386,9 @@ class _TemplateParser:
             self.unexpected(item, where)
         return item
 
-    def template_name(self, where: str) -> _Item:
-        """The name of a template, without its quotes."""
-        item = self.require("string", where)
+    def value_of(self, kind: str, literal: str) -> Any:
         try:
-            return item._replace(text=_unquoted(item.text))
+            return _constant_value(kind, literal)
         except ValueError as error:
             self.fail(str(error))
 
@@ -11403,7 +11420,7 @@ class _TemplateParser:
             self.fail(f"template: multiple definition of template {_quoted(name)}")
 
     def define(self) -> None:
-        name = self.template_name("define clause").text
+        name = self.value_of("string", self.require("string", "define clause").text)
         self.require("}}", "define clause")
         self.template(name, "define clause")
 
@@ -11480,8 +11497,8 @@ class _TemplateParser:
 
     def invocation(self, kind: str) -> _Statement:
         where = f"{kind} clause"
-        item = self.template_name(where)
-        name, pipe = item.text, None
+        item = self.require("string", where)
+        name, pipe = self.value_of("string", item.text), None
         if kind == "block" or self.skip_space().kind != "}}":
             pipe = self.pipeline(where)
         else:
@@ -11601,10 +11618,7 @@ class _TemplateParser:
             pipe = self.pipeline("parenthesized pipeline", ")")
             self.depth -= 1
             return pipe
-        try:
-            return _Constant(_constant_value(kind, text), text, position)
-        except ValueError as error:
-            self.fail(str(error))
+        return _Constant(self.value_of(kind, text), text, position)
 
     ACTIONS: ClassVar[dict[str, Callable[["_TemplateParser", str], _Statement]]] = {
         "if": block, "with": block, "range": block, "break": leave, "continue": leave,
@@ -11620,7 +11634,7 @@ def _is_blank(statements: list[_Statement]) -> bool:
 
 
 # ==================================================================================================
-# 32. Templates
+# 34. Templates
 # ==================================================================================================
 #
 # A walk over the tree prints, and each step is Go's. What a label holds is printed and never read
@@ -11972,7 +11986,7 @@ class _TemplateRun:
 
 
 # ==================================================================================================
-# 33. Command line
+# 35. Command line
 # ==================================================================================================
 #
 # Options become objects, one line says what is running, and a signal ends it. What goes wrong

@@ -7276,7 +7276,7 @@ def expanded(text: str, value: float = 1.0) -> str:
     fields = {"Labels": TEMPLATE_LABELS, "ExternalLabels": EXTERNAL_LABELS,
               "ExternalURL": EXTERNAL_URL, "Value": value}  # fmt: skip
     try:
-        return template.execute(TemplateStruct(ALERT_TYPE, fields), TEMPLATE_FUNCTIONS)
+        return shortened(template.execute(TemplateStruct(ALERT_TYPE, fields), TEMPLATE_FUNCTIONS))
     except TemplateError as error:
         return shortened(f"<error expanding template: {error}>")
 
@@ -8443,7 +8443,7 @@ def test_generated_templates_become_what_promtool_makes_of_them(tmp_path):
     queries = re.compile(r"""query(?! `(?:none|v|q\{instance=(?:"a"|'a')\})`)""")
     # surrogates are not in YAML, other queries are not answered here, and series come in any order
     templates += [text for text in mutated_templates(scaled(3_000, 30_000), seed=rng.randrange(1 << 30))
-                  if not re.search("[\ud800\x00]|toTime.*toTime|İ|AddDate|Truncate", text)
+                  if not re.search("[\ud800\x00]|toTime.*toTime|İ|AddDate|Truncate|[0-9]i", text)
                   and not queries.search(text)]  # fmt: skip
     for text, answer in zip(templates, promtool_expands(tmp_path, templates)):
         if not DIFFERS_FROM_PROMTOOL.search(answer):
