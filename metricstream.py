@@ -10035,6 +10035,7 @@ class TemplateFunction(NamedTuple):
     takes: str  # names of types as Go has them; `any`, and `...any` for any number of them
     call: Callable[..., Any]
     steps: int = 1
+    is_metered: bool = False  # `call` gets a function before the arguments that spends more steps
 
 
 class TemplateStruct:
@@ -10954,12 +10955,16 @@ def _matches(pattern: str, text: str) -> bool:
     return _search(pattern, text, 0) is not None
 
 
-def _replace_all(pattern: str, template: str, text: str) -> str:
-    """As Go's Regexp.ReplaceAllString has it; no empty match stands right behind another one."""
+def _replace_all(spend: Callable[[int], None], pattern: str, template: str, text: str) -> str:
+    """As Go's Regexp.ReplaceAllString has it; no empty match stands right behind another one.
+
+    Each search reads the text to its end, so each is paid for.
+    """
     names = _compiled(pattern, f"regexp: Compile(`{pattern}`): ").names
     written: list[str] = []
     position, last_end = 0, 0
     while position <= len(text) and (found := _search(pattern, text, position)):
+        spend((len(text) - position) >> 4)
         start = position + len(found[0] or "")
         end = start + len(found[1] or "")
         written.append(text[last_end:start])
@@ -10988,7 +10993,7 @@ def query_function(query: Callable[[str], list[tuple[dict[str, str], float]]]) -
 _COMMON_FUNCTIONS = {
     "humanizeDuration": TemplateFunction("any", _humanize_duration),
     "match": TemplateFunction("string string", _matches, REGEX_STEPS),
-    "reReplaceAll": TemplateFunction("string string string", _replace_all, REGEX_STEPS),
+    "reReplaceAll": TemplateFunction("string string string", _replace_all, REGEX_STEPS, True),
     "safeHtml": TemplateFunction("string", _HTML),
     "title": TemplateFunction("string", _title),
     "toLower": _in_case(str.lower),
@@ -11928,7 +11933,10 @@ class _TemplateRun:
             values.append(self.checked(last, types[-1]))
         self.spend(sum(len(value) for value in values if isinstance(value, str)) >> 4)
         try:
-            result = function.call(*values)
+            meter = (self.spend,) if function.is_metered else ()
+            result = function.call(*meter, *values)
+        except TemplateError:
+            raise
         except Exception as error:
             # whatever a function can't do ends this template alone
             self.node = node

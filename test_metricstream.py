@@ -8479,6 +8479,11 @@ BOMBS = {
     "fields": "{{ $labels" + ".x" * 100_000 + " }}",
     "pipeline": "{{ 1" + " | print" * 50_000 + " }}",
     "queries": "{{ range $labels }}" * 3 + "{{ query `q` }}" + "{{ end }}" * 3,
+    "replacements": '{{ $x := printf "%0100000d" 0 }}{{ reReplaceAll "0" "11" $x }}',
+    "some replacements": '{{ $x := printf "%01000d" 0 }}' + '{{ $y := reReplaceAll "0" "11" $x }}' * 1_000,
+    "replacements that grow": '{{ $x := "aaaa" }}' + '{{ $x = reReplaceAll "a" "aaaa" $x }}' * 20,
+    "patterns": "{{ range $i, $v := $labels }}" + "".join(
+        f"{{{{ $y := match `(a{{1000}}){i}|(x+x+)+{i}$` $i }}}}" for i in range(300)) + "{{ end }}",
     "regex": "{{ reReplaceAll `(a*)*b` `x` (printf `%0100000d` 1) }}",
     "nothing matches": "{{ range $labels }}{{ range $labels }}{{ match `(x+x+)+y` (printf `%090000d` 1) }}{{ end }}{{ end }}",
     "numbers": "{{ " + "1" * 100_000 + " }}",
