@@ -11113,13 +11113,13 @@ class _RuleReader:
 # 31. Values of templates
 # ==================================================================================================
 #
-# The problem: what a template prints must not differ by a character from what Go prints, for
-# numbers, lists, maps, times and everything that `printf` can ask for. The idea: a template sees
-# values of Python that stand for Go's types, and objects made for it, never an attribute of Python;
-# each type carries the name that Go has for it, so that a mistake is told in the words that people
-# find when they search for it. What it costs: Go's verbs and layouts, written once more.
+# The problem: what a template prints must not differ by a character from what Go prints. The idea:
+# a template sees values of Python that stand for Go's types, and objects made for it, never an
+# attribute of Python. Each type carries the name that Go has for it, so that a mistake is told in
+# the words that people find when they search for it. What it costs: Go's times and layouts, written
+# once more, and in the next chapter its verbs.
 #
-# Sources: https://pkg.go.dev/fmt and https://pkg.go.dev/time.
+# Source: https://pkg.go.dev/time.
 
 MAX_TEMPLATE_STEPS = 200_000  # of one execution: nodes, arguments, and every 16 characters
 MAX_TEMPLATE_DEPTH = 64  # of parentheses, of blocks, and of templates that call templates
@@ -11144,6 +11144,7 @@ class TemplateFunction(NamedTuple):
     takes: str  # names of types as Go has them; `any`, and `...any` for any number of them
     call: Callable[..., Any]
     steps: int = 1
+    is_metered: bool = False  # `call` gets a function before the arguments that spends more steps
 
 
 class TemplateStruct:
@@ -11206,7 +11207,138 @@ def _entry(mapping: dict[str, Any], key: str) -> Any:
     return mapping.get(key, None if isinstance(mapping, _AnyMap) else "")
 
 
-# ---- what Go's fmt prints ----
+# ---- times: as Go writes and lays them out ----
+
+_EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+_MICROSECOND = datetime.timedelta(microseconds=1)
+_LAYOUT = re.compile(
+    r"January|Jan(?![a-z])|Monday|Mon(?![a-z])|MST|2006|[-Z]07(?::00(?::00)?|00(?:00)?)?"
+    r"|[.,](?:0+|9+)(?![0-9])|002|01|02|03|04|05|06|15|PM|pm|__2|_2(?!006)|[12345]"
+)
+
+
+def _offset(time: datetime.datetime, form: str) -> str:
+    """As `-0700`, `-07:00:00` and the like ask for it; with a Z in front UTC is a Z alone."""
+    seconds = round((time.utcoffset() or datetime.timedelta()).total_seconds())
+    if form[0] == "Z" and not seconds:
+        return "Z"
+    parts = abs(seconds) // 3600, abs(seconds) // 60 % 60, abs(seconds) % 60
+    colon = ":" if ":" in form else ""
+    shown = colon.join(f"{part:02d}" for part in parts[: (len(form) - form.count(":") - 1) // 2])
+    return ("-" if seconds < 0 else "+") + shown
+
+
+_LAYOUT_PARTS: dict[str, Callable[[datetime.datetime], str]] = {
+    "January": lambda t: calendar.month_name[t.month],
+    "Jan": lambda t: calendar.month_abbr[t.month],
+    "Monday": lambda t: calendar.day_name[t.weekday()],
+    "Mon": lambda t: calendar.day_abbr[t.weekday()],
+    "MST": lambda t: t.tzname() or "",
+    "2006": lambda t: f"{t.year:04d}",
+    "002": lambda t: f"{t.timetuple().tm_yday:03d}",
+    "01": lambda t: f"{t.month:02d}",
+    "02": lambda t: f"{t.day:02d}",
+    "03": lambda t: f"{(t.hour - 1) % 12 + 1:02d}",
+    "04": lambda t: f"{t.minute:02d}",
+    "05": lambda t: f"{t.second:02d}",
+    "06": lambda t: f"{t.year % 100:02d}",
+    "15": lambda t: f"{t.hour:02d}",
+    "PM": lambda t: "PM" if t.hour >= 12 else "AM",
+    "pm": lambda t: "pm" if t.hour >= 12 else "am",
+    "_2": lambda t: f"{t.day:2d}",
+    "__2": lambda t: f"{t.timetuple().tm_yday:3d}",
+    "1": lambda t: str(t.month),
+    "2": lambda t: str(t.day),
+    "3": lambda t: str((t.hour - 1) % 12 + 1),
+    "4": lambda t: str(t.minute),
+    "5": lambda t: str(t.second),
+}
+
+
+def _laid_out(time: datetime.datetime, layout: str) -> str:
+    def part(match: re.Match[str]) -> str:
+        word = match[0]
+        if word in _LAYOUT_PARTS:
+            return _LAYOUT_PARTS[word](time)
+        if word[0] in "-Z":
+            return _offset(time, word)
+        digits = f"{time.microsecond:06d}".ljust(9, "0")[: len(word) - 1]
+        digits = digits.rstrip("0") if word[1] == "9" else digits
+        return word[0] + digits if digits else ""
+
+    return _LAYOUT.sub(part, layout)
+
+
+def _time_text(time: datetime.datetime) -> str:
+    return _laid_out(time, "2006-01-02 15:04:05.999999999 -0700 MST")
+
+
+def _duration_of(nanoseconds: int) -> datetime.timedelta:
+    return datetime.timedelta(microseconds=nanoseconds // 1000)
+
+
+def _nanoseconds(duration: datetime.timedelta) -> int:
+    return duration // _MICROSECOND * 1000
+
+
+def _duration_text_of(duration: datetime.timedelta) -> str:
+    """As Go writes it: 1h2m3.5s, 1.5ms.
+
+    >>> _duration_text_of(datetime.timedelta(minutes=61, milliseconds=1500))
+    '1h1m1.5s'
+    """
+    microseconds = abs(duration // _MICROSECOND)
+    sign = "-" if duration < datetime.timedelta() else ""
+    for unit, size in (("µs", 1), ("ms", 1000)):
+        if 0 < microseconds < size * 1000:
+            return f"{sign}{decimal_text(microseconds / size)}{unit}"
+    minutes, rest = divmod(microseconds, 60_000_000)
+    text = f"{decimal_text(rest / 1_000_000)}s"
+    if minutes:
+        text = f"{minutes // 60}h{minutes % 60}m{text}" if minutes >= 60 else f"{minutes}m{text}"
+    return sign + text
+
+
+_TIME_METHODS = {
+    "Add": TemplateFunction("time.Duration", lambda time, duration: time + duration),
+    "After": TemplateFunction("time.Time", lambda time, other: time > other),
+    "Before": TemplateFunction("time.Time", lambda time, other: time < other),
+    "Day": TemplateFunction("", lambda time: time.day),
+    "Equal": TemplateFunction("time.Time", operator.eq),
+    "Format": TemplateFunction("string", _laid_out),
+    "Hour": TemplateFunction("", lambda time: time.hour),
+    "IsZero": TemplateFunction("", lambda time: time.year == 1),
+    "Local": TemplateFunction("", lambda time: time.astimezone()),
+    "Minute": TemplateFunction("", lambda time: time.minute),
+    "Month": TemplateFunction("", lambda time: _Month(time.month)),
+    "Nanosecond": TemplateFunction("", lambda time: time.microsecond * 1000),
+    "Second": TemplateFunction("", lambda time: time.second),
+    "String": TemplateFunction("", _time_text),
+    "Sub": TemplateFunction("time.Time", lambda time, other: time - other),
+    "UTC": TemplateFunction("", lambda time: time.astimezone(datetime.UTC)),
+    "Unix": TemplateFunction("", lambda time: (time - _EPOCH) // datetime.timedelta(seconds=1)),
+    "UnixMilli": TemplateFunction("", lambda time: (time - _EPOCH) // (1000 * _MICROSECOND)),
+    "Weekday": TemplateFunction("", lambda time: _Weekday(time.isoweekday() % 7)),
+    "Year": TemplateFunction("", lambda time: time.year),
+    "YearDay": TemplateFunction("", lambda time: time.timetuple().tm_yday),
+}
+_DURATION_METHODS = {
+    "Hours": TemplateFunction("", lambda duration: duration / datetime.timedelta(hours=1)),
+    "Minutes": TemplateFunction("", lambda duration: duration / datetime.timedelta(minutes=1)),
+    "Seconds": TemplateFunction("", lambda duration: duration / datetime.timedelta(seconds=1)),
+    "String": TemplateFunction("", _duration_text_of),
+}
+_METHODS = {datetime.datetime: _TIME_METHODS, datetime.timedelta: _DURATION_METHODS}
+
+
+# ==================================================================================================
+# 32. Formats of templates
+# ==================================================================================================
+#
+# What `printf` and `print` write, for every verb, flag and kind of value: Go's fmt package once
+# more. A verb that is not for a value is told in the text itself, as `%!d(string=x)`.
+#
+# Source: https://pkg.go.dev/fmt and its print.go and format.go, whose order of events this keeps.
 
 
 class _Verb(NamedTuple):
@@ -11408,8 +11540,7 @@ def _float_text(value: float, form: _Verb) -> str:
 
 def _digits_of(value: float, verb: str, precision: int | None) -> str:
     if verb == "b":
-        mantissa, exponent = math.frexp(value)
-        exponent = max(exponent - 53, -1074)
+        exponent = max(math.frexp(value)[1] - 53, -1074)
         return f"{int(math.ldexp(value, -exponent))}p{exponent:+d}" if value else "0p-1074"
     if verb in "xX":
         text = _hexadecimal_text(value, precision)
@@ -11440,20 +11571,19 @@ _DECIMAL_EXPONENT, _HEXADECIMAL_EXPONENT = re.compile("[eE]"), re.compile("[pP]"
 
 def _with_point(text: str, verb: str, precision: int | None) -> str:
     """With `#` a number has a point, and zeros up to its precision."""
-    exponent_at = (_HEXADECIMAL_EXPONENT if verb in "xX" else _DECIMAL_EXPONENT).search(text)
-    number = text[: exponent_at.start()] if exponent_at else text
+    marks = "pP" if verb in "xX" else "eE"
+    end = next((place for place, letter in enumerate(text) if letter in marks), len(text))
+    number = text[:end]
     digits = (6 if precision is None else precision) if verb in "vgGx" else 0
     digits -= len(number.replace(".", "").lstrip("0"))
     if "." not in number:
         digits -= number == "0"
         number += "."
-    return (
-        number + "0" * digits + (exponent_at[0] + text[exponent_at.end() :] if exponent_at else "")
-    )
+    return number + "0" * digits + text[end:]
 
 
 def _shortest_text(value: float) -> str:
-    """The shortest decimal that reads back; with an exponent from 1e+21 on and below 0.0001."""
+    """The shortest decimal that reads back; with an exponent from 1e+06 on and below 0.0001."""
     digits = decimal.Decimal(repr(value)).normalize().as_tuple().digits
     text = f"{value:.{len(digits) - 1}e}"
     return decimal_text(value) if -4 <= int(text.partition("e")[2]) < 6 else text
@@ -11461,9 +11591,9 @@ def _shortest_text(value: float) -> str:
 
 _VERB = re.compile(
     r"""%(?P<flags>[-+#\ 0]*)
-        (?P<index>\[(?:[^\]]{0,9}\])?)? (?P<width>\*|[0-9]*)
-        (?:\. (?P<index2>\[(?:[^\]]{0,9}\])?)? (?P<precision>\*|[0-9]*) )?
-        (?P<index3>\[(?:[^\]]{0,9}\])?)? (?P<verb>.?)""",
+        (?P<index>\[(?:[^\]]{0,99}\])?)? (?P<width>\*|[0-9]*)
+        (?:\. (?P<index2>\[(?:[^\]]{0,99}\])?)? (?P<precision>\*|[0-9]*) )?
+        (?P<index3>\[(?:[^\]]{0,99}\])?)? (?P<verb>.?)""",
     re.DOTALL | re.VERBOSE,
 )
 _VERB_INDEX = re.compile(r"\[([0-9]{1,7})\]")
@@ -11546,9 +11676,12 @@ class _Printf:
             return min(int(text[:8] or 0), MAX_TEMPLATE_OUTPUT + 1)
         value = self.values[self.index] if self.index < len(self.values) else None
         self.index += self.index < len(self.values)
-        if isinstance(value, int) and not isinstance(value, bool):
-            if abs(value) <= MAX_PRINTF_WIDTH:
-                return value
+        if (
+            isinstance(value, int)
+            and not isinstance(value, bool)
+            and abs(value) <= MAX_PRINTF_WIDTH
+        ):
+            return value
         self.output.add(f"%!({fault})")
         return None
 
@@ -11572,132 +11705,8 @@ def _printed(*values: Any) -> str:
     return _go_print(*("<no value>" if value is None else value for value in values), form=_SHOWN)
 
 
-# ---- times: as Go writes and lays them out ----
-
-_EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
-_MICROSECOND = datetime.timedelta(microseconds=1)
-_LAYOUT = re.compile(
-    r"January|Jan(?![a-z])|Monday|Mon(?![a-z])|MST|2006|[-Z]07(?::00(?::00)?|00(?:00)?)?"
-    r"|[.,](?:0+|9+)(?![0-9])|002|01|02|03|04|05|06|15|PM|pm|__2|_2(?!006)|[12345]"
-)
-
-
-def _offset(time: datetime.datetime, form: str) -> str:
-    """As `-0700`, `-07:00:00` and the like ask for it; with a Z in front UTC is a Z alone."""
-    seconds = round((time.utcoffset() or datetime.timedelta()).total_seconds())
-    if form[0] == "Z" and not seconds:
-        return "Z"
-    parts = abs(seconds) // 3600, abs(seconds) // 60 % 60, abs(seconds) % 60
-    colon = ":" if ":" in form else ""
-    shown = colon.join(f"{part:02d}" for part in parts[: (len(form) - form.count(":") - 1) // 2])
-    return ("-" if seconds < 0 else "+") + shown
-
-
-_LAYOUT_PARTS: dict[str, Callable[[datetime.datetime], str]] = {
-    "January": lambda t: calendar.month_name[t.month],
-    "Jan": lambda t: calendar.month_abbr[t.month],
-    "Monday": lambda t: calendar.day_name[t.weekday()],
-    "Mon": lambda t: calendar.day_abbr[t.weekday()],
-    "MST": lambda t: t.tzname() or "",
-    "2006": lambda t: f"{t.year:04d}",
-    "002": lambda t: f"{t.timetuple().tm_yday:03d}",
-    "01": lambda t: f"{t.month:02d}",
-    "02": lambda t: f"{t.day:02d}",
-    "03": lambda t: f"{(t.hour - 1) % 12 + 1:02d}",
-    "04": lambda t: f"{t.minute:02d}",
-    "05": lambda t: f"{t.second:02d}",
-    "06": lambda t: f"{t.year % 100:02d}",
-    "15": lambda t: f"{t.hour:02d}",
-    "PM": lambda t: "PM" if t.hour >= 12 else "AM",
-    "pm": lambda t: "pm" if t.hour >= 12 else "am",
-    "_2": lambda t: f"{t.day:2d}",
-    "__2": lambda t: f"{t.timetuple().tm_yday:3d}",
-    "1": lambda t: str(t.month),
-    "2": lambda t: str(t.day),
-    "3": lambda t: str((t.hour - 1) % 12 + 1),
-    "4": lambda t: str(t.minute),
-    "5": lambda t: str(t.second),
-}
-
-
-def _laid_out(time: datetime.datetime, layout: str) -> str:
-    def part(match: re.Match[str]) -> str:
-        word = match[0]
-        if word in _LAYOUT_PARTS:
-            return _LAYOUT_PARTS[word](time)
-        if word[0] in "-Z":
-            return _offset(time, word)
-        digits = f"{time.microsecond:06d}".ljust(9, "0")[: len(word) - 1]
-        digits = digits.rstrip("0") if word[1] == "9" else digits
-        return word[0] + digits if digits else ""
-
-    return _LAYOUT.sub(part, layout)
-
-
-def _time_text(time: datetime.datetime) -> str:
-    return _laid_out(time, "2006-01-02 15:04:05.999999999 -0700 MST")
-
-
-def _duration_of(nanoseconds: int) -> datetime.timedelta:
-    return datetime.timedelta(microseconds=nanoseconds // 1000)
-
-
-def _nanoseconds(duration: datetime.timedelta) -> int:
-    return duration // _MICROSECOND * 1000
-
-
-def _duration_text_of(duration: datetime.timedelta) -> str:
-    """As Go writes it: 1h2m3.5s, 1.5ms.
-
-    >>> _duration_text_of(datetime.timedelta(minutes=61, milliseconds=1500))
-    '1h1m1.5s'
-    """
-    microseconds = abs(duration // _MICROSECOND)
-    sign = "-" if duration < datetime.timedelta() else ""
-    for unit, size in (("µs", 1), ("ms", 1000)):
-        if 0 < microseconds < size * 1000:
-            return f"{sign}{decimal_text(microseconds / size)}{unit}"
-    minutes, rest = divmod(microseconds, 60_000_000)
-    text = f"{decimal_text(rest / 1_000_000)}s"
-    if minutes:
-        text = f"{minutes // 60}h{minutes % 60}m{text}" if minutes >= 60 else f"{minutes}m{text}"
-    return sign + text
-
-
-_TIME_METHODS = {
-    "Add": TemplateFunction("time.Duration", lambda time, duration: time + duration),
-    "After": TemplateFunction("time.Time", lambda time, other: time > other),
-    "Before": TemplateFunction("time.Time", lambda time, other: time < other),
-    "Day": TemplateFunction("", lambda time: time.day),
-    "Equal": TemplateFunction("time.Time", operator.eq),
-    "Format": TemplateFunction("string", _laid_out),
-    "Hour": TemplateFunction("", lambda time: time.hour),
-    "IsZero": TemplateFunction("", lambda time: time.year == 1),
-    "Local": TemplateFunction("", lambda time: time.astimezone()),
-    "Minute": TemplateFunction("", lambda time: time.minute),
-    "Month": TemplateFunction("", lambda time: _Month(time.month)),
-    "Nanosecond": TemplateFunction("", lambda time: time.microsecond * 1000),
-    "Second": TemplateFunction("", lambda time: time.second),
-    "String": TemplateFunction("", _time_text),
-    "Sub": TemplateFunction("time.Time", lambda time, other: time - other),
-    "UTC": TemplateFunction("", lambda time: time.astimezone(datetime.UTC)),
-    "Unix": TemplateFunction("", lambda time: (time - _EPOCH) // datetime.timedelta(seconds=1)),
-    "UnixMilli": TemplateFunction("", lambda time: (time - _EPOCH) // (1000 * _MICROSECOND)),
-    "Weekday": TemplateFunction("", lambda time: _Weekday(time.isoweekday() % 7)),
-    "Year": TemplateFunction("", lambda time: time.year),
-    "YearDay": TemplateFunction("", lambda time: time.timetuple().tm_yday),
-}
-_DURATION_METHODS = {
-    "Hours": TemplateFunction("", lambda duration: duration / datetime.timedelta(hours=1)),
-    "Minutes": TemplateFunction("", lambda duration: duration / datetime.timedelta(minutes=1)),
-    "Seconds": TemplateFunction("", lambda duration: duration / datetime.timedelta(seconds=1)),
-    "String": TemplateFunction("", _duration_text_of),
-}
-_METHODS = {datetime.datetime: _TIME_METHODS, datetime.timedelta: _DURATION_METHODS}
-
-
 # ==================================================================================================
-# 32. Functions of templates
+# 33. Functions of templates
 # ==================================================================================================
 #
 # What a template may call: the functions that Go has, those that Prometheus adds for rules, and
@@ -11728,7 +11737,7 @@ def _equal(value: Any, *others: Any) -> bool:
     for other in others:
         other_kind, right = _basic(other)
         if kind == other_kind:
-            if isinstance(other, dict | list | TemplateStruct):
+            if value is not None and isinstance(other, dict | list | TemplateStruct):
                 raise ValueError(f"non-comparable type {_go_print(value)}: {_type_name(value)}")
             if left == right:
                 return True
@@ -11825,6 +11834,7 @@ def _not_callable(value: Any, *_: Any) -> NoReturn:
 _HTML_ESCAPES = str.maketrans(
     {'"': "&#34;", "'": "&#39;", "&": "&amp;", "<": "&lt;", ">": "&gt;", "\0": "\ufffd"}
 )
+_JS_UNSAFE = re.compile(r"[\\'\"<>&=\x00-\x1f]|[^\x00-\x7f]")
 _JS_ESCAPES = {"\\": "\\\\", "'": "\\'", '"': '\\"'}
 
 
@@ -11856,10 +11866,7 @@ _GO_FUNCTIONS = {
     "println": TemplateFunction("...any", partial(_go_print, spaces=True, end="\n")),
     "html": TemplateFunction("...any", lambda *values: _printed(*values).translate(_HTML_ESCAPES)),
     "js": TemplateFunction(
-        "...any",
-        lambda *values: re.sub(
-            r"[\\'\"<>&=\x00-\x1f]|[^\x00-\x7f]", _js_escaped, _printed(*values)
-        ),
+        "...any", lambda *values: _JS_UNSAFE.sub(_js_escaped, _printed(*values))
     ),
     "urlquery": TemplateFunction("...any", lambda *values: _query_escaped(_printed(*values))),
 }
@@ -11890,7 +11897,10 @@ def _sorted_by_label(name: str, result: list[TemplateStruct]) -> list[TemplateSt
     return _QueryResult(sorted(result, key=partial(_label, name)))
 
 
-_HEX_FLOAT = re.compile(r"[-+]?0[xX](?=\.?[0-9a-fA-F])[0-9a-fA-F]*\.?[0-9a-fA-F]*[pP][-+]?[0-9]+")
+_UNDERSCORE = re.compile("(?<=[0-9a-fA-FxX])_(?=[0-9a-fA-F])")
+_HEX_FLOAT = re.compile(
+    r"[-+]?0[xX](?=\.?[0-9a-fA-F])[0-9a-fA-F]*(?:\.[0-9a-fA-F]*)?[pP][-+]?[0-9]+"
+)
 
 
 def _float_of(value: Any) -> float:
@@ -11901,7 +11911,7 @@ def _float_of(value: Any) -> float:
     if not isinstance(value, str) or isinstance(value, _HTML):
         raise ValueError(f"can't convert {_type_name(value)} to float")
     try:
-        number = re.sub(r"(?<=[0-9a-fA-FxX])_(?=[0-9a-fA-F])", "", value)
+        number = _UNDERSCORE.sub("", value)
         return float.fromhex(number) if _HEX_FLOAT.fullmatch(number) else read_float(number)
     except (ValueError, OverflowError):
         fault = "value out of range" if GO_FLOAT.fullmatch(value) else "invalid syntax"
@@ -11984,13 +11994,11 @@ def _humanize_timestamp(value: Any) -> str:
 def _parse_duration(text: str) -> float:
     if text == "0":
         return 0.0
-    try:
-        return parse_duration_ms(text) / 1000
-    except ValueError as error:
-        if "range" in str(error):
-            raise
-        fault = f"not a valid duration string: {_quoted(text)}" if text else "empty duration string"
-        raise ValueError(fault) from None
+    if not text:
+        raise ValueError("empty duration string")
+    if not _DURATION.fullmatch(text):
+        raise ValueError(f"not a valid duration string: {_quoted(text)}")
+    return parse_duration_ms(text) / 1000
 
 
 _HOST_PORT = re.compile(r"(?:\[(?P<bracketed>[^\[\]]*)\]|(?P<plain>[^:\[\]]*)):(?P<port>[^:\[\]]*)")
@@ -12059,12 +12067,16 @@ def _matches(pattern: str, text: str) -> bool:
     return _search(pattern, text, 0) is not None
 
 
-def _replace_all(pattern: str, template: str, text: str) -> str:
-    """As Go's Regexp.ReplaceAllString has it; no empty match stands right behind another one."""
+def _replace_all(spend: Callable[[int], None], pattern: str, template: str, text: str) -> str:
+    """As Go's Regexp.ReplaceAllString has it; no empty match stands right behind another one.
+
+    Each search reads the text to its end, so each is paid for.
+    """
     names = _compiled(pattern, f"regexp: Compile(`{pattern}`): ").names
     written: list[str] = []
     position, last_end = 0, 0
     while position <= len(text) and (found := _search(pattern, text, position)):
+        spend((len(text) - position) >> 4)
         start = position + len(found[0] or "")
         end = start + len(found[1] or "")
         written.append(text[last_end:start])
@@ -12093,7 +12105,7 @@ def query_function(query: Callable[[str], list[tuple[dict[str, str], float]]]) -
 _COMMON_FUNCTIONS = {
     "humanizeDuration": TemplateFunction("any", _humanize_duration),
     "match": TemplateFunction("string string", _matches, REGEX_STEPS),
-    "reReplaceAll": TemplateFunction("string string string", _replace_all, REGEX_STEPS),
+    "reReplaceAll": TemplateFunction("string string string", _replace_all, REGEX_STEPS, True),
     "safeHtml": TemplateFunction("string", _HTML),
     "title": TemplateFunction("string", _title),
     "toLower": _in_case(str.lower),
@@ -12137,16 +12149,15 @@ def _in_zone(name: str, when: datetime.datetime) -> datetime.datetime:
 
 def rfc3339(time: datetime.datetime) -> str:
     """A time as Go's JSON has it."""
-    text, zone = time.isoformat()[:-6], time.isoformat()[-6:]
-    text = text.rstrip("0").rstrip(".") if "." in text else text
-    return text + ("Z" if zone == "+00:00" else zone)
+    return _laid_out(time, "2006-01-02T15:04:05.999999999Z07:00")
 
 
 def json_value(value: Any) -> Any:
     """A value of a template as `write_json` takes it."""
     if isinstance(value, TemplateStruct):
-        # as Alertmanager's tags have it, which a Pair has not
-        first = str if value.type_name == "template.Pair" else str.lower
+        # as the tags of these two have it
+        is_tagged = value.type_name.lstrip("*") in ("template.Alert", "template.Data")
+        first = str.lower if is_tagged else str
         return {
             first(name[0]) + name[1:]: json_value(field) for name, field in value.fields.items()
         }
@@ -12159,6 +12170,14 @@ def json_value(value: Any) -> Any:
     return _nanoseconds(value) if isinstance(value, datetime.timedelta) else value
 
 
+# as Go's encoding/json has it, so that JSON can stand in a page
+_JSON_IN_HTML = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
+
+
+def _to_json(value: Any) -> str:
+    return write_json(json_value(value)).translate(_JSON_IN_HTML)
+
+
 NOTIFICATION_FUNCTIONS = _COMMON_FUNCTIONS | {
     "date": TemplateFunction("string time.Time", lambda layout, when: _laid_out(when, layout)),
     "join": TemplateFunction("string []string", str.join),
@@ -12167,7 +12186,7 @@ NOTIFICATION_FUNCTIONS = _COMMON_FUNCTIONS | {
         "time.Time", lambda when: datetime.datetime.now(datetime.UTC) - when
     ),
     "stringSlice": TemplateFunction("...string", lambda *texts: list(texts)),
-    "toJson": TemplateFunction("any", lambda value: write_json(json_value(value))),
+    "toJson": TemplateFunction("any", _to_json),
     "trimSpace": TemplateFunction("string", lambda text: text.strip(" \t\r\n")),
     "tz": TemplateFunction("string time.Time", _in_zone),
     "urlUnescape": TemplateFunction("string", lambda text: _HTML(urllib.parse.unquote_plus(text))),
@@ -12175,17 +12194,15 @@ NOTIFICATION_FUNCTIONS = _COMMON_FUNCTIONS | {
 
 
 # ==================================================================================================
-# 33. Template parser
+# 34. Template items
 # ==================================================================================================
 #
 # The problem: labels and annotations of alerts, and what is sent to a webhook, are templates of
 # Go's text/template, and there are thousands of them. The idea: text becomes items, items become a
-# tree, and the next chapter walks over the tree. What it costs: Go's grammar and its errors, letter
-# by letter, since people search for them.
+# tree, and a walk over the tree prints. What it costs: Go's grammar and its errors, letter by
+# letter, since people search for them.
 #
-# Source: https://pkg.go.dev/text/template. Not here: complex numbers, and functions as values.
-
-# ---- text becomes items ----
+# Source: https://pkg.go.dev/text/template and its lex.go.
 
 
 class _Item(NamedTuple):
@@ -12207,7 +12224,7 @@ _ITEM = re.compile(
   | (?P<string>   "(?:[^"\\\n]|\\[^\n])*" | `[^`]*` )
   | (?P<char>     '(?:[^'\\\n]|\\[^\n])*' )
   | (?P<variable> \$\w* )
-  | (?P<number>   (?=[-+0-9]|\.[0-9]) [-+]?
+  | (?P<number>   (?=[-+0-9]|\.(?:[0-9]|\Z)) [-+]?
                   (?: 0[xX][0-9A-Fa-f_]*(?:\.[0-9A-Fa-f_]*)?(?:[pP][-+]?[0-9_]*)?
                     | 0[oObB][0-9_]*
                     | [0-9_]*(?:\.[0-9_]*)?(?:[eE][-+]?[0-9_]*)? ) i? )
@@ -12218,6 +12235,7 @@ _ITEM = re.compile(
     """,
     re.VERBOSE,
 )
+_GLUED_TO_NUMBER = re.compile(r"[-+\w]")
 _ENDS_WORD = re.compile(r"[ \t\r\n.,|:()]|\}\}|\Z")
 _UNFINISHED = {
     '"': "unterminated quoted string", "`": "unterminated raw quoted string",
@@ -12280,8 +12298,8 @@ def _action_items(text: str, position: int) -> Generator[_Item, None, re.Match[s
         if kind in ("variable", "field", "word") and not _ENDS_WORD.match(text, end):
             fault = f"bad character {_code_point(text[end])}"
             break
-        if kind == "number" and re.compile(r"[-+\w]").match(text, end):
-            fault = f"bad number syntax: {_quoted(text[position : end + 1])}"
+        if kind == "number" and (glued := _GLUED_TO_NUMBER.match(text, end)):
+            fault = f"bad number syntax: {_quoted(text[position : glued.end()])}"
             break
         if kind == "word":
             kind = word if word in _KEYWORDS else "bool" if word in _BOOLS else "function"
@@ -12310,7 +12328,62 @@ def _shown_item(item: _Item) -> str:
     return f"{_quoted(item.text[:10])}..." if len(item.text) > 10 else _quoted(item.text)
 
 
-# ---- items become a tree: `text` is what Go calls a node in its errors ----
+# ---- what literals mean ----
+
+
+def _unquoted(literal: str) -> str:
+    try:
+        # the strings of PromQL are those of Go
+        return str(parse_query(literal).value)  # type: ignore[union-attr]
+    except QueryError:
+        raise ValueError("invalid syntax") from None
+
+
+_OCTAL = re.compile("[-+]?0[0-7_]+")
+
+
+def _constant_value(kind: str, text: str) -> Any:
+    """What a literal means. Raises ValueError."""
+    if kind in ("bool", "nil"):
+        return _BOOLS.get(text)
+    if kind == "number":
+        return _number_value(text)
+    if kind == "char" and len(text) > 3 and text[1] != "\\":
+        raise ValueError(f"malformed character constant: {text}")
+    value = _unquoted(text)
+    if kind == "string":
+        return value
+    if len(value) != 1:
+        raise ValueError(f"malformed character constant: {text}" if value else "invalid syntax")
+    code = ord(value)
+    return code - 0xDC00 if 0xDC80 <= code <= 0xDCFF else code
+
+
+def _number_value(text: str) -> int | float:
+    with contextlib.suppress(ValueError):
+        integer = int(text, 8 if _OCTAL.fullmatch(text) else 0)
+        if -(2**63) <= integer < 2**64:
+            return integer
+    is_hexadecimal = text.lstrip("+-")[:2] in ("0x", "0X")
+    try:
+        number = float.fromhex(text) if is_hexadecimal else float(text)
+    except (ValueError, OverflowError):
+        number = math.inf
+    if not math.isfinite(number) or "_" in text:
+        raise ValueError(f"illegal number syntax: {_quoted(text)}")
+    if not any(mark in text for mark in ("pP" if is_hexadecimal else ".eE")):
+        raise ValueError(f"integer overflow: {_quoted(text)}")
+    return number
+
+
+# ==================================================================================================
+# 35. Template parser
+# ==================================================================================================
+#
+# Items become a tree, and the next chapter walks over the tree. What `text` holds in a node is what
+# Go calls the node in its errors. Not here: complex numbers, and functions as values.
+#
+# Source: https://pkg.go.dev/text/template and its parse.go.
 
 
 class _Constant(NamedTuple):
@@ -12440,12 +12513,11 @@ class _TemplateParser:
             self.unexpected(item, where)
         return item
 
-    def unquoted(self, literal: str) -> str:
+    def value_of(self, kind: str, literal: str) -> Any:
         try:
-            # the strings of PromQL are those of Go
-            return str(parse_query(literal).value)  # type: ignore[union-attr]
-        except QueryError:
-            self.fail("invalid syntax")
+            return _constant_value(kind, literal)
+        except ValueError as error:
+            self.fail(str(error))
 
     def enter(self) -> None:
         self.depth += 1
@@ -12475,7 +12547,7 @@ class _TemplateParser:
             self.fail(f"template: multiple definition of template {_quoted(name)}")
 
     def define(self) -> None:
-        name = self.unquoted(self.require("string", "define clause").text)
+        name = self.value_of("string", self.require("string", "define clause").text)
         self.require("}}", "define clause")
         self.template(name, "define clause")
 
@@ -12553,7 +12625,7 @@ class _TemplateParser:
     def invocation(self, kind: str) -> _Statement:
         where = f"{kind} clause"
         item = self.require("string", where)
-        name, pipe = self.unquoted(item.text), None
+        name, pipe = self.value_of("string", item.text), None
         if kind == "block" or self.skip_space().kind != "}}":
             pipe = self.pipeline(where)
         else:
@@ -12673,36 +12745,7 @@ class _TemplateParser:
             pipe = self.pipeline("parenthesized pipeline", ")")
             self.depth -= 1
             return pipe
-        if kind == "string":
-            return _Constant(self.unquoted(text), text, position)
-        if kind in ("bool", "nil"):
-            return _Constant(_BOOLS.get(text), text, position)
-        return _Constant(self.number(text) if kind == "number" else self.char(text), text, position)
-
-    def char(self, text: str) -> int:
-        character = self.unquoted(text)
-        if not character:
-            self.fail("invalid syntax")
-        if len(character) > 1:
-            self.fail(f"malformed character constant: {text}")
-        code = ord(character)
-        return code - 0xDC00 if 0xDC80 <= code <= 0xDCFF else code
-
-    def number(self, text: str) -> int | float:
-        with contextlib.suppress(ValueError):
-            integer = int(text, 8 if re.fullmatch(r"[-+]?0[0-7_]+", text) else 0)
-            if -(2**63) <= integer < 2**64:
-                return integer
-        is_hexadecimal = text.lstrip("+-")[:2] in ("0x", "0X")
-        try:
-            number = float.fromhex(text) if is_hexadecimal else float(text)
-        except (ValueError, OverflowError):
-            number = math.inf
-        if not math.isfinite(number) or "_" in text:
-            self.fail(f"illegal number syntax: {_quoted(text)}")
-        if not any(letter in text for letter in ("pP" if is_hexadecimal else ".eE")):
-            self.fail(f"integer overflow: {_quoted(text)}")
-        return number
+        return _Constant(self.value_of(kind, text), text, position)
 
     ACTIONS: ClassVar[dict[str, Callable[["_TemplateParser", str], _Statement]]] = {
         "if": block, "with": block, "range": block, "break": leave, "continue": leave,
@@ -12718,7 +12761,7 @@ def _is_blank(statements: list[_Statement]) -> bool:
 
 
 # ==================================================================================================
-# 34. Templates
+# 36. Templates
 # ==================================================================================================
 #
 # A walk over the tree prints, and each step is Go's. What a label holds is printed and never read
@@ -13022,7 +13065,10 @@ class _TemplateRun:
             values.append(self.checked(last, types[-1]))
         self.spend(sum(len(value) for value in values if isinstance(value, str)) >> 4)
         try:
-            result = function.call(*values)
+            meter = (self.spend,) if function.is_metered else ()
+            result = function.call(*meter, *values)
+        except TemplateError:
+            raise
         except Exception as error:
             # whatever a function can't do ends this template alone
             self.node = node
@@ -13075,7 +13121,7 @@ class _TemplateRun:
 
 
 # ==================================================================================================
-# 35. Alerting
+# 37. Alerting
 # ==================================================================================================
 #
 # The problem: whether something is wrong is asked again and again, and what was found must neither
@@ -13709,7 +13755,7 @@ def _page_of(groups: list[dict[str, Any]], limit_text: str, token: str) -> dict[
 
 
 # ==================================================================================================
-# 36. Rule tests
+# 38. Rule tests
 # ==================================================================================================
 #
 # The problem: a rule that was never seen to fire is a guess. The idea: evaluate rules as the
@@ -14149,7 +14195,7 @@ def firing_bar(times: Iterable[tuple[int, int]], start_ms: int, end_ms: int) -> 
 
 
 # ==================================================================================================
-# 37. Alerts and routes
+# 39. Alerts and routes
 # ==================================================================================================
 #
 # The problem: hundreds of alerts fire at once, and each is for somebody else. The idea is that of
@@ -14290,7 +14336,7 @@ def route_key(parent_key: str | None, matchers: Iterable[Matcher]) -> str:
 
 
 # ==================================================================================================
-# 38. Notification configuration
+# 40. Notification configuration
 # ==================================================================================================
 #
 # The problem: who is told what stands in a file, credentials included, and people have such files
@@ -14838,7 +14884,7 @@ class _ConfigReader:
 
 
 # ==================================================================================================
-# 39. Notification
+# 41. Notification
 # ==================================================================================================
 #
 # The problem: each firing and each resolve is told once, although alerts come in again every
@@ -15370,7 +15416,7 @@ def _merged(old: Alert, new: Alert, now: float) -> Alert:
 
 
 # ==================================================================================================
-# 40. Receivers
+# 42. Receivers
 # ==================================================================================================
 #
 # The problem: a notification has to reach a service that may be slow, gone or wrong about what it
@@ -15849,7 +15895,7 @@ _CLIENT_STATISTICS: tuple[tuple[str, str, str, Callable[[_Queue], float]], ...] 
 
 
 # ==================================================================================================
-# 41. Alertmanager API
+# 43. Alertmanager API
 # ==================================================================================================
 #
 # The problem: people silence alerts with amtool, look at them in Grafana, and another Prometheus
@@ -16198,7 +16244,7 @@ def _silence_json(silence: Silence, now: float) -> dict[str, Any]:
 
 
 # ==================================================================================================
-# 42. Watcher process
+# 44. Watcher process
 # ==================================================================================================
 #
 # The problem: 200 heavy rules must not slow a POST, a receiver that hangs must not hold up a rule,
@@ -16785,7 +16831,7 @@ def watch_main(arguments: list[str]) -> int:
 
 
 # ==================================================================================================
-# 43. Watcher client
+# 45. Watcher client
 # ==================================================================================================
 #
 # The front's end of the watcher: it gives the watcher connections to this server, hands over what
@@ -16876,7 +16922,7 @@ EMPTY_WATCHER = {
 
 
 # ==================================================================================================
-# 44. Dashboard
+# 46. Dashboard
 # ==================================================================================================
 #
 # The problem: whoever pushed something wants to look at it without installing anything. The idea:
@@ -18454,7 +18500,7 @@ def dashboard_routes(
 
 
 # ==================================================================================================
-# 45. Remote write
+# 47. Remote write
 # ==================================================================================================
 #
 # The problem: who outgrows one machine has an engine for many, and it wants samples in a protocol
@@ -18821,7 +18867,7 @@ def _retry_after_s(text: str) -> float | None:
 
 
 # ==================================================================================================
-# 46. Sender process
+# 48. Sender process
 # ==================================================================================================
 #
 # The problem: every sample of the log is to reach a receiver, whatever dies in between and however
@@ -19366,7 +19412,7 @@ class AgentSegments:
 
 
 # ==================================================================================================
-# 47. Command line
+# 49. Command line
 # ==================================================================================================
 #
 # Options become objects, one line says what is running, and a signal ends it. What goes wrong
