@@ -86,6 +86,11 @@ __version__ = "1.0.0"
 logger = logging.getLogger("metricstream")
 
 
+def log_unexpected(error: BaseException) -> None:
+    """Log an error that is a fault of ours: with its traceback, in one line."""
+    logger.error("unexpected error: %r", "".join(traceback.format_exception(error)))
+
+
 # ==================================================================================================
 # PART I. INGESTION
 # ==================================================================================================
@@ -152,21 +157,14 @@ class Head(NamedTuple):
     """The parsed head of a request: all of it but the body."""
 
     method: str
-    target: str  # as it was sent
     path: str  # percent-decoded, without the query
     query: str  # what follows the first "?", not decoded
-    version: tuple[int, int]
     host: str  # from an absolute-form target, else from Host; "" only in HTTP/1.0
     headers: dict[str, str]  # by lower-case name; repeated fields are joined with ", "
     content_length: int  # 0 if there is no body, or if it is chunked
     chunked: bool
     expects_continue: bool
     persistence: bytes  # the Connection field line of the answer: KEEP, CLOSE or KEEP_1_0
-
-    @property
-    def close(self) -> bool:
-        """Whether the connection ends with the answer to this request."""
-        return self.persistence is CLOSE
 
 
 class Request(NamedTuple):
@@ -203,7 +201,7 @@ def parse_head(section: bytes) -> Head:
                 417, f"unknown expectation {headers['expect'][:80]!r}; known is 100-continue"
             )
     return Head(
-        method, target, path, query, version, host, headers,
+        method, path, query, host, headers,
         content_length, chunked, expects_continue, _persistence(version, headers),
     )  # fmt: skip
 
@@ -236,12 +234,14 @@ def _parse_target(method: str, target: str, host: str) -> tuple[str, str, str]:
     """(host, decoded path, query) of a target in origin form, absolute form or, for OPTIONS, `*`:
     RFC 9112, 3.2.
     """
+    if method == "CONNECT":
+        raise HTTPError(400, "CONNECT is for proxies; this is none")
     if target == "*" and method == "OPTIONS":
         return host, "*", ""
     rest = target
-    if method == "CONNECT" or not target.startswith("/"):
+    if not target.startswith("/"):
         absolute = _ABSOLUTE_FORM.fullmatch(target)
-        if absolute is None or method == "CONNECT":
+        if absolute is None:
             raise HTTPError(
                 400,
                 f"request target must start with '/' or 'http://', found {_shown(target.encode())}",
@@ -480,8 +480,6 @@ class RequestReader:
 
     def _check_unfinished_head(self) -> None:
         """Refuse at once what no further byte can mend."""
-        if self._buffer.startswith(b"\n"):  # a CR before it was a body's last
-            raise HTTPError(400, "a bare LF before the request line")
         self._check_bytes()
         if self._buffer.startswith(b"\r\n"):
             raise HTTPError(400, "more than one empty line before the request line")
@@ -1275,12 +1273,6 @@ def _clipped(text: str) -> str:
 # it costs: two ways to the same line, which a test feeds the same bodies.
 
 
-def log_unexpected(error: BaseException) -> None:
-    """Log an error that is a fault of ours: with its traceback, in one line."""
-    text = "".join(traceback.format_exception(error))
-    logger.error("unexpected error: %s", write_json_string(text))
-
-
 @functools.lru_cache(maxsize=1024)  # 0.1 µs instead of 1.2: samples of one second come together
 def _utc_second(second: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
@@ -1745,7 +1737,7 @@ class MetricLog:
             kept = _Group([], [])
             if group.lines and not self._write_group(group) and self.durability == "memory":
                 kept = group
-            if closing and not self._group.lines:
+            if closing:
                 if kept.lines:
                     lost = sum(map(len, kept.lines))
                     logger.error("%d bytes of acknowledged metrics are lost: %s", lost, self.error)
@@ -2010,11 +2002,6 @@ class EventRing:
             end = self._end
             self._slots[end & self._mask] = (end, event)
             self._end = end + 1
-
-    @property
-    def count(self) -> int:
-        """How many events there ever were."""
-        return self._end
 
     def read(self, since: int = 0) -> tuple[list[Any], int, int]:
         """(events from number `since` on, the number to go on from, how many of them were
@@ -2344,13 +2331,11 @@ def client_id(head: Head, peer: str) -> str:
     its hash.
     """
     client = peer
-    if "authorization" in head.headers:
+    if "authorization" in head.headers:  # not get(): see Service._handlers
         client = head.headers["authorization"] or peer
-    return (
-        client
-        if len(client) <= MAX_CLIENT_ID_LENGTH
-        else hashlib.sha256(client.encode()).hexdigest()
-    )
+    if len(client) <= MAX_CLIENT_ID_LENGTH:
+        return client
+    return hashlib.sha256(client.encode()).hexdigest()
 
 
 # A letter first and no colon: no address of a peer can pass for a name.
@@ -2846,8 +2831,12 @@ class Connection:
             sent = self.socket.send(self.unsent, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return False
+        return self._sent(sent)
+
+    def _sent(self, count: int) -> bool:
+        """So many bytes of what was unsent are sent; whether that was all."""
         self.progressed = True
-        self.unsent = b"" if sent == len(self.unsent) else memoryview(self.unsent)[sent:]
+        self.unsent = b"" if count == len(self.unsent) else memoryview(self.unsent)[count:]
         return not self.unsent
 
     def end_output(self) -> None:
@@ -2887,9 +2876,7 @@ class _TLSConnection(Connection):
             sent = self._tls.send(self.unsent)
         except ssl.SSLWantWriteError:
             return False
-        self.progressed = True
-        self.unsent = memoryview(self.unsent)[sent:] if sent < len(self.unsent) else b""
-        return not self.unsent
+        return self._sent(sent)
 
     def end_output(self) -> None:
         try:
@@ -3110,11 +3097,10 @@ class Connections:
             for connection in idle:
                 self._move(connection, self.lingering)
                 connection.deadline = self._clock() + self.timeouts.linger_s
-                try:
-                    # not TLS's own: its owner is to find the end of the input
+                # Not TLS's own shutdown: the connection's owner is to find the end of the input. An
+                # error says that it was reset in the meantime: its owner will see that too.
+                with contextlib.suppress(OSError):
                     socket.socket.shutdown(connection.socket, socket.SHUT_RDWR)
-                except OSError:  # reset in the meantime: its owner will see that too
-                    continue
         return len(idle)
 
 
@@ -3242,14 +3228,19 @@ class Turns:
 
     def _put_response(self, connection: Connection, answer: Answer, head: Head) -> None:
         persistence = CLOSE if self._service.stopping else head.persistence
-        date = date_field(int(time.time()))
-        assert answer.response is not None  # only a relay has none
+        response, more_fields, _ = answer
+        assert response is not None  # only a relay has none
         connection.put(
-            answer.response.encode(persistence, date, head.method == "HEAD", answer.more_fields)
+            response.encode(persistence, self._date(), head.method == "HEAD", more_fields)
         )
         connection.progressed = True
         if persistence is CLOSE:
             connection.ending = True
+
+    @staticmethod
+    def _date() -> bytes:
+        """The Date field line of an answer that is sent now."""
+        return date_field(int(time.time()))
 
     def _relay(self, connection: Connection) -> WaitQueue | None:
         """Pass on a piece of an answer that another process writes; the next one is read when the
@@ -3293,7 +3284,7 @@ class Turns:
         head = pending.head
         connection.put(
             b"".join((
-                status_line(relay.status), date_field(int(time.time())), relay.field_lines,
+                status_line(relay.status), self._date(), relay.field_lines,
                 b"Content-Length: %d\r\n" % relay.left_bytes,
                 CLOSE if self._service.stopping else head.persistence, b"\r\n",
             ))
@@ -3312,7 +3303,7 @@ class Turns:
         could read it.
         """
         response = self._service.refuse(error, connection.peer, connection.ready_at)
-        connection.put(response.encode(CLOSE, date_field(int(time.time()))))
+        connection.put(response.encode(CLOSE, self._date()))
         connection.progressed = connection.ending = True
         return self._send(connection)
 
@@ -3368,7 +3359,7 @@ class Turns:
             error = unavailable("too many connections")
             refusal = self._service.refuse(error, connection.peer, connection.ready_at)
             try:
-                connection.put(refusal.encode(CLOSE, date_field(int(time.time()))))
+                connection.put(refusal.encode(CLOSE, self._date()))
                 connection.receive()  # so that closing does not reset
                 connection.flush()
             except OSError as failure:
@@ -3710,8 +3701,8 @@ class Server(socketserver.ThreadingTCPServer):
             self._stopped.set()
 
     def _keep_house(self) -> None:
-        due = [self._clock() for _ in self._jobs]
-        due[0] += DECISIONS_INTERVAL_S
+        started = self._clock()
+        due = [started + interval_s for interval_s, _ in self._jobs]
         quiet, order = 0, ""
         while order != "stop":
             self._asleep = quiet >= QUIET_TICKS
@@ -3819,13 +3810,13 @@ def steady_threads() -> int:
 def fit_connections(wanted: int) -> int:
     """How many connections the limit on open files allows, after raising it as far as it goes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return wanted
     needed = wanted + SPARE_DESCRIPTORS
-    if soft != resource.RLIM_INFINITY and soft < needed:
+    if soft < needed:
         soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return (
-        wanted if soft == resource.RLIM_INFINITY else max(1, min(wanted, soft - SPARE_DESCRIPTORS))
-    )
+    return max(1, min(wanted, soft - SPARE_DESCRIPTORS))
 
 
 # ==================================================================================================
