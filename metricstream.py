@@ -9,26 +9,34 @@
 
 The way of one POST, from the socket to the disk and back, with the chapter of each step:
 
-    9  Connections.claim_ready           epoll names a readable connection; it gets one turn
-    1    RequestReader.next_request      bytes → a whole Request, or None: wait for more
-    8    Service.answer                  whose request it is, and which route
-    8      Service.ingest                the pipeline: read this function first
-    2        SlidingWindowLimiter.decide   allowed?
-    5        read_body                     JSON → a Batch of lines, by one of two ways:
-    5          fast_batch                   fast: one regular expression for the usual shape
-    3          parse_json                    plain: values
-    4          read_batch                    then samples, or every reason why not
-    5          log_line                      then a line for each
-    6        MetricLog.append              durable, or LogError
-    1    Response.encode                 an answer → bytes
-   10    Turns.send_answers              to all that were ready
-    7    Statistics.record               one event for each
+    11   _Workers._work                      a worker's loop
+    9      Connections.claim_ready             epoll names what is readable
+    10     Turns.take_turn, _serve             a turn for each: recv() once, answer whole requests
+    1        RequestReader.next_request          bytes → a whole Request, or None: wait for more
+    8        Service.answer                      which client it is, and which route
+    8          Service.ingest                      the pipeline: read this function first
+    8            refuse_other_origins                a browser page of elsewhere? 403
+    2            SlidingWindowLimiter.decide         allowed? or 429
+    8            require_json                        or 415
+    1            decode_content                      gzip undone, within 1 MiB
+    5            read_body                           JSON → a Batch of lines, by one of two ways:
+    5              fast_batch                          one regular expression for the usual shape
+    3              parse_json                          else values,
+    4              read_batch                          then samples, or every reason why not,
+    5              log_line                            then a line for each
+    8            Service.check_batch                 too many series? the store says how many more
+    6            MetricLog.append                    write(); or LogError
+    1        Response.encode                     head and body in one piece
+    10     Turns.on_durable                    at level disk: the answer, after the sync
+    10     Turns.send_answers                  send(), when all that were ready have had their turn
+    7        Statistics.record                   one event into the ring, for each
+    9      Connections.park                    epoll_ctl(): wait for the next request
 
 That is part I, a complete server by itself. The log is the seam: a second process follows it, keeps
 series, and answers queries (parts II and III); no query can hold up ingestion.
 
-A chapter uses only what stands above it, so the order of reading is the order of the flow is the
-order of dependency. `grep -nE '^# (PART|[0-9]+\\.)' metricstream.py` prints the table of contents.
+A chapter uses only chapters above it. For the flow of a request, follow the map.
+`grep -nE '^# (PART|[0-9]+\\.)' metricstream.py` prints the table of contents.
 """
 
 import argparse
@@ -127,8 +135,8 @@ _ABSOLUTE_FORM = re.compile(r"https?://([^/?]*)(.*)", re.IGNORECASE)
 _BAD_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _PERCENT = re.compile(rb"%([0-9A-Fa-f]{2})")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-# What no line may hold, whatever comes after it: a client that sends it is answered without waiting
-# for more.
+# Bytes no line may contain. A client that sends one gets its 400 at once; we do not wait for the
+# rest.
 _NEVER_IN_A_LINE = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?=[^\n])")
 
 _SINGLETONS = frozenset({"host", "authorization", "content-type", "origin"})
@@ -185,7 +193,7 @@ def parse_head(section: bytes) -> Head:
 
     Raises HTTPError (400, 411, 413, 414, 417, 431, 501, 505). Source: RFC 9112, sections 2 to 7.
     """
-    _refuse_controls(section)  # first, as a reader of pieces also finds them first
+    _refuse_controls(section)  # first, so that a head gets the same error in one piece or in many
     request_line, *field_lines = section.split(b"\r\n")[:-1]
     method, target, version = _parse_request_line(request_line)
     if len(section) - len(request_line) - 2 > MAX_HEADER_BYTES:
@@ -372,9 +380,9 @@ def _shown(received: bytes) -> str:
 class RequestReader:
     """Turns bytes into requests, in whatever pieces they arrive.
 
-    Strategy: whole requests are cut from the front of one buffer; a bytearray moves its beginning
-    instead of its rest. What was searched in vain is not searched again (`_scanned`), so the work
-    is linear in the bytes received, whether they come one at a time or ten requests at once.
+    Strategy: requests are cut from the front of one buffer. Deleting the front of a bytearray
+    copies nothing. `_scanned` marks what was searched already, so the work is linear in the bytes
+    received, whether they come one at a time or ten requests at once.
 
     >>> reader = RequestReader()
     >>> for piece in b"GET /health HTTP/1.1\\r\\nHo", b"st: a\\r\\n\\r", b"\\nGET /next":
@@ -401,7 +409,7 @@ class RequestReader:
 
     def __init__(self) -> None:
         self._buffer = bytearray()
-        self._scanned = 0  # no line end that matters lies before it
+        self._scanned = 0  # bytes before this were searched: no line end there
         self._skipped_line = False
         self._head: Head | None = None
         self._chunks: _ChunkedBody | None = None
@@ -456,7 +464,7 @@ class RequestReader:
         return due
 
     def _cut(self, size: int) -> bytes:
-        """Cut so many bytes from the front."""
+        """Remove the first `size` bytes and return them."""
         taken = bytes(self._buffer[:size])
         del self._buffer[:size]
         self._scanned = 0
@@ -616,8 +624,8 @@ def decode_content(request: Request) -> bytes:
 
 
 class Response:
-    """An answer, rendered but for what changes from one sending to the next: Date, Connection, and
-    the field lines that only one client gets. `metrics` is how many were stored, for statistics.
+    """An encoded response except for what changes with each sending: Date, Connection, and fields
+    for one client. `metrics` is how many were stored, for statistics.
 
     >>> Response(200, b"{}").encode(CLOSE, b"Date: now\\r\\n", head_only=True).split(b"\\r\\n")[:3]
     [b'HTTP/1.1 200 OK', b'Date: now', b'Content-Type: application/json']
@@ -677,7 +685,7 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 #
 # Clients are spread over stripes by hash, each with its own lock, so two clients rarely wait for
 # each other. A stripe forgets by generations: once a window, the recent clients become the older
-# ones, and the older ones, who asked for nothing in all that time, are dropped as a whole.
+# ones, and the older ones, which asked for nothing in all that time, are dropped as a whole.
 
 STRIPES = 64
 MAX_TRACKED_CLIENTS = 100_000
@@ -695,16 +703,16 @@ class _Stripe:
     """Some of the clients. All its fields are guarded by its lock, under which no other is taken.
 
     A window is the time of a client's one allowed request, or a deque of such times. Those of the
-    clients that came since the last turn are in `recent`, the others in `older`.
+    clients that came in this generation are in `recent`, the others in `older`.
     """
 
-    __slots__ = ("lock", "recent", "older", "turned_at", "tallies", "evicted")
+    __slots__ = ("lock", "recent", "older", "generation_start", "tallies", "evicted")
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.recent: dict[str, float | deque[float]] = {}
         self.older: dict[str, float | deque[float]] = {}
-        self.turned_at = -math.inf
+        self.generation_start = -math.inf
         self.tallies: dict[str, list[int]] = {}  # allowed and refused since the last drain
         self.evicted = 0
 
@@ -725,10 +733,11 @@ class SlidingWindowLimiter:
     three lie within the last second, and until when.
 
     `stripes` is a power of two. When more than `max_clients` come within a window, those that came
-    before the last turn of their stripe are forgotten, and counted in `evicted`: they start afresh.
+    in the older generation of their stripe are forgotten, and counted in `evicted`: they start
+    afresh.
     """
 
-    OTHERS = "(others)"  # whom the tallies count when they are full
+    OTHERS = "(others)"  # all clients beyond the limit of the tallies are counted here
 
     def __init__(
         self,
@@ -754,8 +763,8 @@ class SlidingWindowLimiter:
         stripe = self._stripes[hash(client) & self._mask]
         with stripe.lock:
             now = self._clock()  # under the lock, so that the times of a window never run backwards
-            if now - stripe.turned_at >= self.window_s:
-                self._turn(stripe, now)
+            if now - stripe.generation_start >= self.window_s:
+                self._start_generation(stripe, now)
             recent = stripe.recent
             window: float | deque[float] | None
             if client in recent:
@@ -763,7 +772,7 @@ class SlidingWindowLimiter:
             else:
                 window = stripe.older.pop(client, None)
                 if len(recent) >= self._generation:
-                    recent = self._turn(stripe, now)
+                    recent = self._start_generation(stripe, now)
             if window is None:
                 used = 0
             elif isinstance(window, float):
@@ -773,7 +782,8 @@ class SlidingWindowLimiter:
                     window.popleft()
                 used = len(window)
             allowed = used < limit
-            self._count(stripe.tallies, client)[not allowed] += 1
+            tally = self._tally_of(stripe.tallies, client)
+            tally[0 if allowed else 1] += 1
             if not allowed:
                 assert window is not None  # limit is at least 1, so something was used
                 recent[client] = window
@@ -790,22 +800,23 @@ class SlidingWindowLimiter:
                 recent[client] = window
             return Decision(True, limit - used - 1, 0.0)
 
-    def _count(self, tallies: dict[str, list[int]], client: str) -> list[int]:
+    def _tally_of(self, tallies: dict[str, list[int]], client: str) -> list[int]:
+        """[allowed, refused] of a client."""
         if client not in tallies:
             if len(tallies) >= 2 * self._generation:
                 client = self.OTHERS
             return tallies.setdefault(client, [0, 0])
         return tallies[client]
 
-    def _turn(self, stripe: _Stripe, now: float) -> dict[str, float | deque[float]]:
+    def _start_generation(self, stripe: _Stripe, now: float) -> dict[str, float | deque[float]]:
         """Begin a new generation, and forget the older one. After a whole window nobody in it was
         allowed anything that still counts; sooner, for want of room, they are evicted.
         """
-        if now - stripe.turned_at < self.window_s:
+        if now - stripe.generation_start < self.window_s:
             stripe.evicted += len(stripe.older)
-        elif now - stripe.turned_at >= 2 * self.window_s:
+        elif now - stripe.generation_start >= 2 * self.window_s:
             stripe.recent = {}
-        stripe.older, stripe.recent, stripe.turned_at = stripe.recent, {}, now
+        stripe.older, stripe.recent, stripe.generation_start = stripe.recent, {}, now
         return stripe.recent
 
     def drain(self) -> Iterator[dict[str, tuple[int, int]]]:
@@ -819,8 +830,8 @@ class SlidingWindowLimiter:
             with stripe.lock:
                 tallies, stripe.tallies = stripe.tallies, {}
                 now = self._clock()
-                if now - stripe.turned_at >= self.window_s:
-                    self._turn(stripe, now)
+                if now - stripe.generation_start >= self.window_s:
+                    self._start_generation(stripe, now)
             yield {client: (allowed, refused) for client, (allowed, refused) in tallies.items()}
 
     @property
@@ -1270,7 +1281,7 @@ def _clipped(text: str) -> str:
 # The problem: what came as JSON is to be kept as lines that could be sent again. The idea: the
 # request's text is already what the line needs, so a batch in the usual shape is checked and cut by
 # one regular expression; whatever else comes takes the plain way through values and samples. What
-# it costs: two ways to the same line, which a test feeds the same bodies.
+# it costs: two paths produce the same line; a test gives both the same bodies.
 
 
 @functools.lru_cache(maxsize=1024)  # 0.1 µs instead of 1.2: samples of one second come together
@@ -1291,24 +1302,25 @@ def utc_timestamp(timestamp_ms: int) -> str:
 def log_line(sample: Sample) -> str:
     """A sample as its line of the log.
 
-    >>> log_line(Sample("cpu", 75.5, "gauge", {"host": "web1"}, 1758116723123))
-    '{"timestamp":"2025-09-17T13:45:23.123Z","name":"cpu","value":75.5,"type":"gauge","tags":{"host":"web1"}}\\n'
+    >>> print(log_line(Sample("up", 1, "gauge", {"a": "b"}, 0)), end="")
+    {"timestamp":"1970-01-01T00:00:00.000Z","name":"up","value":1,"type":"gauge","tags":{"a":"b"}}
     """
-    tags = f',"tags":{write_json(sample.tags)}' if sample.tags else ""
+    timestamp, name = utc_timestamp(sample.timestamp_ms), write_json_string(sample.name)
     value = "null" if sample.value is None else repr(sample.value)
-    return (
-        f'{{"timestamp":"{utc_timestamp(sample.timestamp_ms)}","name":{write_json_string(sample.name)},'
-        f'"value":{value},"type":"{sample.type}"{tags}}}\n'
-    )
+    tags = f',"tags":{write_json(sample.tags)}' if sample.tags else ""
+    return f'{{"timestamp":"{timestamp}","name":{name},"value":{value},"type":"{sample.type}"{tags}}}\n'
 
 
 # Bodies as programs write them: no escapes, the fields in the usual order, spaces as json.dumps has
 # them or none.
 _USUAL_METRIC = re.compile(
     rb'\{"name": ?"([^"\\\x00-\x1f\x7f-\xff]{1,255})", ?"value": ?'
-    rb"(?:(0|-?[1-9][0-9]{0,9}(?:\.[0-9]{0,4}[1-9])?|-?0\.[0-9]{0,3}[1-9]|null)"  # as in the log
-    rb"|(-?(?:0|[1-9][0-9]{0,17})(?:\.[0-9]{1,18})?))"  # any other usual number
-    rb"(?=[,}])([^{}]{0,64}(?:\{[^{}]{0,512}\})?)\}"  # type and tags: see _line_tail
+    # repr() gives the same digits: copy them
+    rb"(?:(0|-?[1-9][0-9]{0,9}(?:\.[0-9]{0,4}[1-9])?|-?0\.[0-9]{0,3}[1-9]|null)"
+    # any other usual number
+    rb"|(-?(?:0|[1-9][0-9]{0,17})(?:\.[0-9]{1,18})?))"
+    # the rest: type and tags, checked by _line_tail
+    rb"(?=[,}])([^{}]{0,64}(?:\{[^{}]{0,512}\})?)\}"
 )
 
 
@@ -1334,10 +1346,10 @@ def _line_tail(fields: bytes) -> bytes | None:
 
 
 class Batch(NamedTuple):
-    """What came in one request."""
+    """The log lines of one request."""
 
-    lines: bytes  # of the log
-    count: int  # type: ignore[assignment]  # of metrics; no tuple is searched here
+    lines: bytes
+    metrics: int  # how many lines
 
 
 def fast_batch(body: bytes, now_ms: int) -> Batch | None:
@@ -1390,8 +1402,8 @@ def read_body(body: bytes, now_ms: int) -> Batch:
 # idea: one file to which lines are only ever appended, each a JSON object that could be sent again.
 # Three levels say what a 200 promises: `memory` (queued for a writer thread), `os` (written:
 # survives the death of the process), `disk` (synced: survives loss of power). An fsync takes as
-# long for a thousand batches as for one, so at `disk` all who wait share one: group commit. What it
-# costs: at `disk`, the wait.
+# long for a thousand batches as for one, so at `disk` all that wait share one: group commit. What
+# it costs: at `disk`, the wait.
 #
 # The invariant: the file holds whole lines only. A write that fails part of the way is cut off
 # again before anything else is written; a tail torn by a crash is cut off at the next start.
@@ -1978,10 +1990,9 @@ class Event(NamedTuple):
 class EventRing:
     """The last `size` events, a power of two.
 
-    Each slot holds one immutable (sequence number, event), replaced as a whole, so that a reader,
-    who takes no lock and for whom no writer waits, sees all of an event or none of it. A slot whose
-    number is not the one that was looked for has been overwritten: that is how a slow reader knows
-    what it missed.
+    Each slot holds one immutable (sequence number, event), replaced as a whole. So a reader takes
+    no lock, no writer waits for it, and it sees all of an event or none of it. A slot with another
+    number than the expected one has been overwritten: so a slow reader knows what it missed.
 
     >>> ring = EventRing(2)
     >>> for event in "abc": ring.append(event)
@@ -2097,9 +2108,9 @@ class Statistics:
     def _recent(self) -> tuple[dict[str, float], float]:
         """(latency percentiles in ms, requests a second) of the events in the ring.
 
-        It takes 2 ms when the ring is full, and nobody limits who asks. So the ring is looked
-        through twice a second at most, or more often in proportion while it holds less. Two who ask
-        at once may both look; each replaces the whole.
+        It takes 2 ms when the ring is full, and no rate limits the requests for it. So the ring is
+        looked through twice a second at most, or more often in proportion while it holds less. Two
+        threads may both look at once; each replaces the whole.
         """
         now = self._clock()
         looked_at, ended, found = self._last_look
@@ -2238,15 +2249,15 @@ RELAY_HEAD = struct.Struct(">HIQ")
 
 
 class Relay:
-    """An answer that another process writes to a socket. Whoever closes the other end sooner tells
-    it that nobody waits.
+    """An answer that another process writes to a socket. To close our end sooner tells it that
+    nobody waits.
     """
 
     def __init__(self, sock: socket.socket):
         self.socket = sock
         self.status, self.field_lines = 0, b""
         self.body = b""  # what came of it together with the head
-        self.left_bytes = -1  # of the body, to be passed on; -1: its head is not here yet
+        self.left_bytes = -1  # bytes of the body still to pass on; -1: the head is incomplete
         self._received = b""
 
     def take_head(self, piece: bytes) -> bool:
@@ -2265,11 +2276,9 @@ class Relay:
 
 
 class Answer(NamedTuple):
-    """What a handler gives: a response, field lines for this client alone, and what is to be waited
-    for. A relay has the response itself.
-    """
+    """What a handler gives: a response, field lines for this client alone, and what to wait for."""
 
-    response: "Response | None"
+    response: "Response | None"  # None for a Relay: the other process writes the response
     more_fields: bytes = b""
     source: "Future[None] | Relay | None" = None
 
@@ -2416,9 +2425,9 @@ class Service:
     """The routes, and what they do.
 
     `limiter` is None where no rate is limited, `clients` where anybody may write. Pages that a
-    browser loads may write under addresses, `localhost` and the names in `allowed_hosts`. `admit`
-    is called with each batch before it goes to the log, and may raise HTTPError; `health_facts`
-    give further members of the answer to `GET /health`.
+    browser loads may write under addresses, `localhost` and the names in `allowed_hosts`.
+    `check_batch` is called with each batch before it goes to the log, and may raise HTTPError;
+    `health_facts` give further members of the answer to `GET /health`.
 
     It knows nothing of sockets, so the whole way from bytes to bytes fits in a few lines. The
     second request is over the rate, and the log holds one line:
@@ -2453,7 +2462,7 @@ class Service:
     ):
         self.log, self.limiter, self.statistics = log, limiter, statistics
         self.clients = clients  # replaced as a whole when the list is read again
-        self.admit: Callable[[Batch], None] | None = None
+        self.check_batch: Callable[[Batch], None] | None = None
         self.health_facts: list[Callable[[], dict[str, Any]]] = []
         self._allowed_hosts = frozenset({"localhost", *map(str.lower, allowed_hosts)})
         self.stopping = False  # set once, when the server shuts down
@@ -2502,10 +2511,10 @@ class Service:
         quota = self._take_quota(client)
         require_json(request.head)
         batch = read_body(decode_content(request), int(self._clock() * 1000))
-        if self.admit is not None:
-            self.admit(batch)
+        if self.check_batch is not None:
+            self.check_batch(batch)
         durable = self.log.append(batch.lines)
-        return Answer(accepted(batch.count), quota, durable)
+        return Answer(accepted(batch.metrics), quota, durable)
 
     def _take_quota(self, client: str) -> bytes:
         """Count a request against its client's rate: the RateLimit field line of the answer, or
@@ -2548,7 +2557,7 @@ class Service:
 
     def show_statistics(self, request: Request, client: str) -> Answer:
         """`GET /metrics`: the server's own numbers."""
-        self.count_answered()
+        self.record_answered()
         if prefers_text(request.head.headers.get("accept", "")):
             text = self.statistics.prometheus().encode()
             return Answer(Response(200, text, "text/plain; version=0.0.4; charset=utf-8"))
@@ -2618,7 +2627,7 @@ class Service:
             response = error_response(error)
             answer = Answer(response)
             invalid = isinstance(error, (JSONError, BatchError))
-        self._record(client, response.status, started, metrics, invalid)
+        self._note_answered(client, response.status, started, metrics, invalid)
         return answer
 
     def settle(self, pending: Pending, error: BaseException | None) -> Answer:
@@ -2630,12 +2639,12 @@ class Service:
             answer = Answer(self._failed(error))
         assert answer.response is not None  # a batch has one
         status, metrics = answer.response.status, answer.response.metrics
-        self._record(pending.client, status, pending.started, metrics)
+        self._note_answered(pending.client, status, pending.started, metrics)
         return answer
 
     def relayed(self, pending: Pending, status: int) -> None:
         """Count an answer that came from another process."""
-        self._record(pending.client, status, pending.started, 0)
+        self._note_answered(pending.client, status, pending.started, 0)
 
     @staticmethod
     def _failed(error: BaseException) -> Response:
@@ -2648,18 +2657,17 @@ class Service:
         `started` is when its last bytes came, or when it was given up.
         """
         response = error_response(error) if isinstance(error, HTTPError) else self._failed(error)
-        self._record(peer, response.status, started, 0)
+        self._note_answered(peer, response.status, started, 0)
         return response
 
-    def _record(
+    def _note_answered(
         self, client: str, status: int, started: float, metrics: int, invalid: bool = False
     ) -> None:
+        """Remember a request for `record_answered`, which looks at the clock once for many."""
         self._answered.append((client, status, started, metrics, invalid))
 
-    def count_answered(self) -> None:
-        """Count the requests whose answers were handed over just now; one look at the clock serves
-        for all.
-        """
+    def record_answered(self) -> None:
+        """Record the requests whose answers were sent just now."""
         ended = time.perf_counter()
         while self._answered:
             try:
@@ -2770,11 +2778,11 @@ class WaitQueue:
     come and to go is constant work, and only the front has to be looked at.
     """
 
-    __slots__ = ("events", "limit_s", "queue")
+    __slots__ = ("events", "limit_s", "members")
 
     def __init__(self, events: int, limit_s: float):
         self.events, self.limit_s = events, limit_s
-        self.queue: OrderedDict[Connection, None] = OrderedDict()  # guarded by Connections.lock
+        self.members: OrderedDict[Connection, None] = OrderedDict()  # guarded by Connections.lock
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -2791,9 +2799,9 @@ class Connection:
     ready_at: float = 0.0  # when the request of this turn had arrived, by time.perf_counter
     pending: Pending | None = None  # the answer that waits for its source
     hung_up: bool = False  # the client has closed its end
-    more: bool = False  # whole requests may stand in the reader: serve them before reading
+    has_buffered_requests: bool = False  # serve what stands in the reader before reading
     ending: bool = False  # nothing more is read: once all is sent, linger
-    progressed: bool = True  # since it was parked: its time-out starts again
+    restart_timeout: bool = True  # it has made progress since it was parked
     drained_bytes: int = 0
     waits_in: WaitQueue | None = None  # guarded by Connections.lock, as the three below
     deadline: float = 0.0
@@ -2802,7 +2810,7 @@ class Connection:
     # What only TLS changes: whether the handshake is still to be made, whether something was
     # decrypted that no recv() has asked for, and whether TLS must write before it can read.
     shaking_hands: bool = False
-    buffered: bool = False
+    tls_has_buffered: bool = False
     must_write: bool = False
 
     def __post_init__(self) -> None:
@@ -2835,7 +2843,7 @@ class Connection:
 
     def _sent(self, count: int) -> bool:
         """So many bytes of what was unsent are sent; whether that was all."""
-        self.progressed = True
+        self.restart_timeout = True
         self.unsent = b"" if count == len(self.unsent) else memoryview(self.unsent)[count:]
         return not self.unsent
 
@@ -2863,12 +2871,12 @@ class _TLSConnection(Connection):
                 self.shaking_hands = False
             received = self._tls.recv(RECEIVE_BYTES)
         except ssl.SSLWantReadError:
-            self.buffered = False
+            self.tls_has_buffered = False
             return None
         except ssl.SSLWantWriteError:
             self.must_write = True
             return None
-        self.buffered = self._tls.pending() > 0  # epoll knows nothing of these
+        self.tls_has_buffered = self._tls.pending() > 0  # epoll knows nothing of these
         return received
 
     def flush(self) -> bool:
@@ -2907,7 +2915,8 @@ class Connections:
 
     def __init__(self, timeouts: Timeouts, clock: Callable[[], float], has_epoll: bool):
         self.timeouts, self._clock = timeouts, clock
-        # Guards `open`, the queues and what Connection says. Nothing is locked under it.
+        # Guards `open`, the queues, and the Connection fields marked so. No other lock is taken
+        # under it.
         self.lock = threading.Lock()
         self.open: dict[int, Connection] = {}  # by file descriptor
         self.idle = WaitQueue(READ, timeouts.idle_s)
@@ -2919,7 +2928,8 @@ class Connections:
         self.lingering = WaitQueue(READ, timeouts.linger_s)
         # It has requests that were read: ready as soon as an answer can be written.
         self.ready = WaitQueue(READ | WRITE, timeouts.answer_s)
-        self.committing = WaitQueue(0, math.inf)  # until the log calls back
+        # 0 events: epoll does not report it; the log's Future calls Turns.on_durable.
+        self.committing = WaitQueue(0, math.inf)
         self.relaying = WaitQueue(HUNG_UP, RELAY_S)  # for another process
         self._relays: dict[int, Connection] = {}  # those, by the descriptors of their relays
         # Claimed, and to be given their turns; None is the listener. A deque is atomic.
@@ -2959,13 +2969,13 @@ class Connections:
     def park(self, connection: Connection, queue: WaitQueue) -> None:
         """Let a connection wait, and let others claim it."""
         with self.lock:
-            if connection.waits_in is not queue or connection.progressed:
+            if connection.waits_in is not queue or connection.restart_timeout:
                 if connection.waits_in is queue:
-                    queue.queue.move_to_end(connection)
+                    queue.members.move_to_end(connection)
                 else:
                     self._move(connection, queue)
                 connection.deadline = self._clock() + queue.limit_s
-                connection.progressed = False
+                connection.restart_timeout = False
             connection.parked = queue is not self.committing
             if self.epoll is not None and connection.parked:
                 # Under the lock: once claimed it can be closed, and its descriptor be another's.
@@ -2981,9 +2991,9 @@ class Connections:
     @staticmethod
     def _move(connection: Connection, queue: WaitQueue | None) -> None:
         if connection.waits_in is not None:
-            del connection.waits_in.queue[connection]
+            del connection.waits_in.members[connection]
         if queue is not None:
-            queue.queue[connection] = None
+            queue.members[connection] = None
         connection.waits_in = queue
 
     def close(self, connection: Connection) -> None:
@@ -3056,7 +3066,7 @@ class Connections:
         with self.lock:
             for queue in (self.idle, self.shaking_hands, self.in_head, self.in_body,
                           self.answering, self.lingering, self.relaying, self.ready):  # fmt: skip
-                for connection in queue.queue:
+                for connection in queue.members:
                     if connection.deadline > now:
                         break
                     if connection.parked:
@@ -3069,7 +3079,7 @@ class Connections:
         """Claim all that are idle."""
         ready_at = time.perf_counter()
         with self.lock:
-            idle = [connection for connection in self.idle.queue if connection.parked]
+            idle = [connection for connection in self.idle.members if connection.parked]
             for connection in idle:
                 connection.parked = False
                 connection.ready_at = ready_at
@@ -3088,11 +3098,11 @@ class Connections:
         self.close(connection)
 
     def evict_idle(self, count: int) -> int:
-        """Shut down up to `count` of the connections idle longest, so that whoever owns them closes
+        """Shut down up to `count` of the connections idle longest, so that their owners close
         them.
         """
         with self.lock:
-            parked = (connection for connection in self.idle.queue if connection.parked)
+            parked = (connection for connection in self.idle.members if connection.parked)
             idle = list(itertools.islice(parked, count))
             for connection in idle:
                 self._move(connection, self.lingering)
@@ -3123,13 +3133,17 @@ class Turns:
 
     def __init__(self, service: Service, connections: Connections):
         self._service, self._connections = service, connections
-        self._after_round = WaitQueue(0, math.inf)  # in it, connections stand in _unsent
+        # Not a real queue: a step returns it to say "send after this round"; the connection goes
+        # to _unsent.
+        self._after_round = WaitQueue(0, math.inf)
         self._unsent: deque[Connection] = deque()  # any worker may take from it; it is atomic
 
-    def step(self, connection: Connection, step: Callable[[Connection], WaitQueue | None]) -> None:
+    def step(
+        self, connection: Connection, action: Callable[[Connection], WaitQueue | None]
+    ) -> None:
         """Take a step for a claimed connection; then park it, or close it."""
         try:
-            self._park(connection, step(connection))
+            self._park(connection, action(connection))
         except OSError:  # the client is gone: nobody is left to be told
             self._connections.close(connection)
         except Exception as error:  # an error of ours costs the one connection on which it showed
@@ -3150,7 +3164,7 @@ class Turns:
                 assert connection.pending is not None  # that is what it was parked for
                 durable = connection.pending.source
                 assert isinstance(durable, Future)
-                durable.add_done_callback(partial(self.settle, connection))
+                durable.add_done_callback(partial(self.on_durable, connection))
 
     def send_answers(self) -> None:
         """Send what the last turns put aside.
@@ -3164,20 +3178,22 @@ class Turns:
             except IndexError:
                 break
             self.step(connection, self._send)
-        self._service.count_answered()
+        self._service.record_answered()
 
-    def settle(self, connection: Connection, durable: "Future[None]") -> None:
-        """The log is done with the batch of a connection: give its answer."""
-        self.step(connection, partial(self._settle, error=durable.exception()))
-        self._service.count_answered()
+    def on_durable(self, connection: Connection, durable: "Future[None]") -> None:
+        """Answer a request with whose batch the log is done. Runs in the log's thread."""
+        self.step(connection, partial(self._answer_durable, error=durable.exception()))
+        self._service.record_answered()
 
-    def _settle(self, connection: Connection, error: BaseException | None) -> WaitQueue | None:
+    def _answer_durable(
+        self, connection: Connection, error: BaseException | None
+    ) -> WaitQueue | None:
         assert connection.pending is not None  # only then was this asked for
         pending, connection.pending = connection.pending, None
         self._put_response(connection, self._service.settle(pending, error), pending.head)
         return self._after_pending(connection)
 
-    def take(self, connection: Connection) -> WaitQueue | None:
+    def take_turn(self, connection: Connection) -> WaitQueue | None:
         """The next step: a turn, or what is left of an earlier one."""
         if connection.waits_in is self._connections.lingering:
             return self._drain(connection)
@@ -3185,8 +3201,8 @@ class Turns:
             return self._send(connection)
         if connection.pending is not None:
             return self._relay(connection)
-        if connection.more:
-            connection.more = False
+        if connection.has_buffered_requests:
+            connection.has_buffered_requests = False
         else:
             received = connection.receive()
             if received is None:
@@ -3221,7 +3237,7 @@ class Turns:
             if connection.ending:
                 break
         else:
-            connection.more = reader.in_request
+            connection.has_buffered_requests = reader.in_request
         if connection.unsent and self._connections.epoll is not None:
             return self._after_round
         return self._send(connection)
@@ -3233,7 +3249,7 @@ class Turns:
         connection.put(
             response.encode(persistence, self._date(), head.method == "HEAD", more_fields)
         )
-        connection.progressed = True
+        connection.restart_timeout = True
         if persistence is CLOSE:
             connection.ending = True
 
@@ -3271,7 +3287,7 @@ class Turns:
             piece = self._put_relay_head(connection, pending, relay)
         connection.put(piece[: relay.left_bytes])
         relay.left_bytes -= len(piece)
-        connection.progressed = True
+        connection.restart_timeout = True
         if relay.left_bytes <= 0:
             self._connections.end_relay(connection)
             if self._service.stopping or pending.head.persistence is CLOSE:
@@ -3295,7 +3311,7 @@ class Turns:
         return relay.body[: relay.left_bytes]
 
     def _after_pending(self, connection: Connection) -> WaitQueue | None:
-        connection.more = connection.reader.in_request and not connection.ending
+        connection.has_buffered_requests = connection.reader.in_request and not connection.ending
         return self._send(connection)
 
     def _refuse(self, connection: Connection, error: Exception) -> WaitQueue | None:
@@ -3304,7 +3320,7 @@ class Turns:
         """
         response = self._service.refuse(error, connection.peer, connection.ready_at)
         connection.put(response.encode(CLOSE, self._date()))
-        connection.progressed = connection.ending = True
+        connection.restart_timeout = connection.ending = True
         return self._send(connection)
 
     def _send(self, connection: Connection) -> WaitQueue | None:
@@ -3325,7 +3341,7 @@ class Turns:
             return queues.answering
         if connection.shaking_hands:
             return queues.shaking_hands
-        if connection.more or connection.buffered:
+        if connection.has_buffered_requests or connection.tls_has_buffered:
             return queues.ready
         if connection.reader.in_request:
             return queues.in_body if connection.reader.in_body else queues.in_head
@@ -3371,8 +3387,8 @@ class Turns:
 # 11. Server
 # ==================================================================================================
 #
-# The problem: who gives the connections their turns, and how many threads are that? The plain way
-# is socketserver's: a thread for each connection, which waits for it (`--threads 0`, and wherever
+# The problem: which threads give the connections their turns, and how many? The plain way is
+# socketserver's: a thread for each connection, which waits for it (`--threads 0`, and wherever
 # there is no epoll). It is easy to follow, but under the interpreter lock every runnable thread
 # slows the others down.
 #
@@ -3407,8 +3423,8 @@ class _Worker(threading.Thread):
 
 
 class _Workers:
-    """A few threads over all connections. `accept` is called when the listener is ready, `woken`
-    after each wait.
+    """A few threads over all connections. `accept` is called when the listener is ready,
+    `after_wait` after each wait.
     """
 
     def __init__(
@@ -3416,17 +3432,17 @@ class _Workers:
         connections: Connections,
         turns: Turns,
         accept: Callable[[_Worker], None],
-        woken: Callable[[], None],
+        after_wait: Callable[[], None],
     ):
         self._connections, self._turns = connections, turns
-        self._accept, self._woken = accept, woken
+        self._accept, self._after_wait = accept, after_wait
         self._lock = threading.Lock()  # guards `running`; nothing is locked under it
         self.running: set[_Worker] = set()
         self.most_ready = 64  # how many a worker claims at once
         self._finished = False  # set once
 
     def start(self, count: int) -> None:
-        """Start the steady workers, who share what is ready. Raises OSError."""
+        """Start the steady workers, which share what is ready. Raises OSError."""
         self.most_ready = 64 if count == 1 else 4
         for _ in range(count):
             self.start_one()
@@ -3455,13 +3471,13 @@ class _Workers:
                 self._connections.claim_ready(self.most_ready)
                 worker.turns += 1
                 worker.busy = True
-                self._woken()
+                self._after_wait()
                 continue
             worker.turns += 1
             if connection is None:
                 self._accept(worker)
             else:
-                turns.step(connection, turns.take)
+                turns.step(connection, turns.take_turn)
         turns.send_answers()
         # It may have been replaced while it claimed: its successor, which waits for epoll by then,
         # would look there only when the wait times out.
@@ -3536,7 +3552,9 @@ class Server(socketserver.ThreadingTCPServer):
         has_epoll = bool(self.threads) and hasattr(select, "epoll")
         self.connections = Connections(timeouts, clock, has_epoll)
         self._turns = Turns(service, self.connections)
-        self._workers = _Workers(self.connections, self._turns, self._accept, self._wake)
+        self._workers = _Workers(
+            self.connections, self._turns, self._accept, self._wake_housekeeper
+        )
         shortest_s = min(limit for limit in timeouts if limit > 0)
         self._jobs = [
             (DECISIONS_INTERVAL_S, self.log_decisions),
@@ -3551,7 +3569,7 @@ class Server(socketserver.ThreadingTCPServer):
         self._stopped = threading.Event()
         self._paused = False  # accepting, for want of file descriptors
         self._warned_at = -math.inf
-        self._waker, self._woken = socket.socketpair()
+        self._stop_sender, self._stop_receiver = socket.socketpair()
         try:
             super().__init__(address, socketserver.BaseRequestHandler)
         except BaseException:
@@ -3582,11 +3600,11 @@ class Server(socketserver.ThreadingTCPServer):
                 self._accept_failed(error)
                 return
             worker.turns += 1
-            connection = self._admit(sock, address)
+            connection = self._add_connection(sock, address)
             if connection is not None:
-                self._turns.step(connection, self._turns.take)
+                self._turns.step(connection, self._turns.take_turn)
 
-    def _admit(self, sock: socket.socket, address: Any) -> Connection | None:
+    def _add_connection(self, sock: socket.socket, address: Any) -> Connection | None:
         tls, peer = self.tls, address[0]
         try:
             connection = Connection(sock, peer) if tls is None else _TLSConnection(sock, peer, tls)
@@ -3611,7 +3629,7 @@ class Server(socketserver.ThreadingTCPServer):
             return
         self.connections.evict_idle(ACCEPTS_A_TURN)
         self.connections.pause_listener(True)  # level-triggered, it would report without end
-        self._paused = True  # after that: the housekeeper undoes both
+        self._paused = True  # set last: the housekeeper reads it, and undoes both
         now = self._clock()
         if now - self._warned_at >= 1.0:
             self._warned_at = now
@@ -3648,21 +3666,21 @@ class Server(socketserver.ThreadingTCPServer):
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         """Serve one connection to its end, in the thread that socketserver started for it."""
-        connection = self._admit(request, client_address)
+        connection = self._add_connection(request, client_address)
         if connection is not None:
             self._serve(connection)
 
     def _serve(self, connection: Connection) -> None:
         turns = self._turns
-        turns.step(connection, turns.take)
-        self.service.count_answered()
+        turns.step(connection, turns.take_turn)
+        self.service.record_answered()
         while (waits_in := connection.waits_in) is not None:
-            self._wake()
+            self._wake_housekeeper()
             source = connection.pending.source if connection.pending else None
             if isinstance(source, Future):
                 wait_for_futures([source], TICK_S)
                 if source.done():
-                    turns.settle(connection, source)
+                    turns.on_durable(connection, source)
                 continue
             poll = select.poll()
             poll.register(connection.fd, waits_in.events)
@@ -3673,8 +3691,8 @@ class Server(socketserver.ThreadingTCPServer):
             if self.connections.claim(connection):
                 connection.ready_at = time.perf_counter()
                 connection.hung_up = bool(ready.get(connection.fd, 0) & HUNG_UP)
-                turns.step(connection, turns.take if ready else turns.time_out)
-                self.service.count_answered()
+                turns.step(connection, turns.take_turn if ready else turns.time_out)
+                self.service.record_answered()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Called by socketserver with what got past everything else."""
@@ -3685,9 +3703,12 @@ class Server(socketserver.ThreadingTCPServer):
     # ---- from start to stop
 
     def serve_forever(self, poll_interval: float = 0.1) -> None:
-        """Serve until told to stop, then finish what is in flight. This thread keeps house."""
+        """Serve until told to stop, then finish what is in flight.
+
+        The thread that calls it is the housekeeper.
+        """
         try:
-            self.connections.watch(self.socket.fileno(), self._woken.fileno())
+            self.connections.watch(self.socket.fileno(), self._stop_receiver.fileno())
             if self.connections.epoll is not None:
                 self._workers.start(self.threads)
             else:
@@ -3695,12 +3716,12 @@ class Server(socketserver.ThreadingTCPServer):
                     target=super().serve_forever, args=(poll_interval,), daemon=True
                 )
                 acceptor.start()
-            self._keep_house()
+            self._run_housekeeper()
             self._finish()
         finally:
             self._stopped.set()
 
-    def _keep_house(self) -> None:
+    def _run_housekeeper(self) -> None:
         started = self._clock()
         due = [started + interval_s for interval_s, _ in self._jobs]
         quiet, order = 0, ""
@@ -3738,7 +3759,7 @@ class Server(socketserver.ThreadingTCPServer):
             thread = threading.Thread(target=self._reload, args=(self,), name="reload", daemon=True)
             thread.start()
 
-    def _wake(self) -> None:
+    def _wake_housekeeper(self) -> None:
         """Called by every thread that gives turns: there is work, so the housekeeper must look."""
         if self._asleep:
             self._orders.put("work")
@@ -3749,7 +3770,7 @@ class Server(socketserver.ThreadingTCPServer):
             logger.info("%s", summary)
 
     def expire(self) -> None:
-        """Time out what has waited for too long; a thread of its own does that itself."""
+        """Time out late connections; in the other model each thread does that for its own."""
         if self.connections.epoll is not None:
             for connection in self.connections.claim_late():
                 self._turns.step(connection, self._turns.time_out)
@@ -3763,15 +3784,15 @@ class Server(socketserver.ThreadingTCPServer):
             super().shutdown()
         self.socket.close()
         deadline = time.monotonic() + connections.timeouts.stop_s
-        done = connections.lingering.queue, connections.own.queue  # what lingers has its answer
+        done = connections.lingering.members, connections.own.members  # what lingers has its answer
         while len(connections.open) > sum(map(len, done)) and time.monotonic() < deadline:
             for connection in connections.claim_idle():
-                turns.step(connection, turns.take)  # serve what has just arrived
+                turns.step(connection, turns.take_turn)  # serve what has just arrived
                 connections.close_if_idle(connection)
             turns.send_answers()
             self._stopped.wait(TICK_S / 4)
         self._workers.finish()
-        self._waker.send(b"!")  # stays unread: every worker sees it
+        self._stop_sender.send(b"!")  # stays unread: every worker sees it
         self._workers.join(deadline + 0.5)
         for connection in list(connections.open.values()):
             connections.close(connection)
@@ -3795,8 +3816,8 @@ class Server(socketserver.ThreadingTCPServer):
         self._close_own_descriptors()
 
     def _close_own_descriptors(self) -> None:
-        self._waker.close()
-        self._woken.close()
+        self._stop_sender.close()
+        self._stop_receiver.close()
         if self.connections.epoll is not None:
             self.connections.epoll.close()
 
@@ -12228,7 +12249,7 @@ def _store(
         options.keep_log, options.query_timeout, options.query_memory, __version__,
     )  # fmt: skip
     store = StoreClient(service.log, service.statistics, store_options)
-    service.admit = store.admit
+    service.check_batch = store.admit
     service.health_facts.append(store.health)
     service.add_routes({f"{API_PREFIX}*": {"GET": store.query, "POST": store.query}})
     jobs = [(TICK_S, store.look)]

@@ -3002,7 +3002,7 @@ def plain_lines(body: bytes, now_ms: int) -> tuple[bytes, int] | None:
 
 def fast_lines(body: bytes) -> tuple[bytes, int] | None:
     batch = metricstream.fast_batch(body, NOW_MS)
-    return batch and (batch.lines, batch.count)
+    return batch and (batch.lines, batch.metrics)
 
 
 @pytest.mark.parametrize("seed", range(scaled(4, 40)))
@@ -3218,7 +3218,7 @@ def test_batches_of_a_grammar_are_judged_as_the_readme_says(seed):
         expected = as_the_readme_has_it(body)
         try:
             batch = metricstream.read_body(body, NOW_MS)
-            lines, count = batch.lines, batch.count
+            lines, count = batch.lines, batch.metrics
         except (JSONError, BatchError):
             found = None
         else:
@@ -4377,9 +4377,9 @@ def test_beyond_the_limit_the_connection_idle_longest_makes_room(tmp_path, threa
 
             def last_idle() -> object:
                 with started.server.connections.lock:
-                    return next(reversed(started.server.connections.idle.queue)).socket.getpeername()
+                    return next(reversed(started.server.connections.idle.members)).socket.getpeername()
 
-            eventually(lambda: len(started.server.connections.idle.queue) == 3)
+            eventually(lambda: len(started.server.connections.idle.members) == 3)
             for connection in (first, *others):
                 connection.sendall(HEALTH)
                 assert b" 200 " in connection.recv(1000)
@@ -4489,7 +4489,7 @@ def test_latency_of_what_the_server_finishes_counts_from_its_arrival(tmp_path, r
         (claimed,) = connections.claim_idle()
         assert claimed is connection and before <= claimed.ready_at <= time.perf_counter()
         connection.ready_at -= 5  # it has waited for its turn
-        turns.step(connection, turns.take)
+        turns.step(connection, turns.take_turn)
         turns.send_answers()
         assert theirs.recv(12) == b"HTTP/1.1 %d" % status
     ((event,), _, _) = service.statistics.ring.read()
