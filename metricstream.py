@@ -99,6 +99,15 @@ def log_unexpected(error: BaseException) -> None:
     logger.error("unexpected error: %r", "".join(traceback.format_exception(error)))
 
 
+def attempt(job: Callable[[], object]) -> object:
+    """Do one of several jobs. If it fails this is logged, and keeps nobody from the others."""
+    try:
+        return job()
+    except Exception as error:
+        log_unexpected(error)
+        return None
+
+
 # ==================================================================================================
 # PART I. INGESTION
 # ==================================================================================================
@@ -915,7 +924,8 @@ def _expected(what: str, text: str, position: int) -> JSONError:
 
 def _skip_space(text: str, position: int) -> int:
     if text[position] in _WHITE_SPACE:  # 0.05 µs instead of 0.3 for a match that finds nothing
-        return _SPACE.match(text, position).end()  # type: ignore[union-attr]  # it matches the empty string
+        # It matches the empty string, too.
+        return _SPACE.match(text, position).end()  # type: ignore[union-attr]
     return position
 
 
@@ -997,7 +1007,8 @@ def _string(text: str, position: int) -> tuple[str, int]:
     pieces = []
     position += 1
     while True:
-        end = _UNESCAPED.match(text, position).end()  # type: ignore[union-attr]  # it matches the empty string
+        # It matches the empty string, too.
+        end = _UNESCAPED.match(text, position).end()  # type: ignore[union-attr]
         pieces.append(text[position:end])
         if text[end] == '"':
             return "".join(pieces), end + 1
@@ -1072,10 +1083,10 @@ def _escaped(match: re.Match[str]) -> str:
 # 4. Metrics
 # ==================================================================================================
 #
-# The problem: a batch is stored whole or not at all, and whoever sent a bad one must be able to
-# mend it from the answer alone. The idea: look at every metric before any is accepted, and collect
-# what is wrong with its index and field. What it costs: a second walk over values that were just
-# parsed.
+# The problem: a batch is stored whole or not at all, and a client that sent a bad one must be able
+# to mend it from the answer alone. The idea: look at every metric before any is accepted, and
+# collect what is wrong with its index and field. What it costs: a second walk over values that were
+# just parsed.
 
 MAX_BATCH = 1_000
 MAX_NAME_LENGTH = 255
@@ -1307,8 +1318,9 @@ def log_line(sample: Sample) -> str:
     """
     timestamp, name = utc_timestamp(sample.timestamp_ms), write_json_string(sample.name)
     value = "null" if sample.value is None else repr(sample.value)
-    tags = f',"tags":{write_json(sample.tags)}' if sample.tags else ""
-    return f'{{"timestamp":"{timestamp}","name":{name},"value":{value},"type":"{sample.type}"{tags}}}\n'
+    rest = f',"tags":{write_json(sample.tags)}' if sample.tags else ""
+    rest = f'"type":"{sample.type}"{rest}'
+    return f'{{"timestamp":"{timestamp}","name":{name},"value":{value},{rest}}}\n'
 
 
 # Bodies as programs write them: no escapes, the fields in the usual order, spaces as json.dumps has
@@ -1414,7 +1426,7 @@ MAX_QUEUED_BYTES = 64 * 1024 * 1024  # at level memory
 WRITER_PAUSE_S = 0.05  # how long the writer of level memory gathers batches for one write
 WRITE_RETRY_S = 0.5  # wait before the writer of level memory tries a failed write again
 PROBE_BLOCK = b" " * 4096  # written to see whether writing works again
-APPEND_WAIT_S = 0.5  # so long a batch waits for others that are written
+APPEND_WAIT_S = 0.5  # how long a batch waits for others that are being written
 STALL_S = 2.0  # a disk that takes longer for one call does not answer
 NO_ANSWER = "the disk does not answer"
 
@@ -1432,11 +1444,293 @@ class Position(NamedTuple):
     size_bytes: int
 
 
+def _own_folder(folder: str) -> int:
+    """Lock a folder itself, which leaves no file behind, and no stale lock; its descriptor."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise LogError(f"can't use the data folder {folder}: {error.strerror}") from None
+    try:
+        fcntl.flock(folder_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(folder_fd)
+        in_use = error.errno in (errno.EWOULDBLOCK, errno.EACCES)
+        raise LogError(
+            f"the data folder {folder} is in use by another server"
+            if in_use
+            else f"can't lock the data folder {folder}: {error.strerror}"
+        ) from None
+    return folder_fd
+
+
+class _LogFile:
+    """An open file to which lines are appended, all of them or none. Its methods raise OSError.
+
+    It is opened by its name, or made, in the folder `folder_fd`. To open it changes nothing in it:
+    the log may have a line half written to the same file. It has no lock: the log that owns it
+    calls one method at a time.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        folder_fd: int,
+        write: Callable[[int, Any], int],
+        fsync: Callable[[int], None],
+    ):
+        self._write, self._fsync = write, fsync
+        self.torn_at: int | None = None  # where it is to be cut before the next write
+        self.seen_bytes = 0  # its size at the last look, when it still had a name
+        # O_NONBLOCK: to open a pipe by that name must not block; for a regular file it means
+        # nothing
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
+        self.descriptor = os.open(path, flags, 0o644)
+        try:
+            if not stat.S_ISREG(os.fstat(self.descriptor).st_mode):
+                raise OSError(errno.EINVAL, "it is not a regular file")
+            os.fsync(folder_fd)  # or a new file's name could be lost with the power
+        except OSError:
+            self.close()
+            raise
+
+    @property
+    def size_bytes(self) -> int:
+        """How long it is, with what is to be cut off."""
+        return os.fstat(self.descriptor).st_size
+
+    @property
+    def is_deleted(self) -> bool:
+        """Whether no folder has a name for it any more."""
+        return not os.fstat(self.descriptor).st_nlink
+
+    def append(self, lines: bytes) -> None:
+        """Write all of the lines or, as far as the file shows, none."""
+        self.cut()
+        written = 0
+        try:
+            written = self._write(self.descriptor, lines)
+            while written < len(lines):  # a short write: the rest, or the error that stopped it
+                more = self._write(self.descriptor, memoryview(lines)[written:])
+                if more <= 0:
+                    raise OSError(errno.EIO, "the file takes no more bytes")
+                written += more
+        except BaseException:
+            if written:
+                self.torn_at = self.size_bytes - written
+                self.try_to_cut()
+            raise
+
+    def cut(self) -> None:
+        """Cut off what should not be there, if anything."""
+        if self.torn_at is not None:
+            os.ftruncate(self.descriptor, min(self.torn_at, self.size_bytes))
+            self.torn_at = None
+
+    def try_to_cut(self) -> None:
+        """The same; if it fails, it is tried again before the next write."""
+        with contextlib.suppress(OSError):
+            self.cut()
+
+    def cut_torn_line(self) -> int:
+        """Cut off what follows the last line end; return how many bytes that was."""
+        size = end = self.size_bytes
+        while end:
+            start = max(0, end - 64 * 1024)
+            newline = os.pread(self.descriptor, end - start, start).rfind(b"\n")
+            if newline >= 0:
+                end = start + newline + 1
+                break
+            end = start
+        if end < size:
+            os.ftruncate(self.descriptor, end)
+        return size - end
+
+    def try_write(self) -> None:
+        """Write a block and cut it off again."""
+        end = self.size_bytes if self.torn_at is None else self.torn_at
+        self.append(PROBE_BLOCK)
+        self.torn_at = end
+        self.cut()
+
+    def sync(self) -> None:
+        """Wait until the disk has all of it."""
+        self._fsync(self.descriptor)
+
+    def close(self) -> None:
+        """Give the descriptor back."""
+        os.close(self.descriptor)
+        self.descriptor = -1
+
+
+class _DiskLock:
+    """A lock that is held during calls of the disk. It knows when the disk does not answer."""
+
+    def __init__(self, clock: Callable[[], float]):
+        self._lock, self._clock = threading.Lock(), clock
+        # When the disk call under way began; 0.0: none. Written by the holder of the lock; to read
+        # an attribute is atomic.
+        self._call_started = 0.0
+
+    def start_call(self) -> None:
+        """A call of the disk begins now; release() ends it."""
+        self._call_started = self._clock()
+
+    @property
+    def stall_error(self) -> str:
+        """Says that the disk does not answer, or ""."""
+        started = self._call_started
+        return NO_ANSWER if started and self._clock() - started >= STALL_S else ""
+
+    def acquire(self, timeout_s: float) -> bool:
+        """Take the lock; False if it is not free in time. `with` waits for as long as it takes."""
+        return self._lock.acquire(timeout=timeout_s)
+
+    def release(self) -> None:
+        """Give the lock back."""
+        self._call_started = 0.0
+        self._lock.release()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
+
 class _Group(NamedTuple):
-    """Batches that are written together, and whoever waits for each."""
+    """Batches that are written together, and the futures of those that wait for it."""
 
     lines: list[bytes]
     waiting: "list[Future[None]]"
+
+
+class _LogThread:
+    """The thread of a log: it writes what has gathered, and does tasks.
+
+    `write` stores lines, or returns why it can't; `leave` is called at the end. `acknowledges` says
+    that batches are acknowledged when they are queued: then the thread gathers a while, and what
+    can't be written is kept, and tried again for ever. Otherwise each batch gets a future.
+    """
+
+    def __init__(
+        self,
+        write: Callable[[bytes], LogError | None],
+        leave: Callable[[], None],
+        max_queued_bytes: int,
+        acknowledges: bool,
+    ):
+        self._write, self._leave = write, leave
+        self._max_queued_bytes, self._acknowledges = max_queued_bytes, acknowledges
+        # Guards all fields below. No other lock is taken under it.
+        self._changed = threading.Condition()
+        self._group = _Group([], [])
+        self._queued_bytes = 0  # in the group, or taken from it and not yet written
+        self._failure = ""  # why the last group could not be written
+        self._tasks: list[Callable[[], None]] = []
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+        self._thread.start()
+
+    def enqueue(self, lines: bytes) -> "Future[None] | None":
+        """Have lines written; a future that is done when they are. Raises LogError."""
+        with self._changed:
+            if self._closing:
+                raise LogError("the log is closed")
+            if self._queued_bytes + len(lines) > self._max_queued_bytes:
+                raise LogError(self._failure or "the queue of the log is full")
+            if not self._group.lines:
+                self._changed.notify()
+            self._group.lines.append(lines)
+            self._queued_bytes += len(lines)
+            if self._acknowledges:
+                return None
+            written: Future[None] = Future()
+            self._group.waiting.append(written)
+            return written
+
+    def do(self, task: Callable[[], None]) -> None:
+        """Have a task done. What it raises is logged."""
+        with self._changed:
+            self._tasks.append(task)
+            self._changed.notify()
+
+    def do_and_wait(self, task: Callable[[], None], timeout_s: float) -> bool:
+        """Have a task done; False if that takes longer."""
+        done: Future[None] = Future()
+
+        def do() -> None:
+            try:
+                task()
+            finally:
+                done.set_result(None)
+
+        self.do(do)
+        try:
+            done.result(timeout_s)
+        except TimeoutError:
+            return False
+        return True
+
+    def refuse_queued(self, reason: str) -> None:
+        """Refuse the batches that wait, unless they are acknowledged already."""
+        if self._acknowledges:
+            return
+        with self._changed:
+            group, self._group = self._group, _Group([], [])
+            self._queued_bytes -= sum(map(len, group.lines))
+        for written in group.waiting:
+            written.set_exception(LogError(reason))
+
+    def close(self, timeout_s: float) -> bool:
+        """Have everything written, then end; False if that takes longer."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        kept: list[bytes] = []  # acknowledged batches that could not be written yet
+        while True:
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: self._tasks or self._group.lines or self._closing,
+                    WRITE_RETRY_S if kept else None,
+                )
+                if self._acknowledges:  # gather, unless there is a task or the log closes
+                    self._changed.wait_for(lambda: self._closing or self._tasks, WRITER_PAUSE_S)
+                tasks, self._tasks = self._tasks, []
+                group, self._group = self._group, _Group([], [])
+                closing = self._closing
+            for task in tasks:
+                attempt(task)
+            group = _Group(kept + group.lines, group.waiting)
+            kept = [] if not group.lines or self._write_group(group) else group.lines
+            if closing:
+                if kept and self._acknowledges:
+                    lost = sum(map(len, kept))
+                    logger.error(
+                        "%d bytes of acknowledged metrics are lost: %s", lost, self._failure
+                    )
+                self._leave()
+                return
+
+    def _write_group(self, group: _Group) -> bool:
+        """Write a group and tell all that wait for it; False if it is to be tried again."""
+        lines = b"".join(group.lines)
+        failure = self._write(lines)
+        done = failure is None or not self._acknowledges
+        with self._changed:
+            self._failure = str(failure or "")
+            if done:
+                self._queued_bytes -= len(lines)
+        for written in group.waiting:
+            if failure is None:
+                written.set_result(None)
+            else:
+                written.set_exception(failure)
+        return done
 
 
 class MetricLog:
@@ -1444,33 +1738,30 @@ class MetricLog:
 
     `durability` is one of DURABILITY_LEVELS. Raises LogError where the folder can't be used, or is
     in use. `cut_bytes` says how much of a torn line was cut off at the start, `error` why the log
-    can't be written now (or ""). `position` is where readers may read to; it is replaced as a
-    whole. `on_switch(number, descriptor, size)` is called when another file takes the place of the
-    old one: after the last acknowledged byte of that, which has `size`, and before the first of the
-    new one. `clock` is what a hanging disk is measured by.
+    can't be written now (or ""). `position` is how far the log is acknowledged; it is replaced as a
+    whole. `on_switch(new_number, new_descriptor, old_size)` is called after the last line of the
+    old file and before the first of the new one, with the lock held. `clock` measures a disk that
+    does not answer.
 
-    At level `os` whoever appends writes. A thread does the rest: it writes (and syncs) what has
-    gathered at the other levels, and changes files.
+    At `os` the caller of append() writes. The log's thread writes (and syncs) at the other levels,
+    and changes files.
 
-    Here the disk is full after 8 bytes of the second line, and the file shows none of it:
+    Here the disk is full after 8 bytes of the line, and the file shows none of it:
 
     >>> def full_disk(descriptor, lines):
     ...     if len(lines) > 8:
     ...         return os.write(descriptor, lines[:8])
     ...     raise OSError(errno.ENOSPC, "No space left on device")
     >>> import tempfile
-    >>> folder = tempfile.TemporaryDirectory()
-    >>> with contextlib.closing(MetricLog(folder.name)) as log:
-    ...     log.append(b'{"first":1}\\n')
-    >>> with contextlib.closing(MetricLog(folder.name, write=full_disk)) as log:
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     log = MetricLog(folder, write=full_disk)
     ...     try:
-    ...         log.append(b'{"second":2}\\n')
+    ...         log.append(b'{"value":1}\\n')
     ...     except LogError as error:
     ...         print(str(error).partition(": ")[2])
-    ...     print(open(log.path).read(), end="")
+    ...     print(os.path.getsize(log.path), log.close())
     No space left on device
-    {"first":1}
-    >>> folder.cleanup()
+    0 True
     """
 
     def __init__(
@@ -1490,94 +1781,27 @@ class MetricLog:
         self.durability = durability
         self.path = os.path.join(folder, LOG_NAME)
         self.error = ""
-        self.on_switch: Callable[[int, int, int], None] = lambda number, descriptor, size: None
-        self._write, self._fsync, self._clock = write, fsync, clock
-        # Since when the disk is at work, 0.0 if it is not. Written by whoever holds _lock; to read
-        # an attribute is atomic.
-        self._busy_since = 0.0
-        # Guards the file and its end: error, position and the four below. It is held across a
-        # write: only so is a failed one surely the last thing in the file, and can be cut off.
-        self._lock = threading.Lock()
-        self._torn_at: int | None = None  # where the file is to be cut before the next write
-        self._seen_bytes = 0  # the size at the last look, when the file still had a name
-        self._gone: OSError | None = None  # why a deleted file can't be made anew
-        self._folder_fd = self._own_folder(folder)
+        self.on_switch: Callable[[int, int, int], None] = (
+            lambda new_number, new_descriptor, old_size: None
+        )
+        # Guards the file and its end: error, position, _file, _recreate_error and _closed. Held
+        # across a write, so that a failed write is the last thing in the file and can be cut off.
+        self._lock = _DiskLock(clock)
+        self._recreate_error: OSError | None = None  # why a deleted file can't be made anew
+        self._closed = False
+        self._folder_fd = _own_folder(folder)
+        self._open = partial(_LogFile, self.path, self._folder_fd, write, fsync)
         try:
-            self._fd, self.cut_bytes = self._open_and_cut()
+            self._file = self._open()
+            self.cut_bytes = self._file.cut_torn_line()
         except OSError as error:
             os.close(self._folder_fd)
             raise LogError(f"can't use {self.path}: {error.strerror}") from None
-        self._seen_bytes = os.fstat(self._fd).st_size
-        self.position = Position(0, self._seen_bytes)
-        # Guards what the thread has to do: the five below. _lock may not be taken under it.
-        self._queued = threading.Condition()
-        self._group = _Group([], [])
-        self._queued_bytes = 0  # in the group, or taken from it and not yet written
-        self._max_queued_bytes = max_queued_bytes
-        self._tasks: list[Callable[[], None]] = []
-        self._closing = False
-        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
-        self._thread.start()
-
-    @staticmethod
-    def _own_folder(folder: str) -> int:
-        """Lock the folder itself, which leaves no file behind, and no stale lock."""
-        try:
-            os.makedirs(folder, exist_ok=True)
-            folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        except OSError as error:
-            raise LogError(f"can't use the data folder {folder}: {error.strerror}") from None
-        try:
-            fcntl.flock(folder_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(folder_fd)
-            in_use = error.errno in (errno.EWOULDBLOCK, errno.EACCES)
-            raise LogError(
-                f"the data folder {folder} is in use by another server"
-                if in_use
-                else f"can't lock the data folder {folder}: {error.strerror}"
-            ) from None
-        return folder_fd
-
-    def _open(self) -> int:
-        """Open the file by its name, and look at nothing in it: a line may be half written."""
-        # O_NONBLOCK: to open a pipe by that name must not block; for a regular file it means
-        # nothing
-        fd = os.open(
-            self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK, 0o644
+        self._file.seen_bytes = self._file.size_bytes
+        self.position = Position(0, self._file.size_bytes)
+        self._thread = _LogThread(
+            self._write_group, self._leave, max_queued_bytes, durability == "memory"
         )
-        try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise OSError(errno.EINVAL, "it is not a regular file")
-            os.fsync(self._folder_fd)  # or a new file's name could be lost with the power
-        except OSError:
-            os.close(fd)
-            raise
-        return fd
-
-    def _open_and_cut(self) -> tuple[int, int]:
-        """(the file, how many bytes of a torn line were cut off it); nobody may write to it yet."""
-        fd = self._open()
-        try:
-            return fd, self._cut_torn_tail(fd)
-        except OSError:
-            os.close(fd)
-            raise
-
-    @staticmethod
-    def _cut_torn_tail(fd: int) -> int:
-        """Cut off what follows the last line end; return how many bytes that was."""
-        size = end = os.fstat(fd).st_size
-        while end:
-            start = max(0, end - 64 * 1024)
-            newline = os.pread(fd, end - start, start).rfind(b"\n")
-            if newline >= 0:
-                end = start + newline + 1
-                break
-            end = start
-        if end < size:
-            os.ftruncate(fd, end)
-        return size - end
 
     @property
     def size_bytes(self) -> int:
@@ -1587,7 +1811,7 @@ class MetricLog:
     @property
     def descriptor(self) -> int:
         """Of the file that is appended to now."""
-        return self._fd
+        return self._file.descriptor
 
     # ---- lines come in
 
@@ -1598,206 +1822,85 @@ class MetricLog:
         Returns None if the lines are as safe as promised; at `disk`, a future that is done when
         they are, or has the LogError.
         """
-        if self.stall:
-            raise LogError(self.stall)
+        if stall_error := self._lock.stall_error:
+            raise LogError(stall_error)
         if self.durability != "os":
-            return self._enqueue(lines)
-        with self._file_lock():
-            self._write_lines(lines)
-            file, size_bytes = self.position
-            self.position = Position(file, size_bytes + len(lines))
-            self.error = ""
-        return None
-
-    @contextlib.contextmanager
-    def _file_lock(self) -> Iterator[None]:
-        """Hold the lock of the file. Nobody waits longer for it than a disk may take."""
-        if not self._lock.acquire(timeout=APPEND_WAIT_S):
+            return self._thread.enqueue(lines)
+        if not self._lock.acquire(APPEND_WAIT_S):
             raise LogError(NO_ANSWER)
         try:
-            if self._fd < 0:
+            if self._closed:
                 raise LogError("the log is closed")
-            yield
+            self._write_lines(lines)
         finally:
-            self._busy_since = 0.0
             self._lock.release()
-
-    @property
-    def stall(self) -> str:
-        """Says that the disk does not answer, or ""."""
-        since = self._busy_since
-        return NO_ANSWER if since and self._clock() - since >= STALL_S else ""
-
-    def _enqueue(self, lines: bytes) -> "Future[None] | None":
-        with self._queued:
-            if self._closing:
-                raise LogError("the log is closed")
-            if self._queued_bytes + len(lines) > self._max_queued_bytes:
-                raise LogError(self.error or "the queue of the log is full")
-            if not self._group.lines:
-                self._queued.notify()
-            self._group.lines.append(lines)
-            self._queued_bytes += len(lines)
-            if self.durability == "memory":
-                return None
-            written: Future[None] = Future()
-            self._group.waiting.append(written)
-            return written
+        return None
 
     def _write_lines(self, lines: bytes) -> None:
-        """Write all of the lines or, as far as the file shows, none. The lock is held."""
-        written = 0
-        self._busy_since = self._clock()
+        """Append lines to the file, at level disk with an fsync. Raises LogError; then none of them
+        are kept. The lock is held.
+        """
+        file, (number, size_bytes) = self._file, self.position
+        failed_call = "write"
+        self._lock.start_call()
         try:
-            if self._gone is not None:
-                raise self._gone
-            if self._torn_at is not None:
-                self._cut(self._torn_at)
-            written = self._write(self._fd, lines)
-            while written < len(lines):  # a short write: the rest, or the error that stopped it
-                more = self._write(self._fd, memoryview(lines)[written:])
-                if more <= 0:
-                    raise OSError(errno.EIO, "the file takes no more bytes")
-                written += more
+            if self._recreate_error is not None:
+                raise self._recreate_error
+            file.append(lines)
+            if self.durability == "disk":
+                failed_call = "sync"
+                file.torn_at = size_bytes  # after a failed fsync nobody knows what is there
+                self._lock.start_call()
+                file.sync()
+                file.torn_at = None
         except OSError as error:
-            self.error = f"can't write {self.path}: {error.strerror}"
-            if written:
-                self._torn_at = os.fstat(self._fd).st_size - written
-                self._try_to_cut()
+            self.error = f"can't {failed_call} {self.path}: {error.strerror}"
+            file.try_to_cut()
             raise LogError(self.error) from None
-        except BaseException:
-            self._torn_at = self.position.size_bytes
-            raise
+        self.position = Position(number, size_bytes + len(lines))
+        self.error = ""
 
-    def _cut(self, size: int) -> None:
-        os.ftruncate(self._fd, min(size, os.fstat(self._fd).st_size))
-        self._torn_at = None
-
-    def _try_to_cut(self) -> None:
-        if self._torn_at is not None:
-            try:
-                self._cut(self._torn_at)
-            except OSError as error:  # it is tried again before the next write, and by every probe
-                self.error = f"can't cut a torn line off {self.path}: {error.strerror}"
-
-    def probe(self) -> str:
-        """Why the log can't be written, or "". While it can't, each call tries again: a write that
-        is taken back, and an fsync.
-        """
-        if self.stall or not self.error or self.durability == "memory":  # that tries by itself
-            return self.stall or self.error
-        done: Future[None] = Future()
-
-        def attempt() -> None:
-            try:
-                with self._file_lock():
-                    self._try_write()
-            except LogError as error:
-                logger.debug("the log still can't be written: %s", error)
-            finally:
-                done.set_result(None)
-
-        self._do(attempt)
-        try:
-            done.result(STALL_S)
-        except TimeoutError:
-            return NO_ANSWER
-        return self.error
-
-    def _try_write(self) -> None:
-        size = self._true_end()
-        self._write_lines(PROBE_BLOCK)
-        self._torn_at = size
-        try:
-            self._cut(size)
-            self._fsync(self._fd)
-            self.error = ""
-        except OSError as error:
-            self.error = f"can't sync {self.path}: {error.strerror}"
-
-    def _true_end(self) -> int:
-        """Where the file ends, or is to be cut."""
-        return os.fstat(self._fd).st_size if self._torn_at is None else self._torn_at
-
-    # ---- the thread
-
-    def _do(self, task: Callable[[], None]) -> None:
-        with self._queued:
-            self._tasks.append(task)
-            self._queued.notify()
-
-    def _run(self) -> None:
-        """Write what gathers, and change files; only `close` ends it."""
-        kept = _Group([], [])  # level memory: what could not be written yet
-        while True:
-            with self._queued:
-                self._queued.wait_for(
-                    lambda: self._tasks or self._group.lines or self._closing,
-                    WRITE_RETRY_S if kept.lines else None,
-                )
-                if self.durability == "memory":  # gather, unless there is a task or the log closes
-                    self._queued.wait_for(lambda: self._closing or self._tasks, WRITER_PAUSE_S)
-                tasks, self._tasks = self._tasks, []
-                group, self._group = self._group, _Group([], [])
-                closing = self._closing
-            for task in tasks:
-                try:
-                    task()
-                except Exception as error:
-                    log_unexpected(error)
-            group = _Group(kept.lines + group.lines, group.waiting)
-            kept = _Group([], [])
-            if group.lines and not self._write_group(group) and self.durability == "memory":
-                kept = group
-            if closing:
-                if kept.lines:
-                    lost = sum(map(len, kept.lines))
-                    logger.error("%d bytes of acknowledged metrics are lost: %s", lost, self.error)
-                self._leave()
-                return
-
-    def _write_group(self, group: _Group) -> bool:
-        """Write the batches of a group, at level disk with one fsync for all; whether they are
-        kept. Whatever goes wrong, the file is cut back to what was acknowledged, and all who wait
-        are told.
-        """
-        lines = b"".join(group.lines)
-        failure: LogError | None = None
+    def _write_group(self, lines: bytes) -> LogError | None:
+        """Write the lines of some batches; returns why that failed, if it did."""
         with self._lock:
-            file, size_bytes = self.position
             try:
                 self._write_lines(lines)
-                if self.durability == "disk":
-                    self._torn_at = size_bytes  # after a failed fsync nobody knows what is there
-                    self._busy_since = self._clock()
-                    self._fsync(self._fd)
-                    self._torn_at = None
-                self.position = Position(file, size_bytes + len(lines))
-                self.error = ""
             except LogError as error:
-                failure = error
-            except OSError as error:
-                self.error = f"can't sync {self.path}: {error.strerror}"
-                failure = LogError(self.error)
-                self._try_to_cut()
+                return error
             except Exception as error:
                 # A fault of ours. At level disk it costs this group alone; at level memory the
                 # group is acknowledged already, so it is kept, and tried again for ever.
                 log_unexpected(error)
                 self.error = "internal error in the log; the server's log has the details"
-                failure = LogError(self.error)
-                self._torn_at = size_bytes
-                self._try_to_cut()
-            self._busy_since = 0.0
-        if failure is None or self.durability == "disk":
-            with self._queued:
-                self._queued_bytes -= len(lines)
-        for written in group.waiting:
-            if failure is None:
-                written.set_result(None)
-            else:
-                written.set_exception(failure)
-        return failure is None
+                self._file.torn_at = self.position.size_bytes
+                self._file.try_to_cut()
+                return LogError(self.error)
+        return None
+
+    def probe(self) -> str:
+        """Why the log can't be written, or "". While it can't, each call tries again: a write that
+        is taken back, and an fsync.
+        """
+        # at level memory the writer retries by itself
+        stall_error = self._lock.stall_error
+        if stall_error or not self.error or self.durability == "memory":
+            return stall_error or self.error
+        return self.error if self._thread.do_and_wait(self._try_write, STALL_S) else NO_ANSWER
+
+    def _try_write(self) -> None:
+        """Set `error` to what is wrong now."""
+        failed_call = "write"
+        with self._lock:
+            self._lock.start_call()
+            try:
+                if self._recreate_error is not None:
+                    raise self._recreate_error
+                self._file.try_write()
+                failed_call = "sync"
+                self._file.sync()
+                self.error = ""
+            except OSError as error:
+                self.error = f"can't {failed_call} {self.path}: {error.strerror}"
 
     # ---- files change
 
@@ -1805,11 +1908,11 @@ class MetricLog:
         """Have the file moved to a path, and go on in a new one; `on_switch` tells when it is done.
         What goes wrong is logged, and all stays as it was.
         """
-        self._do(partial(self._change_file, path))
+        self._thread.do(partial(self._change_file, path))
 
     def reopen(self) -> None:
         """Have the file opened by its name again: go on in a new one where it was moved away."""
-        self._do(self._change_file)
+        self._thread.do(self._change_file)
 
     def _change_file(self, path: str = "") -> None:
         moved = False
@@ -1818,45 +1921,45 @@ class MetricLog:
                 with contextlib.suppress(FileNotFoundError):  # somebody else took it away
                     os.rename(self.path, path)
                     moved = True
-            fd = self._open()
+            file = self._open()
         except OSError as error:
             if moved:
                 os.rename(path, self.path)
             self._report(f"can't go on in a new {self.path}: {error.strerror}")
             return
         with self._lock:
-            if os.path.sameopenfile(fd, self._fd):
-                os.close(fd)
+            old = self._file
+            if os.path.sameopenfile(file.descriptor, old.descriptor):
+                file.close()  # a line may be half written to it: it must not be cut
                 return
-            if os.fstat(self._fd).st_nlink == 0:  # it was deleted: nobody would find what is in it
-                os.close(fd)
+            if old.is_deleted:  # nobody would find what is in it
+                file.close()
                 self._replace_deleted()
                 return
             try:
-                self._cut_torn_tail(fd)
+                file.cut_torn_line()
             except OSError as error:
-                os.close(fd)
+                file.close()
                 self._report(f"can't cut a torn line off {self.path}: {error.strerror}")
                 return
-            self._try_to_cut()
-            old = self._switch_to(fd)
-        self._sync_old(old)
+            old.try_to_cut()
+            self._switch_to(file)
+        self._sync_and_close(old)
 
-    def _switch_to(self, fd: int) -> int:
-        """Append to another file from now on; returns the old one. The lock is held."""
-        old, number, size = self._fd, self.position.file + 1, os.fstat(fd).st_size
-        self.on_switch(number, fd, self.position.size_bytes)
-        self._fd, self._torn_at, self._gone, self._seen_bytes = fd, None, None, size
-        self.position = Position(number, size)
-        return old
+    def _switch_to(self, file: _LogFile) -> None:
+        """Append to another file from now on. The lock is held."""
+        number, size_bytes = self.position.file + 1, file.size_bytes
+        self.on_switch(number, file.descriptor, self.position.size_bytes)
+        self._file, self._recreate_error, file.seen_bytes = file, None, size_bytes
+        self.position = Position(number, size_bytes)
 
-    def _sync_old(self, fd: int) -> None:
-        """Sync a file to which nothing is appended any more, and close it."""
+    def _sync_and_close(self, file: _LogFile) -> None:
+        """End a file to which nothing is appended any more."""
         try:
-            self._fsync(fd)
+            file.sync()
         except OSError as error:
-            logger.error("can't sync the file that was %s: %s", self.path, error.strerror)
-        os.close(fd)
+            logger.error("can't sync the file that is or was %s: %s", self.path, error.strerror)
+        file.close()
 
     def recreate_if_deleted(self) -> None:
         """Where the file was deleted, go on in a new one, with what was appended since the last
@@ -1867,52 +1970,44 @@ class MetricLog:
         often: what is acknowledged between a deletion and the next look is safe from everything but
         a crash.
         """
-        if self.stall:
-            self._refuse_queued()
-        elif self._lock.acquire(blocking=False):  # who keeps house must not wait for a slow disk
+        if self._lock.stall_error:
+            self._thread.refuse_queued(NO_ANSWER)
+        elif self._lock.acquire(0):  # the housekeeper must not wait for a slow disk
             try:
-                status = os.fstat(self._fd)
-                if not status.st_nlink:
-                    self._replace_deleted()
-                elif self._torn_at is None:
-                    self._gone = None
-                    self._seen_bytes = status.st_size
-                    file, size_bytes = self.position
-                    if status.st_size < size_bytes:  # others have emptied it
-                        self.position = Position(file, status.st_size)
+                if not self._closed:
+                    self._look_at_file()
             finally:
                 self._lock.release()
 
-    def _refuse_queued(self) -> None:
-        if self.durability != "disk":  # at level memory they are acknowledged
-            return
-        with self._queued:
-            group, self._group = self._group, _Group([], [])
-            self._queued_bytes -= sum(map(len, group.lines))
-        for written in group.waiting:
-            written.set_exception(LogError(NO_ANSWER))
+    def _look_at_file(self) -> None:
+        """The lock is held."""
+        if self._file.is_deleted:
+            self._replace_deleted()
+        elif self._file.torn_at is None:
+            self._recreate_error = None
+            self._file.seen_bytes = seen_bytes = self._file.size_bytes
+            number, size_bytes = self.position
+            if seen_bytes < size_bytes:  # others have emptied it
+                self.position = Position(number, seen_bytes)
 
     def _replace_deleted(self) -> None:
         """Make a deleted file anew. The lock is held."""
-        self._try_to_cut()
+        old, file = self._file, None
+        old.try_to_cut()
         try:
-            fd, _ = self._open_and_cut()
+            file = self._open()
+            file.cut_torn_line()
+            unseen = os.pread(old.descriptor, old.size_bytes, old.seen_bytes)
+            if unseen:
+                file.append(unseen)
         except OSError as error:
-            self._gone = error
+            if file is not None:
+                file.close()
+            self._recreate_error = error  # nothing more is acknowledged until it works
             self._report(f"can't write {self.path}: {error.strerror}")
             return
-        unseen = os.pread(self._fd, os.fstat(self._fd).st_size, self._seen_bytes)
-        size = os.fstat(fd).st_size
-        try:
-            while unseen:
-                unseen = unseen[self._write(fd, unseen) :]
-        except OSError as error:
-            os.ftruncate(fd, size)
-            os.close(fd)
-            self._gone = error  # nothing more is acknowledged until it works
-            self._report(f"can't write {self.path}: {error.strerror}")
-            return
-        os.close(self._switch_to(fd))
+        self._switch_to(file)
+        old.close()
         logger.warning("%s was deleted; the server made it anew", self.path)
 
     def _report(self, error: str) -> None:
@@ -1927,23 +2022,16 @@ class MetricLog:
         """Write and sync everything, then give the folder back; False if the disk does not answer
         in time.
         """
-        with self._queued:
-            self._closing = True
-            self._queued.notify()
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+        return self._thread.close(timeout_s)
 
     def _leave(self) -> None:
+        """What the thread does last."""
         with self._lock:
-            self._try_to_cut()
-            if os.fstat(self._fd).st_nlink == 0:
+            self._file.try_to_cut()
+            if self._file.is_deleted:
                 self._replace_deleted()
-            fd, self._fd = self._fd, -1
-        try:
-            self._fsync(fd)
-        except OSError as error:
-            logger.error("can't sync %s: %s", self.path, error.strerror)
-        os.close(fd)
+            self._closed = True
+        self._sync_and_close(self._file)
         os.close(self._folder_fd)  # and with it the lock
 
 
@@ -3735,23 +3823,14 @@ class Server(socketserver.ThreadingTCPServer):
                 quiet += 1
             self._asleep = False
             if order == "reload":
-                self._try(self._start_reload)
-            if self._try(self._workers.replace_stuck):
+                attempt(self._start_reload)
+            if attempt(self._workers.replace_stuck):
                 quiet = 0
             now = self._clock()
             for number, (interval_s, job) in enumerate(self._jobs):
                 if now >= due[number]:
                     due[number] = now + interval_s
-                    self._try(job)
-
-    @staticmethod
-    def _try(job: Callable[[], object]) -> object:
-        """Do a job; one that fails must not keep the others from theirs."""
-        try:
-            return job()
-        except Exception as error:
-            log_unexpected(error)
-            return None
+                    attempt(job)
 
     def _start_reload(self) -> None:
         """Call `reload` in a thread of its own, as it may have to wait for a slow disk."""

@@ -3724,6 +3724,21 @@ def test_closing_a_log_ends_it(tmp_path):
     assert lines_of(tmp_path) == ["x"] * 3
 
 
+def test_a_log_whose_last_sync_hangs_still_has_its_file(tmp_path):
+    """So that a stop can say how much of it is not acknowledged."""
+    disk = Disk()
+    log = MetricLog(str(tmp_path), fsync=disk.fsync)
+    log.append(b"x\n")
+    disk.hold("fsync")
+    assert not log.close(0.01)
+    assert disk.stuck.wait(10) and os.fstat(log.descriptor).st_size == log.size_bytes == 2
+    with pytest.raises(LogError, match="closed"):
+        log.append(b"y\n")
+    log.recreate_if_deleted()
+    disk.release()
+    assert log.close() and lines_of(tmp_path) == ["x"]
+
+
 @pytest.mark.parametrize("durability", ["os", "disk"])
 @pytest.mark.parametrize("error", [FULL, BROKEN, None], ids=["ENOSPC", "EIO", "no-error"])
 def test_a_write_may_stop_anywhere(tmp_path, durability, error):
