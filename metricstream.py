@@ -3653,7 +3653,7 @@ class Server(socketserver.ThreadingTCPServer):
         ]
         # Orders to the housekeeper; put() is safe in a signal handler.
         self._orders: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._asleep = False  # written by the housekeeper only: wake it when there is work
+        self._asleep = False  # set by the housekeeper: wake it when there is work
         self._stopped = threading.Event()
         self._paused = False  # accepting, for want of file descriptors
         self._warned_at = -math.inf
@@ -3841,6 +3841,7 @@ class Server(socketserver.ThreadingTCPServer):
     def _wake_housekeeper(self) -> None:
         """Called by every thread that gives turns: there is work, so the housekeeper must look."""
         if self._asleep:
+            self._asleep = False  # one order is enough: a stop must not wait behind hundreds
             self._orders.put("work")
 
     def log_decisions(self) -> None:

@@ -4670,6 +4670,7 @@ def test_a_request_wakes_the_housekeeper(tmp_path, threads, monkeypatch):
         eventually(lambda: started.server._asleep)
         connection.sendall(HEALTH)
         eventually(lambda: "work" in orders)
+        assert is_healthy(answer_on(connection))
 
 
 def test_accepting_may_fail_just_as_the_server_stops(tmp_path, threads):
