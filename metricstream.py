@@ -9,27 +9,35 @@
 
 The way of one POST, from the socket to the disk and back, with the chapter of each step:
 
-    9  Connections.claim_ready           epoll names a readable connection; it gets one turn
-    1    RequestReader.next_request      bytes → a whole Request, or None: wait for more
-    8    Service.answer                  whose request it is, and which route
-    8      Service.ingest                the pipeline: read this function first
-    2        SlidingWindowLimiter.decide   allowed?
-    5        read_body                     JSON → a Batch of lines, by one of two ways:
-    5          fast_batch                   fast: one regular expression for the usual shape
-    3          parse_json                    plain: values
-    4          read_batch                    then samples, or every reason why not
-    5          log_line                      then a line for each
-    6        MetricLog.append              durable, or LogError
-    1    Response.encode                 an answer → bytes
-   10    Turns.send_answers              to all that were ready
-    7    Statistics.record               one event for each
+    11   _Workers._work                      a worker's loop
+    9      Connections.claim_ready             epoll names what is readable
+    10     Turns.take_turn, _serve             a turn for each: recv() once, answer whole requests
+    1        RequestReader.next_request          bytes → a whole Request, or None: wait for more
+    8        Service.answer                      which client it is, and which route
+    8          Service.ingest                      the pipeline: read this function first
+    8            refuse_other_origins                a browser page of elsewhere? 403
+    2            SlidingWindowLimiter.decide         allowed? or 429
+    8            require_json                        or 415
+    1            decode_content                      gzip undone, within 1 MiB
+    5            read_body                           JSON → a Batch of lines, by one of two ways:
+    5              fast_batch                          one regular expression for the usual shape
+    3              parse_json                          else values,
+    4              read_batch                          then samples, or every reason why not,
+    5              log_line                            then a line for each
+    8            Service.check_batch                 too many series? the store says how many more
+    6            MetricLog.append                    write(); or LogError
+    1        Response.encode                     head and body in one piece
+    10     Turns.on_durable                    at level disk: the answer, after the sync
+    10     Turns.send_answers                  send(), when all that were ready have had their turn
+    7        Statistics.record                   one event into the ring, for each
+    9      Connections.park                    epoll_ctl(): wait for the next request
 
 That is part I, a complete server by itself. The log is the seam: a second process follows it, keeps
 series, and answers queries (parts II and III); no query can hold up ingestion. Others send what the
 log holds on to a cluster (part V).
 
-A chapter uses only what stands above it, so the order of reading is the order of the flow is the
-order of dependency. `grep -nE '^# (PART|[0-9]+\\.)' metricstream.py` prints the table of contents.
+A chapter uses only chapters above it. For the flow of a request, follow the map.
+`grep -nE '^# (PART|[0-9]+\\.)' metricstream.py` prints the table of contents.
 """
 
 import argparse
@@ -108,6 +116,20 @@ __version__ = "1.0.0"
 logger = logging.getLogger("metricstream")
 
 
+def log_unexpected(error: BaseException) -> None:
+    """Log an error that is a fault of ours: with its traceback, in one line."""
+    logger.error("unexpected error: %r", "".join(traceback.format_exception(error)))
+
+
+def attempt(job: Callable[[], object]) -> object:
+    """Do one of several jobs. If it fails this is logged, and keeps nobody from the others."""
+    try:
+        return job()
+    except Exception as error:
+        log_unexpected(error)
+        return None
+
+
 # ==================================================================================================
 # PART I. INGESTION
 # ==================================================================================================
@@ -144,8 +166,8 @@ _ABSOLUTE_FORM = re.compile(r"https?://([^/?]*)(.*)", re.IGNORECASE)
 _BAD_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _PERCENT = re.compile(rb"%([0-9A-Fa-f]{2})")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-# What no line may hold, whatever comes after it: a client that sends it is answered without waiting
-# for more.
+# Bytes no line may contain. A client that sends one gets its 400 at once; we do not wait for the
+# rest.
 _NEVER_IN_A_LINE = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?=[^\n])")
 
 _SINGLETONS = frozenset({"host", "authorization", "content-type", "origin"})
@@ -174,21 +196,14 @@ class Head(NamedTuple):
     """The parsed head of a request: all of it but the body."""
 
     method: str
-    target: str  # as it was sent
     path: str  # percent-decoded, without the query
     query: str  # what follows the first "?", not decoded
-    version: tuple[int, int]
     host: str  # from an absolute-form target, else from Host; "" only in HTTP/1.0
     headers: dict[str, str]  # by lower-case name; repeated fields are joined with ", "
     content_length: int  # 0 if there is no body, or if it is chunked
     chunked: bool
     expects_continue: bool
     persistence: bytes  # the Connection field line of the answer: KEEP, CLOSE or KEEP_1_0
-
-    @property
-    def close(self) -> bool:
-        """Whether the connection ends with the answer to this request."""
-        return self.persistence is CLOSE
 
 
 class Request(NamedTuple):
@@ -209,7 +224,7 @@ def parse_head(section: bytes) -> Head:
 
     Raises HTTPError (400, 411, 413, 414, 417, 431, 501, 505). Source: RFC 9112, sections 2 to 7.
     """
-    _refuse_controls(section)  # first, as a reader of pieces also finds them first
+    _refuse_controls(section)  # first, so that a head gets the same error in one piece or in many
     request_line, *field_lines = section.split(b"\r\n")[:-1]
     method, target, version = _parse_request_line(request_line)
     if len(section) - len(request_line) - 2 > MAX_HEADER_BYTES:
@@ -225,7 +240,7 @@ def parse_head(section: bytes) -> Head:
                 417, f"unknown expectation {headers['expect'][:80]!r}; known is 100-continue"
             )
     return Head(
-        method, target, path, query, version, host, headers,
+        method, path, query, host, headers,
         content_length, chunked, expects_continue, _persistence(version, headers),
     )  # fmt: skip
 
@@ -258,12 +273,14 @@ def _parse_target(method: str, target: str, host: str) -> tuple[str, str, str]:
     """(host, decoded path, query) of a target in origin form, absolute form or, for OPTIONS, `*`:
     RFC 9112, 3.2.
     """
+    if method == "CONNECT":
+        raise HTTPError(400, "CONNECT is for proxies; this is none")
     if target == "*" and method == "OPTIONS":
         return host, "*", ""
     rest = target
-    if method == "CONNECT" or not target.startswith("/"):
+    if not target.startswith("/"):
         absolute = _ABSOLUTE_FORM.fullmatch(target)
-        if absolute is None or method == "CONNECT":
+        if absolute is None:
             raise HTTPError(
                 400,
                 f"request target must start with '/' or 'http://', found {_shown(target.encode())}",
@@ -394,9 +411,9 @@ def _shown(received: bytes) -> str:
 class RequestReader:
     """Turns bytes into requests, in whatever pieces they arrive.
 
-    Strategy: whole requests are cut from the front of one buffer; a bytearray moves its beginning
-    instead of its rest. What was searched in vain is not searched again (`_scanned`), so the work
-    is linear in the bytes received, whether they come one at a time or ten requests at once.
+    Strategy: requests are cut from the front of one buffer. Deleting the front of a bytearray
+    copies nothing. `_scanned` marks what was searched already, so the work is linear in the bytes
+    received, whether they come one at a time or ten requests at once.
 
     >>> reader = RequestReader()
     >>> for piece in b"GET /health HTTP/1.1\\r\\nHo", b"st: a\\r\\n\\r", b"\\nGET /next":
@@ -423,7 +440,7 @@ class RequestReader:
 
     def __init__(self) -> None:
         self._buffer = bytearray()
-        self._scanned = 0  # no line end that matters lies before it
+        self._scanned = 0  # bytes before this were searched: no line end there
         self._skipped_line = False
         self._head: Head | None = None
         self._chunks: _ChunkedBody | None = None
@@ -478,7 +495,7 @@ class RequestReader:
         return due
 
     def _cut(self, size: int) -> bytes:
-        """Cut so many bytes from the front."""
+        """Remove the first `size` bytes and return them."""
         taken = bytes(self._buffer[:size])
         del self._buffer[:size]
         self._scanned = 0
@@ -502,8 +519,6 @@ class RequestReader:
 
     def _check_unfinished_head(self) -> None:
         """Refuse at once what no further byte can mend."""
-        if self._buffer.startswith(b"\n"):  # a CR before it was a body's last
-            raise HTTPError(400, "a bare LF before the request line")
         self._check_bytes()
         if self._buffer.startswith(b"\r\n"):
             raise HTTPError(400, "more than one empty line before the request line")
@@ -640,8 +655,8 @@ def decode_content(request: Request) -> bytes:
 
 
 class Response:
-    """An answer, rendered but for what changes from one sending to the next: Date, Connection, and
-    the field lines that only one client gets. `metrics` is how many were stored, for statistics.
+    """An encoded response except for what changes with each sending: Date, Connection, and fields
+    for one client. `metrics` is how many were stored, for statistics.
 
     >>> Response(200, b"{}").encode(CLOSE, b"Date: now\\r\\n", head_only=True).split(b"\\r\\n")[:3]
     [b'HTTP/1.1 200 OK', b'Date: now', b'Content-Type: application/json']
@@ -702,7 +717,7 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 #
 # Clients are spread over stripes by hash, each with its own lock, so two clients rarely wait for
 # each other. A stripe forgets by generations: once a window, the recent clients become the older
-# ones, and the older ones, who asked for nothing in all that time, are dropped as a whole.
+# ones, and the older ones, which asked for nothing in all that time, are dropped as a whole.
 
 STRIPES = 64
 MAX_TRACKED_CLIENTS = 100_000
@@ -720,16 +735,16 @@ class _Stripe:
     """Some of the clients. All its fields are guarded by its lock, under which no other is taken.
 
     A window is the time of a client's one allowed request, or a deque of such times. Those of the
-    clients that came since the last turn are in `recent`, the others in `older`.
+    clients that came in this generation are in `recent`, the others in `older`.
     """
 
-    __slots__ = ("lock", "recent", "older", "turned_at", "tallies", "evicted")
+    __slots__ = ("lock", "recent", "older", "generation_start", "tallies", "evicted")
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.recent: dict[str, float | deque[float]] = {}
         self.older: dict[str, float | deque[float]] = {}
-        self.turned_at = -math.inf
+        self.generation_start = -math.inf
         self.tallies: dict[str, list[int]] = {}  # allowed and refused since the last drain
         self.evicted = 0
 
@@ -750,10 +765,11 @@ class SlidingWindowLimiter:
     three lie within the last second, and until when.
 
     `stripes` is a power of two. When more than `max_clients` come within a window, those that came
-    before the last turn of their stripe are forgotten, and counted in `evicted`: they start afresh.
+    in the older generation of their stripe are forgotten, and counted in `evicted`: they start
+    afresh.
     """
 
-    OTHERS = "(others)"  # whom the tallies count when they are full
+    OTHERS = "(others)"  # all clients beyond the limit of the tallies are counted here
 
     def __init__(
         self,
@@ -779,8 +795,8 @@ class SlidingWindowLimiter:
         stripe = self._stripes[hash(client) & self._mask]
         with stripe.lock:
             now = self._clock()  # under the lock, so that the times of a window never run backwards
-            if now - stripe.turned_at >= self.window_s:
-                self._turn(stripe, now)
+            if now - stripe.generation_start >= self.window_s:
+                self._start_generation(stripe, now)
             recent = stripe.recent
             window: float | deque[float] | None
             if client in recent:
@@ -788,7 +804,7 @@ class SlidingWindowLimiter:
             else:
                 window = stripe.older.pop(client, None)
                 if len(recent) >= self._generation:
-                    recent = self._turn(stripe, now)
+                    recent = self._start_generation(stripe, now)
             if window is None:
                 used = 0
             elif isinstance(window, float):
@@ -798,7 +814,8 @@ class SlidingWindowLimiter:
                     window.popleft()
                 used = len(window)
             allowed = used < limit
-            self._count(stripe.tallies, client)[not allowed] += 1
+            tally = self._tally_of(stripe.tallies, client)
+            tally[0 if allowed else 1] += 1
             if not allowed:
                 assert window is not None  # limit is at least 1, so something was used
                 recent[client] = window
@@ -815,22 +832,23 @@ class SlidingWindowLimiter:
                 recent[client] = window
             return Decision(True, limit - used - 1, 0.0)
 
-    def _count(self, tallies: dict[str, list[int]], client: str) -> list[int]:
+    def _tally_of(self, tallies: dict[str, list[int]], client: str) -> list[int]:
+        """[allowed, refused] of a client."""
         if client not in tallies:
             if len(tallies) >= 2 * self._generation:
                 client = self.OTHERS
             return tallies.setdefault(client, [0, 0])
         return tallies[client]
 
-    def _turn(self, stripe: _Stripe, now: float) -> dict[str, float | deque[float]]:
+    def _start_generation(self, stripe: _Stripe, now: float) -> dict[str, float | deque[float]]:
         """Begin a new generation, and forget the older one. After a whole window nobody in it was
         allowed anything that still counts; sooner, for want of room, they are evicted.
         """
-        if now - stripe.turned_at < self.window_s:
+        if now - stripe.generation_start < self.window_s:
             stripe.evicted += len(stripe.older)
-        elif now - stripe.turned_at >= 2 * self.window_s:
+        elif now - stripe.generation_start >= 2 * self.window_s:
             stripe.recent = {}
-        stripe.older, stripe.recent, stripe.turned_at = stripe.recent, {}, now
+        stripe.older, stripe.recent, stripe.generation_start = stripe.recent, {}, now
         return stripe.recent
 
     def drain(self) -> Iterator[dict[str, tuple[int, int]]]:
@@ -844,8 +862,8 @@ class SlidingWindowLimiter:
             with stripe.lock:
                 tallies, stripe.tallies = stripe.tallies, {}
                 now = self._clock()
-                if now - stripe.turned_at >= self.window_s:
-                    self._turn(stripe, now)
+                if now - stripe.generation_start >= self.window_s:
+                    self._start_generation(stripe, now)
             yield {client: (allowed, refused) for client, (allowed, refused) in tallies.items()}
 
     @property
@@ -929,7 +947,8 @@ def _expected(what: str, text: str, position: int) -> JSONError:
 
 def _skip_space(text: str, position: int) -> int:
     if text[position] in _WHITE_SPACE:  # 0.05 µs instead of 0.3 for a match that finds nothing
-        return _SPACE.match(text, position).end()  # type: ignore[union-attr]  # it matches the empty string
+        # It matches the empty string, too.
+        return _SPACE.match(text, position).end()  # type: ignore[union-attr]
     return position
 
 
@@ -1011,7 +1030,8 @@ def _string(text: str, position: int) -> tuple[str, int]:
     pieces = []
     position += 1
     while True:
-        end = _UNESCAPED.match(text, position).end()  # type: ignore[union-attr]  # it matches the empty string
+        # It matches the empty string, too.
+        end = _UNESCAPED.match(text, position).end()  # type: ignore[union-attr]
         pieces.append(text[position:end])
         if text[end] == '"':
             return "".join(pieces), end + 1
@@ -1086,10 +1106,10 @@ def _escaped(match: re.Match[str]) -> str:
 # 4. Metrics
 # ==================================================================================================
 #
-# The problem: a batch is stored whole or not at all, and whoever sent a bad one must be able to
-# mend it from the answer alone. The idea: look at every metric before any is accepted, and collect
-# what is wrong with its index and field. What it costs: a second walk over values that were just
-# parsed.
+# The problem: a batch is stored whole or not at all, and a client that sent a bad one must be able
+# to mend it from the answer alone. The idea: look at every metric before any is accepted, and
+# collect what is wrong with its index and field. What it costs: a second walk over values that were
+# just parsed.
 
 MAX_BATCH = 1_000
 MAX_NAME_LENGTH = 255
@@ -1295,13 +1315,7 @@ def _clipped(text: str) -> str:
 # The problem: what came as JSON is to be kept as lines that could be sent again. The idea: the
 # request's text is already what the line needs, so a batch in the usual shape is checked and cut by
 # one regular expression; whatever else comes takes the plain way through values and samples. What
-# it costs: two ways to the same line, which a test feeds the same bodies.
-
-
-def log_unexpected(error: BaseException) -> None:
-    """Log an error that is a fault of ours: with its traceback, in one line."""
-    text = "".join(traceback.format_exception(error))
-    logger.error("unexpected error: %s", write_json_string(text))
+# it costs: two paths produce the same line; a test gives both the same bodies.
 
 
 @functools.lru_cache(maxsize=1024)  # 0.1 µs instead of 1.2: samples of one second come together
@@ -1322,24 +1336,26 @@ def utc_timestamp(timestamp_ms: int) -> str:
 def log_line(sample: Sample) -> str:
     """A sample as its line of the log.
 
-    >>> log_line(Sample("cpu", 75.5, "gauge", {"host": "web1"}, 1758116723123))
-    '{"timestamp":"2025-09-17T13:45:23.123Z","name":"cpu","value":75.5,"type":"gauge","tags":{"host":"web1"}}\\n'
+    >>> print(log_line(Sample("up", 1, "gauge", {"a": "b"}, 0)), end="")
+    {"timestamp":"1970-01-01T00:00:00.000Z","name":"up","value":1,"type":"gauge","tags":{"a":"b"}}
     """
-    tags = f',"tags":{write_json(sample.tags)}' if sample.tags else ""
+    timestamp, name = utc_timestamp(sample.timestamp_ms), write_json_string(sample.name)
     value = "null" if sample.value is None else repr(sample.value)
-    return (
-        f'{{"timestamp":"{utc_timestamp(sample.timestamp_ms)}","name":{write_json_string(sample.name)},'
-        f'"value":{value},"type":"{sample.type}"{tags}}}\n'
-    )
+    rest = f',"tags":{write_json(sample.tags)}' if sample.tags else ""
+    rest = f'"type":"{sample.type}"{rest}'
+    return f'{{"timestamp":"{timestamp}","name":{name},"value":{value},{rest}}}\n'
 
 
 # Bodies as programs write them: no escapes, the fields in the usual order, spaces as json.dumps has
 # them or none.
 _USUAL_METRIC = re.compile(
     rb'\{"name": ?"([^"\\\x00-\x1f\x7f-\xff]{1,255})", ?"value": ?'
-    rb"(?:(0|-?[1-9][0-9]{0,9}(?:\.[0-9]{0,4}[1-9])?|-?0\.[0-9]{0,3}[1-9]|null)"  # as in the log
-    rb"|(-?(?:0|[1-9][0-9]{0,17})(?:\.[0-9]{1,18})?))"  # any other usual number
-    rb"(?=[,}])([^{}]{0,64}(?:\{[^{}]{0,512}\})?)\}"  # type and tags: see _line_tail
+    # repr() gives the same digits: copy them
+    rb"(?:(0|-?[1-9][0-9]{0,9}(?:\.[0-9]{0,4}[1-9])?|-?0\.[0-9]{0,3}[1-9]|null)"
+    # any other usual number
+    rb"|(-?(?:0|[1-9][0-9]{0,17})(?:\.[0-9]{1,18})?))"
+    # the rest: type and tags, checked by _line_tail
+    rb"(?=[,}])([^{}]{0,64}(?:\{[^{}]{0,512}\})?)\}"
 )
 
 
@@ -1365,10 +1381,10 @@ def _line_tail(fields: bytes) -> bytes | None:
 
 
 class Batch(NamedTuple):
-    """What came in one request."""
+    """The log lines of one request."""
 
-    lines: bytes  # of the log
-    count: int  # type: ignore[assignment]  # of metrics; no tuple is searched here
+    lines: bytes
+    metrics: int  # how many lines
 
 
 def fast_batch(body: bytes, now_ms: int) -> Batch | None:
@@ -1421,8 +1437,8 @@ def read_body(body: bytes, now_ms: int) -> Batch:
 # idea: one file to which lines are only ever appended, each a JSON object that could be sent again.
 # Three levels say what a 200 promises: `memory` (queued for a writer thread), `os` (written:
 # survives the death of the process), `disk` (synced: survives loss of power). An fsync takes as
-# long for a thousand batches as for one, so at `disk` all who wait share one: group commit. What it
-# costs: at `disk`, the wait.
+# long for a thousand batches as for one, so at `disk` all that wait share one: group commit. What
+# it costs: at `disk`, the wait.
 #
 # The invariant: the file holds whole lines only. A write that fails part of the way is cut off
 # again before anything else is written; a tail torn by a crash is cut off at the next start.
@@ -1433,7 +1449,7 @@ MAX_QUEUED_BYTES = 64 * 1024 * 1024  # at level memory
 WRITER_PAUSE_S = 0.05  # how long the writer of level memory gathers batches for one write
 WRITE_RETRY_S = 0.5  # wait before the writer of level memory tries a failed write again
 PROBE_BLOCK = b" " * 4096  # written to see whether writing works again
-APPEND_WAIT_S = 0.5  # so long a batch waits for others that are written
+APPEND_WAIT_S = 0.5  # how long a batch waits for others that are being written
 STALL_S = 2.0  # a disk that takes longer for one call does not answer
 NO_ANSWER = "the disk does not answer"
 
@@ -1451,11 +1467,293 @@ class Position(NamedTuple):
     size_bytes: int
 
 
+def _own_folder(folder: str) -> int:
+    """Lock a folder itself, which leaves no file behind, and no stale lock; its descriptor."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise LogError(f"can't use the data folder {folder}: {error.strerror}") from None
+    try:
+        fcntl.flock(folder_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(folder_fd)
+        in_use = error.errno in (errno.EWOULDBLOCK, errno.EACCES)
+        raise LogError(
+            f"the data folder {folder} is in use by another server"
+            if in_use
+            else f"can't lock the data folder {folder}: {error.strerror}"
+        ) from None
+    return folder_fd
+
+
+class _LogFile:
+    """An open file to which lines are appended, all of them or none. Its methods raise OSError.
+
+    It is opened by its name, or made, in the folder `folder_fd`. To open it changes nothing in it:
+    the log may have a line half written to the same file. It has no lock: the log that owns it
+    calls one method at a time.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        folder_fd: int,
+        write: Callable[[int, Any], int],
+        fsync: Callable[[int], None],
+    ):
+        self._write, self._fsync = write, fsync
+        self.torn_at: int | None = None  # where it is to be cut before the next write
+        self.seen_bytes = 0  # its size at the last look, when it still had a name
+        # O_NONBLOCK: to open a pipe by that name must not block; for a regular file it means
+        # nothing
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
+        self.descriptor = os.open(path, flags, 0o644)
+        try:
+            if not stat.S_ISREG(os.fstat(self.descriptor).st_mode):
+                raise OSError(errno.EINVAL, "it is not a regular file")
+            os.fsync(folder_fd)  # or a new file's name could be lost with the power
+        except OSError:
+            self.close()
+            raise
+
+    @property
+    def size_bytes(self) -> int:
+        """How long it is, with what is to be cut off."""
+        return os.fstat(self.descriptor).st_size
+
+    @property
+    def is_deleted(self) -> bool:
+        """Whether no folder has a name for it any more."""
+        return not os.fstat(self.descriptor).st_nlink
+
+    def append(self, lines: bytes) -> None:
+        """Write all of the lines or, as far as the file shows, none."""
+        self.cut()
+        written = 0
+        try:
+            written = self._write(self.descriptor, lines)
+            while written < len(lines):  # a short write: the rest, or the error that stopped it
+                more = self._write(self.descriptor, memoryview(lines)[written:])
+                if more <= 0:
+                    raise OSError(errno.EIO, "the file takes no more bytes")
+                written += more
+        except BaseException:
+            if written:
+                self.torn_at = self.size_bytes - written
+                self.try_to_cut()
+            raise
+
+    def cut(self) -> None:
+        """Cut off what should not be there, if anything."""
+        if self.torn_at is not None:
+            os.ftruncate(self.descriptor, min(self.torn_at, self.size_bytes))
+            self.torn_at = None
+
+    def try_to_cut(self) -> None:
+        """The same; if it fails, it is tried again before the next write."""
+        with contextlib.suppress(OSError):
+            self.cut()
+
+    def cut_torn_line(self) -> int:
+        """Cut off what follows the last line end; return how many bytes that was."""
+        size = end = self.size_bytes
+        while end:
+            start = max(0, end - 64 * 1024)
+            newline = os.pread(self.descriptor, end - start, start).rfind(b"\n")
+            if newline >= 0:
+                end = start + newline + 1
+                break
+            end = start
+        if end < size:
+            os.ftruncate(self.descriptor, end)
+        return size - end
+
+    def try_write(self) -> None:
+        """Write a block and cut it off again."""
+        end = self.size_bytes if self.torn_at is None else self.torn_at
+        self.append(PROBE_BLOCK)
+        self.torn_at = end
+        self.cut()
+
+    def sync(self) -> None:
+        """Wait until the disk has all of it."""
+        self._fsync(self.descriptor)
+
+    def close(self) -> None:
+        """Give the descriptor back."""
+        os.close(self.descriptor)
+        self.descriptor = -1
+
+
+class _DiskLock:
+    """A lock that is held during calls of the disk. It knows when the disk does not answer."""
+
+    def __init__(self, clock: Callable[[], float]):
+        self._lock, self._clock = threading.Lock(), clock
+        # When the disk call under way began; 0.0: none. Written by the holder of the lock; to read
+        # an attribute is atomic.
+        self._call_started = 0.0
+
+    def start_call(self) -> None:
+        """A call of the disk begins now; release() ends it."""
+        self._call_started = self._clock()
+
+    @property
+    def stall_error(self) -> str:
+        """Says that the disk does not answer, or ""."""
+        started = self._call_started
+        return NO_ANSWER if started and self._clock() - started >= STALL_S else ""
+
+    def acquire(self, timeout_s: float) -> bool:
+        """Take the lock; False if it is not free in time. `with` waits for as long as it takes."""
+        return self._lock.acquire(timeout=timeout_s)
+
+    def release(self) -> None:
+        """Give the lock back."""
+        self._call_started = 0.0
+        self._lock.release()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
+
 class _Group(NamedTuple):
-    """Batches that are written together, and whoever waits for each."""
+    """Batches that are written together, and the futures of those that wait for it."""
 
     lines: list[bytes]
     waiting: "list[Future[None]]"
+
+
+class _LogThread:
+    """The thread of a log: it writes what has gathered, and does tasks.
+
+    `write` stores lines, or returns why it can't; `leave` is called at the end. `acknowledges` says
+    that batches are acknowledged when they are queued: then the thread gathers a while, and what
+    can't be written is kept, and tried again for ever. Otherwise each batch gets a future.
+    """
+
+    def __init__(
+        self,
+        write: Callable[[bytes], LogError | None],
+        leave: Callable[[], None],
+        max_queued_bytes: int,
+        acknowledges: bool,
+    ):
+        self._write, self._leave = write, leave
+        self._max_queued_bytes, self._acknowledges = max_queued_bytes, acknowledges
+        # Guards all fields below. No other lock is taken under it.
+        self._changed = threading.Condition()
+        self._group = _Group([], [])
+        self._queued_bytes = 0  # in the group, or taken from it and not yet written
+        self._failure = ""  # why the last group could not be written
+        self._tasks: list[Callable[[], None]] = []
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+        self._thread.start()
+
+    def enqueue(self, lines: bytes) -> "Future[None] | None":
+        """Have lines written; a future that is done when they are. Raises LogError."""
+        with self._changed:
+            if self._closing:
+                raise LogError("the log is closed")
+            if self._queued_bytes + len(lines) > self._max_queued_bytes:
+                raise LogError(self._failure or "the queue of the log is full")
+            if not self._group.lines:
+                self._changed.notify()
+            self._group.lines.append(lines)
+            self._queued_bytes += len(lines)
+            if self._acknowledges:
+                return None
+            written: Future[None] = Future()
+            self._group.waiting.append(written)
+            return written
+
+    def do(self, task: Callable[[], None]) -> None:
+        """Have a task done. What it raises is logged."""
+        with self._changed:
+            self._tasks.append(task)
+            self._changed.notify()
+
+    def do_and_wait(self, task: Callable[[], None], timeout_s: float) -> bool:
+        """Have a task done; False if that takes longer."""
+        done: Future[None] = Future()
+
+        def do() -> None:
+            try:
+                task()
+            finally:
+                done.set_result(None)
+
+        self.do(do)
+        try:
+            done.result(timeout_s)
+        except TimeoutError:
+            return False
+        return True
+
+    def refuse_queued(self, reason: str) -> None:
+        """Refuse the batches that wait, unless they are acknowledged already."""
+        if self._acknowledges:
+            return
+        with self._changed:
+            group, self._group = self._group, _Group([], [])
+            self._queued_bytes -= sum(map(len, group.lines))
+        for written in group.waiting:
+            written.set_exception(LogError(reason))
+
+    def close(self, timeout_s: float) -> bool:
+        """Have everything written, then end; False if that takes longer."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        kept: list[bytes] = []  # acknowledged batches that could not be written yet
+        while True:
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: self._tasks or self._group.lines or self._closing,
+                    WRITE_RETRY_S if kept else None,
+                )
+                if self._acknowledges:  # gather, unless there is a task or the log closes
+                    self._changed.wait_for(lambda: self._closing or self._tasks, WRITER_PAUSE_S)
+                tasks, self._tasks = self._tasks, []
+                group, self._group = self._group, _Group([], [])
+                closing = self._closing
+            for task in tasks:
+                attempt(task)
+            group = _Group(kept + group.lines, group.waiting)
+            kept = [] if not group.lines or self._write_group(group) else group.lines
+            if closing:
+                if kept and self._acknowledges:
+                    lost = sum(map(len, kept))
+                    logger.error(
+                        "%d bytes of acknowledged metrics are lost: %s", lost, self._failure
+                    )
+                self._leave()
+                return
+
+    def _write_group(self, group: _Group) -> bool:
+        """Write a group and tell all that wait for it; False if it is to be tried again."""
+        lines = b"".join(group.lines)
+        failure = self._write(lines)
+        done = failure is None or not self._acknowledges
+        with self._changed:
+            self._failure = str(failure or "")
+            if done:
+                self._queued_bytes -= len(lines)
+        for written in group.waiting:
+            if failure is None:
+                written.set_result(None)
+            else:
+                written.set_exception(failure)
+        return done
 
 
 class MetricLog:
@@ -1463,33 +1761,30 @@ class MetricLog:
 
     `durability` is one of DURABILITY_LEVELS. Raises LogError where the folder can't be used, or is
     in use. `cut_bytes` says how much of a torn line was cut off at the start, `error` why the log
-    can't be written now (or ""). `position` is where readers may read to; it is replaced as a
-    whole. What is in `on_switch` is called with (number, descriptor, size) when another file takes
-    the place of the old one: after the last acknowledged byte of that, which has `size`, and before
-    the first of the new one. `clock` is what a hanging disk is measured by.
+    can't be written now (or ""). `position` is how far the log is acknowledged; it is replaced as a
+    whole. What is in `on_switch` is called with (new_number, new_descriptor, old_size) after
+    the last line of the old file and before the first of the new one, with the lock held. `clock` measures a disk that
+    does not answer.
 
-    At level `os` whoever appends writes. A thread does the rest: it writes (and syncs) what has
-    gathered at the other levels, and changes files.
+    At `os` the caller of append() writes. The log's thread writes (and syncs) at the other levels,
+    and changes files.
 
-    Here the disk is full after 8 bytes of the second line, and the file shows none of it:
+    Here the disk is full after 8 bytes of the line, and the file shows none of it:
 
     >>> def full_disk(descriptor, lines):
     ...     if len(lines) > 8:
     ...         return os.write(descriptor, lines[:8])
     ...     raise OSError(errno.ENOSPC, "No space left on device")
     >>> import tempfile
-    >>> folder = tempfile.TemporaryDirectory()
-    >>> with contextlib.closing(MetricLog(folder.name)) as log:
-    ...     log.append(b'{"first":1}\\n')
-    >>> with contextlib.closing(MetricLog(folder.name, write=full_disk)) as log:
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     log = MetricLog(folder, write=full_disk)
     ...     try:
-    ...         log.append(b'{"second":2}\\n')
+    ...         log.append(b'{"value":1}\\n')
     ...     except LogError as error:
     ...         print(str(error).partition(": ")[2])
-    ...     print(open(log.path).read(), end="")
+    ...     print(os.path.getsize(log.path), log.close())
     No space left on device
-    {"first":1}
-    >>> folder.cleanup()
+    0 True
     """
 
     def __init__(
@@ -1510,93 +1805,24 @@ class MetricLog:
         self.path = os.path.join(folder, LOG_NAME)
         self.error = ""
         self.on_switch: list[Callable[[int, int, int], None]] = []
-        self._write, self._fsync, self._clock = write, fsync, clock
-        # Since when the disk is at work, 0.0 if it is not. Written by whoever holds _lock; to read
-        # an attribute is atomic.
-        self._busy_since = 0.0
-        # Guards the file and its end: error, position and the four below. It is held across a
-        # write: only so is a failed one surely the last thing in the file, and can be cut off.
-        self._lock = threading.Lock()
-        self._torn_at: int | None = None  # where the file is to be cut before the next write
-        self._seen_bytes = 0  # the size at the last look, when the file still had a name
-        self._gone: OSError | None = None  # why a deleted file can't be made anew
-        self._folder_fd = self._own_folder(folder)
+        # Guards the file and its end: error, position, _file, _recreate_error and _closed. Held
+        # across a write, so that a failed write is the last thing in the file and can be cut off.
+        self._lock = _DiskLock(clock)
+        self._recreate_error: OSError | None = None  # why a deleted file can't be made anew
+        self._closed = False
+        self._folder_fd = _own_folder(folder)
+        self._open = partial(_LogFile, self.path, self._folder_fd, write, fsync)
         try:
-            self._fd, self.cut_bytes = self._open_and_cut()
+            self._file = self._open()
+            self.cut_bytes = self._file.cut_torn_line()
         except OSError as error:
             os.close(self._folder_fd)
             raise LogError(f"can't use {self.path}: {error.strerror}") from None
-        self._seen_bytes = os.fstat(self._fd).st_size
-        self.position = Position(0, self._seen_bytes)
-        # Guards what the thread has to do: the five below. _lock may not be taken under it.
-        self._queued = threading.Condition()
-        self._group = _Group([], [])
-        self._queued_bytes = 0  # in the group, or taken from it and not yet written
-        self._max_queued_bytes = max_queued_bytes
-        self._tasks: list[Callable[[], None]] = []
-        self._closing = False
-        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
-        self._thread.start()
-
-    @staticmethod
-    def _own_folder(folder: str) -> int:
-        """Lock the folder itself, which leaves no file behind, and no stale lock."""
-        try:
-            os.makedirs(folder, exist_ok=True)
-            folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        except OSError as error:
-            raise LogError(f"can't use the data folder {folder}: {error.strerror}") from None
-        try:
-            fcntl.flock(folder_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(folder_fd)
-            in_use = error.errno in (errno.EWOULDBLOCK, errno.EACCES)
-            raise LogError(
-                f"the data folder {folder} is in use by another server"
-                if in_use
-                else f"can't lock the data folder {folder}: {error.strerror}"
-            ) from None
-        return folder_fd
-
-    def _open(self) -> int:
-        """Open the file by its name, and look at nothing in it: a line may be half written."""
-        # O_NONBLOCK: to open a pipe by that name must not block; for a regular file it means
-        # nothing
-        fd = os.open(
-            self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK, 0o644
+        self._file.seen_bytes = self._file.size_bytes
+        self.position = Position(0, self._file.size_bytes)
+        self._thread = _LogThread(
+            self._write_group, self._leave, max_queued_bytes, durability == "memory"
         )
-        try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise OSError(errno.EINVAL, "it is not a regular file")
-            os.fsync(self._folder_fd)  # or a new file's name could be lost with the power
-        except OSError:
-            os.close(fd)
-            raise
-        return fd
-
-    def _open_and_cut(self) -> tuple[int, int]:
-        """(the file, how many bytes of a torn line were cut off it); nobody may write to it yet."""
-        fd = self._open()
-        try:
-            return fd, self._cut_torn_tail(fd)
-        except OSError:
-            os.close(fd)
-            raise
-
-    @staticmethod
-    def _cut_torn_tail(fd: int) -> int:
-        """Cut off what follows the last line end; return how many bytes that was."""
-        size = end = os.fstat(fd).st_size
-        while end:
-            start = max(0, end - 64 * 1024)
-            newline = os.pread(fd, end - start, start).rfind(b"\n")
-            if newline >= 0:
-                end = start + newline + 1
-                break
-            end = start
-        if end < size:
-            os.ftruncate(fd, end)
-        return size - end
 
     @property
     def size_bytes(self) -> int:
@@ -1606,7 +1832,7 @@ class MetricLog:
     @property
     def descriptor(self) -> int:
         """Of the file that is appended to now."""
-        return self._fd
+        return self._file.descriptor
 
     # ---- lines come in
 
@@ -1617,206 +1843,85 @@ class MetricLog:
         Returns None if the lines are as safe as promised; at `disk`, a future that is done when
         they are, or has the LogError.
         """
-        if self.stall:
-            raise LogError(self.stall)
+        if stall_error := self._lock.stall_error:
+            raise LogError(stall_error)
         if self.durability != "os":
-            return self._enqueue(lines)
-        with self._file_lock():
-            self._write_lines(lines)
-            file, size_bytes = self.position
-            self.position = Position(file, size_bytes + len(lines))
-            self.error = ""
-        return None
-
-    @contextlib.contextmanager
-    def _file_lock(self) -> Iterator[None]:
-        """Hold the lock of the file. Nobody waits longer for it than a disk may take."""
-        if not self._lock.acquire(timeout=APPEND_WAIT_S):
+            return self._thread.enqueue(lines)
+        if not self._lock.acquire(APPEND_WAIT_S):
             raise LogError(NO_ANSWER)
         try:
-            if self._fd < 0:
+            if self._closed:
                 raise LogError("the log is closed")
-            yield
+            self._write_lines(lines)
         finally:
-            self._busy_since = 0.0
             self._lock.release()
-
-    @property
-    def stall(self) -> str:
-        """Says that the disk does not answer, or ""."""
-        since = self._busy_since
-        return NO_ANSWER if since and self._clock() - since >= STALL_S else ""
-
-    def _enqueue(self, lines: bytes) -> "Future[None] | None":
-        with self._queued:
-            if self._closing:
-                raise LogError("the log is closed")
-            if self._queued_bytes + len(lines) > self._max_queued_bytes:
-                raise LogError(self.error or "the queue of the log is full")
-            if not self._group.lines:
-                self._queued.notify()
-            self._group.lines.append(lines)
-            self._queued_bytes += len(lines)
-            if self.durability == "memory":
-                return None
-            written: Future[None] = Future()
-            self._group.waiting.append(written)
-            return written
+        return None
 
     def _write_lines(self, lines: bytes) -> None:
-        """Write all of the lines or, as far as the file shows, none. The lock is held."""
-        written = 0
-        self._busy_since = self._clock()
+        """Append lines to the file, at level disk with an fsync. Raises LogError; then none of them
+        are kept. The lock is held.
+        """
+        file, (number, size_bytes) = self._file, self.position
+        failed_call = "write"
+        self._lock.start_call()
         try:
-            if self._gone is not None:
-                raise self._gone
-            if self._torn_at is not None:
-                self._cut(self._torn_at)
-            written = self._write(self._fd, lines)
-            while written < len(lines):  # a short write: the rest, or the error that stopped it
-                more = self._write(self._fd, memoryview(lines)[written:])
-                if more <= 0:
-                    raise OSError(errno.EIO, "the file takes no more bytes")
-                written += more
+            if self._recreate_error is not None:
+                raise self._recreate_error
+            file.append(lines)
+            if self.durability == "disk":
+                failed_call = "sync"
+                file.torn_at = size_bytes  # after a failed fsync nobody knows what is there
+                self._lock.start_call()
+                file.sync()
+                file.torn_at = None
         except OSError as error:
-            self.error = f"can't write {self.path}: {error.strerror}"
-            if written:
-                self._torn_at = os.fstat(self._fd).st_size - written
-                self._try_to_cut()
+            self.error = f"can't {failed_call} {self.path}: {error.strerror}"
+            file.try_to_cut()
             raise LogError(self.error) from None
-        except BaseException:
-            self._torn_at = self.position.size_bytes
-            raise
+        self.position = Position(number, size_bytes + len(lines))
+        self.error = ""
 
-    def _cut(self, size: int) -> None:
-        os.ftruncate(self._fd, min(size, os.fstat(self._fd).st_size))
-        self._torn_at = None
-
-    def _try_to_cut(self) -> None:
-        if self._torn_at is not None:
-            try:
-                self._cut(self._torn_at)
-            except OSError as error:  # it is tried again before the next write, and by every probe
-                self.error = f"can't cut a torn line off {self.path}: {error.strerror}"
-
-    def probe(self) -> str:
-        """Why the log can't be written, or "". While it can't, each call tries again: a write that
-        is taken back, and an fsync.
-        """
-        if self.stall or not self.error or self.durability == "memory":  # that tries by itself
-            return self.stall or self.error
-        done: Future[None] = Future()
-
-        def attempt() -> None:
-            try:
-                with self._file_lock():
-                    self._try_write()
-            except LogError as error:
-                logger.debug("the log still can't be written: %s", error)
-            finally:
-                done.set_result(None)
-
-        self._do(attempt)
-        try:
-            done.result(STALL_S)
-        except TimeoutError:
-            return NO_ANSWER
-        return self.error
-
-    def _try_write(self) -> None:
-        size = self._true_end()
-        self._write_lines(PROBE_BLOCK)
-        self._torn_at = size
-        try:
-            self._cut(size)
-            self._fsync(self._fd)
-            self.error = ""
-        except OSError as error:
-            self.error = f"can't sync {self.path}: {error.strerror}"
-
-    def _true_end(self) -> int:
-        """Where the file ends, or is to be cut."""
-        return os.fstat(self._fd).st_size if self._torn_at is None else self._torn_at
-
-    # ---- the thread
-
-    def _do(self, task: Callable[[], None]) -> None:
-        with self._queued:
-            self._tasks.append(task)
-            self._queued.notify()
-
-    def _run(self) -> None:
-        """Write what gathers, and change files; only `close` ends it."""
-        kept = _Group([], [])  # level memory: what could not be written yet
-        while True:
-            with self._queued:
-                self._queued.wait_for(
-                    lambda: self._tasks or self._group.lines or self._closing,
-                    WRITE_RETRY_S if kept.lines else None,
-                )
-                if self.durability == "memory":  # gather, unless there is a task or the log closes
-                    self._queued.wait_for(lambda: self._closing or self._tasks, WRITER_PAUSE_S)
-                tasks, self._tasks = self._tasks, []
-                group, self._group = self._group, _Group([], [])
-                closing = self._closing
-            for task in tasks:
-                try:
-                    task()
-                except Exception as error:
-                    log_unexpected(error)
-            group = _Group(kept.lines + group.lines, group.waiting)
-            kept = _Group([], [])
-            if group.lines and not self._write_group(group) and self.durability == "memory":
-                kept = group
-            if closing and not self._group.lines:
-                if kept.lines:
-                    lost = sum(map(len, kept.lines))
-                    logger.error("%d bytes of acknowledged metrics are lost: %s", lost, self.error)
-                self._leave()
-                return
-
-    def _write_group(self, group: _Group) -> bool:
-        """Write the batches of a group, at level disk with one fsync for all; whether they are
-        kept. Whatever goes wrong, the file is cut back to what was acknowledged, and all who wait
-        are told.
-        """
-        lines = b"".join(group.lines)
-        failure: LogError | None = None
+    def _write_group(self, lines: bytes) -> LogError | None:
+        """Write the lines of some batches; returns why that failed, if it did."""
         with self._lock:
-            file, size_bytes = self.position
             try:
                 self._write_lines(lines)
-                if self.durability == "disk":
-                    self._torn_at = size_bytes  # after a failed fsync nobody knows what is there
-                    self._busy_since = self._clock()
-                    self._fsync(self._fd)
-                    self._torn_at = None
-                self.position = Position(file, size_bytes + len(lines))
-                self.error = ""
             except LogError as error:
-                failure = error
-            except OSError as error:
-                self.error = f"can't sync {self.path}: {error.strerror}"
-                failure = LogError(self.error)
-                self._try_to_cut()
+                return error
             except Exception as error:
                 # A fault of ours. At level disk it costs this group alone; at level memory the
                 # group is acknowledged already, so it is kept, and tried again for ever.
                 log_unexpected(error)
                 self.error = "internal error in the log; the server's log has the details"
-                failure = LogError(self.error)
-                self._torn_at = size_bytes
-                self._try_to_cut()
-            self._busy_since = 0.0
-        if failure is None or self.durability == "disk":
-            with self._queued:
-                self._queued_bytes -= len(lines)
-        for written in group.waiting:
-            if failure is None:
-                written.set_result(None)
-            else:
-                written.set_exception(failure)
-        return failure is None
+                self._file.torn_at = self.position.size_bytes
+                self._file.try_to_cut()
+                return LogError(self.error)
+        return None
+
+    def probe(self) -> str:
+        """Why the log can't be written, or "". While it can't, each call tries again: a write that
+        is taken back, and an fsync.
+        """
+        # at level memory the writer retries by itself
+        stall_error = self._lock.stall_error
+        if stall_error or not self.error or self.durability == "memory":
+            return stall_error or self.error
+        return self.error if self._thread.do_and_wait(self._try_write, STALL_S) else NO_ANSWER
+
+    def _try_write(self) -> None:
+        """Set `error` to what is wrong now."""
+        failed_call = "write"
+        with self._lock:
+            self._lock.start_call()
+            try:
+                if self._recreate_error is not None:
+                    raise self._recreate_error
+                self._file.try_write()
+                failed_call = "sync"
+                self._file.sync()
+                self.error = ""
+            except OSError as error:
+                self.error = f"can't {failed_call} {self.path}: {error.strerror}"
 
     # ---- files change
 
@@ -1824,11 +1929,11 @@ class MetricLog:
         """Have the file moved to a path, and go on in a new one; `on_switch` tells when it is done.
         What goes wrong is logged, and all stays as it was.
         """
-        self._do(partial(self._change_file, path))
+        self._thread.do(partial(self._change_file, path))
 
     def reopen(self) -> None:
         """Have the file opened by its name again: go on in a new one where it was moved away."""
-        self._do(self._change_file)
+        self._thread.do(self._change_file)
 
     def _change_file(self, path: str = "") -> None:
         moved = False
@@ -1837,46 +1942,46 @@ class MetricLog:
                 with contextlib.suppress(FileNotFoundError):  # somebody else took it away
                     os.rename(self.path, path)
                     moved = True
-            fd = self._open()
+            file = self._open()
         except OSError as error:
             if moved:
                 os.rename(path, self.path)
             self._report(f"can't go on in a new {self.path}: {error.strerror}")
             return
         with self._lock:
-            if os.path.sameopenfile(fd, self._fd):
-                os.close(fd)
+            old = self._file
+            if os.path.sameopenfile(file.descriptor, old.descriptor):
+                file.close()  # a line may be half written to it: it must not be cut
                 return
-            if os.fstat(self._fd).st_nlink == 0:  # it was deleted: nobody would find what is in it
-                os.close(fd)
+            if old.is_deleted:  # nobody would find what is in it
+                file.close()
                 self._replace_deleted()
                 return
             try:
-                self._cut_torn_tail(fd)
+                file.cut_torn_line()
             except OSError as error:
-                os.close(fd)
+                file.close()
                 self._report(f"can't cut a torn line off {self.path}: {error.strerror}")
                 return
-            self._try_to_cut()
-            old = self._switch_to(fd)
-        self._sync_old(old)
+            old.try_to_cut()
+            self._switch_to(file)
+        self._sync_and_close(old)
 
-    def _switch_to(self, fd: int) -> int:
-        """Append to another file from now on; returns the old one. The lock is held."""
-        old, number, size = self._fd, self.position.file + 1, os.fstat(fd).st_size
+    def _switch_to(self, file: _LogFile) -> None:
+        """Append to another file from now on. The lock is held."""
+        number, size_bytes = self.position.file + 1, file.size_bytes
         for tell in self.on_switch:
-            tell(number, fd, self.position.size_bytes)
-        self._fd, self._torn_at, self._gone, self._seen_bytes = fd, None, None, size
-        self.position = Position(number, size)
-        return old
+            tell(number, file.descriptor, self.position.size_bytes)
+        self._file, self._recreate_error, file.seen_bytes = file, None, size_bytes
+        self.position = Position(number, size_bytes)
 
-    def _sync_old(self, fd: int) -> None:
-        """Sync a file to which nothing is appended any more, and close it."""
+    def _sync_and_close(self, file: _LogFile) -> None:
+        """End a file to which nothing is appended any more."""
         try:
-            self._fsync(fd)
+            file.sync()
         except OSError as error:
-            logger.error("can't sync the file that was %s: %s", self.path, error.strerror)
-        os.close(fd)
+            logger.error("can't sync the file that is or was %s: %s", self.path, error.strerror)
+        file.close()
 
     def recreate_if_deleted(self) -> None:
         """Where the file was deleted, go on in a new one, with what was appended since the last
@@ -1887,52 +1992,44 @@ class MetricLog:
         often: what is acknowledged between a deletion and the next look is safe from everything but
         a crash.
         """
-        if self.stall:
-            self._refuse_queued()
-        elif self._lock.acquire(blocking=False):  # who keeps house must not wait for a slow disk
+        if self._lock.stall_error:
+            self._thread.refuse_queued(NO_ANSWER)
+        elif self._lock.acquire(0):  # the housekeeper must not wait for a slow disk
             try:
-                status = os.fstat(self._fd)
-                if not status.st_nlink:
-                    self._replace_deleted()
-                elif self._torn_at is None:
-                    self._gone = None
-                    self._seen_bytes = status.st_size
-                    file, size_bytes = self.position
-                    if status.st_size < size_bytes:  # others have emptied it
-                        self.position = Position(file, status.st_size)
+                if not self._closed:
+                    self._look_at_file()
             finally:
                 self._lock.release()
 
-    def _refuse_queued(self) -> None:
-        if self.durability != "disk":  # at level memory they are acknowledged
-            return
-        with self._queued:
-            group, self._group = self._group, _Group([], [])
-            self._queued_bytes -= sum(map(len, group.lines))
-        for written in group.waiting:
-            written.set_exception(LogError(NO_ANSWER))
+    def _look_at_file(self) -> None:
+        """The lock is held."""
+        if self._file.is_deleted:
+            self._replace_deleted()
+        elif self._file.torn_at is None:
+            self._recreate_error = None
+            self._file.seen_bytes = seen_bytes = self._file.size_bytes
+            number, size_bytes = self.position
+            if seen_bytes < size_bytes:  # others have emptied it
+                self.position = Position(number, seen_bytes)
 
     def _replace_deleted(self) -> None:
         """Make a deleted file anew. The lock is held."""
-        self._try_to_cut()
+        old, file = self._file, None
+        old.try_to_cut()
         try:
-            fd, _ = self._open_and_cut()
+            file = self._open()
+            file.cut_torn_line()
+            unseen = os.pread(old.descriptor, old.size_bytes, old.seen_bytes)
+            if unseen:
+                file.append(unseen)
         except OSError as error:
-            self._gone = error
+            if file is not None:
+                file.close()
+            self._recreate_error = error  # nothing more is acknowledged until it works
             self._report(f"can't write {self.path}: {error.strerror}")
             return
-        unseen = os.pread(self._fd, os.fstat(self._fd).st_size, self._seen_bytes)
-        size = os.fstat(fd).st_size
-        try:
-            while unseen:
-                unseen = unseen[self._write(fd, unseen) :]
-        except OSError as error:
-            os.ftruncate(fd, size)
-            os.close(fd)
-            self._gone = error  # nothing more is acknowledged until it works
-            self._report(f"can't write {self.path}: {error.strerror}")
-            return
-        os.close(self._switch_to(fd))
+        self._switch_to(file)
+        old.close()
         logger.warning("%s was deleted; the server made it anew", self.path)
 
     def _report(self, error: str) -> None:
@@ -1947,23 +2044,16 @@ class MetricLog:
         """Write and sync everything, then give the folder back; False if the disk does not answer
         in time.
         """
-        with self._queued:
-            self._closing = True
-            self._queued.notify()
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+        return self._thread.close(timeout_s)
 
     def _leave(self) -> None:
+        """What the thread does last."""
         with self._lock:
-            self._try_to_cut()
-            if os.fstat(self._fd).st_nlink == 0:
+            self._file.try_to_cut()
+            if self._file.is_deleted:
                 self._replace_deleted()
-            fd, self._fd = self._fd, -1
-        try:
-            self._fsync(fd)
-        except OSError as error:
-            logger.error("can't sync %s: %s", self.path, error.strerror)
-        os.close(fd)
+            self._closed = True
+        self._sync_and_close(self._file)
         os.close(self._folder_fd)  # and with it the lock
 
 
@@ -2010,10 +2100,9 @@ class Event(NamedTuple):
 class EventRing:
     """The last `size` events, a power of two.
 
-    Each slot holds one immutable (sequence number, event), replaced as a whole, so that a reader,
-    who takes no lock and for whom no writer waits, sees all of an event or none of it. A slot whose
-    number is not the one that was looked for has been overwritten: that is how a slow reader knows
-    what it missed.
+    Each slot holds one immutable (sequence number, event), replaced as a whole. So a reader takes
+    no lock, no writer waits for it, and it sees all of an event or none of it. A slot with another
+    number than the expected one has been overwritten: so a slow reader knows what it missed.
 
     >>> ring = EventRing(2)
     >>> for event in "abc": ring.append(event)
@@ -2034,11 +2123,6 @@ class EventRing:
             end = self._end
             self._slots[end & self._mask] = (end, event)
             self._end = end + 1
-
-    @property
-    def count(self) -> int:
-        """How many events there ever were."""
-        return self._end
 
     def read(self, since: int = 0) -> tuple[list[Any], int, int]:
         """(events from number `since` on, the number to go on from, how many of them were
@@ -2155,9 +2239,9 @@ class Statistics:
     def _recent(self) -> tuple[dict[str, float], float]:
         """(latency percentiles in ms, requests a second) of the events in the ring.
 
-        It takes 2 ms when the ring is full, and nobody limits who asks. So the ring is looked
-        through twice a second at most, or more often in proportion while it holds less. Two who ask
-        at once may both look; each replaces the whole.
+        It takes 2 ms when the ring is full, and no rate limits the requests for it. So the ring is
+        looked through twice a second at most, or more often in proportion while it holds less. Two
+        threads may both look at once; each replaces the whole.
         """
         now = self._clock()
         looked_at, ended, found = self._last_look
@@ -2306,15 +2390,15 @@ RELAY_HEAD = struct.Struct(">HIQ")
 
 
 class Relay:
-    """An answer that another process writes to a socket. Whoever closes the other end sooner tells
-    it that nobody waits.
+    """An answer that another process writes to a socket. To close our end sooner tells it that
+    nobody waits.
     """
 
     def __init__(self, sock: socket.socket):
         self.socket = sock
         self.status, self.field_lines = 0, b""
         self.body = b""  # what came of it together with the head
-        self.left_bytes = -1  # of the body, to be passed on; -1: its head is not here yet
+        self.left_bytes = -1  # bytes of the body still to pass on; -1: the head is incomplete
         self._received = b""
 
     def take_head(self, piece: bytes) -> bool:
@@ -2333,11 +2417,9 @@ class Relay:
 
 
 class Answer(NamedTuple):
-    """What a handler gives: a response, field lines for this client alone, and what is to be waited
-    for. A relay has the response itself.
-    """
+    """What a handler gives: a response, field lines for this client alone, and what to wait for."""
 
-    response: "Response | None"
+    response: "Response | None"  # None for a Relay: the other process writes the response
     more_fields: bytes = b""
     source: "Future[None] | Relay | None" = None
 
@@ -2399,13 +2481,11 @@ def client_id(head: Head, peer: str) -> str:
     its hash.
     """
     client = peer
-    if "authorization" in head.headers:
+    if "authorization" in head.headers:  # not get(): see Service._handlers
         client = head.headers["authorization"] or peer
-    return (
-        client
-        if len(client) <= MAX_CLIENT_ID_LENGTH
-        else hashlib.sha256(client.encode()).hexdigest()
-    )
+    if len(client) <= MAX_CLIENT_ID_LENGTH:
+        return client
+    return hashlib.sha256(client.encode()).hexdigest()
 
 
 # A letter first and no colon: no address of a peer can pass for a name.
@@ -2486,9 +2566,9 @@ class Service:
     """The routes, and what they do.
 
     `limiter` is None where no rate is limited, `clients` where anybody may write. Pages that a
-    browser loads may write under addresses, `localhost` and the names in `allowed_hosts`. `admit`
-    is called with each batch before it goes to the log, and may raise HTTPError; `health_facts`
-    give further members of the answer to `GET /health`.
+    browser loads may write under addresses, `localhost` and the names in `allowed_hosts`.
+    `check_batch` is called with each batch before it goes to the log, and may raise HTTPError;
+    `health_facts` give further members of the answer to `GET /health`.
 
     It knows nothing of sockets, so the whole way from bytes to bytes fits in a few lines. The
     second request is over the rate, and the log holds one line:
@@ -2523,7 +2603,7 @@ class Service:
     ):
         self.log, self.limiter, self.statistics = log, limiter, statistics
         self.clients = clients  # replaced as a whole when the list is read again
-        self.admit: Callable[[Batch], None] | None = None
+        self.check_batch: Callable[[Batch], None] | None = None
         self.health_facts: list[Callable[[], dict[str, Any]]] = []
         self._allowed_hosts = frozenset({"localhost", *map(str.lower, allowed_hosts)})
         self.stopping = False  # set once, when the server shuts down
@@ -2576,10 +2656,10 @@ class Service:
         quota = self._take_quota(client)
         require_json(request.head)
         batch = read_body(decode_content(request), int(self._clock() * 1000))
-        if self.admit is not None:
-            self.admit(batch)
+        if self.check_batch is not None:
+            self.check_batch(batch)
         durable = self.log.append(batch.lines)
-        return Answer(accepted(batch.count), quota, durable)
+        return Answer(accepted(batch.metrics), quota, durable)
 
     def _take_quota(self, client: str) -> bytes:
         """Count a request against its client's rate: the RateLimit field line of the answer, or
@@ -2627,7 +2707,7 @@ class Service:
 
     def show_statistics(self, request: Request, client: str) -> Answer:
         """`GET /metrics`: the server's own numbers."""
-        self.count_answered()
+        self.record_answered()
         if prefers_text(request.head.headers.get("accept", "")):
             text = self.statistics.prometheus().encode()
             return Answer(Response(200, text, "text/plain; version=0.0.4; charset=utf-8"))
@@ -2697,7 +2777,7 @@ class Service:
             response = error_response(error)
             answer = Answer(response)
             invalid = isinstance(error, (JSONError, BatchError))
-        self._record(client, response.status, started, metrics, invalid)
+        self._note_answered(client, response.status, started, metrics, invalid)
         return answer
 
     def settle(self, pending: Pending, error: BaseException | None) -> Answer:
@@ -2709,12 +2789,12 @@ class Service:
             answer = Answer(self._failed(error))
         assert answer.response is not None  # a batch has one
         status, metrics = answer.response.status, answer.response.metrics
-        self._record(pending.client, status, pending.started, metrics)
+        self._note_answered(pending.client, status, pending.started, metrics)
         return answer
 
     def relayed(self, pending: Pending, status: int) -> None:
         """Count an answer that came from another process."""
-        self._record(pending.client, status, pending.started, 0)
+        self._note_answered(pending.client, status, pending.started, 0)
 
     @staticmethod
     def _failed(error: BaseException) -> Response:
@@ -2727,19 +2807,18 @@ class Service:
         `started` is when its last bytes came, or when it was given up.
         """
         response = error_response(error) if isinstance(error, HTTPError) else self._failed(error)
-        self._record(peer, response.status, started, 0)
+        self._note_answered(peer, response.status, started, 0)
         return response
 
-    def _record(
+    def _note_answered(
         self, client: str, status: int, started: float, metrics: int, invalid: bool = False
     ) -> None:
+        """Remember a request for `record_answered`, which looks at the clock once for many."""
         if not isinstance(client, OwnPeer):
             self._answered.append((client, status, started, metrics, invalid))
 
-    def count_answered(self) -> None:
-        """Count the requests whose answers were handed over just now; one look at the clock serves
-        for all.
-        """
+    def record_answered(self) -> None:
+        """Record the requests whose answers were sent just now."""
         ended = time.perf_counter()
         while self._answered:
             try:
@@ -2850,11 +2929,11 @@ class WaitQueue:
     come and to go is constant work, and only the front has to be looked at.
     """
 
-    __slots__ = ("events", "limit_s", "queue")
+    __slots__ = ("events", "limit_s", "members")
 
     def __init__(self, events: int, limit_s: float):
         self.events, self.limit_s = events, limit_s
-        self.queue: OrderedDict[Connection, None] = OrderedDict()  # guarded by Connections.lock
+        self.members: OrderedDict[Connection, None] = OrderedDict()  # guarded by Connections.lock
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -2871,9 +2950,9 @@ class Connection:
     ready_at: float = 0.0  # when the request of this turn had arrived, by time.perf_counter
     pending: Pending | None = None  # the answer that waits for its source
     hung_up: bool = False  # the client has closed its end
-    more: bool = False  # whole requests may stand in the reader: serve them before reading
+    has_buffered_requests: bool = False  # serve what stands in the reader before reading
     ending: bool = False  # nothing more is read: once all is sent, linger
-    progressed: bool = True  # since it was parked: its time-out starts again
+    restart_timeout: bool = True  # it has made progress since it was parked
     drained_bytes: int = 0
     waits_in: WaitQueue | None = None  # guarded by Connections.lock, as the three below
     deadline: float = 0.0
@@ -2882,7 +2961,7 @@ class Connection:
     # What only TLS changes: whether the handshake is still to be made, whether something was
     # decrypted that no recv() has asked for, and whether TLS must write before it can read.
     shaking_hands: bool = False
-    buffered: bool = False
+    tls_has_buffered: bool = False
     must_write: bool = False
 
     def __post_init__(self) -> None:
@@ -2911,8 +2990,12 @@ class Connection:
             sent = self.socket.send(self.unsent, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return False
-        self.progressed = True
-        self.unsent = b"" if sent == len(self.unsent) else memoryview(self.unsent)[sent:]
+        return self._sent(sent)
+
+    def _sent(self, count: int) -> bool:
+        """So many bytes of what was unsent are sent; whether that was all."""
+        self.restart_timeout = True
+        self.unsent = b"" if count == len(self.unsent) else memoryview(self.unsent)[count:]
         return not self.unsent
 
     def end_output(self) -> None:
@@ -2939,12 +3022,12 @@ class _TLSConnection(Connection):
                 self.shaking_hands = False
             received = self._tls.recv(RECEIVE_BYTES)
         except ssl.SSLWantReadError:
-            self.buffered = False
+            self.tls_has_buffered = False
             return None
         except ssl.SSLWantWriteError:
             self.must_write = True
             return None
-        self.buffered = self._tls.pending() > 0  # epoll knows nothing of these
+        self.tls_has_buffered = self._tls.pending() > 0  # epoll knows nothing of these
         return received
 
     def flush(self) -> bool:
@@ -2952,9 +3035,7 @@ class _TLSConnection(Connection):
             sent = self._tls.send(self.unsent)
         except ssl.SSLWantWriteError:
             return False
-        self.progressed = True
-        self.unsent = memoryview(self.unsent)[sent:] if sent < len(self.unsent) else b""
-        return not self.unsent
+        return self._sent(sent)
 
     def end_output(self) -> None:
         try:
@@ -2985,7 +3066,8 @@ class Connections:
 
     def __init__(self, timeouts: Timeouts, clock: Callable[[], float], has_epoll: bool):
         self.timeouts, self._clock = timeouts, clock
-        # Guards `open`, the queues and what Connection says. Nothing is locked under it.
+        # Guards `open`, the queues, and the Connection fields marked so. No other lock is taken
+        # under it.
         self.lock = threading.Lock()
         self.open: dict[int, Connection] = {}  # by file descriptor
         self.idle = WaitQueue(READ, timeouts.idle_s)
@@ -2997,7 +3079,8 @@ class Connections:
         self.lingering = WaitQueue(READ, timeouts.linger_s)
         # It has requests that were read: ready as soon as an answer can be written.
         self.ready = WaitQueue(READ | WRITE, timeouts.answer_s)
-        self.committing = WaitQueue(0, math.inf)  # until the log calls back
+        # 0 events: epoll does not report it; the log's Future calls Turns.on_durable.
+        self.committing = WaitQueue(0, math.inf)
         self.relaying = WaitQueue(HUNG_UP, RELAY_S)  # for another process
         self._relays: dict[int, Connection] = {}  # those, by the descriptors of their relays
         # Claimed, and to be given their turns; None is the listener. A deque is atomic.
@@ -3037,13 +3120,13 @@ class Connections:
     def park(self, connection: Connection, queue: WaitQueue) -> None:
         """Let a connection wait, and let others claim it."""
         with self.lock:
-            if connection.waits_in is not queue or connection.progressed:
+            if connection.waits_in is not queue or connection.restart_timeout:
                 if connection.waits_in is queue:
-                    queue.queue.move_to_end(connection)
+                    queue.members.move_to_end(connection)
                 else:
                     self._move(connection, queue)
                 connection.deadline = self._clock() + queue.limit_s
-                connection.progressed = False
+                connection.restart_timeout = False
             connection.parked = queue is not self.committing
             if self.epoll is not None and connection.parked:
                 # Under the lock: once claimed it can be closed, and its descriptor be another's.
@@ -3059,9 +3142,9 @@ class Connections:
     @staticmethod
     def _move(connection: Connection, queue: WaitQueue | None) -> None:
         if connection.waits_in is not None:
-            del connection.waits_in.queue[connection]
+            del connection.waits_in.members[connection]
         if queue is not None:
-            queue.queue[connection] = None
+            queue.members[connection] = None
         connection.waits_in = queue
 
     def close(self, connection: Connection) -> None:
@@ -3134,7 +3217,7 @@ class Connections:
         with self.lock:
             for queue in (self.idle, self.shaking_hands, self.in_head, self.in_body,
                           self.answering, self.lingering, self.relaying, self.ready):  # fmt: skip
-                for connection in queue.queue:
+                for connection in queue.members:
                     if connection.deadline > now:
                         break
                     if connection.parked:
@@ -3147,7 +3230,7 @@ class Connections:
         """Claim all that are idle."""
         ready_at = time.perf_counter()
         with self.lock:
-            idle = [connection for connection in self.idle.queue if connection.parked]
+            idle = [connection for connection in self.idle.members if connection.parked]
             for connection in idle:
                 connection.parked = False
                 connection.ready_at = ready_at
@@ -3166,20 +3249,19 @@ class Connections:
         self.close(connection)
 
     def evict_idle(self, count: int) -> int:
-        """Shut down up to `count` of the connections idle longest, so that whoever owns them closes
+        """Shut down up to `count` of the connections idle longest, so that their owners close
         them.
         """
         with self.lock:
-            parked = (connection for connection in self.idle.queue if connection.parked)
+            parked = (connection for connection in self.idle.members if connection.parked)
             idle = list(itertools.islice(parked, count))
             for connection in idle:
                 self._move(connection, self.lingering)
                 connection.deadline = self._clock() + self.timeouts.linger_s
-                try:
-                    # not TLS's own: its owner is to find the end of the input
+                # Not TLS's own shutdown: the connection's owner is to find the end of the input. An
+                # error says that it was reset in the meantime: its owner will see that too.
+                with contextlib.suppress(OSError):
                     socket.socket.shutdown(connection.socket, socket.SHUT_RDWR)
-                except OSError:  # reset in the meantime: its owner will see that too
-                    continue
         return len(idle)
 
 
@@ -3202,13 +3284,17 @@ class Turns:
 
     def __init__(self, service: Service, connections: Connections):
         self._service, self._connections = service, connections
-        self._after_round = WaitQueue(0, math.inf)  # in it, connections stand in _unsent
+        # Not a real queue: a step returns it to say "send after this round"; the connection goes
+        # to _unsent.
+        self._after_round = WaitQueue(0, math.inf)
         self._unsent: deque[Connection] = deque()  # any worker may take from it; it is atomic
 
-    def step(self, connection: Connection, step: Callable[[Connection], WaitQueue | None]) -> None:
+    def step(
+        self, connection: Connection, action: Callable[[Connection], WaitQueue | None]
+    ) -> None:
         """Take a step for a claimed connection; then park it, or close it."""
         try:
-            self._park(connection, step(connection))
+            self._park(connection, action(connection))
         except OSError:  # the client is gone: nobody is left to be told
             self._connections.close(connection)
         except Exception as error:  # an error of ours costs the one connection on which it showed
@@ -3229,7 +3315,7 @@ class Turns:
                 assert connection.pending is not None  # that is what it was parked for
                 durable = connection.pending.source
                 assert isinstance(durable, Future)
-                durable.add_done_callback(partial(self.settle, connection))
+                durable.add_done_callback(partial(self.on_durable, connection))
 
     def send_answers(self) -> None:
         """Send what the last turns put aside.
@@ -3243,20 +3329,22 @@ class Turns:
             except IndexError:
                 break
             self.step(connection, self._send)
-        self._service.count_answered()
+        self._service.record_answered()
 
-    def settle(self, connection: Connection, durable: "Future[None]") -> None:
-        """The log is done with the batch of a connection: give its answer."""
-        self.step(connection, partial(self._settle, error=durable.exception()))
-        self._service.count_answered()
+    def on_durable(self, connection: Connection, durable: "Future[None]") -> None:
+        """Answer a request with whose batch the log is done. Runs in the log's thread."""
+        self.step(connection, partial(self._answer_durable, error=durable.exception()))
+        self._service.record_answered()
 
-    def _settle(self, connection: Connection, error: BaseException | None) -> WaitQueue | None:
+    def _answer_durable(
+        self, connection: Connection, error: BaseException | None
+    ) -> WaitQueue | None:
         assert connection.pending is not None  # only then was this asked for
         pending, connection.pending = connection.pending, None
         self._put_response(connection, self._service.settle(pending, error), pending.head)
         return self._after_pending(connection)
 
-    def take(self, connection: Connection) -> WaitQueue | None:
+    def take_turn(self, connection: Connection) -> WaitQueue | None:
         """The next step: a turn, or what is left of an earlier one."""
         if connection.waits_in is self._connections.lingering:
             return self._drain(connection)
@@ -3264,8 +3352,8 @@ class Turns:
             return self._send(connection)
         if connection.pending is not None:
             return self._relay(connection)
-        if connection.more:
-            connection.more = False
+        if connection.has_buffered_requests:
+            connection.has_buffered_requests = False
         else:
             received = connection.receive()
             if received is None:
@@ -3300,21 +3388,26 @@ class Turns:
             if connection.ending:
                 break
         else:
-            connection.more = reader.in_request
+            connection.has_buffered_requests = reader.in_request
         if connection.unsent and self._connections.epoll is not None:
             return self._after_round
         return self._send(connection)
 
     def _put_response(self, connection: Connection, answer: Answer, head: Head) -> None:
         persistence = CLOSE if self._service.stopping else head.persistence
-        date = date_field(int(time.time()))
-        assert answer.response is not None  # only a relay has none
+        response, more_fields, _ = answer
+        assert response is not None  # only a relay has none
         connection.put(
-            answer.response.encode(persistence, date, head.method == "HEAD", answer.more_fields)
+            response.encode(persistence, self._date(), head.method == "HEAD", more_fields)
         )
-        connection.progressed = True
+        connection.restart_timeout = True
         if persistence is CLOSE:
             connection.ending = True
+
+    @staticmethod
+    def _date() -> bytes:
+        """The Date field line of an answer that is sent now."""
+        return date_field(int(time.time()))
 
     def _relay(self, connection: Connection) -> WaitQueue | None:
         """Pass on a piece of an answer that another process writes; the next one is read when the
@@ -3345,7 +3438,7 @@ class Turns:
             piece = self._put_relay_head(connection, pending, relay)
         connection.put(piece[: relay.left_bytes])
         relay.left_bytes -= len(piece)
-        connection.progressed = True
+        connection.restart_timeout = True
         if relay.left_bytes <= 0:
             self._connections.end_relay(connection)
             if self._service.stopping or pending.head.persistence is CLOSE:
@@ -3358,7 +3451,7 @@ class Turns:
         head = pending.head
         connection.put(
             b"".join((
-                status_line(relay.status), date_field(int(time.time())), relay.field_lines,
+                status_line(relay.status), self._date(), relay.field_lines,
                 b"Content-Length: %d\r\n" % relay.left_bytes,
                 CLOSE if self._service.stopping else head.persistence, b"\r\n",
             ))
@@ -3369,7 +3462,7 @@ class Turns:
         return relay.body[: relay.left_bytes]
 
     def _after_pending(self, connection: Connection) -> WaitQueue | None:
-        connection.more = connection.reader.in_request and not connection.ending
+        connection.has_buffered_requests = connection.reader.in_request and not connection.ending
         return self._send(connection)
 
     def _refuse(self, connection: Connection, error: Exception) -> WaitQueue | None:
@@ -3377,8 +3470,8 @@ class Turns:
         could read it.
         """
         response = self._service.refuse(error, connection.peer, connection.ready_at)
-        connection.put(response.encode(CLOSE, date_field(int(time.time()))))
-        connection.progressed = connection.ending = True
+        connection.put(response.encode(CLOSE, self._date()))
+        connection.restart_timeout = connection.ending = True
         return self._send(connection)
 
     def _send(self, connection: Connection) -> WaitQueue | None:
@@ -3399,7 +3492,7 @@ class Turns:
             return queues.answering
         if connection.shaking_hands:
             return queues.shaking_hands
-        if connection.more or connection.buffered:
+        if connection.has_buffered_requests or connection.tls_has_buffered:
             return queues.ready
         if connection.reader.in_request:
             return queues.in_body if connection.reader.in_body else queues.in_head
@@ -3433,7 +3526,7 @@ class Turns:
             error = unavailable("too many connections")
             refusal = self._service.refuse(error, connection.peer, connection.ready_at)
             try:
-                connection.put(refusal.encode(CLOSE, date_field(int(time.time()))))
+                connection.put(refusal.encode(CLOSE, self._date()))
                 connection.receive()  # so that closing does not reset
                 connection.flush()
             except OSError as failure:
@@ -3445,8 +3538,8 @@ class Turns:
 # 11. Server
 # ==================================================================================================
 #
-# The problem: who gives the connections their turns, and how many threads are that? The plain way
-# is socketserver's: a thread for each connection, which waits for it (`--threads 0`, and wherever
+# The problem: which threads give the connections their turns, and how many? The plain way is
+# socketserver's: a thread for each connection, which waits for it (`--threads 0`, and wherever
 # there is no epoll). It is easy to follow, but under the interpreter lock every runnable thread
 # slows the others down.
 #
@@ -3481,8 +3574,8 @@ class _Worker(threading.Thread):
 
 
 class _Workers:
-    """A few threads over all connections. `accept` is called when the listener is ready, `woken`
-    after each wait.
+    """A few threads over all connections. `accept` is called when the listener is ready,
+    `after_wait` after each wait.
     """
 
     def __init__(
@@ -3490,17 +3583,17 @@ class _Workers:
         connections: Connections,
         turns: Turns,
         accept: Callable[[_Worker], None],
-        woken: Callable[[], None],
+        after_wait: Callable[[], None],
     ):
         self._connections, self._turns = connections, turns
-        self._accept, self._woken = accept, woken
+        self._accept, self._after_wait = accept, after_wait
         self._lock = threading.Lock()  # guards `running`; nothing is locked under it
         self.running: set[_Worker] = set()
         self.most_ready = 64  # how many a worker claims at once
         self._finished = False  # set once
 
     def start(self, count: int) -> None:
-        """Start the steady workers, who share what is ready. Raises OSError."""
+        """Start the steady workers, which share what is ready. Raises OSError."""
         self.most_ready = 64 if count == 1 else 4
         for _ in range(count):
             self.start_one()
@@ -3529,13 +3622,13 @@ class _Workers:
                 self._connections.claim_ready(self.most_ready)
                 worker.turns += 1
                 worker.busy = True
-                self._woken()
+                self._after_wait()
                 continue
             worker.turns += 1
             if connection is None:
                 self._accept(worker)
             else:
-                turns.step(connection, turns.take)
+                turns.step(connection, turns.take_turn)
         turns.send_answers()
         # It may have been replaced while it claimed: its successor, which waits for epoll by then,
         # would look there only when the wait times out.
@@ -3610,7 +3703,9 @@ class Server(socketserver.ThreadingTCPServer):
         has_epoll = bool(self.threads) and hasattr(select, "epoll")
         self.connections = Connections(timeouts, clock, has_epoll)
         self._turns = Turns(service, self.connections)
-        self._workers = _Workers(self.connections, self._turns, self._accept, self._wake)
+        self._workers = _Workers(
+            self.connections, self._turns, self._accept, self._wake_housekeeper
+        )
         shortest_s = min(limit for limit in timeouts if limit > 0)
         self._jobs = [
             (DECISIONS_INTERVAL_S, self.log_decisions),
@@ -3621,11 +3716,11 @@ class Server(socketserver.ThreadingTCPServer):
         ]
         # Orders to the housekeeper; put() is safe in a signal handler.
         self._orders: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._asleep = False  # written by the housekeeper only: wake it when there is work
+        self._asleep = False  # set by the housekeeper: wake it when there is work
         self._stopped = threading.Event()
         self._paused = False  # accepting, for want of file descriptors
         self._warned_at = -math.inf
-        self._waker, self._woken = socket.socketpair()
+        self._stop_sender, self._stop_receiver = socket.socketpair()
         try:
             super().__init__(address, socketserver.BaseRequestHandler)
         except BaseException:
@@ -3656,11 +3751,11 @@ class Server(socketserver.ThreadingTCPServer):
                 self._accept_failed(error)
                 return
             worker.turns += 1
-            connection = self._admit(sock, address)
+            connection = self._add_connection(sock, address)
             if connection is not None:
-                self._turns.step(connection, self._turns.take)
+                self._turns.step(connection, self._turns.take_turn)
 
-    def _admit(self, sock: socket.socket, address: Any) -> Connection | None:
+    def _add_connection(self, sock: socket.socket, address: Any) -> Connection | None:
         tls, peer = self.tls, address[0]
         try:
             connection = Connection(sock, peer) if tls is None else _TLSConnection(sock, peer, tls)
@@ -3685,7 +3780,7 @@ class Server(socketserver.ThreadingTCPServer):
             return
         self.connections.evict_idle(ACCEPTS_A_TURN)
         self.connections.pause_listener(True)  # level-triggered, it would report without end
-        self._paused = True  # after that: the housekeeper undoes both
+        self._paused = True  # set last: the housekeeper reads it, and undoes both
         now = self._clock()
         if now - self._warned_at >= 1.0:
             self._warned_at = now
@@ -3722,21 +3817,21 @@ class Server(socketserver.ThreadingTCPServer):
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         """Serve one connection to its end, in the thread that socketserver started for it."""
-        connection = self._admit(request, client_address)
+        connection = self._add_connection(request, client_address)
         if connection is not None:
             self._serve(connection)
 
     def _serve(self, connection: Connection) -> None:
         turns = self._turns
-        turns.step(connection, turns.take)
-        self.service.count_answered()
+        turns.step(connection, turns.take_turn)
+        self.service.record_answered()
         while (waits_in := connection.waits_in) is not None:
-            self._wake()
+            self._wake_housekeeper()
             source = connection.pending.source if connection.pending else None
             if isinstance(source, Future):
                 wait_for_futures([source], TICK_S)
                 if source.done():
-                    turns.settle(connection, source)
+                    turns.on_durable(connection, source)
                 continue
             poll = select.poll()
             poll.register(connection.fd, waits_in.events)
@@ -3747,8 +3842,8 @@ class Server(socketserver.ThreadingTCPServer):
             if self.connections.claim(connection):
                 connection.ready_at = time.perf_counter()
                 connection.hung_up = bool(ready.get(connection.fd, 0) & HUNG_UP)
-                turns.step(connection, turns.take if ready else turns.time_out)
-                self.service.count_answered()
+                turns.step(connection, turns.take_turn if ready else turns.time_out)
+                self.service.record_answered()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Called by socketserver with what got past everything else."""
@@ -3759,9 +3854,12 @@ class Server(socketserver.ThreadingTCPServer):
     # ---- from start to stop
 
     def serve_forever(self, poll_interval: float = 0.1) -> None:
-        """Serve until told to stop, then finish what is in flight. This thread keeps house."""
+        """Serve until told to stop, then finish what is in flight.
+
+        The thread that calls it is the housekeeper.
+        """
         try:
-            self.connections.watch(self.socket.fileno(), self._woken.fileno())
+            self.connections.watch(self.socket.fileno(), self._stop_receiver.fileno())
             if self.connections.epoll is not None:
                 self._workers.start(self.threads)
             else:
@@ -3769,14 +3867,14 @@ class Server(socketserver.ThreadingTCPServer):
                     target=super().serve_forever, args=(poll_interval,), daemon=True
                 )
                 acceptor.start()
-            self._keep_house()
+            self._run_housekeeper()
             self._finish()
         finally:
             self._stopped.set()
 
-    def _keep_house(self) -> None:
-        due = [self._clock() for _ in self._jobs]
-        due[0] += DECISIONS_INTERVAL_S
+    def _run_housekeeper(self) -> None:
+        started = self._clock()
+        due = [started + interval_s for interval_s, _ in self._jobs]
         quiet, order = 0, ""
         while order != "stop":
             self._asleep = quiet >= QUIET_TICKS
@@ -3788,23 +3886,14 @@ class Server(socketserver.ThreadingTCPServer):
                 quiet += 1
             self._asleep = False
             if order == "reload":
-                self._try(self._start_reload)
-            if self._try(self._workers.replace_stuck):
+                attempt(self._start_reload)
+            if attempt(self._workers.replace_stuck):
                 quiet = 0
             now = self._clock()
             for number, (interval_s, job) in enumerate(self._jobs):
                 if now >= due[number]:
                     due[number] = now + interval_s
-                    self._try(job)
-
-    @staticmethod
-    def _try(job: Callable[[], object]) -> object:
-        """Do a job; one that fails must not keep the others from theirs."""
-        try:
-            return job()
-        except Exception as error:
-            log_unexpected(error)
-            return None
+                    attempt(job)
 
     def _start_reload(self) -> None:
         """Call `reload` in a thread of its own, as it may have to wait for a slow disk."""
@@ -3812,9 +3901,10 @@ class Server(socketserver.ThreadingTCPServer):
             thread = threading.Thread(target=self._reload, args=(self,), name="reload", daemon=True)
             thread.start()
 
-    def _wake(self) -> None:
+    def _wake_housekeeper(self) -> None:
         """Called by every thread that gives turns: there is work, so the housekeeper must look."""
         if self._asleep:
+            self._asleep = False  # one order is enough: a stop must not wait behind hundreds
             self._orders.put("work")
 
     def log_decisions(self) -> None:
@@ -3823,7 +3913,7 @@ class Server(socketserver.ThreadingTCPServer):
             logger.info("%s", summary)
 
     def expire(self) -> None:
-        """Time out what has waited for too long; a thread of its own does that itself."""
+        """Time out late connections; in the other model each thread does that for its own."""
         if self.connections.epoll is not None:
             for connection in self.connections.claim_late():
                 self._turns.step(connection, self._turns.time_out)
@@ -3837,15 +3927,15 @@ class Server(socketserver.ThreadingTCPServer):
             super().shutdown()
         self.socket.close()
         deadline = time.monotonic() + connections.timeouts.stop_s
-        done = connections.lingering.queue, connections.own.queue  # what lingers has its answer
+        done = connections.lingering.members, connections.own.members  # what lingers has its answer
         while len(connections.open) > sum(map(len, done)) and time.monotonic() < deadline:
             for connection in connections.claim_idle():
-                turns.step(connection, turns.take)  # serve what has just arrived
+                turns.step(connection, turns.take_turn)  # serve what has just arrived
                 connections.close_if_idle(connection)
             turns.send_answers()
             self._stopped.wait(TICK_S / 4)
         self._workers.finish()
-        self._waker.send(b"!")  # stays unread: every worker sees it
+        self._stop_sender.send(b"!")  # stays unread: every worker sees it
         self._workers.join(deadline + 0.5)
         for connection in list(connections.open.values()):
             connections.close(connection)
@@ -3869,8 +3959,8 @@ class Server(socketserver.ThreadingTCPServer):
         self._close_own_descriptors()
 
     def _close_own_descriptors(self) -> None:
-        self._waker.close()
-        self._woken.close()
+        self._stop_sender.close()
+        self._stop_receiver.close()
         if self.connections.epoll is not None:
             self.connections.epoll.close()
 
@@ -3884,13 +3974,13 @@ def steady_threads() -> int:
 def fit_connections(wanted: int) -> int:
     """How many connections the limit on open files allows, after raising it as far as it goes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return wanted
     needed = wanted + SPARE_DESCRIPTORS
-    if soft != resource.RLIM_INFINITY and soft < needed:
+    if soft < needed:
         soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return (
-        wanted if soft == resource.RLIM_INFINITY else max(1, min(wanted, soft - SPARE_DESCRIPTORS))
-    )
+    return max(1, min(wanted, soft - SPARE_DESCRIPTORS))
 
 
 # ==================================================================================================
@@ -19981,7 +20071,7 @@ def _store(
         __version__,
     )  # fmt: skip
     store = StoreClient(service.log, service.statistics, store_options)
-    service.admit = store.admit
+    service.check_batch = store.admit
     service.health_facts.append(store.health)
     service.add_routes({f"{API_PREFIX}*": {"GET": store.ask, "POST": store.ask}})
     return store
