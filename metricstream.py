@@ -1762,9 +1762,9 @@ class MetricLog:
     `durability` is one of DURABILITY_LEVELS. Raises LogError where the folder can't be used, or is
     in use. `cut_bytes` says how much of a torn line was cut off at the start, `error` why the log
     can't be written now (or ""). `position` is how far the log is acknowledged; it is replaced as a
-    whole. What is in `on_switch` is called with (new_number, new_descriptor, old_size) after
-    the last line of the old file and before the first of the new one, with the lock held. `clock` measures a disk that
-    does not answer.
+    whole. What is in `on_switch` is called with (new_number, new_descriptor, old_size) after the
+    last line of the old file and before the first of the new one, with the lock held. `clock`
+    measures a disk that does not answer.
 
     At `os` the caller of append() writes. The log's thread writes (and syncs) at the other levels,
     and changes files.
@@ -8152,10 +8152,10 @@ class _Execution:
 
     def __init__(
         self, select: Select, functions: dict[str, _Evaluate], lookback_ms: int,
-        max_samples: int, budget: Budget, start_ms: int, end_ms: int,
+        subquery_step_ms: int, max_samples: int, budget: Budget, start_ms: int, end_ms: int,
     ):  # fmt: skip
         self.select, self.functions = select, functions
-        self.lookback_ms = lookback_ms
+        self.lookback_ms, self.subquery_step_ms = lookback_ms, subquery_step_ms
         self.bounds = {"start": start_ms, "end": end_ms}
         self.budget = budget
         self._room = max_samples
@@ -8278,7 +8278,7 @@ class _Evaluator:
             found = self.execution.series(node.matchers, first_ms + 1, last_ms)
             series = [one for one in map(_without_markers, found) if one.times_ms]
         else:
-            step_ms = (node.step.ms if node.step else 0) or SUBQUERY_STEP_MS
+            step_ms = (node.step.ms if node.step else 0) or self.execution.subquery_step_ms
             aligned_ms = (first_ms // step_ms + 1) * step_ms
             series = self.resampled(node.expression, range(aligned_ms, last_ms + 1, step_ms))
         if each_step and len(ends) != len(self.steps):
@@ -9065,7 +9065,8 @@ class Engine:
     """Evaluates PromQL over the series that `select` finds.
 
     `lookback_ms`: how old the latest sample may be that an instant selector takes. `max_samples`:
-    how many samples and values one query may hold.
+    how many samples and values one query may hold. `subquery_step_ms`: of subqueries that name no
+    step.
 
     >>> up = Series({"__name__": "up", "host": "a"}, array("q", [0, 15_000]), array("d", [0, 1]))
     >>> engine = Engine(lambda matchers, start_ms, end_ms, budget: [up])
@@ -9076,20 +9077,23 @@ class Engine:
     """
 
     def __init__(
-        self, select: Select, *, lookback_ms: int = LOOKBACK_MS, max_samples: int = MAX_SAMPLES
-    ):
+        self, select: Select, *, lookback_ms: int = LOOKBACK_MS, max_samples: int = MAX_SAMPLES,
+        subquery_step_ms: int = SUBQUERY_STEP_MS,
+    ):  # fmt: skip
         self._select = select
         self._lookback_ms = lookback_ms
         self._max_samples = max_samples
+        self._subquery_step_ms = subquery_step_ms
 
     def instant(
-        self, text: str, time_ms: int, budget: Budget | None = None, lookback_ms: int = 0
+        self, query: str | Node, time_ms: int, budget: Budget | None = None, lookback_ms: int = 0
     ) -> Result:
-        """The value of a query at one time. `lookback_ms`: in place of the engine's.
+        """The value of a query, as text or parsed, at one time. `lookback_ms`: in place of the
+        engine's.
 
         Raises QueryError, ExecutionError, SampleLimitError, OverBudgetError.
         """
-        node = parse_query(text)
+        node = parse_query(query) if isinstance(query, str) else query
         run = self._evaluator(time_ms, time_ms, 1, budget, lookback_ms)
         kind = node.type
         with _bounded_depth():
@@ -9136,8 +9140,8 @@ class Engine:
         self, start_ms: int, end_ms: int, step_ms: int, budget: Budget | None, lookback_ms: int
     ) -> _Evaluator:
         execution = _Execution(
-            self._select, _FUNCTIONS, lookback_ms or self._lookback_ms, self._max_samples,
-            budget or Budget(), start_ms, end_ms,
+            self._select, _FUNCTIONS, lookback_ms or self._lookback_ms, self._subquery_step_ms,
+            self._max_samples, budget or Budget(), start_ms, end_ms,
         )  # fmt: skip
         steps = range(start_ms, end_ms + 1, step_ms)
         execution.hold(len(steps))
@@ -13266,7 +13270,7 @@ class Alert(NamedTuple):
 class RuleContext(NamedTuple):
     """What all rules of a server share."""
 
-    external_labels: dict[str, str] = {}
+    external_labels: Mapping[str, str] = {}
     external_url: str = ""
     resend_delay_s: float = RESEND_DELAY_S
 
@@ -13312,6 +13316,11 @@ class ActiveAlert:
         return cls(**kept | {"value": read_float(kept["value"])})
 
 
+def _ms_since(then: float, now: float) -> int:
+    """Milliseconds; floats of seconds differ by a little less or more."""
+    return round((now - then) * 1000)
+
+
 def _alert_key(labels: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
     return tuple(sorted(labels.items()))
 
@@ -13348,7 +13357,7 @@ class _Expander:
         if isinstance(template, str):
             return template
         values = {
-            "Labels": labels, "ExternalLabels": self._context.external_labels,
+            "Labels": labels, "ExternalLabels": dict(self._context.external_labels),
             "ExternalURL": self._context.external_url, "Value": value,
         }  # fmt: skip
         for _ in range(TEMPLATE_ROUNDS):
@@ -13389,6 +13398,7 @@ class RecordingState:
 
     def __init__(self, rule: Rule, labels: dict[str, str], limit: int):
         self.rule, self.labels, self.limit = rule, labels, limit
+        self.query = _Printer().text(parse_query(rule.expr))  # as the API shows it
         self.health, self.last_error = "unknown", ""
         self.evaluated_at = self.duration_s = 0.0
         self.silent_selectors: list[str] = []  # those that match no series
@@ -13490,7 +13500,7 @@ class AlertingState(RecordingState):
         """Take an alert to its next state; whether it was resolved just now."""
         if present:
             alert.keep_firing_since = None
-            if alert.state == "pending" and (now - alert.active_at) * 1000 >= self.rule.for_ms:
+            if alert.state == "pending" and _ms_since(alert.active_at, now) >= self.rule.for_ms:
                 alert.fired_at = now
             return False
         if alert.state == "pending":
@@ -13503,7 +13513,7 @@ class AlertingState(RecordingState):
         if self.rule.keep_firing_for_ms:
             if alert.keep_firing_since is None:
                 alert.keep_firing_since = now
-            if (now - alert.keep_firing_since) * 1000 < self.rule.keep_firing_for_ms:
+            if _ms_since(alert.keep_firing_since, now) < self.rule.keep_firing_for_ms:
                 return False
         alert.resolved_at = now
         return True
@@ -13541,8 +13551,8 @@ class AlertingState(RecordingState):
             if alert.fired_at is not None and alert.needs_sending(now, context.resend_delay_s):
                 alert.sent_at = now
                 ends_at = now + valid_s if alert.resolved_at is None else alert.resolved_at
-                url = context.external_url + _link(self.rule.expr, tab=1)
-                labels = context.external_labels | alert.labels
+                url = context.external_url + _link(self.query, tab=1)
+                labels = {**context.external_labels, **alert.labels}
                 told.append(Alert(labels, alert.annotations, alert.fired_at, ends_at, now, url))
         return told
 
@@ -13561,8 +13571,8 @@ class AlertingState(RecordingState):
                 alert.active_at = now
                 restarted += 1
             self.alerts[_alert_key(alert.labels)] = alert
-            for sample in self._samples(alert, 0):
-                if alert.state != "inactive":
+            if alert.state != "inactive":
+                for sample in self._samples(alert, 0):
                     self._returned[_alert_key(sample.labels)] = sample.labels
         return restarted
 
@@ -13599,8 +13609,9 @@ class GroupState:
             self.rules.append(kind(rule, {**group.labels, **rule.labels}, group.limit))
         self.evaluated_at = self.duration_s = 0.0
         self.evaluations = self.failures = self.missed = 0
-        digest = hashlib.sha256(f"{file};{group.name}".encode()).digest()
-        self._offset_s = int.from_bytes(digest[:8]) / 2**64 * self.interval_s
+        self._interval_ms = round(self.interval_s * 1000)
+        digest = hashlib.sha256(self.key.encode(errors="backslashreplace")).digest()
+        self._offset_ms = int.from_bytes(digest[:8]) % self._interval_ms
 
     @property
     def key(self) -> str:
@@ -13614,8 +13625,9 @@ class GroupState:
         """The first time after `now` at which the group is to be evaluated: a fixed offset into its
         interval, which spreads groups evenly.
         """
-        rounds = (now - self._offset_s) // self.interval_s + 1
-        return rounds * self.interval_s + self._offset_s
+        # in whole milliseconds: a time of its own, given again, must not come out once more
+        now_ms = math.floor(now * 1000 + 0.001)
+        return (now_ms + self._interval_ms - (now_ms - self._offset_ms) % self._interval_ms) / 1000
 
     async def evaluate(
         self,
@@ -13629,7 +13641,7 @@ class GroupState:
         leaves its alerts as they are.
         """
         began = clock()
-        time_ms = int(now * 1000) - self.query_offset_ms
+        time_ms = round(now * 1000) - self.query_offset_ms
         for rule in self.rules:
             rule_began = clock()
             self.evaluations += 1
@@ -13671,7 +13683,8 @@ class GroupState:
             if key not in kept:
                 continue
             row = kept.pop(key)
-            gap_s = now - row["evaluated_at"]
+            rule.evaluated_at = row["evaluated_at"]
+            gap_s = now - rule.evaluated_at
             restarted = rule.restore(row["alerts"], now, gap_s)
             if restarted:
                 logger.warning(
@@ -13724,7 +13737,7 @@ def _as_go_float(value: float) -> str:
 def _rfc_3339(seconds: float) -> str:
     if not seconds:
         return "0001-01-01T00:00:00Z"
-    return utc_timestamp(int(seconds * 1000))
+    return utc_timestamp(round(seconds * 1000))
 
 
 def _active_json(alert: ActiveAlert) -> dict[str, Any]:
@@ -13751,7 +13764,7 @@ def alerts_json(groups: Iterable[GroupState]) -> list[dict[str, Any]]:
 def _rule_json(state: RecordingState, with_alerts: bool) -> dict[str, Any]:
     rule = state.rule
     shown: dict[str, Any] = {
-        "name": rule.name, "query": rule.expr, "labels": state.labels, "health": state.health,
+        "name": rule.name, "query": state.query, "labels": state.labels, "health": state.health,
         "evaluationTime": state.duration_s, "lastEvaluation": _rfc_3339(state.evaluated_at),
         "type": "recording",
     }  # fmt: skip
@@ -13767,8 +13780,7 @@ def _rule_json(state: RecordingState, with_alerts: bool) -> dict[str, Any]:
             "keepFiringFor": rule.keep_firing_for_ms / 1000,
             "state": next((s for s in ("firing", "pending") if s in states), "inactive"),
         }  # fmt: skip
-        if with_alerts:
-            shown["alerts"] = [_active_json(alert) for alert in active]
+        shown["alerts"] = [_active_json(alert) for alert in active] if with_alerts else None
     return shown
 
 
@@ -13782,7 +13794,9 @@ def rules_json(groups: Iterable[GroupState], form: Mapping[str, list[str]]) -> d
     if kind not in ("", "alert", "record"):
         raise ValueError(f"not supported value {write_json(kind)}")
     matcher_sets = [_matchers_of(text) for text in form.get("match[]", [])]
-    hide_alerts = only("exclude_alerts").lower() in ("1", "t", "true")
+    hide_alerts = only("exclude_alerts")
+    if hide_alerts not in ("", *_TRUE, *_FALSE):
+        raise ValueError(f"exclude_alerts {hide_alerts[:20]!r} is neither true nor false")
     names, group_names, files = (
         form.get(f"{name}[]") for name in ("rule_name", "rule_group", "file")
     )
@@ -13801,17 +13815,23 @@ def rules_json(groups: Iterable[GroupState], form: Mapping[str, list[str]]) -> d
         )
 
     shown = []
-    for group in groups:
+    for group in sorted(groups, key=lambda group: (group.file, group.name)):
         if (group_names and group.name not in group_names) or (files and group.file not in files):
             continue
-        rules = [_rule_json(state, not hide_alerts) for state in group.rules if is_wanted(state)]
-        if rules or not (kind or names or matcher_sets):
+        with_alerts = hide_alerts not in _TRUE
+        rules = [_rule_json(state, with_alerts) for state in group.rules if is_wanted(state)]
+        if rules:
             shown.append({
                 "name": group.name, "file": group.file, "rules": rules, "limit": group.limit,
                 "interval": group.interval_s, "evaluationTime": group.duration_s,
                 "lastEvaluation": _rfc_3339(group.evaluated_at),
             })  # fmt: skip
     return _page_of(shown, only("group_limit"), only("group_next_token"))
+
+
+# as Go's strconv.ParseBool has them
+_TRUE = ("1", "t", "T", "true", "TRUE", "True")
+_FALSE = ("0", "f", "F", "false", "FALSE", "False")
 
 
 def _matchers_of(text: str) -> tuple[Matcher, ...]:
@@ -13861,28 +13881,36 @@ BAR_WIDTH = 60
 
 
 class MemorySeries:
-    """Series in memory, to be queried."""
+    """Series in memory, to be queried. A series grows at its end: as in Prometheus, a sample that
+    is not newer than the last one of its series is dropped.
+    """
 
     def __init__(self) -> None:
         self._index = SeriesIndex()
         self._series: list[tuple[array[int], array[float]]] = []
         self.names: set[str] = set()
 
-    def add(self, labels: Mapping[str, str], time_ms: int, value: float | None) -> None:
-        """Add a sample; None ends the series."""
+    def number(self, labels: Mapping[str, str]) -> int:
+        """The number of the series of these labels, a new one if there is none."""
         name = labels.get(NAME, "")
         self.names.add(name)
         tags = {label: text for label, text in labels.items() if label != NAME}
         number = self._index.number(series_labels(name, tags))
         if number == len(self._series):
             self._series.append((array("q"), array("d")))
+        return number
+
+    def append(self, number: int, time_ms: int, value: float) -> None:
+        """Add a sample to a series."""
         times_ms, values = self._series[number]
-        place = bisect_left(times_ms, time_ms)
-        if place < len(times_ms) and times_ms[place] == time_ms:
-            values[place] = STALE if value is None else value
-            return
-        times_ms.insert(place, time_ms)
-        values.insert(place, STALE if value is None else value)
+        if not times_ms or times_ms[-1] < time_ms:
+            times_ms.append(time_ms)
+            values.append(value)
+
+    async def record(self, samples: list[Recorded]) -> None:
+        """Add what a rule records."""
+        for labels, value, time_ms in samples:
+            self.append(self.number(labels), time_ms, STALE if value is None else value)
 
     def select(
         self, matchers: Sequence[Matcher], start_ms: int, end_ms: int, budget: Budget
@@ -13899,10 +13927,13 @@ class MemorySeries:
 
 def engine_query(engine: Engine) -> Query:
     """A query function for rules over an engine."""
+    parsed: dict[str, Node] = {}  # they are asked again and again
 
     async def query(expression: str, time_ms: int) -> Vector:
         try:
-            result = engine.instant(expression, time_ms)
+            if expression not in parsed:
+                parsed[expression] = parse_query(expression)
+            result = engine.instant(parsed[expression], time_ms)
         except (QueryError, ExecutionError) as error:
             raise RuleError(str(error)) from None
         if isinstance(result, VectorResult):
@@ -13914,10 +13945,22 @@ def engine_query(engine: Engine) -> Query:
     return query
 
 
+def _at_once(work: Coroutine[Any, Any, _T]) -> _T:
+    """Run a coroutine that waits for nothing: where it lets others go first, there are none."""
+    while True:
+        try:
+            work.send(None)
+        except StopIteration as end:
+            result: _T = end.value
+            return result
+
+
 # ---- promtool's unit tests
 
 
 class ExpectedAlert(NamedTuple):
+    """An alert that is to fire."""
+
     labels: dict[str, str]
     annotations: dict[str, str]
 
@@ -13943,7 +13986,8 @@ class RuleTest(NamedTuple):
 
     name: str
     interval_ms: int
-    series: list[tuple[dict[str, str], list[float | None | str]]]
+    start_ms: int
+    series: list[tuple[dict[str, str], list[float | None]]]
     alerts: list[AlertTest]
     expressions: list[ExpressionTest]
     external_labels: dict[str, str]
@@ -13955,38 +13999,41 @@ class RuleTestFile(NamedTuple):
 
     rule_files: list[str]
     evaluation_interval_ms: int
+    tolerance: float  # relative
     group_order: list[str]
     tests: list[RuleTest]
 
 
-_STALE_ITEM = "stale"
-_SERIES_NUMBER = r"[-+]?(?:(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[iI]nf|[nN]a[nN])"
+_SERIES_NUMBER = (
+    r"(?:(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[iI][nN][fF]|[nN][aA][nN])"
+)
 _SERIES_ITEM = re.compile(
     rf"(?P<gap>_)(?:x(?P<gaps>[0-9]{{1,9}}))?|(?P<stale>stale)"
-    rf"|(?P<first>{_SERIES_NUMBER})(?:(?P<step>[-+]{_SERIES_NUMBER})?x(?P<times>[0-9]{{1,9}}))?"
+    rf"|(?P<first>[-+]?{_SERIES_NUMBER})"
+    rf"(?:(?P<step>[-+]{_SERIES_NUMBER})?x(?P<times>[0-9]{{1,9}}))?"
 )
 MAX_SERIES_ITEMS = 10_000_000
 
 
-def series_values(text: str) -> list[float | None | str]:
-    """The values of a series in promtool's notation: None is a gap, "stale" an end. Raises
+def series_values(text: str) -> list[float | None]:
+    """The values of a series in promtool's notation; None is a gap, STALE an end. Raises
     ValueError.
 
     >>> series_values("1+2x2 _ 7x1 stale -1-0.5x1")
-    [1.0, 3.0, 5.0, None, 7.0, 7.0, 'stale', -1.0, -1.5]
+    [1.0, 3.0, 5.0, None, 7.0, 7.0, nan, -1.0, -1.5]
     """
-    values: list[float | None | str] = []
+    if "{{" in text:
+        raise ValueError("native histograms are not supported")
+    values: list[float | None] = []
     for word in text.split():
         match = _SERIES_ITEM.fullmatch(word)
         if match is None:
             raise ValueError(f"{word[:50]!r} is no value of a series")
-        count = int(match["gaps"] or match["times"] or 0) + (not match["gap"] or not match["gaps"])
+        count = int(match["gaps"] or match["times"] or 0) + (match["gaps"] is None)
         if len(values) + count > MAX_SERIES_ITEMS:
             raise ValueError(f"more than {MAX_SERIES_ITEMS} values")
-        if match["gap"]:
-            values += [None] * count
-        elif match["stale"]:
-            values.append(_STALE_ITEM)
+        if match["first"] is None:
+            values += [None if match["gap"] else STALE] * count
         else:
             value, step = read_float(match["first"]), read_float(match["step"] or "0")
             for _ in range(count):
@@ -14004,8 +14051,10 @@ def metric_labels(text: str) -> dict[str, str]:
     if not text.strip() or re.fullmatch(r"\s*\{\s*\}\s*", text):
         return {}
     node = parse_query(text)
-    if not isinstance(node, Selector) or node.range or any(m.op != "=" for m in node.matchers):
+    if not isinstance(node, Selector) or node != node._replace(range=None, offset=None, at=None):
         raise ValueError(f"{text[:100]!r} is no series")
+    if any(matcher.op != "=" for matcher in node.matchers):
+        raise ValueError(f"{text[:100]!r} is no series: its labels are given with =")
     return {matcher.name: matcher.value for matcher in node.matchers if matcher.value}
 
 
@@ -14015,21 +14064,29 @@ class _RuleTestReader(_RuleReader):
     def read_tests(self) -> RuleTestFile:
         root = self._fields(self._document.root, "a file of tests", _TEST_FILE_FIELDS)
         interval_ms = self._duration(root, "evaluation_interval") or 60_000
+        fuzzy = self._text(root, "fuzzy_compare").lower()
+        if fuzzy not in _TOLERANCES:
+            self._fault(root["fuzzy_compare"].position, "'fuzzy_compare' must be true or false")
         tests = [self._test(node, interval_ms) for node in self._items(root, "tests")]
-        files = self._texts(root, "rule_files")
-        order = self._texts(root, "group_eval_order")
+        files = [text for _, text in self._texts(root, "rule_files")]
+        order: list[str] = []
+        for node, name in self._texts(root, "group_eval_order"):
+            if name in order:
+                self._fault(node.position, f"group {_clipped(name)!r} has its place already")
+            order.append(name)
         if self._faults:
             raise RuleFileError(self._told(self._faults))
-        return RuleTestFile(files, interval_ms, order, tests)
+        return RuleTestFile(files, interval_ms, _TOLERANCES[fuzzy], order, tests)
 
-    def _texts(self, fields: _Fields, name: str) -> list[str]:
-        return [self._scalar(node, name) or "" for node in self._items(fields, name)]
+    def _texts(self, fields: _Fields, name: str) -> list[tuple[YamlNode, str]]:
+        return [(node, self._scalar(node, name) or "") for node in self._items(fields, name)]
 
     def _test(self, node: YamlNode, evaluation_interval_ms: int) -> RuleTest:
         fields = self._fields(node, "a test", _TEST_FIELDS)
         return RuleTest(
             self._text(fields, "name"),
             self._duration(fields, "interval") or evaluation_interval_ms,
+            self._read(fields, "start_timestamp", _read_api_time, 0),
             [self._series_of(row) for row in self._items(fields, "input_series")],
             [self._alert_test(row) for row in self._items(fields, "alert_rule_test")],
             [self._expression_test(row) for row in self._items(fields, "promql_expr_test")],
@@ -14037,12 +14094,12 @@ class _RuleTestReader(_RuleReader):
             self._text(fields, "external_url"),
         )
 
-    def _series_of(self, node: YamlNode) -> tuple[dict[str, str], list[float | None | str]]:
+    def _series_of(self, node: YamlNode) -> tuple[dict[str, str], list[float | None]]:
         fields = self._fields(node, "an input series", ("series", "values"))
-        return (
-            self._read(fields, node, "series", metric_labels, {}),
-            self._read(fields, node, "values", series_values, []),
-        )
+        labels: dict[str, str] = self._read(fields, "series", metric_labels, {})
+        if not self._text(fields, "series"):
+            self._fault(node.position, "an input series needs a name, 'series'")
+        return labels, self._read(fields, "values", series_values, [])
 
     def _alert_test(self, node: YamlNode) -> AlertTest:
         fields = self._fields(node, "a test of alerts", ("eval_time", "alertname", "exp_alerts"))
@@ -14060,40 +14117,45 @@ class _RuleTestReader(_RuleReader):
         fields = self._fields(node, "a test of an expression", ("expr", "eval_time", "exp_samples"))
         expected = []
         for row in self._items(fields, "exp_samples"):
-            sample = self._fields(row, "a sample", ("labels", "value"))
-            labels = self._read(sample, row, "labels", metric_labels, {})
-            value = self._read(sample, row, "value", _yaml_float, 0.0)
-            expected.append((labels, value))
+            sample = self._fields(row, "a sample", ("labels", "value", "histogram"))
+            if "histogram" in sample:
+                self._fault(sample["histogram"].position, "native histograms are not supported")
+            labels: dict[str, str] = self._read(sample, "labels", metric_labels, {})
+            expected.append((labels, self._read(sample, "value", _yaml_float, 0.0)))
         expression = self._expression(fields, node)
         return ExpressionTest(self._duration(fields, "eval_time"), expression, expected)
 
-    def _read(
-        self, fields: _Fields, node: YamlNode, name: str, read: Callable[[str], Any], empty: Any
-    ) -> Any:
+    def _read(self, fields: _Fields, name: str, read: Callable[[str], _T], missing: _T) -> _T:
         """A field read by a function that raises ValueError."""
         text = self._scalar(fields.get(name), name)
-        if text is None:
-            return empty
         try:
-            return read(text)
+            return missing if text is None else read(text)
         except ValueError as error:
-            self._fault(fields.get(name, node).position, str(error))
-            return empty
+            self._fault(fields[name].position, str(error))
+            return missing
 
 
 _TEST_FILE_FIELDS = (
     "rule_files", "evaluation_interval", "group_eval_order", "tests", "fuzzy_compare",
 )  # fmt: skip
 _TEST_FIELDS = (
-    "name", "interval", "input_series", "alert_rule_test", "promql_expr_test", "external_labels",
-    "external_url",
+    "name", "interval", "start_timestamp", "input_series", "alert_rule_test", "promql_expr_test",
+    "external_labels", "external_url",
 )  # fmt: skip
+
+# By `fuzzy_compare`. Who gives it gets Prometheus's comparison: exact, or but for the last bit.
+_TOLERANCES = {"": TOLERANCE, "false": 0.0, "true": sys.float_info.epsilon}
 
 
 def _yaml_float(text: str) -> float:
-    """A number as YAML writes it: `.inf` and `.NaN` too."""
+    """A number as YAML writes it: `.inf`, `.NaN` and `0x1F` too."""
+    if re.fullmatch(r"[-+]?0[xX][0-9a-fA-F]+", text):
+        return float(int(text, 16))
     plain = re.sub(r"^([-+]?)\.(inf|Inf|INF|nan|NaN|NAN)$", r"\1\2", text.replace("_", ""))
-    return read_float(plain)
+    try:
+        return read_float(plain)
+    except ValueError:
+        raise ValueError(f"{text[:50]!r} is no number") from None
 
 
 def read_rule_tests(text: str | bytes, name: str) -> RuleTestFile:
@@ -14107,46 +14169,94 @@ def read_rule_tests(text: str | bytes, name: str) -> RuleTestFile:
 
 def run_rule_test(test: RuleTest, tests: RuleTestFile, files: list[RuleFile]) -> list[str]:
     """Run a test; what failed, each a text of several lines."""
-    memory = MemorySeries()
-    for labels, values in test.series:
-        for number, value in enumerate(values):
-            if value is not None:
-                ended = value == _STALE_ITEM
-                memory.add(labels, number * test.interval_ms, None if ended else float(value))
-    context = RuleContext(test.external_labels, test.external_url)
-    groups = [GroupState(group, file.name, context) for file in files for group in file.groups]
-    ranks = {name: rank for rank, name in enumerate(tests.group_order)}
-    groups.sort(key=lambda group: ranks.get(group.name, len(ranks)))
-    query = engine_query(Engine(memory.select))
-    return asyncio.run(_played(test, tests.evaluation_interval_ms, groups, memory, query))
+    return _at_once(_RuleTestRun(test, tests, files).run())
 
 
-async def _played(
-    test: RuleTest, interval_ms: int, groups: list[GroupState], memory: MemorySeries, query: Query
-) -> list[str]:
-    async def record(samples: list[Recorded]) -> None:
-        for labels, value, time_ms in samples:
-            memory.add(labels, time_ms, value)
+class _RuleTestRun:
+    """One test, while it runs."""
 
-    failures: list[str] = []
-    times_ms = [case.time_ms for case in test.alerts] + [case.time_ms for case in test.expressions]
-    ends_ms = max(times_ms, default=0)
-    for now_ms in range(0, ends_ms + 1, interval_ms):
-        for group in groups:
-            await group.evaluate(now_ms / 1000, query, record, lambda alerts: None)
+    def __init__(self, test: RuleTest, tests: RuleTestFile, files: list[RuleFile]):
+        self._test, self._interval_ms = test, tests.evaluation_interval_ms
+        self._tolerance = tests.tolerance
+        context = RuleContext(test.external_labels, test.external_url)
+        groups = [GroupState(group, file.name, context) for file in files for group in file.groups]
+        # groups that are not listed come early, as in promtool
+        ranks = {name: rank for rank, name in enumerate(tests.group_order)}
+        self._groups = sorted(groups, key=lambda group: ranks.get(group.name, 0))
+        self._memory = MemorySeries()
+        engine = Engine(self._memory.select, subquery_step_ms=self._interval_ms)
+        self._query = engine_query(engine)
+
+    async def run(self) -> list[str]:
+        """Evaluate from the start to the last time that is asked for; what failed."""
+        failures: list[str] = []
+        test, start_ms = self._test, self._test.start_ms
+        samples = self._samples()
+        for now_ms in range(0, self._end_ms() + 1, self._interval_ms):
+            # rules see no sample that is still to come, not even with a negative offset
+            while samples and samples[-1][0] <= start_ms + now_ms:
+                time_ms, number, value = samples.pop()
+                self._memory.append(number, time_ms, value)
+            failures += await self._evaluate(now_ms)
+            if failures:
+                return failures
+            for case in test.alerts:
+                if now_ms <= case.time_ms < now_ms + self._interval_ms:
+                    failures += _compared_alerts(case, self._groups)
+        for expected in test.expressions:
+            failures += await self._compared_samples(expected)
+        return failures
+
+    def _samples(self) -> list[tuple[int, int, float]]:
+        """(time, number of the series, value) of what the test puts in, the latest first."""
+        # whoever gives a series twice means the second one
+        series = {self._memory.number(labels): values for labels, values in self._test.series}
+        return sorted((
+            (self._test.start_ms + place * self._test.interval_ms, number, value)
+            for number, values in series.items()
+            for place, value in enumerate(values)
+            if value is not None
+        ), key=operator.itemgetter(0), reverse=True)  # fmt: skip
+
+    def _end_ms(self) -> int:
+        times_ms = [case.time_ms for case in self._test.alerts]
+        return max(times_ms + [case.time_ms for case in self._test.expressions], default=0)
+
+    async def _evaluate(self, now_ms: int) -> list[str]:
+        """Evaluate all groups; which rules could not be."""
+        failures = []
+        for group in self._groups:
+            now = (self._test.start_ms + now_ms) / 1000
+            await group.evaluate(now, self._query, self._memory.record, lambda alerts: None)
             failures += [
                 f"rule {rule.rule.name} at {_duration_text(now_ms)}: {rule.last_error}"
                 for rule in group.rules
                 if rule.health == "err"
             ]
-        if failures:
-            return failures
-        for case in test.alerts:
-            if now_ms <= case.time_ms < now_ms + interval_ms:
-                failures += _compared_alerts(case, groups)
-    for expected in test.expressions:
-        failures += await _compared_samples(expected, query)
-    return failures
+        return failures
+
+    async def _compared_samples(self, case: ExpressionTest) -> list[str]:
+        title = f"expr: {case.expression}, time: {_duration_text(case.time_ms)}"
+        try:
+            got = await self._query(case.expression, self._test.start_ms + case.time_ms)
+        except RuleError as error:
+            return [f"{title}\n  {error}"]
+        expected, found = ({_alert_key(labels): value for labels, value in samples}
+                           for samples in (case.expected, got))  # fmt: skip
+        if len(case.expected) == len(got) and expected.keys() == found.keys() and all(
+            self._is_close(value, found[key]) for key, value in expected.items()
+        ):  # fmt: skip
+            return []
+        texts = (
+            sorted(f"{labels_text(labels)} {format_value(value)}" for labels, value in samples)
+            for samples in (case.expected, got)
+        )
+        return [_difference(title, *texts)]
+
+    def _is_close(self, expected: float, got: float) -> bool:
+        return (math.isnan(expected) and math.isnan(got)) or math.isclose(
+            expected, got, rel_tol=self._tolerance, abs_tol=0.0
+        )
 
 
 def _compared_alerts(case: AlertTest, groups: list[GroupState]) -> Iterator[str]:
@@ -14175,37 +14285,11 @@ def _compared_alerts(case: AlertTest, groups: list[GroupState]) -> Iterator[str]
         yield _difference(title, lines(case.expected), lines(got))
 
 
-async def _compared_samples(case: ExpressionTest, query: Query) -> list[str]:
-    title = f"expr: {case.expression}, time: {_duration_text(case.time_ms)}"
-    try:
-        got = await query(case.expression, case.time_ms)
-    except RuleError as error:
-        return [f"{title}\n  {error}"]
-    expected, found = ({_alert_key(labels): value for labels, value in samples}
-                       for samples in (case.expected, got))  # fmt: skip
-    same = expected.keys() == found.keys() and all(
-        _is_close(value, found[key]) for key, value in expected.items()
-    )
-    if same and len(case.expected) == len(got):
-        return []
-
-    def lines(samples: list[tuple[dict[str, str], float]]) -> list[str]:
-        return sorted(f"{labels_text(labels)} {format_value(value)}" for labels, value in samples)
-
-    return [_difference(title, lines(case.expected), lines(got))]
-
-
-def _is_close(expected: float, got: float) -> bool:
-    return (math.isnan(expected) and math.isnan(got)) or math.isclose(
-        expected, got, rel_tol=TOLERANCE, abs_tol=0.0
-    )
-
-
 def _difference(title: str, expected: list[str], got: list[str]) -> str:
     """Expected and got, as a diff."""
-    rows = difflib.ndiff(expected, got)
-    shown = [f"  {row}" for row in rows if not row.startswith("?")]
-    return "\n".join([title, "  - expected, + got:", *(shown or ["  no alerts"])])
+    context = len(expected) + len(got)
+    rows = list(difflib.unified_diff(expected, got, lineterm="", n=context))[3:]
+    return "\n".join([title, "  - expected, + got:", *(f"  {row[0]} {row[1:]}" for row in rows)])
 
 
 # ---- rules over what is stored
@@ -14214,7 +14298,7 @@ def _difference(title: str, expected: list[str], got: list[str]) -> str:
 class Firing(NamedTuple):
     """A time in which an alert would have fired."""
 
-    name: str
+    rule: AlertingState
     labels: dict[str, str]
     began_ms: int
     ended_ms: int
@@ -14222,9 +14306,9 @@ class Firing(NamedTuple):
 
 def backtest(
     groups: list[GroupState], select: Select, start_ms: int, end_ms: int
-) -> Iterator[Firing]:
-    """Evaluate groups over stored series between two times; yields when alerts would have fired.
-    Raises RuleError for a rule that can't be evaluated.
+) -> tuple[list[Firing], Counter[str]]:
+    """Evaluate groups over stored series between two times: when alerts would have fired, in the
+    order of their ends, and how often a rule would have failed and why.
     """
     memory = MemorySeries()
 
@@ -14237,36 +14321,31 @@ def backtest(
                 yield series
         yield from memory.select(matchers, low_ms, high_ms, budget)
 
-    async def record(samples: list[Recorded]) -> None:
-        for labels, value, time_ms in samples:
-            memory.add(labels, time_ms, value)
-
     query = engine_query(Engine(both))
-    due = [(group.next_time(start_ms / 1000 - 1e-3), number) for number, group in enumerate(groups)]
+    due = [(group.next_time((start_ms - 1) / 1000), number) for number, group in enumerate(groups)]
     heapq.heapify(due)
-    firing: dict[tuple[int, Any], tuple[AlertingState, ActiveAlert, int]] = {}
+    fired: list[Firing] = []
+    failed: Counter[str] = Counter()
+    firing: dict[int, dict[Any, Firing]] = {}  # what goes on, by the rule's id and the labels
     while due and due[0][0] * 1000 <= end_ms:
         now, number = heapq.heappop(due)
-        group = groups[number]
-        heapq.heappush(due, (now + group.interval_s, number))
-        asyncio.run(group.evaluate(now, query, record, lambda alerts: None))
-        for rule in group.rules:
-            if rule.health == "err":
-                raise RuleError(f"{rule.rule.name}: {rule.last_error}")
-            if not isinstance(rule, AlertingState):
-                continue
-            now_firing = {
-                (id(rule), key): alert
+        group, now_ms = groups[number], round(now * 1000)
+        heapq.heappush(due, (group.next_time(now), number))
+        _at_once(group.evaluate(now, query, memory.record, lambda alerts: None))
+        failed.update(
+            f"{rule.rule.name}: {rule.last_error}" for rule in group.rules if rule.health == "err"
+        )
+        for rule in group.alerting:
+            before = firing.get(id(rule), {})
+            after = firing[id(rule)] = {
+                key: before.get(key, Firing(rule, alert.labels, now_ms, end_ms))
                 for key, alert in rule.alerts.items()
                 if alert.state == "firing"
             }
-            for place in [p for p in firing if p[0] == id(rule) and p not in now_firing]:
-                _, alert, began_ms = firing.pop(place)
-                yield Firing(rule.rule.name, alert.labels, began_ms, int(now * 1000))
-            for place, alert in now_firing.items():
-                firing.setdefault(place, (rule, alert, int(now * 1000)))
-    for rule, alert, began_ms in firing.values():
-        yield Firing(rule.rule.name, alert.labels, began_ms, end_ms)
+            fired += [
+                ended._replace(ended_ms=now_ms) for key, ended in before.items() if key not in after
+            ]
+    return fired + [one for rest in firing.values() for one in rest.values()], failed
 
 
 def firing_bar(times: Iterable[tuple[int, int]], start_ms: int, end_ms: int) -> str:
@@ -14277,9 +14356,9 @@ def firing_bar(times: Iterable[tuple[int, int]], start_ms: int, end_ms: int) -> 
     """
     cells = ["·"] * BAR_WIDTH
     for began_ms, ended_ms in times:
-        first = (began_ms - start_ms) * BAR_WIDTH // (end_ms - start_ms)
+        first = min(BAR_WIDTH - 1, (began_ms - start_ms) * BAR_WIDTH // (end_ms - start_ms))
         last = -((start_ms - ended_ms) * BAR_WIDTH // (end_ms - start_ms))
-        for cell in range(first, min(BAR_WIDTH, max(first + 1, last))):
+        for cell in range(first, max(first + 1, last)):
             cells[cell] = "█"
     return "".join(cells)
 
@@ -19781,7 +19860,8 @@ def test_rules_main(arguments: list[str]) -> int:
         "files over what is stored, and show when each alert would have fired.",
     )
     parser.add_argument("files", metavar="FILE", nargs="+", help="tests, or rules with --data-dir")
-    parser.add_argument("--run", metavar="REGEX", default="", help="only tests of such names")
+    parser.add_argument("--run", metavar="REGEX", action="append", default=[],
+                        help="only tests of such names; may be repeated")  # fmt: skip
     parser.add_argument("--data-dir", metavar="DIR", help="rules over what is stored here")
     parser.add_argument("--since", metavar="TIME", type=_duration, default=86_400.0,
                         help="how far back, as 7d (default 1d)")  # fmt: skip
@@ -19790,7 +19870,7 @@ def test_rules_main(arguments: list[str]) -> int:
     if options.data_dir is not None:
         return _backtest_files(options)
     try:
-        wanted = compile_regex(f"(?s:.*)(?:{options.run})(?s:.*)")
+        wanted = [compile_regex(f"(?s:.*)(?:{text})(?s:.*)") for text in options.run]
     except ValueError as error:
         return _complain(str(error))
     failed = False
@@ -19810,19 +19890,24 @@ def test_rules_main(arguments: list[str]) -> int:
     return int(failed)
 
 
-def _test_file(path: str, wanted: Regex) -> list[str]:
+def _test_file(path: str, wanted: list[Regex]) -> list[str]:
     """Run the tests of a file; what failed."""
     with open(path, "rb") as file:
         tests = read_rule_tests(file.read(), path)
-    files = []
+    names: list[str] = []
     for pattern in tests.rule_files:
-        found = sorted(glob.glob(os.path.join(os.path.dirname(path), pattern)))
-        for name in found:
-            with open(name, "rb") as file:
-                files.append(read_rules(file.read(), name, rule_template))
+        full = os.path.normpath(os.path.join(os.path.dirname(path), pattern))
+        found = sorted(glob.glob(full))
+        names += found
+        if not found:
+            print(f"  WARNING: no file matches {full}", file=sys.stderr, flush=True)
+    files = []
+    for name in dict.fromkeys(names):
+        with open(name, "rb") as file:
+            files.append(read_rules(file.read(), name, rule_template))
     failures = []
-    for number, test in enumerate(tests.tests):
-        if wanted.matches(test.name):
+    for number, test in enumerate(tests.tests, 1):
+        if not wanted or any(regex.matches(test.name) for regex in wanted):
             title = f"name: {test.name},\n" if test.name else f"test {number},\n"
             failures += [title + failure for failure in run_rule_test(test, tests, files)]
     return failures
@@ -19833,27 +19918,27 @@ def _backtest_files(options: argparse.Namespace) -> int:
     try:
         groups = load_groups(WatchOptions(options.data_dir, options.files))
         store = _stored(options.data_dir)
-        end_ms = int(time.time() * 1000)
-        start_ms = end_ms - int(options.since * 1000)
-        fired: dict[tuple[str, str], list[Firing]] = {}
-        for firing in backtest(groups, store.select, start_ms, end_ms):
-            labels = {name: text for name, text in firing.labels.items() if name != "alertname"}
-            fired.setdefault((firing.name, labels_text(labels)), []).append(firing)
-    except (WatchError, RuleError, OSError) as error:
+    except (WatchError, OSError) as error:
         return _complain(str(error))
+    end_ms = int(time.time() * 1000)
+    start_ms = end_ms - int(options.since * 1000)
+    fired, failed = backtest(groups, store.select, start_ms, end_ms)
     print(f"{utc_timestamp(start_ms)} to {utc_timestamp(end_ms)}")
-    for group in groups:
-        for rule in group.alerting:
-            rows = [(key, found) for key, found in fired.items() if key[0] == rule.rule.name]
-            if not rows:
-                print(f"\n{rule.rule.name}: never fires")
-            for (name, shown), found in sorted(rows):
-                times = [(firing.began_ms, firing.ended_ms) for firing in found]
-                print(f"\n{name} {shown}\n  {firing_bar(times, start_ms, end_ms)}")
-                for began_ms, ended_ms in times:
-                    lasted = _duration_text(ended_ms - began_ms)
-                    print(f"  {utc_timestamp(began_ms)} for {lasted}")
-    return 0
+    for rule in (rule for group in groups for rule in group.alerting):
+        times: dict[str, list[tuple[int, int]]] = {}
+        for firing in fired:
+            if firing.rule is rule:
+                times.setdefault(labels_text(firing.labels), []).append(firing[2:])
+        if not times:
+            print(f"\n{rule.rule.name}: never fires")
+        for shown, spans in sorted(times.items()):
+            print(f"\n{rule.rule.name} {shown}\n  {firing_bar(spans, start_ms, end_ms)}")
+            for began_ms, ended_ms in spans:
+                lasted = _duration_text(ended_ms - began_ms)
+                print(f"  {utc_timestamp(began_ms)} for {lasted}")
+    for reason, times_failed in failed.items():
+        print(f"{reason} (failed {times_failed} times)", file=sys.stderr)
+    return int(bool(failed))
 
 
 def _table(result: Result) -> str:
