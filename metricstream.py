@@ -10016,7 +10016,7 @@ MAX_TEMPLATE_STEPS = 200_000  # of one execution: nodes, arguments, and every 16
 MAX_TEMPLATE_DEPTH = 64  # of parentheses, of blocks, and of templates that call templates
 MAX_TEMPLATE_OUTPUT = 1 << 20  # characters
 QUERY_STEPS = 1_000  # what a call of `query` counts for
-REGEX_STEPS = 50
+REGEX_STEPS = 100
 
 # Prometheus puts this in front of every template of a rule; places in its errors count it.
 ALERT_VARIABLES = (
@@ -10597,15 +10597,10 @@ def _printed(*values: Any) -> str:
 # 31. Functions of templates
 # ==================================================================================================
 #
-# What a template may call: the functions that Go has, those that Prometheus adds for rules, and
-# those that Alertmanager adds for notifications. A function is a row with the types of its
-# arguments, and raises ValueError for what it can't do. `query` is given for each execution, as it
-# asks the store.
+# What every template may call: the functions that Go has. A function is a row with the types of its
+# arguments, and raises ValueError for what it can't do.
 #
-# Sources: https://pkg.go.dev/text/template, and the template references of Prometheus and
-# Alertmanager. Not here: `tmpl`, which Prometheus has for pages of consoles and refuses in rules.
-
-# ---- the functions that Go has ----
+# Source: https://pkg.go.dev/text/template and its funcs.go.
 
 
 def _basic(value: Any) -> tuple[str, Any]:
@@ -10733,8 +10728,13 @@ def _js_escaped(match: re.Match[str]) -> str:
     return _JS_ESCAPES.get(letter) or f"\\u{ord(letter):04X}"
 
 
+def _query_escaped(text: str) -> str:
+    return urllib.parse.quote_plus(text, errors="surrogateescape")
+
+
+# A call of these ends with the first argument that decides.
 _AND = TemplateFunction("any ...any", lambda *values: values[-1])
-_OR = TemplateFunction("any ...any ", lambda *values: values[-1])
+_OR = TemplateFunction("any ...any", lambda *values: values[-1])
 _GO_FUNCTIONS = {
     "and": _AND,
     "or": _OR,
@@ -10760,11 +10760,15 @@ _GO_FUNCTIONS = {
 }
 
 
-# ---- the functions that Prometheus and Alertmanager add ----
-
-
-def _query_escaped(text: str) -> str:
-    return urllib.parse.quote_plus(text, errors="surrogateescape")
+# ==================================================================================================
+# 32. Functions of alerts
+# ==================================================================================================
+#
+# The functions that Prometheus adds for rules, and those that Alertmanager adds for notifications.
+# `query`, `externalURL` and `pathPrefix` are given for each execution, as `query` asks the store.
+# Not here: `tmpl`, which Prometheus has for pages of consoles and refuses in rules.
+#
+# Sources: the template references of Prometheus and Alertmanager.
 
 
 def _link(expression: str, tab: int) -> str:
@@ -11000,7 +11004,6 @@ _COMMON_FUNCTIONS = {
     "toUpper": _in_case(str.upper),
 }
 
-# `query`, `externalURL` and `pathPrefix` come with each execution.
 RULE_FUNCTIONS = _COMMON_FUNCTIONS | {
     "args": TemplateFunction(
         "...any", lambda *values: _AnyMap((f"arg{n}", value) for n, value in enumerate(values))
@@ -11072,7 +11075,7 @@ NOTIFICATION_FUNCTIONS = _COMMON_FUNCTIONS | {
 
 
 # ==================================================================================================
-# 32. Template items
+# 33. Template items
 # ==================================================================================================
 #
 # The problem: labels and annotations of alerts, and what is sent to a webhook, are templates of
@@ -11255,7 +11258,7 @@ def _number_value(text: str) -> int | float:
 
 
 # ==================================================================================================
-# 33. Template parser
+# 34. Template parser
 # ==================================================================================================
 #
 # Items become a tree, and the next chapter walks over the tree. What `text` holds in a node is what
@@ -11639,7 +11642,7 @@ def _is_blank(statements: list[_Statement]) -> bool:
 
 
 # ==================================================================================================
-# 34. Templates
+# 35. Templates
 # ==================================================================================================
 #
 # A walk over the tree prints, and each step is Go's. What a label holds is printed and never read
@@ -11871,14 +11874,9 @@ class _TemplateRun:
         return value
 
     def field(
-        self,
-        dot: Any,
-        name: str,
-        path: _Path,
-        arguments: tuple[_Operand, ...],
-        last: Any,
+        self, dot: Any, name: str, path: _Path, arguments: tuple[_Operand, ...], last: Any,
         value: Any,
-    ) -> Any:
+    ) -> Any:  # fmt: skip
         if value is None:
             return None
         methods = getattr(value, "methods", None) or _METHODS.get(type(value), {})
@@ -11927,7 +11925,7 @@ class _TemplateRun:
         values: list[Any] = []
         for operand, wanted in zip(operands, types):
             values.append(self.argument(dot, wanted, operand))
-            if function in (_AND, _OR) and _is_true(values[-1]) == (function is _OR):
+            if (function is _AND or function is _OR) and _is_true(values[-1]) == (function is _OR):
                 return values[-1]
         if last is not _NOTHING:
             values.append(self.checked(last, types[-1]))
@@ -11994,7 +11992,7 @@ class _TemplateRun:
 
 
 # ==================================================================================================
-# 35. Command line
+# 36. Command line
 # ==================================================================================================
 #
 # Options become objects, one line says what is running, and a signal ends it. What goes wrong

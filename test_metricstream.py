@@ -7915,6 +7915,11 @@ def test_functions_answer_as_those_of_prometheus(template, printed):
     assert expanded(template) == printed
 
 
+# ==================================================================================================
+# Functions of alerts
+# ==================================================================================================
+
+
 # number, then what humanize, humanize1024, humanizeDuration, -Percentage and -Timestamp print
 HUMANIZED = [
     ('0', '0', '0', '0s', '0%', '1970-01-01 00:00:00 +0000 UTC'),
