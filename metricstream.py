@@ -10814,31 +10814,29 @@ def _four_digits(value: float) -> str:
     return _float_text(value, _Verb("g", precision=4))
 
 
-_SMALL = "munpfazy"
-
-
-def _scaled_text(value: float, step: int, prefixes: Iterable[str], unit: str = "") -> str:
+def _scaled_text(value: float, step: int, prefixes: Iterable[str]) -> str:
     """A number below `step`, with the prefix that stands for what it was divided by."""
     shown = ""
     for prefix in prefixes:
         if abs(value) < step:
             break
         shown, value = prefix, value / step
-    return f"{_four_digits(value)}{shown}{unit}"
+    return _four_digits(value) + shown
 
 
-def _small_text(value: float, unit: str = "") -> str:
+def _small_text(value: float) -> str:
+    """A number below 1 as one from 1 on, with the prefix for what it was multiplied with."""
     shown = ""
-    for prefix in _SMALL:
+    for prefix in "munpfazy" if value else "":
         if abs(value) >= 1:
             break
         shown, value = prefix, value * 1000
-    return f"{_four_digits(value)}{shown}{unit}"
+    return _four_digits(value) + shown
 
 
 def _humanize(value: Any) -> str:
     number = _float_of(value)
-    if not number or not math.isfinite(number):
+    if not math.isfinite(number):
         return _four_digits(number)
     return _scaled_text(number, 1000, "kMGTPEZY") if abs(number) >= 1 else _small_text(number)
 
@@ -10855,7 +10853,7 @@ def _humanize_duration(value: Any) -> str:
     if not math.isfinite(number):
         return _four_digits(number)
     if abs(number) < 1:
-        return _small_text(number, "s") if number else f"{_four_digits(number)}s"
+        return _small_text(number) + "s"
     sign, number = "-" if number < 0 else "", abs(number)
     minutes, seconds = divmod(int(number), 60)
     if not minutes:
@@ -11970,11 +11968,10 @@ class _TemplateRun:
             if isinstance(value, str):
                 return value
             self.fail(f"expected string; found {node.text}")
-        if wanted in ("int", "time.Duration"):
+        if wanted == "time.Duration":
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if is_number and value == int(value):
-                nanoseconds = int(value)
-                return nanoseconds if wanted == "int" else _duration_of(nanoseconds)
+                return _duration_of(int(value))
             self.fail(f"expected integer; found {node.text}")
         self.fail(f"can't handle {node.text} for arg of type {wanted}")
 
