@@ -6725,7 +6725,7 @@ COMPARE: dict[str, Callable[[float, float], bool]] = {
 
 
 GO_FLOAT = re.compile(
-    r"[-+]?(?:(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|(?i:inf|infinity|nan))"
+    r"[-+]?(?:(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|(?i:inf|infinity))|(?i:nan)"
 )
 
 
@@ -11865,10 +11865,13 @@ class _TemplateRun:
             value = self.variable(path.start)[1]
             if not path.names:
                 self.refuse_arguments(path, arguments, last)
-        for name in path.names[:-1]:
-            value = self.field(dot, name, path, (), _NOTHING, value)
-        for name in path.names[-1:]:
-            value = self.field(dot, name, path, arguments, last, value)
+        for place, name in enumerate(path.names, 1):
+            if value is None and place > 1:
+                self.fail(f"nil pointer evaluating interface {{}}.{name}")
+            if place < len(path.names):
+                value = self.field(dot, name, path, (), _NOTHING, value)
+            else:
+                value = self.field(dot, name, path, arguments, last, value)
         return value
 
     def field(
