@@ -7068,7 +7068,7 @@ COMPARE: dict[str, Callable[[float, float], bool]] = {
 
 
 GO_FLOAT = re.compile(
-    r"[-+]?(?:(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|(?i:inf|infinity|nan))"
+    r"[-+]?(?:(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|(?i:inf|infinity))|(?i:nan)"
 )
 
 
@@ -11219,7 +11219,7 @@ MAX_TEMPLATE_STEPS = 200_000  # of one execution: nodes, arguments, and every 16
 MAX_TEMPLATE_DEPTH = 64  # of parentheses, of blocks, and of templates that call templates
 MAX_TEMPLATE_OUTPUT = 1 << 20  # characters
 QUERY_STEPS = 1_000  # what a call of `query` counts for
-REGEX_STEPS = 50
+REGEX_STEPS = 100
 
 # Prometheus puts this in front of every template of a rule; places in its errors count it.
 ALERT_VARIABLES = (
@@ -11660,9 +11660,6 @@ def _hexadecimal_text(value: float, precision: int | None) -> str:
     return f"0x{head}{'.' if tail else ''}{tail}p{exponent - 1 if value else 0:+03d}"
 
 
-_DECIMAL_EXPONENT, _HEXADECIMAL_EXPONENT = re.compile("[eE]"), re.compile("[pP]")
-
-
 def _with_point(text: str, verb: str, precision: int | None) -> str:
     """With `#` a number has a point, and zeros up to its precision."""
     marks = "pP" if verb in "xX" else "eE"
@@ -11803,15 +11800,10 @@ def _printed(*values: Any) -> str:
 # 33. Functions of templates
 # ==================================================================================================
 #
-# What a template may call: the functions that Go has, those that Prometheus adds for rules, and
-# those that Alertmanager adds for notifications. A function is a row with the types of its
-# arguments, and raises ValueError for what it can't do. `query` is given for each execution, as it
-# asks the store.
+# What every template may call: the functions that Go has. A function is a row with the types of its
+# arguments, and raises ValueError for what it can't do.
 #
-# Sources: https://pkg.go.dev/text/template, and the template references of Prometheus and
-# Alertmanager. Not here: `tmpl`, which Prometheus has for pages of consoles and refuses in rules.
-
-# ---- the functions that Go has ----
+# Source: https://pkg.go.dev/text/template and its funcs.go.
 
 
 def _basic(value: Any) -> tuple[str, Any]:
@@ -11939,8 +11931,13 @@ def _js_escaped(match: re.Match[str]) -> str:
     return _JS_ESCAPES.get(letter) or f"\\u{ord(letter):04X}"
 
 
+def _query_escaped(text: str) -> str:
+    return urllib.parse.quote_plus(text, errors="surrogateescape")
+
+
+# A call of these ends with the first argument that decides.
 _AND = TemplateFunction("any ...any", lambda *values: values[-1])
-_OR = TemplateFunction("any ...any ", lambda *values: values[-1])
+_OR = TemplateFunction("any ...any", lambda *values: values[-1])
 _GO_FUNCTIONS = {
     "and": _AND,
     "or": _OR,
@@ -11966,11 +11963,15 @@ _GO_FUNCTIONS = {
 }
 
 
-# ---- the functions that Prometheus and Alertmanager add ----
-
-
-def _query_escaped(text: str) -> str:
-    return urllib.parse.quote_plus(text, errors="surrogateescape")
+# ==================================================================================================
+# 34. Functions of alerts
+# ==================================================================================================
+#
+# The functions that Prometheus adds for rules, and those that Alertmanager adds for notifications.
+# `query`, `externalURL` and `pathPrefix` are given for each execution, as `query` asks the store.
+# Not here: `tmpl`, which Prometheus has for pages of consoles and refuses in rules.
+#
+# Sources: the template references of Prometheus and Alertmanager.
 
 
 def _link(expression: str, tab: int) -> str:
@@ -12016,31 +12017,29 @@ def _four_digits(value: float) -> str:
     return _float_text(value, _Verb("g", precision=4))
 
 
-_SMALL = "munpfazy"
-
-
-def _scaled_text(value: float, step: int, prefixes: Iterable[str], unit: str = "") -> str:
+def _scaled_text(value: float, step: int, prefixes: Iterable[str]) -> str:
     """A number below `step`, with the prefix that stands for what it was divided by."""
     shown = ""
     for prefix in prefixes:
         if abs(value) < step:
             break
         shown, value = prefix, value / step
-    return f"{_four_digits(value)}{shown}{unit}"
+    return _four_digits(value) + shown
 
 
-def _small_text(value: float, unit: str = "") -> str:
+def _small_text(value: float) -> str:
+    """A number below 1 as one from 1 on, with the prefix for what it was multiplied with."""
     shown = ""
-    for prefix in _SMALL:
+    for prefix in "munpfazy" if value else "":
         if abs(value) >= 1:
             break
         shown, value = prefix, value * 1000
-    return f"{_four_digits(value)}{shown}{unit}"
+    return _four_digits(value) + shown
 
 
 def _humanize(value: Any) -> str:
     number = _float_of(value)
-    if not number or not math.isfinite(number):
+    if not math.isfinite(number):
         return _four_digits(number)
     return _scaled_text(number, 1000, "kMGTPEZY") if abs(number) >= 1 else _small_text(number)
 
@@ -12057,7 +12056,7 @@ def _humanize_duration(value: Any) -> str:
     if not math.isfinite(number):
         return _four_digits(number)
     if abs(number) < 1:
-        return _small_text(number, "s") if number else f"{_four_digits(number)}s"
+        return _small_text(number) + "s"
     sign, number = "-" if number < 0 else "", abs(number)
     minutes, seconds = divmod(int(number), 60)
     if not minutes:
@@ -12206,7 +12205,6 @@ _COMMON_FUNCTIONS = {
     "toUpper": _in_case(str.upper),
 }
 
-# `query`, `externalURL` and `pathPrefix` come with each execution.
 RULE_FUNCTIONS = _COMMON_FUNCTIONS | {
     "args": TemplateFunction(
         "...any", lambda *values: _AnyMap((f"arg{n}", value) for n, value in enumerate(values))
@@ -12288,7 +12286,7 @@ NOTIFICATION_FUNCTIONS = _COMMON_FUNCTIONS | {
 
 
 # ==================================================================================================
-# 34. Template items
+# 35. Template items
 # ==================================================================================================
 #
 # The problem: labels and annotations of alerts, and what is sent to a webhook, are templates of
@@ -12471,7 +12469,7 @@ def _number_value(text: str) -> int | float:
 
 
 # ==================================================================================================
-# 35. Template parser
+# 36. Template parser
 # ==================================================================================================
 #
 # Items become a tree, and the next chapter walks over the tree. What `text` holds in a node is what
@@ -12855,7 +12853,7 @@ def _is_blank(statements: list[_Statement]) -> bool:
 
 
 # ==================================================================================================
-# 36. Templates
+# 37. Templates
 # ==================================================================================================
 #
 # A walk over the tree prints, and each step is Go's. What a label holds is printed and never read
@@ -13090,21 +13088,19 @@ class _TemplateRun:
             value = self.variable(path.start)[1]
             if not path.names:
                 self.refuse_arguments(path, arguments, last)
-        for name in path.names[:-1]:
-            value = self.field(dot, name, path, (), _NOTHING, value)
-        for name in path.names[-1:]:
-            value = self.field(dot, name, path, arguments, last, value)
+        for place, name in enumerate(path.names, 1):
+            if value is None and place > 1:
+                self.fail(f"nil pointer evaluating interface {{}}.{name}")
+            if place < len(path.names):
+                value = self.field(dot, name, path, (), _NOTHING, value)
+            else:
+                value = self.field(dot, name, path, arguments, last, value)
         return value
 
     def field(
-        self,
-        dot: Any,
-        name: str,
-        path: _Path,
-        arguments: tuple[_Operand, ...],
-        last: Any,
+        self, dot: Any, name: str, path: _Path, arguments: tuple[_Operand, ...], last: Any,
         value: Any,
-    ) -> Any:
+    ) -> Any:  # fmt: skip
         if value is None:
             return None
         methods = getattr(value, "methods", None) or _METHODS.get(type(value), {})
@@ -13153,7 +13149,7 @@ class _TemplateRun:
         values: list[Any] = []
         for operand, wanted in zip(operands, types):
             values.append(self.argument(dot, wanted, operand))
-            if function in (_AND, _OR) and _is_true(values[-1]) == (function is _OR):
+            if (function is _AND or function is _OR) and _is_true(values[-1]) == (function is _OR):
                 return values[-1]
         if last is not _NOTHING:
             values.append(self.checked(last, types[-1]))
@@ -13198,11 +13194,10 @@ class _TemplateRun:
             if isinstance(value, str):
                 return value
             self.fail(f"expected string; found {node.text}")
-        if wanted in ("int", "time.Duration"):
+        if wanted == "time.Duration":
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if is_number and value == int(value):
-                nanoseconds = int(value)
-                return nanoseconds if wanted == "int" else _duration_of(nanoseconds)
+                return _duration_of(int(value))
             self.fail(f"expected integer; found {node.text}")
         self.fail(f"can't handle {node.text} for arg of type {wanted}")
 
@@ -13215,7 +13210,7 @@ class _TemplateRun:
 
 
 # ==================================================================================================
-# 37. Alerting
+# 38. Alerting
 # ==================================================================================================
 #
 # The problem: whether something is wrong is asked again and again, and what was found must neither
@@ -13865,7 +13860,7 @@ def _page_of(groups: list[dict[str, Any]], limit_text: str, token: str) -> dict[
 
 
 # ==================================================================================================
-# 38. Rule tests
+# 39. Rule tests
 # ==================================================================================================
 #
 # The problem: a rule that was never seen to fire is a guess. The idea: evaluate rules as the
@@ -14364,7 +14359,7 @@ def firing_bar(times: Iterable[tuple[int, int]], start_ms: int, end_ms: int) -> 
 
 
 # ==================================================================================================
-# 39. Alerts and routes
+# 40. Alerts and routes
 # ==================================================================================================
 #
 # The problem: hundreds of alerts fire at once, and each is for somebody else. The idea is that of
@@ -14505,7 +14500,7 @@ def route_key(parent_key: str | None, matchers: Iterable[Matcher]) -> str:
 
 
 # ==================================================================================================
-# 40. Notification configuration
+# 41. Notification configuration
 # ==================================================================================================
 #
 # The problem: who is told what stands in a file, credentials included, and people have such files
@@ -15053,7 +15048,7 @@ class _ConfigReader:
 
 
 # ==================================================================================================
-# 41. Notification
+# 42. Notification
 # ==================================================================================================
 #
 # The problem: each firing and each resolve is told once, although alerts come in again every
@@ -15585,7 +15580,7 @@ def _merged(old: Alert, new: Alert, now: float) -> Alert:
 
 
 # ==================================================================================================
-# 42. Receivers
+# 43. Receivers
 # ==================================================================================================
 #
 # The problem: a notification has to reach a service that may be slow, gone or wrong about what it
@@ -16064,7 +16059,7 @@ _CLIENT_STATISTICS: tuple[tuple[str, str, str, Callable[[_Queue], float]], ...] 
 
 
 # ==================================================================================================
-# 43. Alertmanager API
+# 44. Alertmanager API
 # ==================================================================================================
 #
 # The problem: people silence alerts with amtool, look at them in Grafana, and another Prometheus
@@ -16413,7 +16408,7 @@ def _silence_json(silence: Silence, now: float) -> dict[str, Any]:
 
 
 # ==================================================================================================
-# 44. Watcher process
+# 45. Watcher process
 # ==================================================================================================
 #
 # The problem: 200 heavy rules must not slow a POST, a receiver that hangs must not hold up a rule,
@@ -17000,7 +16995,7 @@ def watch_main(arguments: list[str]) -> int:
 
 
 # ==================================================================================================
-# 45. Watcher client
+# 46. Watcher client
 # ==================================================================================================
 #
 # The front's end of the watcher: it gives the watcher connections to this server, hands over what
@@ -17091,7 +17086,7 @@ EMPTY_WATCHER = {
 
 
 # ==================================================================================================
-# 46. Dashboard
+# 47. Dashboard
 # ==================================================================================================
 #
 # The problem: whoever pushed something wants to look at it without installing anything. The idea:
@@ -18669,7 +18664,7 @@ def dashboard_routes(
 
 
 # ==================================================================================================
-# 47. Remote write
+# 48. Remote write
 # ==================================================================================================
 #
 # The problem: who outgrows one machine has an engine for many, and it wants samples in a protocol
@@ -19036,7 +19031,7 @@ def _retry_after_s(text: str) -> float | None:
 
 
 # ==================================================================================================
-# 48. Sender process
+# 49. Sender process
 # ==================================================================================================
 #
 # The problem: every sample of the log is to reach a receiver, whatever dies in between and however
@@ -19581,7 +19576,7 @@ class AgentSegments:
 
 
 # ==================================================================================================
-# 49. Command line
+# 50. Command line
 # ==================================================================================================
 #
 # Options become objects, one line says what is running, and a signal ends it. What goes wrong

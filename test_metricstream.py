@@ -8427,6 +8427,9 @@ def test_formats_are_those_of_go(template, printed):
 
 
 CALLED = [
+    ('{{ toTime "+NaN" }}', '!1:115@<toTime "+NaN">: error calling toTime: strconv.ParseFloat: parsing "+NaN": invalid syntax'),
+    ("{{ (args 1).a.b }}", "!1:121@<1>: nil pointer evaluating interface {}.b"),
+    ("{{ (args 1).a }}", "<no value>"),
     ("{{ $labels.job }} {{ $externalLabels.cluster }} {{ $externalURL }} {{ $value }}",
      "node eu http://prom.example:9090/p/x 1"),
     ("{{ $labels.inject }} {{ $labels.html }} {{ $labels.uni }}", '{{ 1 }} <a href="x">&\' ü'),
@@ -8677,6 +8680,11 @@ CALLED = [
 @pytest.mark.parametrize("template, printed", CALLED)
 def test_functions_answer_as_those_of_prometheus(template, printed):
     assert expanded(template) == printed
+
+
+# ==================================================================================================
+# Functions of alerts
+# ==================================================================================================
 
 
 # number, then what humanize, humanize1024, humanizeDuration, -Percentage and -Timestamp print
