@@ -13787,7 +13787,7 @@ def rules_json(groups: Iterable[GroupState], form: Mapping[str, list[str]]) -> d
 
     kind = only("type").lower()
     if kind not in ("", "alert", "record"):
-        raise ValueError(f"not supported value {write_json(kind)}")
+        raise ValueError(f'invalid parameter "type": not supported value {write_json(kind)}')
     matcher_sets = [_matchers_of(text) for text in form.get("match[]", [])]
     hide_alerts = only("exclude_alerts")
     if hide_alerts not in ("", *_TRUE, *_FALSE):

@@ -37,6 +37,7 @@ import ssl
 import struct
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import tracemalloc
@@ -9357,6 +9358,1157 @@ def test_the_tables_are_what_promtool_says(tmp_path):
 
 
 # ==================================================================================================
+# Alerting
+# ==================================================================================================
+
+
+def rule_file_of(text: str, name: str = "rules.yml") -> metricstream.RuleFile:
+    return metricstream.read_rules(text, name, metricstream.rule_template)
+
+
+class WatchedGroup:
+    """A group of rules over series in memory. Its clock is what a test says."""
+
+    def __init__(self, rules: str, fields: str = "", **context: Any) -> None:
+        self.file = rule_file_of(f"groups: [{{name: g, {fields} rules: [{rules}]}}]")
+        self.context = metricstream.RuleContext(**context)
+        self.memory = metricstream.MemorySeries()
+        self.query = metricstream.engine_query(Engine(self.memory.select))
+        self.recorded: list[metricstream.Recorded] = []  # at the last evaluation
+        self.told: list[list[metricstream.Alert]] = []  # for each evaluation of a rule
+        self.start()
+
+    def start(self) -> None:
+        """Begin as a process does that has just been started."""
+        self.group = metricstream.GroupState(self.file.groups[0], "rules.yml", self.context)
+
+    def restart(self, now: float) -> None:
+        """Crash, and start with what stood in the file."""
+        kept = json.loads(json.dumps(self.group.state()))
+        self.start()
+        self.group.restore(kept, now)
+        assert not kept
+
+    def put(self, at: float, value: float | None, **labels: str) -> None:
+        """Store a sample of the metric `m`."""
+        number = self.memory.number({"__name__": "m", **labels})
+        ended = metricstream.STALE if value is None else value
+        self.memory.append(number, round(at * 1000), ended)
+
+    def evaluate(self, at: float) -> None:
+        self.recorded.clear()
+
+        async def record(samples: list[metricstream.Recorded]) -> None:
+            self.recorded += samples
+            await self.memory.record(samples)
+
+        metricstream._at_once(self.group.evaluate(at, self.query, record, self.told.append))
+
+    @property
+    def alerts(self) -> list[metricstream.ActiveAlert]:
+        return [alert for rule in self.group.alerting for alert in rule.alerts.values()]
+
+    def states(self) -> str:
+        """The first letters of the states, in the order of the labels."""
+        alerts = sorted(self.alerts, key=lambda alert: sorted(alert.labels.items()))
+        return "".join(alert.state[0] for alert in alerts) or "-"
+
+
+# Once a minute there is a sample of `m`, or none; then the rule is evaluated. Its states: pending,
+# firing, inactive (it is resolved, and kept for a while), - (nothing is known of it).
+STATES = [
+    ("it fires at once without 'for'", "", "0 1 1 0 0", "- f f i i"),
+    ("it is pending before it fires", "for: 2m", "0 1 1 1 1", "- p p f f"),
+    ("what was only pending is forgotten", "for: 2m", "1 1 0 1 1 1", "p p - p p f"),
+    ("a series without samples is no alert", "for: 1m", "1 1 stale _ _", "p f i i i"),
+    ("it goes on firing for a while", "keep_firing_for: 2m", "1 0 0 0 0", "f f f i i"),
+    ("a match in between extends that", "keep_firing_for: 2m", "1 0 1 0 0 0", "f f f f f i"),
+    ("what is pending is not kept", "for: 2m, keep_firing_for: 5m", "1 0 0", "p - -"),
+    ("a resolved alert begins anew", "for: 1m", "1 1 0 1 1", "p f i p f"),
+    ("and fires at once without 'for'", "", "1 0 1 0", "f i f i"),
+    ("a resolved alert is kept for 15 minutes", "", "1" + " 0" * 18, "f " + "i " * 16 + "- -"),
+    ("an offset looks at what was", "", "0 1 0 0", "- f i i"),
+]
+
+
+@pytest.mark.parametrize(("fields", "values", "states"), [row[1:] for row in STATES],
+                         ids=[row[0] for row in STATES])  # fmt: skip
+def test_an_alert_goes_from_state_to_state(fields, values, states):
+    group = WatchedGroup(f"{{alert: A, expr: m == 1, {fields}}}")
+    seen = []
+    for minute, value in enumerate(metricstream.series_values(values)):
+        if value is not None:
+            group.put(minute * 60, value)
+        group.evaluate(minute * 60)
+        seen.append(group.states())
+    assert seen == states.split()
+
+
+@pytest.mark.parametrize("interval", ["15s", "7s", "333ms", "1m"])
+def test_for_ends_with_the_evaluation_that_is_due_then(interval):
+    # times of evaluations are floats of seconds, whose differences are a little less or more
+    group = WatchedGroup("{alert: A, expr: vector(1), for: 10s}", f"interval: {interval},")
+    step_ms = metricstream.parse_duration_ms(interval)
+    at = group.group.next_time(1_764_000_000.123)
+    for number in range(40):
+        group.evaluate(at)
+        assert group.states() == ("f" if number * step_ms >= 10_000 else "p"), number
+        assert group.recorded[0].time_ms % step_ms == group.group._offset_ms
+        after = group.group.next_time(at)
+        assert round((after - at) * 1000) == step_ms
+        at = after
+
+
+def test_groups_are_spread_over_their_interval():
+    offsets = set()
+    for number in range(100):
+        group = metricstream.RuleGroup(f"g{number}", 60_000, 0, 0, {}, ())
+        at = metricstream.GroupState(group, "f", metricstream.RuleContext()).next_time(0.0)
+        assert 0 < at <= 60 and at == metricstream.GroupState(
+            group, "f", metricstream.RuleContext()
+        ).next_time(at - 0.001)
+        offsets.add(at // 6)
+    assert len(offsets) == 10
+
+
+def test_what_an_alert_records():
+    group = WatchedGroup("{alert: A, expr: m > 0, for: 1m, labels: {team: x}}")
+    seen = []
+    for minute, value in enumerate([3, 3, 0, None]):
+        group.put(minute * 60 + 0.5, value, host="a")
+        group.evaluate(minute * 60 + 0.5)
+        seen.append([(s.labels["__name__"], s.labels.get("alertstate"), s.value, s.time_ms)
+                     for s in group.recorded])  # fmt: skip
+        for sample in group.recorded:
+            assert (sample.labels["alertname"], sample.labels["team"]) == ("A", "x")
+            assert sample.labels["host"] == "a"
+    assert seen == [
+        [("ALERTS", "pending", 1.0, 500), ("ALERTS_FOR_STATE", None, 0.0, 500)],
+        [("ALERTS", "firing", 1.0, 60_500), ("ALERTS_FOR_STATE", None, 0.0, 60_500),
+         ("ALERTS", "pending", None, 60_500)],
+        [("ALERTS", "firing", None, 120_500), ("ALERTS_FOR_STATE", None, None, 120_500)],
+        [],
+    ]  # fmt: skip
+
+
+def test_series_that_a_rule_no_longer_gives_end():
+    group = WatchedGroup("{record: r, expr: m * 2, labels: {a: '', b: x}}", "query_offset: 10s,")
+    group.put(0, 1, a="1", host="a")
+    group.put(0, 2, a="2", host="b")
+    group.evaluate(10)
+    a, b = ({"__name__": "r", "b": "x", "host": host} for host in "ab")
+    assert group.recorded == [(a, 2.0, 0), (b, 4.0, 0)]
+    group.put(60, None, a="2", host="b")
+    group.evaluate(70)
+    assert group.recorded == [(a, 2.0, 60_000), (b, None, 60_000)]
+    assert group.group.end_series(99) == [(a, None, 99)]
+
+
+def test_a_rule_sees_what_those_before_it_recorded():
+    group = WatchedGroup("{record: r, expr: m + 1}, {record: s, expr: r + 1}, {alert: A, expr: s}, "
+                         '{alert: B, expr: \'ALERTS{alertname="A"}\'}')  # fmt: skip
+    group.put(0, 1)
+    group.evaluate(0)
+    assert [alert.value for alert in group.alerts] == [3, 1]
+    assert group.alerts[1].labels == {"alertname": "B", "alertstate": "firing"}
+
+
+LABELS = [
+    ("the series' own", "", "", {"l": "series"}),
+    ("of the group before the series'", "labels: {l: group},", "", {"l": "group"}),
+    ("of the rule before the group's", "labels: {l: group},", "labels: {l: rule}", {"l": "rule"}),
+    ("the alert's name before all", "labels: {alertname: B},", "labels: {alertname: C}",
+     {"l": "series"}),
+    ("an empty one takes it away", "labels: {l: x, g: h},", "labels: {l: '', g: ''}", {}),
+    ("a template sees the series", "", "labels: {l: '{{ $labels.l }}/{{ $labels.__name__ }}'}",
+     {"l": "series/m"}),
+    ("a template of the group", "labels: {l: '{{ $value }}'},", "", {"l": "7"}),
+    ("a template that fails", "", "labels: {l: '{{ index $labels 1 }}'}",
+     {"l": "<error expanding template: error executing template __alert_A: template: __alert_A:1:"
+           "115: executing \"__alert_A\" at <index $labels 1>: error calling index: value has type "
+           "int; should be string>"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("of_group", "of_rule", "expected"), [row[1:] for row in LABELS],
+                         ids=[row[0] for row in LABELS])  # fmt: skip
+def test_labels_of_an_alert(of_group, of_rule, expected):
+    group = WatchedGroup(f"{{alert: A, expr: m, {of_rule}}}", of_group)
+    group.put(0, 7, l="series")
+    group.evaluate(0)
+    assert group.alerts[0].labels == {"alertname": "A"} | expected
+    assert group.alerts[0].series == {"l": "series"}
+
+
+def test_annotations_follow_the_value_and_templates_may_query():
+    group = WatchedGroup(
+        "{alert: A, expr: 'm{host!=\"z\"} > 0', annotations: {"
+        "summary: '{{ $value }} of {{ $labels.host }} {{ $externalLabels.dc }} {{ $externalURL }}',"
+        "first: '{{ with query \"m{host=\\\"z\\\"}\" }}{{ . | first | value }}{{ end }}',"
+        "nested: '{{ range query \"m\" }}{{ range query (printf \"m{host=%q}\" .Labels.host) }}"
+        "{{ .Value }} {{ end }}{{ end }}',"
+        "wrong: '{{ query \"m +\" }}'}}",
+        external_labels={"dc": "eu"}, external_url="http://x/y",
+    )  # fmt: skip
+    for host, value in (("a", 1), ("b", 2), ("z", 9)):
+        group.put(0, value, host=host)
+    group.evaluate(0)
+    one, two = group.alerts
+    assert one.annotations["summary"] == "1 of a eu http://x/y"
+    assert one.annotations["first"] == "9" and one.annotations["nested"] == "1 2 9 "
+    assert one.annotations["wrong"].startswith("<error expanding template: error executing")
+    assert "unexpected end of input" in one.annotations["wrong"]
+    assert two.annotations["summary"] == "2 of b eu http://x/y"
+    group.put(60, 5, host="a")
+    group.evaluate(60)
+    assert group.alerts[0].annotations["summary"] == "5 of a eu http://x/y"
+
+
+def test_a_template_asks_a_bounded_number_of_times():
+    nested = "{{ $n := query \"m\" }}" + "".join(
+        f"{{{{ range $n }}}}{{{{ $n = query (printf \"m + %v + {depth}\" .Value) }}}}{{{{ end }}}}"
+        for depth in range(8)
+    )  # fmt: skip
+    group = WatchedGroup(f"{{alert: A, expr: m, annotations: {{a: {json.dumps(nested)}}}}}")
+    group.put(0, 1)
+    group.evaluate(0)
+    assert group.alerts[0].annotations["a"].endswith("nested more than 5 deep>")
+
+
+FAILURES = [
+    ("labels that become the same", "{alert: A, expr: m, labels: {host: x}}",
+     "vector contains metrics with the same labelset after applying alert labels"),
+    ("recorded labels that become the same", "{record: r, expr: m, labels: {host: x}}",
+     "vector contains metrics with the same labelset after applying rule labels"),
+    ("too many alerts", "{alert: A, expr: m, for: 1h}", "exceeded limit of 2 with 3 alerts"),
+    ("too many series", "{record: r, expr: m}", "exceeded limit of 2 with 3 series"),
+    ("a query that fails", "{alert: A, expr: m + on() m}", "many-to-many"),
+    ("a string", "{record: r, expr: '\"text\"'}", "rule result is not a vector or scalar"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rule", "reason"), [row[1:] for row in FAILURES],
+                         ids=[row[0] for row in FAILURES])  # fmt: skip
+def test_rules_that_fail(rule, reason):
+    group = WatchedGroup(f"{rule}, {{record: after, expr: vector(1)}}", "limit: 2,")
+    for host in "abc":
+        group.put(0, 1, host=host)
+    group.evaluate(0)
+    failed, after = group.group.rules
+    assert (failed.health, group.group.failures, group.group.evaluations) == ("err", 1, 2)
+    assert reason in failed.last_error
+    assert (after.health, group.alerts) == ("ok", [])
+    assert [sample.labels for sample in group.recorded] == [{"__name__": "after"}]
+
+
+def test_a_failed_evaluation_leaves_the_state_alone():
+    expression = 'm{host="a"} + on() m{host=~"z.*"} > 0'
+    group = WatchedGroup(f"{{alert: A, expr: '{expression}', for: 2m}}")
+    group.put(0, 1, host="a")
+    group.put(0, 0, host="z1")
+    for minute in range(5):
+        if minute == 1:
+            group.put(60, 0, host="z2")  # many-to-many from now on
+        if minute == 3:
+            group.put(180, None, host="z2")
+        group.evaluate(minute * 60)
+        assert group.group.rules[0].health == ("err" if minute in (1, 2) else "ok")
+        assert group.states() == ("p" if minute < 3 else "f")
+        if minute in (1, 2):
+            assert group.recorded == []
+    assert [len(alerts) for alerts in group.told] == [0, 0, 0, 1, 1]
+
+
+def test_more_alerts_than_the_limit_are_all_forgotten():
+    group = WatchedGroup("{alert: A, expr: m > 0}", "limit: 2,")
+    group.put(0, 1, host="a")
+    group.put(0, 1, host="b")
+    group.evaluate(0)
+    group.put(60, 1, host="c")
+    group.evaluate(60)
+    assert group.states() == "-" and group.group.rules[0].health == "err"
+
+
+def test_who_is_told_when():
+    group = WatchedGroup("{alert: A, expr: m > 5, for: 20s, labels: {a: b}}", "interval: 10s,",
+                         external_labels={"dc": "eu", "a": "c"}, external_url="http://x")  # fmt: skip
+    told = {}
+    for at in range(0, 300, 10):
+        group.put(at, 9 if at < 150 else 2, host="h")
+        group.evaluate(at)
+        if group.told[-1]:
+            (told[at],) = group.told[-1]
+    # it fires at 20; again each minute; at once when it is resolved
+    assert list(told) == [20, 80, 140, 150, 210, 270]
+    for at, alert in told.items():
+        assert alert.labels == {"alertname": "A", "host": "h", "dc": "eu", "a": "b"}
+        assert (alert.starts_at, alert.updated_at) == (20, at)
+        # valid for two failures to come, or over
+        assert alert.ends_at == (at + 240 if at < 150 else 150)
+        assert alert.generator_url == "http://x/graph?g0.expr=m+%3E+5&g0.tab=1"
+    assert told[140].annotations == {}
+    assert told[150].annotations == {"firing_value": "9", "resolved_value": "2"}
+
+
+RESOLVED_VALUES = [
+    ("a comparison", "m > 5", "2"),
+    ("the right side of a condition is left out", "(m > 5) and on() vector(1)", "2"),
+    ("arithmetic", "m / 4 > bool 1 == 1", "0.5"),
+    ("nothing is compared", "m / (m > 5)", "no value"),
+    ("alternatives", "m > 5 or m > 6", "no value"),
+]
+
+
+@pytest.mark.parametrize(("expression", "value"), [row[1:] for row in RESOLVED_VALUES],
+                         ids=[row[0] for row in RESOLVED_VALUES])  # fmt: skip
+def test_a_resolved_alert_says_at_which_value(expression, value):
+    group = WatchedGroup(f"{{alert: A, expr: {expression}, annotations: {{firing_value: own}}}}")
+    group.put(0, 8, host="h")
+    group.evaluate(0)
+    group.put(60, 2, host="h")
+    group.evaluate(60)
+    (alert,) = group.told[-1]
+    assert alert.annotations == {"firing_value": "own", "resolved_value": value}
+
+
+def test_a_clock_that_is_set_back_stops_no_timer():
+    group = WatchedGroup("{alert: A, expr: m > 0, for: 1m, keep_firing_for: 1m}")
+    seen = []
+    for at, value in ((10_000, 1), (400, 1), (460, 1), (470, 0)):
+        group.memory = metricstream.MemorySeries()
+        group.query = metricstream.engine_query(Engine(group.memory.select))
+        group.put(at, value)
+        group.evaluate(at)
+        seen.append(group.states())
+    assert seen == ["p", "p", "f", "f"]
+    group.evaluate(300)  # while it is kept firing
+    group.evaluate(360)
+    assert group.states() == "i" and group.alerts[0].resolved_at == 360
+    assert [len(alerts) for alerts in group.told] == [0, 0, 1, 0, 0, 1]
+
+
+@pytest.mark.parametrize(("gap_s", "state", "active_at"), [
+    pytest.param(3600, "f", 0, id="an hour: its time went on"),
+    pytest.param(3601, "p", 3601, id="longer: it begins anew"),
+])  # fmt: skip
+def test_pending_alerts_after_a_time_without_evaluation(gap_s, state, active_at, caplog):
+    group = WatchedGroup("{alert: A, expr: vector(1), for: 10m}")
+    group.evaluate(0)
+    group.restart(gap_s - 5)
+    group.restart(gap_s)  # a crash before anything was evaluated
+    group.evaluate(gap_s)
+    assert group.states() == state and group.alerts[0].active_at == active_at
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ([] if state == "f" else [
+        "rule A: no evaluation for 3601 s: 1 pending alerts start again"
+    ])  # fmt: skip
+
+
+def test_alerts_of_rules_with_one_name_are_kept_apart():
+    rules = [f"{{alert: A, expr: m == {number}, labels: {{n: {label}}}}}"
+             for number, label in ((1, "x"), (2, "x"), (3, "y"))]  # fmt: skip
+    group = WatchedGroup(", ".join(rules))
+    for number in (1, 2, 3):
+        group.put(0, number, host=str(number))
+    group.evaluate(0)
+    before = [list(rule.alerts) for rule in group.group.alerting]
+    assert all(before) and len(group.group.state()) == 3
+    group.restart(1)
+    assert [list(rule.alerts) for rule in group.group.alerting] == before
+    kept = group.group.state()
+    other = WatchedGroup(f"{rules[2]}, {{alert: B, expr: m}}")
+    other.group.restore(kept, 2)
+    assert len(kept) == 2 and len(other.alerts) == 1  # those of the rules that are gone
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_restart_at_any_time_changes_nothing(seed):
+    """Property: with crashes between evaluations, what is told, recorded and known is the same."""
+    chance = random.Random(seed)
+    rules = ("{alert: A, expr: m > 3, for: 2m, annotations: {v: '{{ $value }}'}}, "
+             "{alert: B, expr: 'm{host!=\"c\"} > 6', keep_firing_for: 3m}, "
+             "{alert: B, expr: m % 5 == 0, for: 1m, keep_firing_for: 1m, labels: {l: '{{ $value }}'"
+             "}}, {alert: C, expr: 'm + on() m{host=~\"a|b\"}', for: 1m}")  # fmt: skip
+    steady, crashing = WatchedGroup(rules), WatchedGroup(rules)
+    at = 1_764_000_000.0
+    for _ in range(60):
+        at += chance.choice([1, 15, 60, 60, 60, 60, 300, 3000])
+        for host in "abc":
+            if chance.random() < 0.7:
+                value = chance.choice([0, 1, 4, 5, 7, 9.5, 10, math.inf, math.nan, None])
+                for group in (steady, crashing):
+                    group.put(at, value, host=host)
+        for _ in range(chance.choice([0, 0, 1, 2])):
+            crashing.restart(at - chance.random())
+        # the clock of evaluations may be set back
+        now = at - chance.choice([0, 0, 0, 0, 30, 400])
+        for group in (steady, crashing):
+            group.evaluate(now)
+        assert repr(crashing.group.state()) == repr(steady.group.state())
+        assert crashing.told[-4:] == steady.told[-4:]
+        assert repr(crashing.recorded) == repr(steady.recorded)
+
+
+def shape_of(value: object) -> object:
+    """JSON without what differs from run to run: the types of numbers and times, all keys."""
+    if isinstance(value, dict):
+        return {key: shape_of(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [shape_of(part) for part in value]
+    if isinstance(value, str) and re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z", value):
+        return "time"
+    return "number" if isinstance(value, float) else value
+
+
+RULES_OF_THE_API = """
+groups:
+- name: b
+  interval: 1s
+  limit: 5
+  rules:
+  - {record: "r:one", expr: vector(7)}
+  - {record: "r:bad", expr: m + on() m, labels: {team: x}}
+- name: a
+  interval: 1s
+  rules:
+  - alert: Firing
+    expr: |
+      vector(1)
+        > 0
+    keep_firing_for: 5m
+    labels: {severity: page}
+    annotations: {summary: "{{ $value }}"}
+  - {alert: Pending, expr: vector(1234567.5), for: 1h}
+  - {alert: Inactive, expr: vector(0) > 1}
+"""
+
+# As Prometheus 2.42 answers, with the labels of recording rules as 3 has them.
+GROUPS_OF_THE_API = [
+    {
+        "name": "a", "file": "rules.yml", "interval": "number", "limit": 0,
+        "evaluationTime": "number", "lastEvaluation": "time",
+        "rules": [
+            {
+                "state": "firing", "name": "Firing", "query": "vector(1) > 0",
+                "duration": "number", "keepFiringFor": "number", "labels": {"severity": "page"},
+                "annotations": {"summary": "{{ $value }}"},
+                "alerts": [{
+                    "labels": {"alertname": "Firing", "severity": "page"},
+                    "annotations": {"summary": "1"}, "state": "firing", "activeAt": "time",
+                    "value": "1e+00",
+                }],
+                "health": "ok", "evaluationTime": "number", "lastEvaluation": "time",
+                "type": "alerting",
+            },
+            {
+                "state": "pending", "name": "Pending", "query": "vector(1.2345675e+06)",
+                "duration": "number", "keepFiringFor": "number", "labels": {}, "annotations": {},
+                "alerts": [{
+                    "labels": {"alertname": "Pending"}, "annotations": {}, "state": "pending",
+                    "activeAt": "time", "value": "1.2345675e+06",
+                }],
+                "health": "ok", "evaluationTime": "number", "lastEvaluation": "time",
+                "type": "alerting",
+            },
+            {
+                "state": "inactive", "name": "Inactive", "query": "vector(0) > 1",
+                "duration": "number", "keepFiringFor": "number", "labels": {}, "annotations": {},
+                "alerts": [], "health": "ok", "evaluationTime": "number",
+                "lastEvaluation": "time", "type": "alerting",
+            },
+        ],
+    },
+    {
+        "name": "b", "file": "rules.yml", "interval": "number", "limit": 5,
+        "evaluationTime": "number", "lastEvaluation": "time",
+        "rules": [
+            {
+                "name": "r:one", "query": "vector(7)", "labels": {}, "health": "ok",
+                "evaluationTime": "number", "lastEvaluation": "time", "type": "recording",
+            },
+            {
+                "name": "r:bad", "query": "m + on () m", "labels": {"team": "x"}, "health": "err",
+                "lastError": "found duplicate series for the match group {} on the right hand-side "
+                "of the operation: [{__name__=\"m\", host=\"b\"}, {__name__=\"m\", host=\"a\"}];"
+                "many-to-many matching not allowed: matching labels must be unique on one side",
+                "evaluationTime": "number", "lastEvaluation": "time", "type": "recording",
+            },
+        ],
+    },
+]  # fmt: skip
+
+
+def groups_of_the_api() -> list[metricstream.GroupState]:
+    context = metricstream.RuleContext()
+    groups = [metricstream.GroupState(group, "rules.yml", context)
+              for group in rule_file_of(RULES_OF_THE_API).groups]  # fmt: skip
+    watched = WatchedGroup("")
+    watched.put(0, 1, host="a")
+    watched.put(0, 1, host="b")
+    for watched.group in groups:
+        watched.evaluate(1.5)
+    return groups
+
+
+def test_rules_and_alerts_are_shown_as_prometheus_shows_them():
+    groups = groups_of_the_api()
+    shown = metricstream.rules_json(groups, {})
+    assert shape_of(shown) == {"groups": GROUPS_OF_THE_API}
+    assert metricstream.parse_json(metricstream.write_json(shown).encode()) == shown
+    alerts = metricstream.alerts_json(groups)
+    assert alerts == [alert for rule in shown["groups"][0]["rules"] for alert in rule["alerts"]]
+    assert alerts[0]["activeAt"] == "1970-01-01T00:00:01.500Z"
+
+
+def test_a_rule_that_was_not_evaluated_yet():
+    groups = [WatchedGroup("{record: r, expr: m}").group]
+    (group,) = metricstream.rules_json(groups, {})["groups"]
+    assert group["lastEvaluation"] == "0001-01-01T00:00:00Z"
+    assert group["rules"][0]["health"] == "unknown"
+
+
+def test_an_alert_that_is_kept_firing_says_since_when():
+    group = WatchedGroup("{alert: A, expr: m > 0, keep_firing_for: 5m}")
+    group.put(0, 1)
+    group.evaluate(0)
+    group.put(60, 0)
+    group.evaluate(60)
+    assert metricstream.alerts_json([group.group])[0]["keepFiringSince"] == "1970-01-01T00:01:00.000Z"
+
+
+RULE_QUERIES = [
+    ("all", "", "a: Firing Pending Inactive; b: r:one r:bad"),
+    ("alerts", "type=alert", "a: Firing Pending Inactive"),
+    ("recording rules", "type=record", "b: r:one r:bad"),
+    ("upper case", "type=ALERT", "a: Firing Pending Inactive"),
+    ("names", "rule_name[]=Firing&rule_name[]=r:bad", "a: Firing; b: r:bad"),
+    ("an unknown name", "rule_name[]=x", ""),
+    ("groups", "rule_group[]=b&rule_group[]=x", "b: r:one r:bad"),
+    ("files", "file[]=rules.yml&file[]=x", "a: Firing Pending Inactive; b: r:one r:bad"),
+    ("an unknown file", "file[]=x", ""),
+    ("labels", 'match[]={severity="page"}', "a: Firing"),
+    ("labels of one or the other", 'match[]={severity="page"}&match[]={team=~".%2B",x=""}',
+     "a: Firing; b: r:bad"),
+    ("everything at once", 'type=record&rule_name[]=r:bad&match[]={team="x"}&file[]=rules.yml',
+     "b: r:bad"),
+    ("a page", "group_limit=1", "a: Firing Pending Inactive"),
+    ("a page of more than there are", "group_limit=7", "a: Firing Pending Inactive; b: r:one r:bad"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("query", "expected"), [row[1:] for row in RULE_QUERIES],
+                         ids=[row[0] for row in RULE_QUERIES])  # fmt: skip
+def test_which_rules_are_asked_for(query, expected):
+    shown = metricstream.rules_json(groups_of_the_api(), urllib.parse.parse_qs(query))
+    found = (f"{group['name']}: {' '.join(rule['name'] for rule in group['rules'])}"
+             for group in shown["groups"])  # fmt: skip
+    assert "; ".join(found) == expected
+
+
+def test_pages_of_groups():
+    groups = groups_of_the_api()
+    first = metricstream.rules_json(groups, {"group_limit": ["1"]})
+    token = first["groupNextToken"]
+    rest = metricstream.rules_json(groups, {"group_limit": ["1"], "group_next_token": [token]})
+    assert [group["name"] for group in first["groups"] + rest["groups"]] == ["a", "b"]
+    assert "groupNextToken" not in rest
+
+
+@pytest.mark.parametrize(("given", "alerts"), [("true", None), ("1", None), ("T", None),
+                                               ("false", []), ("", [])])  # fmt: skip
+def test_alerts_may_be_left_out(given, alerts):
+    form = {"exclude_alerts": [given], "rule_name[]": ["Inactive"]}
+    (group,) = metricstream.rules_json(groups_of_the_api(), form)["groups"]
+    assert group["rules"][0]["alerts"] == alerts
+
+
+@pytest.mark.parametrize(("query", "reason"), [
+    ("type=x", 'invalid parameter "type": not supported value "x"'),
+    ("match[]=x{", "parse error"),
+    ("match[]=sum(x)", "is not a selector"),
+    ("match[]=x[5m]", "is not a selector"),
+    ("exclude_alerts=maybe", "neither true nor false"),
+    ("group_limit=0", "not a positive number"),
+    ("group_limit=x", "not a positive number"),
+    ("group_next_token=x", "group_limit needs to be set"),
+    ("group_limit=1&group_next_token=x", "invalid group_next_token"),
+])  # fmt: skip
+def test_mistakes_in_what_is_asked_of_rules(query, reason):
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        metricstream.rules_json(groups_of_the_api(), urllib.parse.parse_qs(query))
+
+
+# ==================================================================================================
+# Rule tests
+# ==================================================================================================
+
+
+@pytest.fixture
+def unit_tests(tmp_path, capsys):
+    """Run `test-rules` over files with the given texts, tests.yml first; its outcome."""
+
+    def run(tests: str, *arguments: str, **files: str) -> tuple[int, str, str]:
+        for name, text in {"tests": tests, **files}.items():
+            path = tmp_path / (name.replace("__", "/") + ".yml")
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+        limit = sys.getrecursionlimit()
+        status = metricstream.test_rules_main([str(tmp_path / "tests.yml"), *arguments])
+        sys.setrecursionlimit(limit)
+        out, err = capsys.readouterr()
+        return status, out, err.replace(f"{tmp_path}/", "")
+
+    return run
+
+
+SERIES_VALUES = [
+    ("numbers", "1 -2.5 +3 .5 1e3 -1E-2", [1, -2.5, 3, 0.5, 1000, -0.01]),
+    ("steps", "1+2x3 1-2x2", [1, 3, 5, 7, 1, -1, -3]),
+    ("steps of a negative number", "-2+4x3 -1-1x1", [-2, 2, 6, 10, -1, -2]),
+    ("one number again and again", "7x2 0x1", [7, 7, 7, 0, 0]),
+    ("no hexadecimal numbers", "0x10", [0] * 11),
+    ("steps are added, each to the one before", "0+0.1x3", [0, 0.1, 0.2, 0.1 + 0.1 + 0.1]),
+    ("gaps", "_ 1 _x3 _x0 2", [None, 1, None, None, None, 2]),
+    ("not finite", "Inf -inf +Inf NaN", [math.inf, -math.inf, math.inf, math.nan]),
+    ("ends", "1 stale 2", [1, metricstream.STALE, 2]),
+    ("white space", "  1   2\n3 ", [1, 2, 3]),
+    ("nothing", "", []),
+]
+
+
+@pytest.mark.parametrize(("text", "values"), [row[1:] for row in SERIES_VALUES],
+                         ids=[row[0] for row in SERIES_VALUES])  # fmt: skip
+def test_the_notation_of_series(text, values):
+    def bits(values: Sequence[float | None]) -> list[bytes]:
+        return [b"" if value is None else struct.pack("<d", value) for value in values]
+
+    assert bits(metricstream.series_values(text)) == bits(values)
+
+
+@pytest.mark.parametrize("text", [
+    "a", "1x", "x3", "1+x3", "1+2", "1+-2x3", "1 + 2x3", "_+1x3", "stalex3", "1x-3", "1,2", "0x1f",
+    "1xfff", "1x9999999999", "1x9999999 1x9999999", "{{schema:1 sum:1}}x3", "0 {{}}", "1_000", "--1",
+])  # fmt: skip
+def test_what_is_no_notation_of_series(text):
+    with pytest.raises(ValueError, match="native histograms" if "{{" in text else "value"):
+        metricstream.series_values(text)
+
+
+RULES_ON_TEST = """
+groups:
+- name: one
+  rules:
+  - {record: r, expr: sum(m)}
+  - alert: High
+    expr: m > 5
+    for: 1m
+    labels: {severity: page}
+    annotations: {summary: "{{ $labels.host }} has {{ $value }}", where: "{{ $externalURL }}"}
+- name: two
+  rules:
+  - {record: s, expr: r * 2}
+  - {record: external, expr: m, labels: {dc: eu}}
+"""
+
+GOOD_TESTS = [
+    ("an expression", "promql_expr_test: [{expr: 'm + 1', eval_time: 1m, exp_samples: "
+     "[{labels: '{host=\"a\"}', value: 8}, {labels: '{host=\"b\"}', value: 2}]}]"),
+    ("a recorded series", "promql_expr_test: [{expr: r, eval_time: 1m, exp_samples: "
+     "[{labels: r, value: 8}]}]"),
+    ("a group that sees another", "promql_expr_test: [{expr: s, eval_time: 1m, exp_samples: "
+     "[{labels: 's{}', value: 16}]}]"),
+    ("a scalar has no labels", "promql_expr_test: [{expr: 1 + 1, exp_samples: [{value: 2}]}]"),
+    ("nothing is expected", "promql_expr_test: [{expr: x, eval_time: 1m, exp_samples: []}]"),
+    ("values at the start", "promql_expr_test: [{expr: r, exp_samples: [{labels: r, value: 4}]}]"),
+    ("between two evaluations", "promql_expr_test: [{expr: timestamp(r), eval_time: 1m59s, "
+     "exp_samples: [{value: 60}]}]"),
+    ("no future is seen", "promql_expr_test: [{expr: m offset -5m, eval_time: 1m, exp_samples: "
+     "[{labels: 'm{host=\"a\"}', value: 7}, {labels: 'm{host=\"b\"}', value: 1}]}]"),
+    ("a subquery's step is the interval", "promql_expr_test: [{expr: 'count_over_time(r[5m:])', "
+     "eval_time: 5m, exp_samples: [{value: 5}]}]"),
+    ("values that are not finite", "promql_expr_test: [{expr: r / 0, exp_samples: [{value: .inf}]}, "
+     "{expr: 0 / 0, exp_samples: [{value: .NaN}]}, {expr: '16', exp_samples: [{value: 0x10}]}]"),
+    ("tiny differences", "promql_expr_test: [{expr: r, exp_samples: [{labels: r, "
+     "value: 4.000000001}]}]"),
+    ("pending alerts do not count", "alert_rule_test: [{eval_time: 1m, alertname: High}]"),
+    ("an alert", "alert_rule_test: [{eval_time: 2m, alertname: High, exp_alerts: [{exp_labels: "
+     "{severity: page, host: a}, exp_annotations: {summary: a has 7, where: 'http://x'}}]}]"),
+    ("between two evaluations the state stays", "alert_rule_test: [{eval_time: 2m30s, "
+     "alertname: High, exp_alerts: [{exp_labels: {severity: page, host: a}, "
+     "exp_annotations: {summary: a has 7, where: 'http://x'}}]}]"),
+    ("an alert that nobody defined", "alert_rule_test: [{eval_time: 2m, alertname: Low}]"),
+    ("the state is recorded", "promql_expr_test: [{expr: 'ALERTS{alertstate=\"pending\"}', "
+     "eval_time: 1m, exp_samples: [{labels: 'ALERTS{alertname=\"High\",alertstate=\"pending\","
+     "host=\"a\",severity=\"page\"}', value: 1}]}]"),
+    ("a time to start at", "start_timestamp: 1000000\npromql_expr_test: [{expr: timestamp(r), "
+     "eval_time: 1m, exp_samples: [{value: 1000060}]}, {expr: time(), exp_samples: "
+     "[{value: 1000000}]}]"),
+    ("a date to start at", "start_timestamp: 2026-01-02T03:04:05Z\npromql_expr_test: "
+     "[{expr: hour(), exp_samples: [{value: 3}]}, {expr: 'r @ 1767323105', eval_time: 5m, "
+     "exp_samples: [{labels: r, value: 8}]}]\nalert_rule_test: [{eval_time: 2m, alertname: High, "
+     "exp_alerts: [{exp_labels: {severity: page, host: a}, exp_annotations: {summary: a has 7, "
+     "where: 'http://x'}}]}]"),
+    ("no tests", ""),
+]  # fmt: skip
+
+# What makes a test of the table above fail, as (pattern, replacement).
+MUTATIONS = [
+    (r"value: ([.\w]+)", "value: 5"), (r"summary: a has 7", "summary: a has 8"),
+    (r"host: a", "host: b"), (r"exp_samples: \[\]", "exp_samples: [{value: 1}]"),
+    (r"alertname: (High|Low)}", r"alertname: \1, exp_alerts: [{}]}"),
+]  # fmt: skip
+
+
+def tests_of(body: str, fields: str = "") -> str:
+    return f"""
+rule_files: [rules.yml]
+{fields}
+tests:
+- name: the test
+  input_series:
+  - {{series: 'm{{host="a"}}', values: '3 7x9'}}
+  - {{series: 'm{{host="b"}}', values: 1x9}}
+  external_url: http://x
+{textwrap.indent(body, "  ")}
+"""
+
+
+@pytest.mark.parametrize("body", [row[1] for row in GOOD_TESTS], ids=[row[0] for row in GOOD_TESTS])
+def test_unit_tests_of_rules_succeed_and_with_another_expectation_fail(unit_tests, body):
+    status, out, err = unit_tests(tests_of(body), rules=RULES_ON_TEST)
+    assert (status, err) == (0, "") and out.endswith("tests.yml\n  SUCCESS\n\n")
+    for pattern, replacement in MUTATIONS:
+        if re.search(pattern, body):
+            wrong = tests_of(re.sub(pattern, replacement, body, count=1))
+            status, _, err = unit_tests(wrong, rules=RULES_ON_TEST)
+            assert status == 1 and err.startswith("  FAILED:\n    name: the test,\n")
+
+
+def test_a_failure_shows_what_was_expected_and_what_came(unit_tests):
+    body = """promql_expr_test: [{expr: m, eval_time: 1m, exp_samples: [
+      {labels: 'm{host="a"}', value: 8}, {labels: 'm{host="b"}', value: 1}]}]
+alert_rule_test: [{eval_time: 2m, alertname: High, exp_alerts: [
+      {exp_labels: {severity: page, host: a}, exp_annotations: {summary: a has 7}}]}]"""
+    status, out, err = unit_tests(tests_of(body), rules=RULES_ON_TEST)
+    assert (status, out.count("SUCCESS")) == (1, 0)
+    assert err.splitlines() == [
+        "  FAILED:",
+        "    name: the test,",
+        "    alertname: High, time: 2m",
+        "      - expected, + got:",
+        '          labels      {alertname="High", host="a", severity="page"}',
+        "            summary: a has 7",
+        "      +     where: http://x",
+        "    name: the test,",
+        "    expr: m, time: 1m",
+        "      - expected, + got:",
+        '      - {__name__="m", host="a"} 8',
+        '      + {__name__="m", host="a"} 7',
+        '        {__name__="m", host="b"} 1',
+        "",
+    ]
+
+
+FUZZY = [
+    ("", 4.000000001, 0), ("", 4.00000001, 1), ("fuzzy_compare: false", 4.000000001, 1),
+    ("fuzzy_compare: false", 4.0, 0), ("fuzzy_compare: true", math.nextafter(4, 5), 0),
+    ("fuzzy_compare: true", 4.000000000000003, 1), ("fuzzy_compare: True", 4.0, 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "value", "status"), FUZZY)
+def test_how_values_are_compared(unit_tests, field, value, status):
+    body = f"promql_expr_test: [{{expr: r, exp_samples: [{{labels: r, value: {value!r}}}]}}]"
+    assert unit_tests(tests_of(body, field), rules=RULES_ON_TEST)[0] == status
+
+
+FAULTS = [
+    ("not YAML", "tests: [", "tests.yml:1:9: "),
+    ("an unknown field", "test: []", "tests.yml:1:1: unknown field 'test' in a file of tests"),
+    ("an unknown field of a test", "tests:\n- intervall: 1m",
+     "tests.yml:2:3: unknown field 'intervall' in a test; known are name, interval"),
+    ("of a series", "tests: [{input_series: [{serie: m}]}]", "1:26: unknown field 'serie'"),
+    ("of an alert", "tests: [{alert_rule_test: [{alertname: A, exp_alerts: [{labels: {}}]}]}]",
+     "1:57: unknown field 'labels' in an alert"),
+    ("of a sample", "tests: [{promql_expr_test: [{expr: m, exp_samples: [{values: 1}]}]}]",
+     "1:54: unknown field 'values' in a sample"),
+    ("a field twice", "tests: []\ntests: []", "tests.yml:2:1: "),
+    ("a series", "tests:\n- input_series:\n  - series: m{\n", "tests.yml:3:13: "),
+    ("a selector is no series", "tests: [{input_series: [{series: 'm{a!=\"b\"}'}]}]",
+     "is no series: its labels are given with ="),
+    ("an offset is no series", "tests: [{input_series: [{series: m offset 5m}]}]", "is no series"),
+    ("a range is no series", "tests: [{input_series: [{series: 'm[5m]'}]}]", "is no series"),
+    ("no name of a series", "tests: [{input_series: [{values: 1}]}]", "1:25: an input series needs"),
+    ("values", "tests:\n- input_series:\n  - {series: m, values: 1 2 x3}\n",
+     "tests.yml:3:25: 'x3' is no value of a series"),
+    ("a native histogram", "tests: [{input_series: [{series: m, values: '{{sum:1}}'}]}]",
+     "1:45: native histograms are not supported"),
+    ("an expected histogram", "tests: [{promql_expr_test: [{expr: m, exp_samples: [{histogram: "
+     "'{{}}'}]}]}]", "native histograms are not supported"),
+    ("an expression", "tests:\n- promql_expr_test:\n  - expr: sum(m\n", "tests.yml:3:"),
+    ("no expression", "tests: [{promql_expr_test: [{eval_time: 1m}]}]", "needs an expression"),
+    ("labels of a sample", "tests: [{promql_expr_test: [{expr: m, exp_samples: [{labels: m{}]}]}]",
+     "tests.yml:1:"),
+    ("a value", "tests: [{promql_expr_test: [{expr: m, exp_samples: [{value: one}]}]}]",
+     "1:61: 'one' is no number"),
+    ("no name of an alert", "tests: [{alert_rule_test: [{eval_time: 1m}]}]",
+     "1:28: a test of alerts needs an alertname"),
+    ("a duration", "tests: [{interval: 5}]", "tests.yml:1:20: "),
+    ("an interval", "evaluation_interval: one", "tests.yml:1:22: "),
+    ("a time", "tests: [{start_timestamp: yesterday}]", "tests.yml:1:27: "),
+    ("fuzzy", "fuzzy_compare: perhaps", "1:16: 'fuzzy_compare' must be true or false"),
+    ("a group twice", "group_eval_order: [a, b, a]", "1:26: group 'a' has its place already"),
+    ("a map where a list belongs", "tests: {}", "1:8: 'tests' must be a list"),
+    ("a list where text belongs", "rule_files: [[]]", "must be text"),
+    ("rules with a fault", "rule_files: [rules.yml]", "rules.yml:1:45: parse error"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "reason"), [row[1:] for row in FAULTS],
+                         ids=[row[0] for row in FAULTS])  # fmt: skip
+def test_faults_in_files_of_tests_have_their_place(unit_tests, text, reason):
+    bad_rules = "groups: [{name: a, rules: [{record: r, expr: sun(m)}]}]"
+    status, out, err = unit_tests(text, rules=bad_rules)
+    assert status == 1 and "SUCCESS" not in out
+    assert reason in err
+
+
+def test_all_faults_are_told():
+    with pytest.raises(metricstream.RuleFileError) as raised:
+        metricstream.read_rule_tests("a: 1\nb: 2\ntests:\n- {c: 3, interval: x}\n", "t.yml")
+    assert [fault.split(" ")[0] for fault in raised.value.faults] == [
+        "t.yml:1:1:", "t.yml:2:1:", "t.yml:4:4:", "t.yml:4:20:"
+    ]  # fmt: skip
+
+
+def test_a_file_that_can_not_be_read(unit_tests, tmp_path):
+    status, out, err = unit_tests("tests: []", str(tmp_path / "missing"))
+    assert status == 1 and "No such file" in err and out.count("SUCCESS") == 1
+
+
+def test_rule_files_are_found_beside_the_tests(unit_tests, monkeypatch, tmp_path):
+    rules = "groups: [{name: %s, rules: [{record: %s, expr: vector(1)}]}]"
+    tests = """
+rule_files: [sub/*.yml, ./sub/a.yml, nothing*.yml]
+tests:
+- promql_expr_test: [{expr: a + b, exp_samples: [{value: 2}]}]
+"""
+    monkeypatch.chdir("/")
+    status, _, err = unit_tests(tests, sub__a=rules % ("a", "a"), sub__b=rules % ("a", "b"))
+    assert (status, err) == (0, "  WARNING: no file matches nothing*.yml\n")
+
+
+def test_the_order_of_groups(unit_tests):
+    rules = "groups: [{name: a, rules: [{record: r, expr: s}]}, {name: b, rules: [{record: s, expr: m}]}]"
+    tests = """
+rule_files: [rules.yml]
+tests:
+- input_series: [{series: m, values: 7}]
+  promql_expr_test: [{expr: r, exp_samples: [{labels: r, value: 7}]}]
+"""
+    assert unit_tests(tests, rules=rules)[0] == 1  # it sees `s` an evaluation later
+    assert unit_tests(tests + "group_eval_order: [b, a]", rules=rules)[0] == 0
+
+
+def test_a_rule_that_fails_fails_the_test(unit_tests):
+    body = "promql_expr_test: [{expr: '1', eval_time: 5m, exp_samples: [{value: 1}]}]"
+    rules = "groups: [{name: a, rules: [{record: r, expr: m + on() m}]}]"
+    status, _, err = unit_tests(tests_of(body), rules=rules)
+    assert status == 1 and "rule r at 0s: found duplicate series" in err
+
+
+@pytest.mark.parametrize(("arguments", "status"), [
+    ((), 1), (("--run", "good"), 0), (("--run", "^bad$"), 1), (("--run", "none"), 0),
+    (("--run", "none", "--run", "a."), 1), (("--run", "("), 1),
+])  # fmt: skip
+def test_tests_are_chosen_by_name(unit_tests, arguments, status):
+    case = "promql_expr_test: [{expr: '1', exp_samples: [{value: %d}]}]"
+    tests = f"tests: [{{name: very good, {case % 1}}}, {{name: bad, {case % 2}}}]"
+    assert unit_tests(tests, *arguments)[0] == status
+
+
+def test_external_labels_are_seen_by_templates_alone(unit_tests):
+    rules = "groups: [{name: a, rules: [{alert: A, expr: m, labels: {x: '{{ $externalLabels.dc }}'}}]}]"
+    body = """external_labels: {dc: eu}
+alert_rule_test: [{eval_time: 1m, alertname: A, exp_alerts: [
+    {exp_labels: {x: eu, host: a}}, {exp_labels: {x: eu, host: b}}]}]"""
+    assert unit_tests(tests_of(body), rules=rules)[0] == 0
+
+
+def test_a_series_that_is_given_twice_and_one_that_a_rule_records_too(unit_tests):
+    rules = "groups: [{name: a, rules: [{record: m, expr: vector(9)}, {record: n, expr: vector(9)}]}]"
+    tests = """
+rule_files: [rules.yml]
+tests:
+- input_series: [{series: m, values: 1x9}, {series: m, values: 2x9}, {series: n, values: 1 _ 1}]
+  promql_expr_test:
+  - {expr: m, eval_time: 5m, exp_samples: [{labels: m, value: 2}]}
+  - {expr: 'n[4m]', eval_time: 5m, exp_samples: []}
+  - {expr: sum_over_time(n[6m]), eval_time: 3m, exp_samples: [{value: 20}]}
+"""
+    status, _, err = unit_tests(tests, rules=rules)
+    assert status == 1 and err.count("expr:") == 1 and "rule result is not a vector" in err
+
+
+def test_a_test_over_days_counts_its_evaluations(unit_tests):
+    rules = "groups: [{name: a, rules: [{record: n, expr: vector(1)}, {alert: A, expr: n, for: 3d}]}]"
+    tests = """
+rule_files: [rules.yml]
+tests:
+- promql_expr_test: [{expr: 'count_over_time(n[3d])', eval_time: 3d, exp_samples: [{value: 4320}]}]
+  alert_rule_test:
+  - {eval_time: 2d23h59m59s, alertname: A}
+  - {eval_time: 3d, alertname: A, exp_alerts: [{}]}
+"""
+    assert unit_tests(tests, rules=rules)[0] == 0
+
+
+# ---- beside a real promtool ----
+
+
+class RuleTestGenerator:
+    """Rules, and unit tests of them that expect what our own evaluation gives.
+
+    Prometheus 2 has closed ranges, 3 left-open ones: no sample stands where a range begins.
+    """
+
+    SELECTIONS = ("m", 'm{host="a"}', "r1", "r2", "m > 4", "m{l=~'x|'}", "-m", "m % 3", "absent(m)")
+    FUNCTIONS = ("max_over_time", "min_over_time", "count_over_time", "sum_over_time",
+                 "last_over_time", "changes", "resets", "present_over_time")  # fmt: skip
+    TEMPLATES = ("text", "{{ $value }}", "{{ $labels.host }}", "{{ .Value | humanize }}",
+                 "{{ $externalLabels.dc }}-{{ $externalURL }}", "{{ printf \"%.2f\" $value }}",
+                 "{{ range query \"r1\" }}{{ .Value }},{{ end }}", "{{ $labels }}", "",
+                 "{{ with query \"m\" }}{{ . | first | value }}{{ else }}none{{ end }}",
+                 "{{ range query \"ALERTS\" | sortByLabel \"alertname\" }}{{ .Value }}{{ end }}")  # fmt: skip
+
+    def __init__(self, seed: int) -> None:
+        self.chance = random.Random(seed)
+
+    def expression(self) -> str:
+        pick, selection = self.chance.choice, self.chance.choice(self.SELECTIONS)
+        return pick([
+            selection,
+            f"sum({selection})",
+            f"count by (host) ({selection})",
+            f"{pick(self.FUNCTIONS)}({pick(['m', 'r1', 'ALERTS'])}[{pick([61, 121, 271])}s500ms])",
+            f"{pick(self.FUNCTIONS)}({pick(['m', 'r1'])}[{pick([61, 121, 271])}s500ms:])",
+            f"{selection} > {pick([1, 3, 7])}",
+            f"{selection} unless on (host) m == 2",
+            "ALERTS",
+            f"timestamp({pick(['m', 'r1'])})",
+            f"m offset {pick([60, -60, 30])}s",
+        ])  # fmt: skip
+
+    def rules(self) -> dict[str, Any]:
+        pick = self.chance.choice
+        groups = []
+        for number in range(self.chance.randrange(1, 4)):
+            rules: list[dict[str, Any]] = []
+            for _ in range(self.chance.randrange(1, 5)):
+                labels = {name: pick(["", "x", "y"]) for name in "lk" if pick([True, False])}
+                if pick([True, False]):
+                    rules.append({"record": pick(["r1", "r2"]), "labels": labels})
+                else:
+                    labels |= {name: pick(self.TEMPLATES) for name in "t" if pick([True, False])}
+                    rules.append({
+                        "alert": pick("AB"), "labels": labels,
+                        "annotations": {"a": pick(self.TEMPLATES), "b": pick(self.TEMPLATES)},
+                        "for": pick(["0s", "30s", "1m", "3m"]),
+                        "keep_firing_for": pick(["0s", "0s", "1m", "2m"]),
+                    })  # fmt: skip
+                rules[-1]["expr"] = self.expression()
+            groups.append({"name": f"g{number}", "limit": pick([0, 0, 0, 4]), "rules": rules})
+        return {"groups": groups}
+
+    def test(self) -> dict[str, Any]:
+        pick = self.chance.choice
+        series = [
+            {"series": f'm{{host="{host}"{rest}}}', "values": " ".join(
+                pick(["1", "2", "5", "7+1x3", "9-2x4", "3x2", "_", "stale", "0.25"])
+                for _ in range(10)
+            )}
+            for host, rest in (("a", ""), ("b", ',l="x"'), ("c", ',l="y"'))
+        ]  # fmt: skip
+        times = sorted(f"{self.chance.randrange(0, 1000)}s" for _ in range(4))
+        return {
+            "interval": pick(["37s", "41s"]), "input_series": series[: self.chance.randrange(1, 4)],
+            "external_labels": {"dc": "eu"}, "external_url": "http://x",
+            "alert_rule_test": [
+                {"eval_time": at, "alertname": name, "exp_alerts": []}
+                for at in times for name in "AB"
+            ],
+            "promql_expr_test": [
+                {"eval_time": at, "expr": self.expression(), "exp_samples": []} for at in times
+            ],
+        }  # fmt: skip
+
+    def file(self, rules_name: str, rules: dict[str, Any]) -> dict[str, Any] | None:
+        """A file of tests with what is to be expected; None where a rule fails."""
+        order = [group["name"] for group in rules["groups"]]
+        self.chance.shuffle(order)
+        document: dict[str, Any] = {
+            "rule_files": [rules_name], "evaluation_interval": self.chance.choice(["30s", "1m"]),
+            "group_eval_order": order, "tests": [self.test()],
+        }  # fmt: skip
+        tests = metricstream.read_rule_tests(json.dumps(document), "tests")
+        files = [rule_file_of(json.dumps(rules))]
+        (test,) = tests.tests
+        run = metricstream._RuleTestRun(test, tests, files)
+
+        async def filled_in() -> bool:
+            (given,) = document["tests"]
+            samples = run._samples()
+            cases = [*given["alert_rule_test"], *given["promql_expr_test"]]
+            ends = [int(case["eval_time"][:-1]) * 1000 for case in cases]
+            for now_ms in range(0, max(ends) + 1, tests.evaluation_interval_ms):
+                while samples and samples[-1][0] <= now_ms:
+                    time_ms, number, value = samples.pop()
+                    run._memory.append(number, time_ms, value)
+                if await run._evaluate(now_ms):
+                    return False
+                for case, at_ms in zip(cases, ends):
+                    if "alertname" in case and 0 <= at_ms - now_ms < tests.evaluation_interval_ms:
+                        case["exp_alerts"] = [
+                            {"exp_labels": alert.labels, "exp_annotations": alert.annotations}
+                            for group in run._groups for rule in group.alerting
+                            if rule.rule.name == case["alertname"]
+                            for alert in rule.alerts.values() if alert.state == "firing"
+                        ]  # fmt: skip
+            for case, at_ms in zip(cases, ends):
+                if "expr" in case:
+                    case["exp_samples"] = [
+                        {"labels": metricstream._series_text(labels), "value": value}
+                        for labels, value in await run._query(case["expr"], at_ms)
+                    ]
+            return True
+
+        return document if metricstream._at_once(filled_in()) else None
+
+    def mutated(self, document: dict[str, Any]) -> dict[str, Any]:
+        """The file with one expectation that is wrong."""
+        wrong = json.loads(json.dumps(document))
+        (test,) = wrong["tests"]
+        case = self.chance.choice([*test["alert_rule_test"], *test["promql_expr_test"]])
+        expected = case["exp_alerts"] if "alertname" in case else case["exp_samples"]
+        if not expected:
+            expected.append({"value": 1} if "expr" in case else {})
+        elif self.chance.random() < 0.3:
+            expected.pop()
+        elif "expr" in case:
+            expected[0]["value"] += 1
+        else:
+            part = self.chance.choice(["exp_labels", "exp_annotations"])
+            expected[0][part]["a"] = "something else"
+        return wrong
+
+
+@needs("promtool")
+def test_generated_unit_tests_have_the_verdicts_of_promtool(tmp_path, capsys):
+    generator = RuleTestGenerator(int(os.environ.get("METRICSTREAM_SEED", "1")))
+    paths = {}
+    while len(paths) < 60:
+        rules, name = generator.rules(), f"rules{len(paths)}.json"
+        document = generator.file(name, rules)
+        if document is not None:
+            (tmp_path / name).write_text(json.dumps(rules))
+            for verdict, tests in ((True, document), (False, generator.mutated(document))):
+                path = tmp_path / f"tests{len(paths)}.json"
+                path.write_text(json.dumps(tests))
+                paths[str(path)] = verdict
+    command = ["promtool", "test", "rules", *paths]
+    judged = subprocess.run(command, capture_output=True, text=True)
+    assert metricstream.test_rules_main(list(paths)) == judged.returncode == 1
+    out, err = capsys.readouterr()
+    for said in (judged.stdout, out):
+        verdicts = dict(re.findall(r"^Unit Testing:  (.+)\n+(?:  (SUCCESS))?", said, re.MULTILINE))
+        wrong = [path for path, good in paths.items() if bool(verdicts[path]) != good]
+        assert not wrong, (wrong, judged.stderr, err)
+
+
+# ---- rules over what is stored ----
+
+
+BACKTESTED = """
+groups:
+- name: g
+  interval: 1m
+  rules:
+  - {record: load, expr: cpu * 100}
+  - {alert: High, expr: load > 50, for: 2m, labels: {severity: page}}
+  - {alert: Never, expr: cpu > 9}
+- name: other
+  rules:
+  - {alert: High, expr: cpu > 0.95}
+"""
+
+
+def test_a_backtest_says_when_alerts_would_have_fired():
+    memory = metricstream.MemorySeries()
+    for second in range(0, 7200, 30):
+        for host in "ab":
+            high = host == "a" and (600 <= second < 1200 or second >= 6000)
+            number = memory.number({"__name__": "cpu", "host": host})
+            memory.append(number, second * 1000, 0.9 if high else 0.1)
+        # what the rule recorded when it ran is not what it records now
+        memory.append(memory.number({"__name__": "load", "host": "a"}), second * 1000, 99.0)
+    file = rule_file_of(BACKTESTED)
+    groups = [metricstream.GroupState(group, "rules.yml", metricstream.RuleContext())
+              for group in file.groups]  # fmt: skip
+    fired, failed = metricstream.backtest(groups, memory.select, 0, 7_200_000)
+    assert not failed and {firing.rule for firing in fired} == {groups[0].rules[1]}
+    assert {firing.labels["host"] for firing in fired} == {"a"}
+    (first, last) = fired
+    assert 720_000 <= first.began_ms < 780_000 and 1_200_000 <= first.ended_ms < 1_260_000
+    assert 6_120_000 <= last.began_ms < 6_180_000 and last.ended_ms == 7_200_000
+
+
+def test_a_backtest_goes_on_after_a_rule_has_failed():
+    memory = metricstream.MemorySeries()
+    for host, second in (("a", 0), ("b", 0), ("a", 600)):
+        number = memory.number({"__name__": "m", "host": host})
+        memory.append(number, second * 1000, 1.0)
+    group = rule_file_of("groups: [{name: g, interval: 1m, rules: [{alert: A, expr: m + on() m}]}]").groups[0]
+    groups = [metricstream.GroupState(group, "rules.yml", metricstream.RuleContext())]
+    fired, failed = metricstream.backtest(groups, memory.select, 0, 900_000)
+    assert len(fired) == 1 and 600_000 <= fired[0].began_ms < 660_000
+    ((reason, times),) = failed.items()
+    assert reason.startswith("A: found duplicate series") and times == 5
+
+
+def test_backtest_of_a_folder(tmp_path, capsys):
+    rules, bad = tmp_path / "rules.yml", tmp_path / "bad.yml"
+    rules.write_text(BACKTESTED)
+    bad.write_text("groups: [{name: g}, {name: g}]")
+    now_ms = int(time.time() * 1000)
+    under = a_store(tmp_path)
+    under.push([
+        Sample("cpu", 0.99 if minute < 60 else 0.1, "gauge", {"host": "a"}, now_ms - minute * 60_000)
+        for minute in range(600, 0, -1)
+    ])  # fmt: skip
+    under.close()
+    limit = sys.getrecursionlimit()
+    options = ["--data-dir", str(tmp_path), "--since", "12h"]
+    assert metricstream.test_rules_main([*options, str(rules)]) == 0
+    out, _ = capsys.readouterr()
+    assert metricstream.test_rules_main([*options, str(bad)]) == 1
+    assert metricstream.test_rules_main([*options, str(tmp_path / "missing.yml")]) == 1
+    sys.setrecursionlimit(limit)
+    assert "bad.yml:1:" in capsys.readouterr().err
+    high, never, other = out.split("\n\n")[1:]
+    assert high.startswith('High {alertname="High", host="a", severity="page"}\n  ' + "·" * 55)
+    assert re.search(r"·████\n  \d{4}-\d\d-\d\dT\d\d:\d\d:[0-9.]+Z for 5[67]m", high)
+    assert never == "Never: never fires"
+    assert other.startswith('High {alertname="High", host="a"}\n')
+
+
+def test_the_bar_of_a_firing():
+    bar = functools.partial(metricstream.firing_bar, start_ms=0, end_ms=6000)
+    assert bar([]) == "·" * 60
+    assert bar([(0, 6000)]) == "█" * 60
+    assert bar([(0, 1), (3000, 3000), (6000, 6000)]) == f"█{'·' * 29}█{'·' * 28}█"
+
+
+# ==================================================================================================
 # Alerts and routes
 # ==================================================================================================
 
@@ -10615,6 +11767,302 @@ def test_the_api_answers_as_a_real_alertmanager_does(tmp_path):
     finally:
         process.terminate()
         process.wait()
+
+
+# ==================================================================================================
+# Watcher process
+# ==================================================================================================
+
+
+class Sink:
+    """A webhook's receiver: what it was sent. It may be told to fail, or not to listen yet."""
+
+    def __init__(self, port: int = 0) -> None:
+        self.bodies: list[dict] = []
+        sink = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                sink.bodies.append(json.loads(body))
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self.port = self.server.server_address[1]
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def __enter__(self) -> "Sink":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    def told(self) -> list[tuple[str, str]]:
+        """(alertname, status) of every alert in every notification, in their order."""
+        return [(alert["labels"]["alertname"], alert["status"])
+                for body in self.bodies for alert in body["alerts"]]  # fmt: skip
+
+
+RULES = """
+groups:
+- name: g
+  interval: 100ms
+  rules:
+  - {record: cpu:max, expr: max(cpu)}
+  - alert: High
+    expr: cpu:max > 5
+    labels: {severity: page}
+    annotations: {summary: "{{ $value }} of {{ $labels.severity }}"}
+  - {alert: Slow, expr: cpu:max > 7, for: 1500ms}
+  - {alert: Dead, expr: misspelt > 1}
+"""
+NOTIFY = """
+route: {{receiver: me, group_by: [alertname], group_wait: 0s, group_interval: 100ms, repeat_interval: 1h}}
+receivers: [{{name: me, webhook_configs: [{{url: 'http://127.0.0.1:{port}/'}}]}}]
+"""
+
+
+def watching(folder: Path, sink_port: int, *options: str, rules: str = RULES) -> ServerProcess:
+    (folder / "rules.yml").write_text(rules)
+    (folder / "notify.yml").write_text(NOTIFY.format(port=sink_port))
+    return ServerProcess(folder, "--rules", str(folder / "r*.yml"), "--notify",
+                         str(folder / "notify.yml"), *options)  # fmt: skip
+
+
+def push_cpu(started: ServerProcess, value: float | None, **headers: str) -> None:
+    with contextlib.closing(Client(started.port)) as client:
+        body = json.dumps({"metrics": [{"name": "cpu", "value": value}]}).encode()
+        assert client.ask("POST", "/metrics", body, **headers).status == 200
+
+
+def get_json(started: ServerProcess, path: str) -> Any:
+    with contextlib.closing(Client(started.port)) as client:
+        return client.ask("GET", path).json
+
+
+def states_of(started: ServerProcess) -> dict[str, str]:
+    """The state of each alerting rule."""
+    groups = get_json(started, "/api/v1/rules")["data"]["groups"]
+    return {rule["name"]: rule["state"] for group in groups for rule in group["rules"]
+            if rule["type"] == "alerting"}  # fmt: skip
+
+
+@at_once()
+def test_an_alert_is_told_when_it_fires_and_with_its_value_when_it_is_resolved(tmp_path):
+    with Sink() as sink, watching(tmp_path, sink.port) as started:
+        push_cpu(started, 6)
+        eventually(lambda: sink.told() == [("High", "firing")], 20)
+        (alert,) = sink.bodies[0]["alerts"]
+        assert alert["annotations"] == {"summary": "6 of page"}
+        assert states_of(started) == {"High": "firing", "Slow": "inactive", "Dead": "inactive"}
+        query = "/api/v1/query?query=ALERTS%7Balertstate%3D%22firing%22%7D%20*%20scalar(cpu:max)"
+        (series,) = get_json(started, query)["data"]["result"]
+        assert series["metric"] == {"alertname": "High", "alertstate": "firing", "severity": "page"}
+        assert series["value"][1] == "6"
+        push_cpu(started, 3)
+        eventually(lambda: sink.told()[1:] == [("High", "resolved")])
+        resolved = sink.bodies[1]["alerts"][0]["annotations"]
+        assert resolved == {"summary": "6 of page", "firing_value": "6", "resolved_value": "3"}
+        with contextlib.closing(Client(started.port)) as client:
+            text = client.ask("GET", "/metrics", Accept="text/plain").body.decode()
+        group = f'{{rule_group="{tmp_path}/rules.yml;g"}}'
+        assert f"prometheus_rule_evaluation_failures_total{group} 0\n" in text
+        assert "alertmanager_notifications_total" in text
+        rules = get_json(started, "/api/v1/rules?rule_name[]=Dead")["data"]["groups"][0]["rules"]
+        assert rules[0]["selectorsWithoutSeries"] == ["misspelt"]
+        assert get_json(started, "/health")["watcher"] == "running"
+        assert started.stop()[::2] == (0, "")
+
+
+@at_once()
+def test_after_kill_9_no_timer_starts_anew_and_nothing_is_told_twice(tmp_path):
+    with Sink() as sink:
+        with watching(tmp_path, sink.port) as started:
+            push_cpu(started, 8)
+            eventually(lambda: ("High", "firing") in sink.told(), 20)
+            eventually(lambda: states_of(started)["Slow"] == "pending")
+            since = get_json(started, "/api/v1/alerts")["data"]["alerts"]
+            saved = tmp_path / "alerts.json"
+            eventually(lambda: saved.read_text().count('"Slow') and '"at":' in saved.read_text())
+            started.process.kill()
+        told = sink.told()
+        with watching(tmp_path, sink.port) as started:
+            eventually(lambda: ("Slow", "firing") in sink.told(), 20)
+            assert sink.told() == [*told, *[("Slow", "firing")] * (("Slow", "firing") not in told)]
+            now = get_json(started, "/api/v1/alerts")["data"]["alerts"]
+            assert {(a["labels"]["alertname"], a["activeAt"]) for a in since} <= {
+                (a["labels"]["alertname"], a["activeAt"]) for a in now
+            }
+            started.process.kill()
+        with watching(tmp_path, sink.port) as started:
+            push_cpu(started, 1)
+            ends = {("High", "resolved"), ("Slow", "resolved")}
+            eventually(lambda: ends <= set(sink.told()), 20)
+            assert Counter(sink.told()).most_common(1)[0][1] == 1
+
+
+@at_once()
+def test_a_receiver_that_was_away_is_told_when_it_is_back(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with watching(tmp_path, port) as started:
+        push_cpu(started, 6)
+        eventually(lambda: states_of(started)["High"] == "firing", 20)
+        with contextlib.closing(Client(started.port)) as client:
+            def failed() -> bool:
+                text = client.ask("GET", "/metrics", Accept="text/plain").body.decode()
+                found = re.search(r'notification_requests_failed_total\{[^}]*\} ([0-9.]+)', text)
+                return found is not None and float(found[1]) > 0
+            eventually(failed)
+        with Sink(port) as sink:
+            eventually(lambda: sink.told() == [("High", "firing")], 20)
+
+
+@at_once()
+@needs("amtool")
+def test_amtool_silences_what_then_is_not_told_even_after_kill_9(tmp_path):
+    def amtool(started: ServerProcess, *arguments: str) -> str:
+        command = ["amtool", f"--alertmanager.url=http://127.0.0.1:{started.port}", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    with Sink() as sink:
+        with watching(tmp_path, sink.port) as started:
+            eventually(lambda: get_json(started, "/health")["watcher"] == "running")
+            silence = amtool(started, "silence", "add", "alertname=High", "-c", "x", "-a", "me").strip()
+            push_cpu(started, 8)
+            eventually(lambda: sink.told() == [("Slow", "firing")], 20)
+            assert "High" not in amtool(started, "alert", "query")
+            assert "High" in amtool(started, "alert", "query", "--silenced")
+            started.process.kill()
+        with watching(tmp_path, sink.port) as started:
+            eventually(lambda: get_json(started, "/health")["watcher"] == "running", 20)
+            assert silence in amtool(started, "silence", "query")
+            assert sink.told() == [("Slow", "firing")]
+            amtool(started, "silence", "expire", silence)
+            eventually(lambda: sink.told() == [("Slow", "firing"), ("High", "firing")], 20)
+
+
+@at_once()
+def test_rules_are_read_again_and_what_a_removed_rule_fired_is_resolved(tmp_path):
+    with Sink() as sink, watching(tmp_path, sink.port) as started:
+        push_cpu(started, 6)
+        eventually(lambda: sink.told() == [("High", "firing")], 20)
+        (tmp_path / "rules.yml").write_text("groups: [{name: g, rules: [{alert: A, expr: sum(}]}]")
+        started.process.send_signal(signal.SIGHUP)
+        assert started.process.stdout
+        fault = eventually(lambda: "stays in force" in (line := started.process.stdout.readline()) and line)
+        assert "rules.yml:1:" in str(fault) and "High" in states_of(started)
+        (tmp_path / "rules.yml").write_text(RULES.replace("alert: High", "alert: Higher"))
+        started.process.send_signal(signal.SIGHUP)
+        eventually(lambda: {("High", "resolved"), ("Higher", "firing")} <= set(sink.told()), 20)
+        assert sorted(sink.told()) == [("High", "firing"), ("High", "resolved"), ("Higher", "firing")]
+
+
+@at_once()
+def test_a_watcher_that_is_killed_is_begun_anew_and_ingestion_does_not_notice(tmp_path):
+    with Sink() as sink, watching(tmp_path, sink.port) as started:
+        push_cpu(started, 6)
+        eventually(lambda: sink.told() == [("High", "firing")], 20)
+        children = Path(f"/proc/{started.process.pid}/task/{started.process.pid}/children")
+        watchers = [int(pid) for pid in children.read_text().split()
+                    if b"\0watch\0" in Path(f"/proc/{pid}/cmdline").read_bytes()]  # fmt: skip
+        os.kill(watchers[0], signal.SIGKILL)
+        push_cpu(started, 3)
+        eventually(lambda: sink.told() == [("High", "firing"), ("High", "resolved")], 20)
+
+
+@at_once()
+def test_passwords_in_urls_reach_neither_arguments_nor_environment_nor_logs_of_children(tmp_path):
+    with Sink() as sink:
+        (tmp_path / "rules.yml").write_text(RULES)
+        options = ["--rules", str(tmp_path / "rules.yml"), "--log-level", "debug"]
+        url = f"http://me:S3cret@127.0.0.1:{sink.port}/"
+        with ServerProcess(tmp_path, *options, "--webhook", url, "--alertmanager", url) as started:
+            push_cpu(started, 6)
+            eventually(lambda: states_of(started).get("High") == "firing", 20)
+            pid = started.process.pid
+            for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+                for file in ("cmdline", "environ"):
+                    assert b"S3cret" not in Path(f"/proc/{child}/{file}").read_bytes()
+            with contextlib.closing(Client(started.port)) as client:
+                shown = client.ask("GET", "/metrics", Accept="text/plain").body
+                shown += client.ask("GET", "/api/v2/status").body
+            assert b"S3cret" not in shown
+            _, out, err = started.stop()
+    assert "S3cret" not in out + err + (tmp_path / "alerts.json").read_text()
+
+
+@at_once()
+def test_only_listed_clients_write_silences(tmp_path):
+    (tmp_path / "clients").write_text(KEY_LINE)
+    with Sink() as sink, watching(tmp_path, sink.port, "--clients", str(tmp_path / "clients")) as started:
+        eventually(lambda: get_json(started, "/health")["watcher"] == "running", 20)
+        ends = datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=1)
+        silence = {"matchers": [{"name": "a", "value": "b", "isRegex": False}], "createdBy": "me",
+                   "comment": "c", "startsAt": "2026-01-01T00:00:00Z", "endsAt": ends.isoformat()}  # fmt: skip
+        body = json.dumps(silence).encode()
+        with contextlib.closing(Client(started.port)) as client:
+            assert client.ask("POST", "/api/v2/silences", body).status == 401
+            assert client.ask("GET", "/api/v2/silences").json == []
+            answer = client.ask("POST", "/api/v2/silences", body, Authorization=KEY)
+            assert answer.status == 200
+            path = f"/api/v2/silence/{answer.json['silenceID']}"
+            assert client.ask("DELETE", path).status == 401
+            assert client.ask("DELETE", path, Authorization=KEY).status == 200
+        push_cpu(started, 6, Authorization=KEY)
+        eventually(lambda: sink.told() == [("High", "firing")], 20)
+
+
+@at_once()
+@needs("prometheus-alertmanager")
+def test_a_real_alertmanager_is_told(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    config = tmp_path / "am.yml"
+    config.write_text("route: {receiver: x}\nreceivers: [{name: x}]\n")
+    command = ["prometheus-alertmanager", f"--config.file={config}", "--cluster.listen-address=",
+               f"--storage.path={tmp_path / 'am'}", f"--web.listen-address=127.0.0.1:{port}"]  # fmt: skip
+    (tmp_path / "rules.yml").write_text(RULES)
+    options = ["--rules", str(tmp_path / "rules.yml"), "--alertmanager", f"http://127.0.0.1:{port}"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as alertmanager:
+        try:
+            with ServerProcess(tmp_path, *options, "--external-label", "site=eu") as started:
+                push_cpu(started, 6)
+
+                def alerts() -> list[dict]:
+                    client = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+                    with contextlib.suppress(OSError), contextlib.closing(client):
+                        client.request("GET", "/api/v2/alerts?active=true")
+                        return json.loads(client.getresponse().read())
+                    return []
+
+                (alert,) = eventually(alerts, 30)
+                assert alert["labels"] == {"alertname": "High", "severity": "page", "site": "eu"}
+                push_cpu(started, 3)
+                eventually(lambda: not alerts(), 20)
+        finally:
+            alertmanager.kill()
+
+
+@at_once()
+def test_files_of_the_watcher_that_can_not_be_used_are_told_before_anything_runs(tmp_path):
+    (tmp_path / "bad.yml").write_text("groups: [{name: g, rules: [{alert: A, expr: sum(}, {record: 1a}]}]")
+    (tmp_path / "notify.yml").write_text("route: {receiver: none}")
+    for options, reasons in [
+        (["--rules", str(tmp_path / "bad.yml")], ["bad.yml:1:"]),
+        (["--rules", str(tmp_path / "none.yml")], ["can't read"]),
+        (["--notify", str(tmp_path / "notify.yml")], ["notify.yml:1:"]),
+        (["--webhook", "nonsense"], ["nonsense"]),
+    ]:
+        ended = run("0", "--data-dir", str(tmp_path), *options)
+        assert ended.returncode in (1, 2) and not ended.stdout, ended
+        assert all(reason in ended.stderr for reason in reasons), ended.stderr
+        assert "Traceback" not in ended.stderr
 
 
 # ==================================================================================================
