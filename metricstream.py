@@ -16428,6 +16428,7 @@ WATCHER_STOP_S = 3.0  # for what is still to be sent
 MAX_SENDING = 16  # forks at once
 SELECTOR_CHECK_S = 600.0  # how often selectors are looked for that match nothing
 SENDING_GRACE_S = 2.0
+LOOK_S = 15.0  # what is to be sent is looked for at least so often
 
 _CONNECT, _RELOAD = b"conn", b"load"  # frames: a connection to this server; read the files again
 
@@ -16476,8 +16477,12 @@ def load_groups(options: WatchOptions) -> list[GroupState]:
 
 def load_notify(options: WatchOptions) -> NotifyConfig | None:
     """Whom to tell: the configuration file, or the webhooks. Raises WatchError."""
-    if not options.notify:
-        return webhook_config(list(options.webhooks)) if options.webhooks else None
+    try:
+        AlertmanagerClient(options.alertmanagers)
+        if not options.notify:
+            return webhook_config(options.webhooks) if options.webhooks else None
+    except ValueError as error:  # its text may hold a password
+        raise WatchError(f"an address of --webhook or --alertmanager {error}") from None
     try:
         with open(options.notify, encoding="utf-8-sig") as file:
             return read_notify_config(file.read(), options.notify)
@@ -16582,6 +16587,7 @@ class Watcher:
         self._unsent = b""  # lines for the front
         self._stopping = asyncio.Event()
         self._wake = asyncio.Event()  # something may have to be sent
+        self._waiting: deque[tuple[Any, Delivery]] = deque()  # for a fork
         self._sending: dict[int, tuple[Any, Delivery]] = {}  # by process id
         self._saved = ""  # the state as it was written, without what changes at each evaluation
         self._saved_at = 0.0
@@ -16596,7 +16602,7 @@ class Watcher:
         """Work until the front says stop, or is gone."""
         loop = asyncio.get_running_loop()
         loop.add_reader(self._control, self._hear)
-        self._start_task(self._tell_status())
+        self._start_task(self._keep_telling())
         self._groups = load_groups(self._options)
         self._restore()
         self._start_task(self._notify())
@@ -16670,12 +16676,15 @@ class Watcher:
         self._tell(level=record.levelno, log=record.getMessage())
         return False
 
-    async def _tell_status(self) -> None:
+    def _tell_status(self) -> None:
+        self._tell(
+            status={"progress": self._progress, "error": self._error},
+            statistics=list(self._statistics()),
+        )
+
+    async def _keep_telling(self) -> None:
         while True:
-            self._tell(
-                status={"progress": self._progress, "error": self._error},
-                statistics=list(self._statistics()),
-            )
+            self._tell_status()
             await asyncio.sleep(WATCHER_STATUS_S)
 
     def _statistics(self) -> Iterator[StatisticRow]:
@@ -16706,6 +16715,7 @@ class Watcher:
                 self._progress = f"waiting for the store: {error}"
                 await asyncio.sleep(0.2)
         self._progress = ""
+        self._tell_status()
         self._start_groups()
 
     def _start_groups(self) -> None:
@@ -16856,9 +16866,11 @@ class Watcher:
             self._start_sending()
             self._save_if_told()
             due = [source.next_due() for source in self._sources()]
-            wait_s = min((at - time.time() for at in due if at is not None), default=60.0)
+            wait_s = min((at - time.time() for at in due if at is not None), default=LOOK_S)
+            if self._waiting:  # for a fork to end, which wakes this
+                wait_s = LOOK_S
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(60.0, max(0.01, wait_s))):
+                async with asyncio.timeout(min(LOOK_S, max(0.01, wait_s))):
                     await self._wake.wait()
             self._wake.clear()
 
@@ -16870,17 +16882,17 @@ class Watcher:
         return [self._dispatcher, self._targets] if self._dispatcher else [self._targets]
 
     def _start_sending(self) -> bool:
-        """Begin what is due, in a fork each; whether there was any."""
-        began = False
+        """Begin what is due, in a fork each, as many as may run at once; whether any was."""
         for source in self._sources():
-            if len(self._sending) >= MAX_SENDING:
-                break
-            for delivery in source.due():
-                began = True
-                try:
-                    self._fork(source, delivery)
-                except OSError as error:
-                    source.settle(delivery, f"no process: {error.strerror}")
+            self._waiting.extend((source, delivery) for delivery in source.due())
+        began = False
+        while self._waiting and len(self._sending) < MAX_SENDING:
+            source, delivery = self._waiting.popleft()
+            began = True
+            try:
+                self._fork(source, delivery)
+            except OSError as error:
+                source.settle(delivery, f"no process: {error.strerror}")
         return began
 
     def _fork(self, source: Any, delivery: Delivery) -> None:
@@ -17073,15 +17085,17 @@ class WatcherClient:
             self.follower.is_well()
 
 
-def _empty_answer(data: dict[str, Any]) -> dict[str, Handler]:
-    response = json_response(200, {"status": "success", "data": data})
+def _always(value: Any) -> dict[str, Handler]:
+    response = json_response(200, value)
     return {"GET": lambda request, client: Answer(response)}
 
 
-# What is answered where no watcher runs: Grafana asks for it.
+# What is answered where no watcher runs, for Grafana and the dashboard.
 EMPTY_WATCHER = {
-    f"{API_PREFIX}rules": _empty_answer({"groups": []}),
-    f"{API_PREFIX}alerts": _empty_answer({"alerts": []}),
+    f"{API_PREFIX}rules": _always({"status": "success", "data": {"groups": []}}),
+    f"{API_PREFIX}alerts": _always({"status": "success", "data": {"alerts": []}}),
+    "/api/v2/alerts": _always([]),
+    "/api/v2/silences": _always([]),
 }
 
 
@@ -19050,7 +19064,10 @@ def _retry_after_s(text: str) -> float | None:
 PIECE_BYTES = 2 * 1024 * 1024  # of the log in one request: 10,000 lines of 200 bytes
 GATHER_S = 1.0  # an idle sender sends what came in so long
 LOOK_S = 0.25  # how often the alarm rings
-FIRST_RETRY_S, LONGEST_RETRY_S = 0.03, 5.0  # waits between attempts: doubled, and a little random
+SENDER_FIRST_RETRY_S, SENDER_LONGEST_RETRY_S = (
+    0.03,
+    5.0,
+)  # waits between attempts: doubled, and a little random
 SPLIT_REQUESTS = 64  # at most so many to find which samples a receiver refuses
 COMPLAINT_S = 60.0  # a receiver is not complained of again before
 METADATA_S = 60.0  # how often types are sent
@@ -19394,7 +19411,7 @@ class Sender:
 
     def _send(self, body: bytes, samples: int) -> Reply:
         """Send a request until it is taken or refused."""
-        wait_s = FIRST_RETRY_S
+        wait_s = SENDER_FIRST_RETRY_S
         while True:
             began = time.monotonic()
             reply = self._receiver.post(body)
@@ -19407,12 +19424,12 @@ class Sender:
             self._counts["samples_retried_total"] += samples
             self._maybe_taken |= reply.is_uncertain
             self._error = f"{reply.status if reply.status > 0 else ''} {reply.reason}".strip()
-            if wait_s > FIRST_RETRY_S:  # once is nothing: a kept connection was closed
+            if wait_s > SENDER_FIRST_RETRY_S:  # once is nothing: a kept connection was closed
                 self._complain(f"takes nothing: {self._error}")
             if reply.needs_somebody:
-                wait_s = LONGEST_RETRY_S
+                wait_s = SENDER_LONGEST_RETRY_S
             self._wait_for_receiver(reply.retry_after_s or wait_s * random.uniform(0.5, 1.0))
-            wait_s = min(2 * wait_s, LONGEST_RETRY_S)
+            wait_s = min(2 * wait_s, SENDER_LONGEST_RETRY_S)
 
     def _wait_for_receiver(self, wait_s: float) -> None:
         end = time.monotonic() + wait_s

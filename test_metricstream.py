@@ -11774,7 +11774,7 @@ def test_the_api_answers_as_a_real_alertmanager_does(tmp_path):
 # ==================================================================================================
 
 
-class Sink:
+class Pager:
     """A webhook's receiver: what it was sent. It may be told to fail, or not to listen yet."""
 
     def __init__(self, port: int = 0) -> None:
@@ -11795,7 +11795,7 @@ class Sink:
         self.port = self.server.server_address[1]
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
-    def __enter__(self) -> "Sink":
+    def __enter__(self) -> "Pager":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -11817,7 +11817,7 @@ groups:
   - alert: High
     expr: cpu:max > 5
     labels: {severity: page}
-    annotations: {summary: "{{ $value }} of {{ $labels.severity }}"}
+    annotations: {summary: "it is {{ $value }}"}
   - {alert: Slow, expr: cpu:max > 7, for: 1500ms}
   - {alert: Dead, expr: misspelt > 1}
 """
@@ -11854,11 +11854,11 @@ def states_of(started: ServerProcess) -> dict[str, str]:
 
 @at_once()
 def test_an_alert_is_told_when_it_fires_and_with_its_value_when_it_is_resolved(tmp_path):
-    with Sink() as sink, watching(tmp_path, sink.port) as started:
+    with Pager() as sink, watching(tmp_path, sink.port) as started:
         push_cpu(started, 6)
         eventually(lambda: sink.told() == [("High", "firing")], 20)
         (alert,) = sink.bodies[0]["alerts"]
-        assert alert["annotations"] == {"summary": "6 of page"}
+        assert alert["annotations"] == {"summary": "it is 6"}
         assert states_of(started) == {"High": "firing", "Slow": "inactive", "Dead": "inactive"}
         query = "/api/v1/query?query=ALERTS%7Balertstate%3D%22firing%22%7D%20*%20scalar(cpu:max)"
         (series,) = get_json(started, query)["data"]["result"]
@@ -11867,7 +11867,7 @@ def test_an_alert_is_told_when_it_fires_and_with_its_value_when_it_is_resolved(t
         push_cpu(started, 3)
         eventually(lambda: sink.told()[1:] == [("High", "resolved")])
         resolved = sink.bodies[1]["alerts"][0]["annotations"]
-        assert resolved == {"summary": "6 of page", "firing_value": "6", "resolved_value": "3"}
+        assert resolved == {"summary": "it is 6", "firing_value": "6", "resolved_value": "3"}
         with contextlib.closing(Client(started.port)) as client:
             text = client.ask("GET", "/metrics", Accept="text/plain").body.decode()
         group = f'{{rule_group="{tmp_path}/rules.yml;g"}}'
@@ -11881,7 +11881,7 @@ def test_an_alert_is_told_when_it_fires_and_with_its_value_when_it_is_resolved(t
 
 @at_once()
 def test_after_kill_9_no_timer_starts_anew_and_nothing_is_told_twice(tmp_path):
-    with Sink() as sink:
+    with Pager() as sink:
         with watching(tmp_path, sink.port) as started:
             push_cpu(started, 8)
             eventually(lambda: ("High", "firing") in sink.told(), 20)
@@ -11919,7 +11919,7 @@ def test_a_receiver_that_was_away_is_told_when_it_is_back(tmp_path):
                 found = re.search(r'notification_requests_failed_total\{[^}]*\} ([0-9.]+)', text)
                 return found is not None and float(found[1]) > 0
             eventually(failed)
-        with Sink(port) as sink:
+        with Pager(port) as sink:
             eventually(lambda: sink.told() == [("High", "firing")], 20)
 
 
@@ -11930,7 +11930,7 @@ def test_amtool_silences_what_then_is_not_told_even_after_kill_9(tmp_path):
         command = ["amtool", f"--alertmanager.url=http://127.0.0.1:{started.port}", *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-    with Sink() as sink:
+    with Pager() as sink:
         with watching(tmp_path, sink.port) as started:
             eventually(lambda: get_json(started, "/health")["watcher"] == "running")
             silence = amtool(started, "silence", "add", "alertname=High", "-c", "x", "-a", "me").strip()
@@ -11949,7 +11949,7 @@ def test_amtool_silences_what_then_is_not_told_even_after_kill_9(tmp_path):
 
 @at_once()
 def test_rules_are_read_again_and_what_a_removed_rule_fired_is_resolved(tmp_path):
-    with Sink() as sink, watching(tmp_path, sink.port) as started:
+    with Pager() as sink, watching(tmp_path, sink.port) as started:
         push_cpu(started, 6)
         eventually(lambda: sink.told() == [("High", "firing")], 20)
         (tmp_path / "rules.yml").write_text("groups: [{name: g, rules: [{alert: A, expr: sum(}]}]")
@@ -11965,9 +11965,10 @@ def test_rules_are_read_again_and_what_a_removed_rule_fired_is_resolved(tmp_path
 
 @at_once()
 def test_a_watcher_that_is_killed_is_begun_anew_and_ingestion_does_not_notice(tmp_path):
-    with Sink() as sink, watching(tmp_path, sink.port) as started:
+    with Pager() as sink, watching(tmp_path, sink.port) as started:
         push_cpu(started, 6)
         eventually(lambda: sink.told() == [("High", "firing")], 20)
+        eventually(lambda: '"at":' in (tmp_path / "alerts.json").read_text())
         children = Path(f"/proc/{started.process.pid}/task/{started.process.pid}/children")
         watchers = [int(pid) for pid in children.read_text().split()
                     if b"\0watch\0" in Path(f"/proc/{pid}/cmdline").read_bytes()]  # fmt: skip
@@ -11978,7 +11979,7 @@ def test_a_watcher_that_is_killed_is_begun_anew_and_ingestion_does_not_notice(tm
 
 @at_once()
 def test_passwords_in_urls_reach_neither_arguments_nor_environment_nor_logs_of_children(tmp_path):
-    with Sink() as sink:
+    with Pager() as sink:
         (tmp_path / "rules.yml").write_text(RULES)
         options = ["--rules", str(tmp_path / "rules.yml"), "--log-level", "debug"]
         url = f"http://me:S3cret@127.0.0.1:{sink.port}/"
@@ -12000,7 +12001,7 @@ def test_passwords_in_urls_reach_neither_arguments_nor_environment_nor_logs_of_c
 @at_once()
 def test_only_listed_clients_write_silences(tmp_path):
     (tmp_path / "clients").write_text(KEY_LINE)
-    with Sink() as sink, watching(tmp_path, sink.port, "--clients", str(tmp_path / "clients")) as started:
+    with Pager() as sink, watching(tmp_path, sink.port, "--clients", str(tmp_path / "clients")) as started:
         eventually(lambda: get_json(started, "/health")["watcher"] == "running", 20)
         ends = datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=1)
         silence = {"matchers": [{"name": "a", "value": "b", "isRegex": False}], "createdBy": "me",
@@ -12057,7 +12058,8 @@ def test_files_of_the_watcher_that_can_not_be_used_are_told_before_anything_runs
         (["--rules", str(tmp_path / "bad.yml")], ["bad.yml:1:"]),
         (["--rules", str(tmp_path / "none.yml")], ["can't read"]),
         (["--notify", str(tmp_path / "notify.yml")], ["notify.yml:1:"]),
-        (["--webhook", "nonsense"], ["nonsense"]),
+        (["--webhook", "nonsense"], ["an address of --webhook", "must be a URL"]),
+        (["--alertmanager", "nonsense"], ["must be a URL"]),
     ]:
         ended = run("0", "--data-dir", str(tmp_path), *options)
         assert ended.returncode in (1, 2) and not ended.stdout, ended
@@ -12558,12 +12560,12 @@ def test_a_server_that_is_gone_is_said_and_its_return_noticed(browser, pushed):
     eventually(lambda: browser.text("#notice") == "")
 
 
-STATES = ["", "view=metric&name=load1&by=host", "view=metric&name=queue", "view=query&q=load1&q=sum(queue)",
+PAGE_STATES = ["", "view=metric&name=load1&by=host", "view=metric&name=queue", "view=query&q=load1&q=sum(queue)",
           "view=query&q=sum(load1", "view=dashboards", "view=dashboard&name=host.json",
           "range=1700000000-1700003600"]  # fmt: skip
 
 
-@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("state", PAGE_STATES)
 def test_the_page_fits_a_narrow_window_in_every_state(browser, pushed, state):
     browser.open(pushed.port, state, width=360)
     eventually(lambda: browser.text("h1"))
@@ -12571,7 +12573,7 @@ def test_the_page_fits_a_narrow_window_in_every_state(browser, pushed, state):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("state", PAGE_STATES)
 def test_axe_finds_nothing_in_any_state(browser, pushed, state, scheme):
     if not (axe := os.environ.get("METRICSTREAM_AXE")):
         pytest.skip("METRICSTREAM_AXE names no axe.min.js of axe-core; `make axe` fetches it")
@@ -13220,14 +13222,14 @@ def test_what_is_pushed_arrives_with_its_headers_types_and_labels(tmp_path):
         assert started.stop()[::2] == (0, "")
 
 
-FAULTS = [
+RECEIVER_FAULTS = [
     ("an error of the receiver", [500, 503, 502]), ("too many", [429, (429, 1)]),
     ("no answer", ["nothing", "take and say nothing"]), ("half an answer", ["half an answer"]),
     ("a wrong password", [401]), ("no such page", [404, 403]), ("elsewhere", [302]),
 ]  # fmt: skip
 
 
-@at_once(FAULTS)
+@at_once(RECEIVER_FAULTS)
 def test_a_receiver_with_a_fault_gets_all_in_the_end(tmp_path, fault, plan):
     with forwarding(tmp_path) as (started, receiver):
         receiver.plan += plan
@@ -14043,6 +14045,20 @@ def test_a_name_that_is_used_above_its_chapter_is_found_wherever_it_stands():
                 "x: dict[str, 'Below']", "x: Below", "def f(): return below"):  # fmt: skip
         assert len(names_used_below(chapters.format(use))[1]) == 1, use
     assert not names_used_below(chapters.format("def f(x: 'str' = 'Below'): pass"))[1]
+
+
+@pytest.mark.parametrize("path", ["metricstream.py", "test_metricstream.py", "load_test.py"])
+def test_no_name_is_defined_twice(path):
+    """The later one would stand for both, also in chapters above it."""
+    defined: Counter[str] = Counter()
+    for node in ast.parse((HERE / path).read_text()).body:
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            parts = [part for target in targets for part in ast.walk(target)]
+            defined.update(part.id for part in parts if isinstance(part, ast.Name))
+        elif name := getattr(node, "name", None):
+            defined[name] += 1
+    assert [name for name, count in defined.items() if count > 1] == []
 
 
 def test_the_examples_in_the_module_are_true():
