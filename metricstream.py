@@ -16428,7 +16428,7 @@ WATCHER_STOP_S = 3.0  # for what is still to be sent
 MAX_SENDING = 16  # forks at once
 SELECTOR_CHECK_S = 600.0  # how often selectors are looked for that match nothing
 SENDING_GRACE_S = 2.0
-LOOK_S = 15.0  # what is to be sent is looked for at least so often
+DUE_LOOK_S = 15.0  # what is to be sent is looked for at least so often
 
 _CONNECT, _RELOAD = b"conn", b"load"  # frames: a connection to this server; read the files again
 
@@ -16866,11 +16866,11 @@ class Watcher:
             self._start_sending()
             self._save_if_told()
             due = [source.next_due() for source in self._sources()]
-            wait_s = min((at - time.time() for at in due if at is not None), default=LOOK_S)
+            wait_s = min((at - time.time() for at in due if at is not None), default=DUE_LOOK_S)
             if self._waiting:  # for a fork to end, which wakes this
-                wait_s = LOOK_S
+                wait_s = DUE_LOOK_S
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(LOOK_S, max(0.01, wait_s))):
+                async with asyncio.timeout(min(DUE_LOOK_S, max(0.01, wait_s))):
                     await self._wake.wait()
             self._wake.clear()
 
