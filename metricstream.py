@@ -13441,9 +13441,7 @@ BAR_WIDTH = 60
 
 
 class MemorySeries:
-    """Series in memory, to be queried. A series grows at its end: as in Prometheus, a sample that
-    is not newer than the last one of its series is dropped.
-    """
+    """Series in memory, to be queried. A series grows at its end, as in Prometheus."""
 
     def __init__(self) -> None:
         self._index = SeriesIndex()
@@ -13460,17 +13458,23 @@ class MemorySeries:
             self._series.append((array("q"), array("d")))
         return number
 
-    def append(self, number: int, time_ms: int, value: float) -> None:
-        """Add a sample to a series."""
+    def append(self, number: int, time_ms: int, value: float) -> bool:
+        """Add a sample to a series; whether that could be, or it is there already."""
         times_ms, values = self._series[number]
-        if not times_ms or times_ms[-1] < time_ms:
-            times_ms.append(time_ms)
-            values.append(value)
+        if times_ms and time_ms <= times_ms[-1]:
+            return time_ms == times_ms[-1] and value == values[-1]
+        times_ms.append(time_ms)
+        values.append(value)
+        return True
 
     async def record(self, samples: list[Recorded]) -> None:
-        """Add what a rule records."""
+        """Add what a rule records. Raises RuleError where there is something else already."""
+        late = False
         for labels, value, time_ms in samples:
-            self.append(self.number(labels), time_ms, STALE if value is None else value)
+            added = self.append(self.number(labels), time_ms, STALE if value is None else value)
+            late = late or not (added or value is None)
+        if late:
+            raise RuleError("duplicate sample for timestamp")
 
     def select(
         self, matchers: Sequence[Matcher], start_ms: int, end_ms: int, budget: Budget
