@@ -8025,6 +8025,12 @@ FAULTS = [
      "tests.yml:1:"),
     ("a value", "tests: [{promql_expr_test: [{expr: m, exp_samples: [{value: one}]}]}]",
      "1:61: 'one' is no number"),
+    ("a value in quotes", "tests: [{promql_expr_test: [{expr: m, exp_samples: [{value: '1'}]}]}]",
+     "1:61: 'value' must be a number, without quotes"),
+    ("an infinite value without its point", "tests: [{promql_expr_test: [{expr: m, exp_samples: "
+     "[{value: Inf}]}]}]", "'Inf' is no number"),
+    ("two points", "tests: [{promql_expr_test: [{expr: m, exp_samples: [{value: 1.2.3}]}]}]",
+     "'1.2.3'"),
     ("no name of an alert", "tests: [{alert_rule_test: [{eval_time: 1m}]}]",
      "1:28: a test of alerts needs an alertname"),
     ("a duration", "tests: [{interval: 5}]", "tests.yml:1:20: "),
