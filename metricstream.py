@@ -13876,9 +13876,7 @@ BAR_WIDTH = 60
 
 
 class MemorySeries:
-    """Series in memory, to be queried. A series grows at its end: as in Prometheus, a sample that
-    is not newer than the last one of its series is dropped.
-    """
+    """Series in memory, to be queried. A series grows at its end, as in Prometheus."""
 
     def __init__(self) -> None:
         self._index = SeriesIndex()
@@ -13887,25 +13885,30 @@ class MemorySeries:
 
     def number(self, labels: Mapping[str, str]) -> int:
         """The number of the series of these labels, a new one if there is none."""
-        name = labels.get(NAME, "")
-        self.names.add(name)
-        tags = {label: text for label, text in labels.items() if label != NAME}
-        number = self._index.number(series_labels(name, tags))
+        self.names.add(labels.get(NAME, ""))
+        pairs = (pair for pair in sorted(labels.items()) if pair[1])
+        number = self._index.number(tuple(part for pair in pairs for part in pair))
         if number == len(self._series):
             self._series.append((array("q"), array("d")))
         return number
 
-    def append(self, number: int, time_ms: int, value: float) -> None:
-        """Add a sample to a series."""
+    def append(self, number: int, time_ms: int, value: float) -> bool:
+        """Add a sample to a series; whether that could be, or it is there already."""
         times_ms, values = self._series[number]
-        if not times_ms or times_ms[-1] < time_ms:
-            times_ms.append(time_ms)
-            values.append(value)
+        if times_ms and time_ms <= times_ms[-1]:
+            return time_ms == times_ms[-1] and value == values[-1]
+        times_ms.append(time_ms)
+        values.append(value)
+        return True
 
     async def record(self, samples: list[Recorded]) -> None:
-        """Add what a rule records."""
+        """Add what a rule records. Raises RuleError where there is something else already."""
+        late = False
         for labels, value, time_ms in samples:
-            self.append(self.number(labels), time_ms, STALE if value is None else value)
+            added = self.append(self.number(labels), time_ms, STALE if value is None else value)
+            late = late or not (added or value is None)
+        if late:
+            raise RuleError("duplicate sample for timestamp")
 
     def select(
         self, matchers: Sequence[Matcher], start_ms: int, end_ms: int, budget: Budget
@@ -14092,9 +14095,10 @@ class _RuleTestReader(_RuleReader):
     def _series_of(self, node: YamlNode) -> tuple[dict[str, str], list[float | None]]:
         fields = self._fields(node, "an input series", ("series", "values"))
         labels: dict[str, str] = self._read(fields, "series", metric_labels, {})
-        if not self._text(fields, "series"):
+        values: list[float | None] = self._read(fields, "values", series_values, [])
+        if values and not self._text(fields, "series"):
             self._fault(node.position, "an input series needs a name, 'series'")
-        return labels, self._read(fields, "values", series_values, [])
+        return labels, values
 
     def _alert_test(self, node: YamlNode) -> AlertTest:
         fields = self._fields(node, "a test of alerts", ("eval_time", "alertname", "exp_alerts"))
@@ -14116,6 +14120,9 @@ class _RuleTestReader(_RuleReader):
             if "histogram" in sample:
                 self._fault(sample["histogram"].position, "native histograms are not supported")
             labels: dict[str, str] = self._read(sample, "labels", metric_labels, {})
+            value = sample.get("value")
+            if isinstance(value, YamlScalar) and not value.plain:
+                self._fault(value.position, "'value' must be a number, without quotes")
             expected.append((labels, self._read(sample, "value", _yaml_float, 0.0)))
         expression = self._expression(fields, node)
         return ExpressionTest(self._duration(fields, "eval_time"), expression, expected)
@@ -14143,14 +14150,18 @@ _TOLERANCES = {"": TOLERANCE, "false": 0.0, "true": sys.float_info.epsilon}
 
 
 def _yaml_float(text: str) -> float:
-    """A number as YAML writes it: `.inf`, `.NaN` and `0x1F` too."""
-    if re.fullmatch(r"[-+]?0[xX][0-9a-fA-F]+", text):
-        return float(int(text, 16))
-    plain = re.sub(r"^([-+]?)\.(inf|Inf|INF|nan|NaN|NAN)$", r"\1\2", text.replace("_", ""))
-    try:
-        return read_float(plain)
-    except ValueError:
-        raise ValueError(f"{text[:50]!r} is no number") from None
+    """A number as YAML writes it: `.inf`, `.NaN`, `0x1F`, `1_000` too.
+
+    >>> _yaml_float("-.inf"), _yaml_float("0x1F"), _yaml_float("1e3")
+    (-inf, 31.0, 1000.0)
+    """
+    if re.fullmatch(r"[-+]?\.(inf|Inf|INF|nan|NaN|NAN)", text):
+        return float(text.replace(".", ""))
+    with contextlib.suppress(ValueError):
+        return float(int(text, 0))
+    if not re.fullmatch(r"[-+.0-9eE_]+", text):
+        raise ValueError(f"{text[:50]!r} is no number")
+    return float(text)
 
 
 def read_rule_tests(text: str | bytes, name: str) -> RuleTestFile:
