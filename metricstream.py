@@ -7116,10 +7116,31 @@ def decimal_text(value: float) -> str:
     return text[:-2] if text.endswith(".0") else text
 
 
+def exponent_text(value: float) -> str:
+    """The shortest decimal with an exponent that reads back: Go's format 'e'.
+
+    >>> exponent_text(1234567.5), exponent_text(0.5)
+    ('1.2345675e+06', '5e-01')
+    """
+    if not math.isfinite(value):
+        return format_value(value)
+    digits = decimal.Decimal(repr(value)).normalize().as_tuple().digits
+    return f"{value:.{len(digits) - 1}e}"
+
+
+def shortest_text(value: float) -> str:
+    """The shortest decimal that reads back, as Go prints a number: with an exponent from 1e+06 on
+    and below 0.0001.
+    """
+    text = exponent_text(value)
+    exponent = int(text.partition("e")[2] or 0)
+    return decimal_text(value) if -4 <= exponent < 6 else text
+
+
 def _number_text(node: Number) -> str:
-    return (
-        _duration_text(round(node.value * 1000)) if node.is_duration else decimal_text(node.value)
-    )
+    if node.is_duration:
+        return _duration_text(round(node.value * 1000))
+    return shortest_text(node.value)
 
 
 def _quoted(text: str) -> str:
@@ -11640,7 +11661,7 @@ def _digits_of(value: float, verb: str, precision: int | None) -> str:
         text = _hexadecimal_text(value, precision)
         return text.upper() if verb == "X" else text
     if precision is None and verb in "gG":
-        text = _shortest_text(value)
+        text = shortest_text(value)
         return text.upper() if verb == "G" else text
     return format(value, f".{6 if precision is None else precision}{verb}")
 
@@ -11671,13 +11692,6 @@ def _with_point(text: str, verb: str, precision: int | None) -> str:
         digits -= number == "0"
         number += "."
     return number + "0" * digits + text[end:]
-
-
-def _shortest_text(value: float) -> str:
-    """The shortest decimal that reads back; with an exponent from 1e+06 on and below 0.0001."""
-    digits = decimal.Decimal(repr(value)).normalize().as_tuple().digits
-    text = f"{value:.{len(digits) - 1}e}"
-    return decimal_text(value) if -4 <= int(text.partition("e")[2]) < 6 else text
 
 
 _VERB = re.compile(
@@ -13717,18 +13731,6 @@ def selectors_of(expression: str) -> list[str]:
 # ---- what the API says of rules and alerts, in Prometheus's words
 
 
-def _as_go_float(value: float) -> str:
-    """Shortest digits with an exponent, as Go's strconv.FormatFloat(value, 'e', -1, 64)."""
-    if not math.isfinite(value):
-        return format_value(value)
-    digits, _, exponent = f"{value:.17e}".partition("e")
-    for precision in range(18):
-        digits, _, exponent = f"{value:.{precision}e}".partition("e")
-        if float(f"{digits}e{exponent}") == value:
-            break
-    return f"{digits}e{exponent}"
-
-
 def _rfc_3339(seconds: float) -> str:
     if not seconds:
         return "0001-01-01T00:00:00Z"
@@ -13738,7 +13740,7 @@ def _rfc_3339(seconds: float) -> str:
 def _active_json(alert: ActiveAlert) -> dict[str, Any]:
     shown = {
         "labels": alert.labels, "annotations": alert.annotations, "state": alert.state,
-        "activeAt": _rfc_3339(alert.active_at), "value": _as_go_float(alert.value),
+        "activeAt": _rfc_3339(alert.active_at), "value": exponent_text(alert.value),
     }  # fmt: skip
     if alert.keep_firing_since is not None:
         shown["keepFiringSince"] = _rfc_3339(alert.keep_firing_since)
