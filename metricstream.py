@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""MetricStream: one file, no dependencies. Ingest, limit, store, query.
+"""MetricStream: one file, no dependencies. Ingest, limit, store, query, watch, forward.
 
     python3 metricstream.py                      serve on http://127.0.0.1:8080
     curl localhost:8080/metrics -H 'Content-Type: application/json' \\
@@ -33,8 +33,8 @@ The way of one POST, from the socket to the disk and back, with the chapter of e
     9      Connections.park                    epoll_ctl(): wait for the next request
 
 That is part I, a complete server by itself. The log is the seam: a second process follows it, keeps
-series, and answers queries (parts II and III); no query can hold up ingestion. Others send what the
-log holds on to a cluster (part V).
+series, and answers queries (parts II and III); no query can hold up ingestion. Another one evaluates
+rules and tells of alerts (part IV), others send what the log holds on to a cluster (part V).
 
 A chapter uses only chapters above it. For the flow of a request, follow the map.
 `grep -nE '^# (PART|[0-9]+\\.)' metricstream.py` prints the table of contents.
