@@ -33,7 +33,7 @@ The way of one POST, from the socket to the disk and back, with the chapter of e
     9      Connections.park                    epoll_ctl(): wait for the next request
 
 That is part I, a complete server by itself. The log is the seam: a second process follows it, keeps
-series, and answers queries (parts II and III); no query can hold up ingestion. Another one evaluates
+series, and answers queries (parts II and III); no query can hold up ingestion. Another evaluates
 rules and tells of alerts (part IV), others send what the log holds on to a cluster (part V).
 
 A chapter uses only chapters above it. For the flow of a request, follow the map.
@@ -7140,7 +7140,7 @@ def shortest_text(value: float) -> str:
 def _number_text(node: Number) -> str:
     if node.is_duration:
         return _duration_text(round(node.value * 1000))
-    return shortest_text(node.value)
+    return decimal_text(node.value)
 
 
 def _quoted(text: str) -> str:

@@ -9801,7 +9801,7 @@ GROUPS_OF_THE_API = [
                 "type": "alerting",
             },
             {
-                "state": "pending", "name": "Pending", "query": "vector(1.2345675e+06)",
+                "state": "pending", "name": "Pending", "query": "vector(1234567.5)",
                 "duration": "number", "keepFiringFor": "number", "labels": {}, "annotations": {},
                 "alerts": [{
                     "labels": {"alertname": "Pending"}, "annotations": {}, "state": "pending",
