@@ -7656,7 +7656,7 @@ groups:
   - {alert: Inactive, expr: vector(0) > 1}
 """
 
-# As Prometheus 2.42 answers, with the labels of recording rules as 3 has them.
+# As Prometheus 2.42 answers; the labels of recording rules and the numbers of queries are as in 3.
 GROUPS_OF_THE_API = [
     {
         "name": "a", "file": "rules.yml", "interval": "number", "limit": 0,
@@ -7675,7 +7675,7 @@ GROUPS_OF_THE_API = [
                 "type": "alerting",
             },
             {
-                "state": "pending", "name": "Pending", "query": "vector(1.2345675e+06)",
+                "state": "pending", "name": "Pending", "query": "vector(1234567.5)",
                 "duration": "number", "keepFiringFor": "number", "labels": {}, "annotations": {},
                 "alerts": [{
                     "labels": {"alertname": "Pending"}, "annotations": {}, "state": "pending",
@@ -7933,7 +7933,7 @@ MUTATIONS = [
 ]  # fmt: skip
 
 
-def tests_of(body: str, fields: str = "") -> str:
+def with_rules(body: str, fields: str = "") -> str:
     return f"""
 rule_files: [rules.yml]
 {fields}
@@ -7949,11 +7949,11 @@ tests:
 
 @pytest.mark.parametrize("body", [row[1] for row in GOOD_TESTS], ids=[row[0] for row in GOOD_TESTS])
 def test_unit_tests_of_rules_succeed_and_with_another_expectation_fail(unit_tests, body):
-    status, out, err = unit_tests(tests_of(body), rules=RULES_ON_TEST)
+    status, out, err = unit_tests(with_rules(body), rules=RULES_ON_TEST)
     assert (status, err) == (0, "") and out.endswith("tests.yml\n  SUCCESS\n\n")
     for pattern, replacement in MUTATIONS:
         if re.search(pattern, body):
-            wrong = tests_of(re.sub(pattern, replacement, body, count=1))
+            wrong = with_rules(re.sub(pattern, replacement, body, count=1))
             status, _, err = unit_tests(wrong, rules=RULES_ON_TEST)
             assert status == 1 and err.startswith("  FAILED:\n    name: the test,\n")
 
@@ -7963,7 +7963,7 @@ def test_a_failure_shows_what_was_expected_and_what_came(unit_tests):
       {labels: 'm{host="a"}', value: 8}, {labels: 'm{host="b"}', value: 1}]}]
 alert_rule_test: [{eval_time: 2m, alertname: High, exp_alerts: [
       {exp_labels: {severity: page, host: a}, exp_annotations: {summary: a has 7}}]}]"""
-    status, out, err = unit_tests(tests_of(body), rules=RULES_ON_TEST)
+    status, out, err = unit_tests(with_rules(body), rules=RULES_ON_TEST)
     assert (status, out.count("SUCCESS")) == (1, 0)
     assert err.splitlines() == [
         "  FAILED:",
@@ -7993,7 +7993,7 @@ FUZZY = [
 @pytest.mark.parametrize(("field", "value", "status"), FUZZY)
 def test_how_values_are_compared(unit_tests, field, value, status):
     body = f"promql_expr_test: [{{expr: r, exp_samples: [{{labels: r, value: {value!r}}}]}}]"
-    assert unit_tests(tests_of(body, field), rules=RULES_ON_TEST)[0] == status
+    assert unit_tests(with_rules(body, field), rules=RULES_ON_TEST)[0] == status
 
 
 FAULTS = [
@@ -8093,7 +8093,7 @@ tests:
 def test_a_rule_that_fails_fails_the_test(unit_tests):
     body = "promql_expr_test: [{expr: '1', eval_time: 5m, exp_samples: [{value: 1}]}]"
     rules = "groups: [{name: a, rules: [{record: r, expr: m + on() m}]}]"
-    status, _, err = unit_tests(tests_of(body), rules=rules)
+    status, _, err = unit_tests(with_rules(body), rules=rules)
     assert status == 1 and "rule r at 0s: found duplicate series" in err
 
 
@@ -8112,7 +8112,7 @@ def test_external_labels_are_seen_by_templates_alone(unit_tests):
     body = """external_labels: {dc: eu}
 alert_rule_test: [{eval_time: 1m, alertname: A, exp_alerts: [
     {exp_labels: {x: eu, host: a}}, {exp_labels: {x: eu, host: b}}]}]"""
-    assert unit_tests(tests_of(body), rules=rules)[0] == 0
+    assert unit_tests(with_rules(body), rules=rules)[0] == 0
 
 
 def test_a_series_that_is_given_twice_has_the_later_values(unit_tests):
