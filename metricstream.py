@@ -13438,6 +13438,7 @@ def _page_of(groups: list[dict[str, Any]], limit_text: str, token: str) -> dict[
 
 TOLERANCE = 1e-9  # values that differ less, relatively, are the same
 BAR_WIDTH = 60
+READ_AHEAD_MS = 6 * 3600 * 1000  # a backtest decodes a chunk once in so long, not at each query
 
 
 class MemorySeries:
@@ -13874,19 +13875,41 @@ class Firing(NamedTuple):
     ended_ms: int
 
 
+def _read_ahead(select: Select) -> Select:
+    """A `select` for queries that go on in time: it reads some hours more, and keeps them."""
+    # by the matchers and the length of the window
+    kept: dict[tuple[tuple[Matcher, ...], int], tuple[int, int, list[Series]]] = {}
+
+    def selected(
+        matchers: Sequence[Matcher], low_ms: int, high_ms: int, budget: Budget
+    ) -> Iterator[Series]:
+        key = tuple(matchers), high_ms - low_ms
+        first_ms, last_ms, found = kept.get(key, (0, -1, []))
+        if not first_ms <= low_ms <= high_ms <= last_ms:
+            last_ms = high_ms + READ_AHEAD_MS
+            found = list(select(matchers, low_ms, last_ms, budget))
+            kept[key] = low_ms, last_ms, found
+        for labels, times_ms, values in found:
+            low, high = bisect_left(times_ms, low_ms), bisect_right(times_ms, high_ms)
+            if low < high:
+                yield Series(labels, times_ms[low:high], values[low:high])
+
+    return selected
+
+
 def backtest(
     groups: list[GroupState], select: Select, start_ms: int, end_ms: int
 ) -> tuple[list[Firing], Counter[str]]:
     """Evaluate groups over stored series between two times: when alerts would have fired, in the
     order of their ends, and how often a rule would have failed and why.
     """
-    memory = MemorySeries()
+    memory, stored = MemorySeries(), _read_ahead(select)
 
     def both(
         matchers: Sequence[Matcher], low_ms: int, high_ms: int, budget: Budget
     ) -> Iterator[Series]:
         # what rules recorded when they ran is what they are to record now
-        for series in select(matchers, low_ms, high_ms, budget):
+        for series in stored(matchers, low_ms, high_ms, budget):
             if series.labels.get(NAME) not in memory.names:
                 yield series
         yield from memory.select(matchers, low_ms, high_ms, budget)
