@@ -13956,32 +13956,6 @@ def firing_bar(times: Iterable[tuple[int, int]], start_ms: int, end_ms: int) -> 
     return "".join(cells)
 
 
-# TEMPORARY STUB
-class NotifyConfig: pass
-def webhook_config(urls): return NotifyConfig()
-def read_notify_config(t,n): return NotifyConfig()
-class Delivery(NamedTuple):
-    what: Any
-    timeout_s: float = 5
-def deliver(d):
-    open("/tmp/p4/sent","a").write(repr(d)+"\n"); return ""
-class Dispatcher:
-    changed=False
-    def __init__(self,c,u): self.q=[]
-    def put(self,a): self.q.append(a); self.changed=True
-    def due(self): q,self.q=self.q,[]; return [Delivery(x) for x in q]
-    def next_due(self): return None
-    def settle(self,d,o): print("settled",o)
-    def state(self): return {}
-    def restore(self,s): pass
-    def reload(self,c): pass
-    def statistics(self): return {}
-    def answer(self,*a): return 200,b"{}"
-class AlertmanagerClient(Dispatcher): pass
-
-
-
-
 # ==================================================================================================
 # 37. Watcher process
 # ==================================================================================================
