@@ -13875,6 +13875,7 @@ def _page_of(groups: list[dict[str, Any]], limit_text: str, token: str) -> dict[
 
 TOLERANCE = 1e-9  # values that differ less, relatively, are the same
 BAR_WIDTH = 60
+READ_AHEAD_MS = 6 * 3600 * 1000  # a backtest decodes a chunk once in so long, not at each query
 
 
 class MemorySeries:
@@ -14048,7 +14049,7 @@ def metric_labels(text: str) -> dict[str, str]:
     >>> metric_labels('up{job="a"}'), metric_labels("{}")
     ({'job': 'a', '__name__': 'up'}, {})
     """
-    if not text.strip() or re.fullmatch(r"\s*\{\s*\}\s*", text):
+    if "".join(text.split()) in ("", "{}"):
         return {}
     node = parse_query(text)
     if not isinstance(node, Selector) or node != node._replace(range=None, offset=None, at=None):
@@ -14157,13 +14158,14 @@ def _yaml_float(text: str) -> float:
     >>> _yaml_float("-.inf"), _yaml_float("0x1F"), _yaml_float("1e3")
     (-inf, 31.0, 1000.0)
     """
-    if re.fullmatch(r"[-+]?\.(inf|Inf|INF|nan|NaN|NAN)", text):
-        return float(text.replace(".", ""))
+    with contextlib.suppress(ValueError):
+        if text.lower().lstrip("-+") in (".inf", ".nan"):
+            return float(text.replace(".", ""))
+        if text[-1:] in "0123456789.":  # without its point, Infinity is text in YAML
+            return float(text)
     with contextlib.suppress(ValueError):
         return float(int(text, 0))
-    if not re.fullmatch(r"[-+.0-9eE_]+", text):
-        raise ValueError(f"{text[:50]!r} is no number")
-    return float(text)
+    raise ValueError(f"{text[:50]!r} is no number")
 
 
 def read_rule_tests(text: str | bytes, name: str) -> RuleTestFile:
@@ -14312,19 +14314,41 @@ class Firing(NamedTuple):
     ended_ms: int
 
 
+def _read_ahead(select: Select) -> Select:
+    """A `select` for queries that go on in time: it reads some hours more, and keeps them."""
+    # by the matchers and the length of the window
+    kept: dict[tuple[tuple[Matcher, ...], int], tuple[int, int, list[Series]]] = {}
+
+    def selected(
+        matchers: Sequence[Matcher], low_ms: int, high_ms: int, budget: Budget
+    ) -> Iterator[Series]:
+        key = tuple(matchers), high_ms - low_ms
+        first_ms, last_ms, found = kept.get(key, (0, -1, []))
+        if not first_ms <= low_ms <= high_ms <= last_ms:
+            last_ms = high_ms + READ_AHEAD_MS
+            found = list(select(matchers, low_ms, last_ms, budget))
+            kept[key] = low_ms, last_ms, found
+        for labels, times_ms, values in found:
+            low, high = bisect_left(times_ms, low_ms), bisect_right(times_ms, high_ms)
+            if low < high:
+                yield Series(labels, times_ms[low:high], values[low:high])
+
+    return selected
+
+
 def backtest(
     groups: list[GroupState], select: Select, start_ms: int, end_ms: int
 ) -> tuple[list[Firing], Counter[str]]:
     """Evaluate groups over stored series between two times: when alerts would have fired, in the
     order of their ends, and how often a rule would have failed and why.
     """
-    memory = MemorySeries()
+    memory, stored = MemorySeries(), _read_ahead(select)
 
     def both(
         matchers: Sequence[Matcher], low_ms: int, high_ms: int, budget: Budget
     ) -> Iterator[Series]:
         # what rules recorded when they ran is what they are to record now
-        for series in select(matchers, low_ms, high_ms, budget):
+        for series in stored(matchers, low_ms, high_ms, budget):
             if series.labels.get(NAME) not in memory.names:
                 yield series
         yield from memory.select(matchers, low_ms, high_ms, budget)
@@ -14362,10 +14386,10 @@ def firing_bar(times: Iterable[tuple[int, int]], start_ms: int, end_ms: int) -> 
     >>> firing_bar([(0, 30), (90, 100)], 0, 100)[::6]
     '███······█'
     """
-    cells = ["·"] * BAR_WIDTH
+    cells, span_ms = ["·"] * BAR_WIDTH, max(1, end_ms - start_ms)
     for began_ms, ended_ms in times:
-        first = min(BAR_WIDTH - 1, (began_ms - start_ms) * BAR_WIDTH // (end_ms - start_ms))
-        last = -((start_ms - ended_ms) * BAR_WIDTH // (end_ms - start_ms))
+        first = min(BAR_WIDTH - 1, (began_ms - start_ms) * BAR_WIDTH // span_ms)
+        last = -((start_ms - ended_ms) * BAR_WIDTH // span_ms)
         for cell in range(first, max(first + 1, last)):
             cells[cell] = "█"
     return "".join(cells)

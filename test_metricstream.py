@@ -9630,8 +9630,10 @@ def test_more_alerts_than_the_limit_are_all_forgotten():
 
 
 def test_who_is_told_when():
-    group = WatchedGroup("{alert: A, expr: m > 5, for: 20s, labels: {a: b}}", "interval: 10s,",
-                         external_labels={"dc": "eu", "a": "c"}, external_url="http://x")  # fmt: skip
+    group = WatchedGroup(
+        "{alert: A, expr: m > 5, for: 20s, labels: {a: b}}", "interval: 10s,",
+        external_labels={"dc": "eu", "a": "c"}, external_url="http://x",
+    )  # fmt: skip
     told = {}
     for at in range(0, 300, 10):
         group.put(at, 9 if at < 150 else 2, host="h")
@@ -9782,7 +9784,7 @@ groups:
   - {alert: Inactive, expr: vector(0) > 1}
 """
 
-# As Prometheus 2.42 answers, with the labels of recording rules as 3 has them.
+# As Prometheus 2.42 answers; the labels of recording rules and the numbers of queries are as in 3.
 GROUPS_OF_THE_API = [
     {
         "name": "a", "file": "rules.yml", "interval": "number", "limit": 0,
@@ -9873,7 +9875,8 @@ def test_an_alert_that_is_kept_firing_says_since_when():
     group.evaluate(0)
     group.put(60, 0)
     group.evaluate(60)
-    assert metricstream.alerts_json([group.group])[0]["keepFiringSince"] == "1970-01-01T00:01:00.000Z"
+    (alert,) = metricstream.alerts_json([group.group])
+    assert alert["keepFiringSince"] == "1970-01-01T00:01:00.000Z"
 
 
 RULE_QUERIES = [
@@ -9892,7 +9895,8 @@ RULE_QUERIES = [
     ("everything at once", 'type=record&rule_name[]=r:bad&match[]={team="x"}&file[]=rules.yml',
      "b: r:bad"),
     ("a page", "group_limit=1", "a: Firing Pending Inactive"),
-    ("a page of more than there are", "group_limit=7", "a: Firing Pending Inactive; b: r:one r:bad"),
+    ("a page of more than there are", "group_limit=7",
+     "a: Firing Pending Inactive; b: r:one r:bad"),
 ]  # fmt: skip
 
 
@@ -9987,7 +9991,8 @@ def test_the_notation_of_series(text, values):
 
 @pytest.mark.parametrize("text", [
     "a", "1x", "x3", "1+x3", "1+2", "1+-2x3", "1 + 2x3", "_+1x3", "stalex3", "1x-3", "1,2", "0x1f",
-    "1xfff", "1x9999999999", "1x9999999 1x9999999", "{{schema:1 sum:1}}x3", "0 {{}}", "1_000", "--1",
+    "1xfff", "1x9999999999", "1x9999999 1x9999999", "{{schema:1 sum:1}}x3", "0 {{}}", "1_000",
+    "--1",
 ])  # fmt: skip
 def test_what_is_no_notation_of_series(text):
     with pytest.raises(ValueError, match="native histograms" if "{{" in text else "value"):
@@ -10026,8 +10031,9 @@ GOOD_TESTS = [
      "[{labels: 'm{host=\"a\"}', value: 7}, {labels: 'm{host=\"b\"}', value: 1}]}]"),
     ("a subquery's step is the interval", "promql_expr_test: [{expr: 'count_over_time(r[5m:])', "
      "eval_time: 5m, exp_samples: [{value: 5}]}]"),
-    ("values that are not finite", "promql_expr_test: [{expr: r / 0, exp_samples: [{value: .inf}]}, "
-     "{expr: 0 / 0, exp_samples: [{value: .NaN}]}, {expr: '16', exp_samples: [{value: 0x10}]}]"),
+    ("values that are not finite",
+     "promql_expr_test: [{expr: r / 0, exp_samples: [{value: .inf}]}, {expr: 0 / 0, "
+     "exp_samples: [{value: .NaN}]}, {expr: '16', exp_samples: [{value: 0x10}]}]"),
     ("tiny differences", "promql_expr_test: [{expr: r, exp_samples: [{labels: r, "
      "value: 4.000000001}]}]"),
     ("pending alerts do not count", "alert_rule_test: [{eval_time: 1m, alertname: High}]"),
@@ -10059,7 +10065,7 @@ MUTATIONS = [
 ]  # fmt: skip
 
 
-def rule_tests_of(body: str, fields: str = "") -> str:
+def with_rules(body: str, fields: str = "") -> str:
     return f"""
 rule_files: [rules.yml]
 {fields}
@@ -10075,11 +10081,11 @@ tests:
 
 @pytest.mark.parametrize("body", [row[1] for row in GOOD_TESTS], ids=[row[0] for row in GOOD_TESTS])
 def test_unit_tests_of_rules_succeed_and_with_another_expectation_fail(unit_tests, body):
-    status, out, err = unit_tests(rule_tests_of(body), rules=RULES_ON_TEST)
+    status, out, err = unit_tests(with_rules(body), rules=RULES_ON_TEST)
     assert (status, err) == (0, "") and out.endswith("tests.yml\n  SUCCESS\n\n")
     for pattern, replacement in MUTATIONS:
         if re.search(pattern, body):
-            wrong = rule_tests_of(re.sub(pattern, replacement, body, count=1))
+            wrong = with_rules(re.sub(pattern, replacement, body, count=1))
             status, _, err = unit_tests(wrong, rules=RULES_ON_TEST)
             assert status == 1 and err.startswith("  FAILED:\n    name: the test,\n")
 
@@ -10089,7 +10095,7 @@ def test_a_failure_shows_what_was_expected_and_what_came(unit_tests):
       {labels: 'm{host="a"}', value: 8}, {labels: 'm{host="b"}', value: 1}]}]
 alert_rule_test: [{eval_time: 2m, alertname: High, exp_alerts: [
       {exp_labels: {severity: page, host: a}, exp_annotations: {summary: a has 7}}]}]"""
-    status, out, err = unit_tests(rule_tests_of(body), rules=RULES_ON_TEST)
+    status, out, err = unit_tests(with_rules(body), rules=RULES_ON_TEST)
     assert (status, out.count("SUCCESS")) == (1, 0)
     assert err.splitlines() == [
         "  FAILED:",
@@ -10119,7 +10125,7 @@ FUZZY = [
 @pytest.mark.parametrize(("field", "value", "status"), FUZZY)
 def test_how_values_are_compared(unit_tests, field, value, status):
     body = f"promql_expr_test: [{{expr: r, exp_samples: [{{labels: r, value: {value!r}}}]}}]"
-    assert unit_tests(rule_tests_of(body, field), rules=RULES_ON_TEST)[0] == status
+    assert unit_tests(with_rules(body, field), rules=RULES_ON_TEST)[0] == status
 
 
 FAULTS = [
@@ -10138,7 +10144,8 @@ FAULTS = [
      "is no series: its labels are given with ="),
     ("an offset is no series", "tests: [{input_series: [{series: m offset 5m}]}]", "is no series"),
     ("a range is no series", "tests: [{input_series: [{series: 'm[5m]'}]}]", "is no series"),
-    ("no name of a series", "tests: [{input_series: [{values: 1}]}]", "1:25: an input series needs"),
+    ("no name of a series", "tests: [{input_series: [{values: 1}]}]",
+     "1:25: an input series needs"),
     ("values", "tests:\n- input_series:\n  - {series: m, values: 1 2 x3}\n",
      "tests.yml:3:25: 'x3' is no value of a series"),
     ("a native histogram", "tests: [{input_series: [{series: m, values: '{{sum:1}}'}]}]",
@@ -10205,7 +10212,9 @@ tests:
 
 
 def test_the_order_of_groups(unit_tests):
-    rules = "groups: [{name: a, rules: [{record: r, expr: s}]}, {name: b, rules: [{record: s, expr: m}]}]"
+    rules = """
+groups: [{name: a, rules: [{record: r, expr: s}]}, {name: b, rules: [{record: s, expr: m}]}]
+"""
     tests = """
 rule_files: [rules.yml]
 tests:
@@ -10219,7 +10228,7 @@ tests:
 def test_a_rule_that_fails_fails_the_test(unit_tests):
     body = "promql_expr_test: [{expr: '1', eval_time: 5m, exp_samples: [{value: 1}]}]"
     rules = "groups: [{name: a, rules: [{record: r, expr: m + on() m}]}]"
-    status, _, err = unit_tests(rule_tests_of(body), rules=rules)
+    status, _, err = unit_tests(with_rules(body), rules=rules)
     assert status == 1 and "rule r at 0s: found duplicate series" in err
 
 
@@ -10234,11 +10243,13 @@ def test_tests_are_chosen_by_name(unit_tests, arguments, status):
 
 
 def test_external_labels_are_seen_by_templates_alone(unit_tests):
-    rules = "groups: [{name: a, rules: [{alert: A, expr: m, labels: {x: '{{ $externalLabels.dc }}'}}]}]"
+    rules = """
+groups: [{name: a, rules: [{alert: A, expr: m, labels: {x: '{{ $externalLabels.dc }}'}}]}]
+"""
     body = """external_labels: {dc: eu}
 alert_rule_test: [{eval_time: 1m, alertname: A, exp_alerts: [
     {exp_labels: {x: eu, host: a}}, {exp_labels: {x: eu, host: b}}]}]"""
-    assert unit_tests(rule_tests_of(body), rules=rules)[0] == 0
+    assert unit_tests(with_rules(body), rules=rules)[0] == 0
 
 
 def test_a_series_that_is_given_twice_has_the_later_values(unit_tests):
@@ -10264,7 +10275,9 @@ tests:
 
 
 def test_a_test_over_days_counts_its_evaluations(unit_tests):
-    rules = "groups: [{name: a, rules: [{record: n, expr: vector(1)}, {alert: A, expr: n, for: 3d}]}]"
+    rules = """
+groups: [{name: a, rules: [{record: n, expr: vector(1)}, {alert: A, expr: n, for: 3d}]}]
+"""
     tests = """
 rule_files: [rules.yml]
 tests:
@@ -10292,7 +10305,8 @@ class RuleTestGenerator:
                  "{{ $externalLabels.dc }}-{{ $externalURL }}", "{{ printf \"%.2f\" $value }}",
                  "{{ range query \"sum(r1)\" }}{{ .Value }},{{ end }}", "{{ $labels }}", "",
                  "{{ with query \"sum(m)\" }}{{ . | first | value }}{{ else }}none{{ end }}",
-                 "{{ range query \"ALERTS\" | sortByLabel \"alertname\" }}{{ .Value }}{{ end }}")  # fmt: skip
+                 "{{ range query \"ALERTS\" | sortByLabel \"alertname\" }}{{ .Value }}{{ end }}",
+                 )  # fmt: skip
 
     def __init__(self, seed: int) -> None:
         self.chance = random.Random(seed)
@@ -10475,12 +10489,32 @@ def test_a_backtest_says_when_alerts_would_have_fired():
     assert 6_120_000 <= last.began_ms < 6_180_000 and last.ended_ms == 7_200_000
 
 
+def test_what_is_read_ahead_is_what_would_be_read():
+    chance, memory = random.Random(1), metricstream.MemorySeries()
+    for minute in range(2000):
+        for host in "abc":
+            if chance.random() < 0.5:
+                number = memory.number({"__name__": "m", "host": host})
+                memory.append(number, minute * 60_000, chance.random())
+    ahead, budget = metricstream._read_ahead(memory.select), metricstream.Budget()
+    at_ms = 0
+    while at_ms < 2000 * 60_000:
+        hosts = Matcher("host", "=~", chance.choice(["a|b", ".+"]))
+        matchers = (Matcher("__name__", "=", "m"), hosts)
+        low_ms = max(0, at_ms - chance.choice([1, 300_000, 3_600_000]))
+        plain = list(memory.select(matchers, low_ms, at_ms, budget))
+        assert list(ahead(matchers, low_ms, at_ms, budget)) == plain
+        at_ms += chance.choice([-60_000, 1, 60_000, 900_000])
+        at_ms = max(0, at_ms)
+
+
 def test_a_backtest_goes_on_after_a_rule_has_failed():
     memory = metricstream.MemorySeries()
     for host, second in (("a", 0), ("b", 0), ("a", 600)):
         number = memory.number({"__name__": "m", "host": host})
         memory.append(number, second * 1000, 1.0)
-    group = rule_file_of("groups: [{name: g, interval: 1m, rules: [{alert: A, expr: m + on() m}]}]").groups[0]
+    rules = "groups: [{name: g, interval: 1m, rules: [{alert: A, expr: m + on() m}]}]"
+    (group,) = rule_file_of(rules).groups
     groups = [metricstream.GroupState(group, "rules.yml", metricstream.RuleContext())]
     fired, failed = metricstream.backtest(groups, memory.select, 0, 900_000)
     assert len(fired) == 1 and 600_000 <= fired[0].began_ms < 660_000
@@ -10495,7 +10529,8 @@ def test_backtest_of_a_folder(tmp_path, capsys):
     now_ms = int(time.time() * 1000)
     under = a_store(tmp_path)
     under.push([
-        Sample("cpu", 0.99 if minute < 60 else 0.1, "gauge", {"host": "a"}, now_ms - minute * 60_000)
+        Sample("cpu", 0.99 if minute < 60 else 0.1, "gauge", {"host": "a"},
+               now_ms - minute * 60_000)
         for minute in range(600, 0, -1)
     ])  # fmt: skip
     under.close()
@@ -14217,13 +14252,10 @@ WORST_INPUTS: dict[str, list[tuple[str, str, str]]] = {
     "[A-Za-z_][A-Za-z0-9_]*": [("", "a", "-")],
     "([0-9]{1,15})(?:([KMGT])B|B)?": [("", "1", ""), ("1K", "B", "")],
     # what templates, matchers and rule tests are read by
-    "[-+.0-9eE_]+": [("", "1", "x")],
     r"[*?\[]": [("", "a", "")],
     "[1-9][0-9]{0,8}": [("1", "1", "x")],
     r"\r\ncontent-length: *([0-9]+)": [("", "\r\ncontent-length:", ""),
                                       ("\r\ncontent-length:", " ", "x")],
-    r"\s*\{\s*\}\s*": [("", " ", "x"), ("{", " ", "x"), ("{}", " ", "x")],
-    r"[-+]?\.(inf|Inf|INF|nan|NaN|NAN)": [("", ".inf", "x")],
     "_SERIES_ITEM": [("", "1", "y"), ("1.", "1", "y"), ("1e", "1", "y"), ("1+", "1", "y"), ("_x", "1", "y")],
     "_LABEL_NAME": [("", "a", "-")],
     "_LABEL_MATCHER": [("", " ", ""), ("", "a", ""), ("a", " ", "b"), ("a=", " ", ""), ("a=b", " ", "c"), ("", "a=", "")],
