@@ -17233,7 +17233,8 @@ pre { background: var(--card); border-radius: 8px; padding: .75rem; white-space:
 .card, .tip, .options { background: var(--card); border: 1px solid var(--line); }
 .card, .tip, .options { border-radius: 8px; }
 .card { padding: .75rem .9rem; min-width: 0; }
-.top { display: flex; justify-content: space-between; gap: .75rem; align-items: baseline; }
+.top { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 .75rem; }
+.top { align-items: baseline; }
 .value { font-weight: 600; font-size: .9rem; white-space: nowrap; }
 .meta { color: var(--muted); font-size: .82rem; margin: .25rem 0; min-height: 1.5em; }
 .error { color: var(--bad); white-space: pre-wrap; overflow-wrap: anywhere; }
