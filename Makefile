@@ -5,7 +5,7 @@ VENV := .venv
 PYTHON ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint soak queries queries-diff axe load perf clean
+.PHONY: help run test lint soak queries queries-diff scale axe load perf clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 16
@@ -34,6 +34,9 @@ queries: $(VENV)/ready  ## time queries beside a real Prometheus, if prometheus 
 
 queries-diff: $(VENV)/ready  ## ask ten thousand generated queries of MetricStream and of an installed Prometheus
 	METRICSTREAM_QUERIES=10000 $(VENV)/bin/python -m pytest -q -s -k "generated_queries" test_metricstream.py
+
+scale: $(VENV)/ready  ## three agents that are killed again and again forward to an installed VictoriaMetrics
+	METRICSTREAM_SCALE=1 $(VENV)/bin/python -m pytest -q -s -k "test_scale" test_metricstream.py
 
 axe: $(VENV)/ready  ## look for barriers in the page with axe-core, if npm and chromedriver are installed
 	npm pack --silent --pack-destination $(VENV) axe-core@4.14.1

@@ -110,6 +110,14 @@ def option(usage: str, parse: Callable[[str], Any], text: str, default: Any = No
 
 
 COUNT, SECONDS = number(int, 1), number(float, 0.001)
+PORT = number(int, 1, 65535)
+
+
+def ports(text: str) -> tuple[int, ...]:
+    """Return ports that stand between commas."""
+    return tuple(map(PORT, text.split(",")))
+
+
 # Half of the cores, for the server needs some too, and no more than four.
 DEFAULT_PROCESSES = max(1, min(4, (os.cpu_count() or 1) // 2))
 
@@ -119,7 +127,10 @@ class Options:
     """What the command line asked for; without a rate it is the closed model."""
 
     host: str = option("--host HOST", str, "default: %(default)s", "127.0.0.1")
-    port: int = option("port", number(int, 1, 65535), "default: %(default)s", 8080)
+    port: int = option("port", PORT, "default: %(default)s", 8080)
+    more_ports: tuple[int, ...] = option(
+        "--more-ports P,P", ports, "ports of further servers: clients take turns over all", ()
+    )
     clients: int = option("clients", COUNT, "default: %(default)s", 10)
     requests: int | None = option(
         "requests",
@@ -448,10 +459,10 @@ class Tally:
 
 
 class Server(NamedTuple):
-    """Where the server listens, as `socket` wants it."""
+    """Where the servers listen, as `socket` wants it."""
 
     family: int
-    address: Any  # (host, port), and two numbers more for IPv6
+    addresses: list[Any]  # (host, port), and two numbers more for IPv6
 
 
 @dataclass(slots=True, eq=False)
@@ -613,7 +624,8 @@ class LoadLoop:
         client.sock.setblocking(False)
         client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.selector.register(client.sock, selectors.EVENT_READ, client)
-        error_number = client.sock.connect_ex(self.server.address)
+        addresses = self.server.addresses
+        error_number = client.sock.connect_ex(addresses[client.number % len(addresses)])
         if error_number not in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
             raise OSError(error_number, os.strerror(error_number))
 
@@ -884,8 +896,14 @@ class NoStatistics(Exception):
 
 
 def fetch_statistics(options: Options) -> Statistics:
-    """Read the server's counters, or raise NoStatistics with the reason."""
-    connection = http.client.HTTPConnection(options.host, options.port, options.timeout_s)
+    """Read the counters of all servers, or raise NoStatistics with the reason."""
+    shares = [fetch_counters(options, port) for port in (options.port, *options.more_ports)]
+    return Statistics(*map(sum, zip(*shares)))
+
+
+def fetch_counters(options: Options, port: int) -> Statistics:
+    """Read one server's counters, or raise NoStatistics with the reason."""
+    connection = http.client.HTTPConnection(options.host, port, options.timeout_s)
     header = {"Authorization": "load_audit", "Connection": "close"}
     try:
         connection.request("GET", "/metrics", headers=header)
@@ -1068,17 +1086,20 @@ def fail(message: str) -> SystemExit:
 
 
 def find_server(options: Options) -> Server:
-    """Return the first address of the host at which something listens."""
-    try:
-        with socket.create_connection((options.host, options.port), options.timeout_s) as probe:
-            return Server(probe.family, probe.getpeername())
-    except socket.gaierror as problem:
-        raise fail(f"host {options.host} is not known: {problem.strerror}") from None
-    except OSError as problem:
-        raise fail(
-            f"no server at {options.host_field} ({problem}); "
-            f"start one with: python3 metricstream.py {options.port}"
-        ) from None
+    """Return the first address of the host at which something listens, for each port."""
+    addresses = []
+    for port in (options.port, *options.more_ports):
+        try:
+            with socket.create_connection((options.host, port), options.timeout_s) as probe:
+                addresses.append(probe.getpeername())
+                family = probe.family
+        except socket.gaierror as problem:
+            raise fail(f"host {options.host} is not known: {problem.strerror}") from None
+        except OSError as problem:
+            where = options.host_field.removesuffix(str(options.port)) + str(port)
+            advice = f"start one with: python3 metricstream.py {port}"
+            raise fail(f"no server at {where} ({problem}); {advice}") from None
+    return Server(family, addresses)
 
 
 def allow_open_files(needed: int) -> None:

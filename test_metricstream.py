@@ -13588,6 +13588,67 @@ def test_a_real_victoriametrics_gets_all(tmp_path):
         assert started.stop()[::2] == (0, "")
 
 
+@pytest.mark.skipif("METRICSTREAM_SCALE" not in os.environ, reason="`make scale` runs it")
+@needs("victoria-metrics")
+def test_scale(tmp_path, capsys):
+    """One, two and three agents forward to one receiver while any of them is killed and restarted."""
+    rng = random.Random("scale")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = ["victoria-metrics", f"-httpListenAddr=127.0.0.1:{port}", "-retentionPeriod=100y",
+               f"-storageDataPath={tmp_path / 'vm'}"]  # fmt: skip
+    url = f"http://127.0.0.1:{port}/api/v1/write"
+    receiver = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+
+    def asked_of_receiver(query: str) -> int:
+        with contextlib.closing(Client(port)) as client:
+            path = "/api/v1/query?" + form_of(query=query, nocache=1).decode()
+            result = client.ask("GET", path).json["data"]["result"]
+        return int(float(result[0]["value"][1])) if result else 0
+
+    def agent(number: int) -> ServerProcess:
+        options = ["--remote-write", url, "--agent", "--rate-limit", "0"]
+        return ServerProcess(tmp_path / str(number), *options, "--external-label", f"agent=a{number}")
+
+    agents: list[ServerProcess] = []
+    writers: list[Writers] = []
+    rows, kills = [], 0
+    try:
+        for count in (1, 2, 3):
+            agents.append(agent(count))
+            ports = [str(each.port) for each in agents]
+            load = [sys.executable, str(HERE / "load_test.py"), ports[0], "30", "--duration", "8", "--json"]
+            more = ["--more-ports", ",".join(ports[1:])] if ports[1:] else []
+            loaded = subprocess.run([*load, *more], capture_output=True, text=True, timeout=60)
+            rows.append((count, json.loads(loaded.stdout)))
+        for round_ in range(9):
+            victim = rng.randrange(3)
+            writers.append(Writers(agents[victim].port, f"scale.{round_}", pause_s=0.01))
+            eventually(lambda: len(writers[-1].acknowledged) > 300)
+            agents[victim].process.kill()
+            agents[victim].__exit__()
+            kills += 1
+            writers[-1].join()
+            agents[victim] = agent(victim + 1)
+        names = set().union(*(each.acknowledged for each in writers))
+        arrived = "count(last_over_time({__name__=~'scale_.*'}[1h]))"
+        began = time.monotonic()
+        eventually(lambda: asked_of_receiver(arrived) >= len(names), 120)
+        lag_s = time.monotonic() - began
+        doubled = "sum(count_over_time({__name__=~'scale_.*'}[1h])) - " + arrived
+        with capsys.disabled():
+            for count, figures in rows:
+                print(f"{count} agents: {figures['accepted_per_second']:,.0f} posts/s")
+            print(f"{kills} kills: {len(names):,} samples acknowledged, "
+                  f"{asked_of_receiver(arrived):,} series at the receiver, "
+                  f"{asked_of_receiver(doubled):,} samples twice, all there after {lag_s:.1f} s")  # fmt: skip
+    finally:
+        for each in agents:
+            each.__exit__()
+        receiver.kill()
+        receiver.wait()
+
+
 # ==================================================================================================
 # PART VI. COMMAND LINE
 # ==================================================================================================
