@@ -61,6 +61,7 @@ from metricstream import (
     Engine,
     EventRing,
     ExecutionError,
+    FaultyFile,
     HTTPError,
     JSONError,
     LogError,
@@ -70,7 +71,6 @@ from metricstream import (
     QueryError,
     Request,
     RequestReader,
-    RuleFileError,
     Sample,
     SampleLimitError,
     Series,
@@ -7820,7 +7820,7 @@ def faults_of(text: str | bytes, **options: Any) -> list[str]:
     """What is wrong with a rule file called r, without its name."""
     try:
         read_rules(text, "r", **options)
-    except RuleFileError as error:
+    except FaultyFile as error:
         assert all(fault.startswith("r:") for fault in error.faults)
         assert str(error) == "\n".join(error.faults)
         return [fault.removeprefix("r:") for fault in error.faults]
@@ -10180,7 +10180,7 @@ def test_faults_in_files_of_tests_have_their_place(unit_tests, text, reason):
 
 
 def test_all_faults_are_told():
-    with pytest.raises(metricstream.RuleFileError) as raised:
+    with pytest.raises(metricstream.FaultyFile) as raised:
         metricstream.read_rule_tests("a: 1\nb: 2\ntests:\n- {c: 3, interval: x}\n", "t.yml")
     assert [fault.split(" ")[0] for fault in raised.value.faults] == [
         "t.yml:1:1:", "t.yml:2:1:", "t.yml:4:4:", "t.yml:4:20:"
@@ -10728,7 +10728,7 @@ def test_a_configuration_is_read(text):
     "text, place", (BAD_CONFIGS | REFUSED_CONFIGS).values(), ids=BAD_CONFIGS | REFUSED_CONFIGS
 )
 def test_a_configuration_is_refused_with_its_place(text, place):
-    with pytest.raises(metricstream.ConfigError) as refused:
+    with pytest.raises(metricstream.FaultyFile) as refused:
         metricstream.read_notify_config(text, "notify.yml")
     assert str(refused.value).startswith("notify.yml:") and place in str(refused.value)
 
@@ -10759,14 +10759,14 @@ def test_webhooks_alone_are_a_configuration_too(tmp_path):
 
 def test_all_faults_of_a_configuration_are_told_at_once():
     text = "route:\n  receiver: b\n  group_wait: 5\nreceivers:\n- webhook_configs: [{url: ftp://x}]\n"
-    with pytest.raises(metricstream.ConfigError) as refused:
+    with pytest.raises(metricstream.FaultyFile) as refused:
         metricstream.read_notify_config(text, "f")
     assert [fault.split(" ")[0] for fault in refused.value.faults] == ["f:2:13:", "f:3:15:", "f:5:3:", "f:5:27:"]
 
 
 def test_a_bad_template_is_refused_with_its_place():
     text = EMAIL % (MAIL_ADDRESSES + ", text: '{{ .Status'")
-    with pytest.raises(metricstream.ConfigError, match=r"f:2:\d+: template: :1: "):
+    with pytest.raises(metricstream.FaultyFile, match=r"f:2:\d+: template: :1: "):
         metricstream.read_notify_config(text, "f")
 
 
