@@ -1119,6 +1119,7 @@ MAX_TAG_VALUE_LENGTH = 1_024
 MAX_REASONS = 10
 METRIC_TYPES = ("gauge", "counter", "histogram", "summary")
 METRIC_FIELDS = ("name", "value", "type", "tags", "timestamp")
+UNIX_EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 END_OF_TIME_MS = 7_289_654_400_000  # 2201-01-01T00:00:00Z
 
 _ISO_8601 = re.compile(
@@ -1261,6 +1262,27 @@ def _faults_in_tags(tags: Any) -> list[tuple[str, str]]:
     return faults
 
 
+def read_iso_8601(text: str) -> tuple[int, int] | None:
+    """The Unix second and the nanosecond in it of a date and time with a zone; None for text of
+    another form. Raises ValueError where the calendar has no such date.
+
+    >>> read_iso_8601("1970-01-02T01:00:00.25+01:00")
+    (86400, 250000000)
+    """
+    match = _ISO_8601.fullmatch(text)
+    if match is None:
+        return None
+    date, clock, fraction, zone = match.groups()
+    try:
+        moment = datetime.datetime.fromisoformat(
+            f"{date}T{clock}{'+00:00' if zone in 'Zz' else zone}"
+        )
+    except ValueError:
+        raise ValueError("must be a date that the calendar has") from None
+    second = (moment - UNIX_EPOCH) // datetime.timedelta(seconds=1)
+    return second, int((fraction or "0").ljust(9, "0"))
+
+
 def _read_timestamp(timestamp: Any) -> int:
     """Unix milliseconds from Unix seconds or an ISO 8601 string with a zone. Raises ValueError."""
     if type(timestamp) is int or type(timestamp) is float:
@@ -1268,23 +1290,14 @@ def _read_timestamp(timestamp: Any) -> int:
             raise ValueError("must lie in the years 1970 to 2200 (Unix seconds, not milliseconds)")
         timestamp_ms = round(timestamp * 1000)
     elif isinstance(timestamp, str):
-        match = _ISO_8601.fullmatch(timestamp)
-        if match is None:
+        moment = read_iso_8601(timestamp)
+        if moment is None:
             raise ValueError(
                 "must be Unix seconds or an ISO 8601 date and time with a zone, "
                 "as 2025-09-17T13:45:23.123Z"
             )
-        date, clock, fraction, zone = match.groups()
-        try:
-            moment = datetime.datetime.fromisoformat(
-                f"{date}T{clock}{'+00:00' if zone in 'Zz' else zone}"
-            )
-        except ValueError:
-            raise ValueError("must be a date that the calendar has") from None
-        since_1970 = moment - datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
-        timestamp_ms = since_1970 // datetime.timedelta(milliseconds=1) + round(
-            int((fraction or "0").ljust(9, "0")) / 1e6
-        )
+        second, nanosecond = moment
+        timestamp_ms = second * 1000 + round(nanosecond / 1e6)
     else:
         raise ValueError(f"must be a number or a string, not {_kind(timestamp)}")
     if not 0 <= timestamp_ms < END_OF_TIME_MS:
@@ -9191,7 +9204,6 @@ def _matrix(series: Iterable[Series]) -> MatrixResult:
 API_PREFIX = "/api/v1/"
 QUERY_TIMEOUT_S = 120.0
 MAX_POINTS = 11_000  # steps of a range query
-MAX_QUERIES = 20  # at once
 _API_STATUS = {
     "bad_data": 400, "execution": 422, "timeout": 503, "not_found": 404, "unavailable": 503,
     "internal": 500,
@@ -11366,8 +11378,7 @@ def _entry(mapping: dict[str, Any], key: str) -> Any:
 
 # ---- times: as Go writes and lays them out ----
 
-_EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
-_MICROSECOND = datetime.timedelta(microseconds=1)
+_SECOND, _MICROSECOND = datetime.timedelta(seconds=1), datetime.timedelta(microseconds=1)
 _LAYOUT = re.compile(
     r"January|Jan(?![a-z])|Monday|Mon(?![a-z])|MST|2006|[-Z]07(?::00(?::00)?|00(?:00)?)?"
     r"|[.,](?:0+|9+)(?![0-9])|002|01|02|03|04|05|06|15|PM|pm|__2|_2(?!006)|[12345]"
@@ -11473,8 +11484,8 @@ _TIME_METHODS = {
     "String": TemplateFunction("", _time_text),
     "Sub": TemplateFunction("time.Time", lambda time, other: time - other),
     "UTC": TemplateFunction("", lambda time: time.astimezone(datetime.UTC)),
-    "Unix": TemplateFunction("", lambda time: (time - _EPOCH) // datetime.timedelta(seconds=1)),
-    "UnixMilli": TemplateFunction("", lambda time: (time - _EPOCH) // (1000 * _MICROSECOND)),
+    "Unix": TemplateFunction("", lambda time: (time - UNIX_EPOCH) // _SECOND),
+    "UnixMilli": TemplateFunction("", lambda time: (time - UNIX_EPOCH) // (_SECOND / 1000)),
     "Weekday": TemplateFunction("", lambda time: _Weekday(time.isoweekday() % 7)),
     "Year": TemplateFunction("", lambda time: time.year),
     "YearDay": TemplateFunction("", lambda time: time.timetuple().tm_yday),
@@ -12132,7 +12143,7 @@ def _to_time(value: Any) -> datetime.datetime:
     if not -(2**63) <= number * 1e9 < 2**63:
         fault = "cannot be represented as a nanoseconds timestamp since it overflows int64"
         raise ValueError(f"{_go_print(number)} {fault}")
-    return _EPOCH + datetime.timedelta(milliseconds=int(int(number * 1e9) / 1e6))
+    return UNIX_EPOCH + datetime.timedelta(milliseconds=int(int(number * 1e9) / 1e6))
 
 
 def _humanize_timestamp(value: Any) -> str:
@@ -13607,12 +13618,6 @@ class AlertingState(RecordingState):
                 told.append(Alert(labels, alert.annotations, alert.fired_at, ends_at, now, url))
         return told
 
-    def resolve_all(self, now: float) -> None:
-        """The rule is gone: whatever fires is resolved, what is pending is forgotten."""
-        for alert in list(self.alerts.values()):
-            if alert.state == "firing":
-                alert.resolved_at = now
-
     def restore(self, kept: list[dict[str, Any]], now: float, gap_s: float) -> int:
         """Take alerts over that were kept; how many pending ones start again, after a gap."""
         restarted = 0
@@ -13773,19 +13778,30 @@ def selectors_of(expression: str) -> list[str]:
 # ---- what the API says of rules and alerts, in Prometheus's words
 
 
-def _rfc_3339(seconds: float) -> str:
-    if not seconds:
+def utc_time(time_s: float) -> datetime.datetime:
+    """A time of an alert; those beyond the calendar are its first or last."""
+    first, last = -62_135_596_800, 253_402_300_799
+    return UNIX_EPOCH + datetime.timedelta(seconds=min(max(time_s, first), last))
+
+
+def api_time(time_s: float) -> str:
+    """A time as the APIs write it, to the millisecond; 0.0 is none, which Go writes as the year 1.
+
+    >>> api_time(1758116723.123), api_time(0.0)
+    ('2025-09-17T13:45:23.123Z', '0001-01-01T00:00:00Z')
+    """
+    if not time_s:
         return "0001-01-01T00:00:00Z"
-    return utc_timestamp(round(seconds * 1000))
+    return utc_time(time_s).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def _active_json(alert: ActiveAlert) -> dict[str, Any]:
     shown = {
         "labels": alert.labels, "annotations": alert.annotations, "state": alert.state,
-        "activeAt": _rfc_3339(alert.active_at), "value": exponent_text(alert.value),
+        "activeAt": api_time(alert.active_at), "value": exponent_text(alert.value),
     }  # fmt: skip
     if alert.keep_firing_since is not None:
-        shown["keepFiringSince"] = _rfc_3339(alert.keep_firing_since)
+        shown["keepFiringSince"] = api_time(alert.keep_firing_since)
     return shown
 
 
@@ -13804,7 +13820,7 @@ def _rule_json(state: RecordingState, with_alerts: bool) -> dict[str, Any]:
     rule = state.rule
     shown: dict[str, Any] = {
         "name": rule.name, "query": state.query, "labels": state.labels, "health": state.health,
-        "evaluationTime": state.duration_s, "lastEvaluation": _rfc_3339(state.evaluated_at),
+        "evaluationTime": state.duration_s, "lastEvaluation": api_time(state.evaluated_at),
         "type": "recording",
     }  # fmt: skip
     if state.last_error:
@@ -13863,7 +13879,7 @@ def rules_json(groups: Iterable[GroupState], form: Mapping[str, list[str]]) -> d
             shown.append({
                 "name": group.name, "file": group.file, "rules": rules, "limit": group.limit,
                 "interval": group.interval_s, "evaluationTime": group.duration_s,
-                "lastEvaluation": _rfc_3339(group.evaluated_at),
+                "lastEvaluation": api_time(group.evaluated_at),
             })  # fmt: skip
     return _page_of(shown, only("group_limit"), only("group_next_token"))
 
@@ -14413,8 +14429,6 @@ def firing_bar(times: Iterable[tuple[int, int]], start_ms: int, end_ms: int) -> 
 # what it gets; `amtool config routes test` says it.
 #
 # Source: Alertmanager's pkg/labels and dispatch/route.go.
-
-_SEPARATOR = "\xff"  # as a byte; no UTF-8 text has it
 
 
 def fingerprint(labels: Mapping[str, str]) -> str:
@@ -15654,12 +15668,6 @@ def _shared(maps: Sequence[Mapping[str, str]]) -> _KV:
     return _KV(sorted(items))
 
 
-def _utc(time_s: float) -> datetime.datetime:
-    """A time of an alert; those beyond the calendar are its first or last."""
-    first, last = -62_135_596_800, 253_402_300_799
-    return _EPOCH + datetime.timedelta(seconds=min(max(time_s, first), last))
-
-
 def notification_data(delivery: Delivery, alerts: Sequence[Alert]) -> TemplateStruct:
     """What templates of a receiver see as their dot."""
     rows = _Alerts()
@@ -15669,8 +15677,8 @@ def notification_data(delivery: Delivery, alerts: Sequence[Alert]) -> TemplateSt
         fields = {
             "Status": "resolved" if is_resolved else "firing",
             "Labels": _KV(alert.labels), "Annotations": _KV(alert.annotations),
-            "StartsAt": _utc(alert.starts_at),
-            "EndsAt": _utc(alert.ends_at) if is_resolved else ZERO_TIME,
+            "StartsAt": utc_time(alert.starts_at),
+            "EndsAt": utc_time(alert.ends_at) if is_resolved else ZERO_TIME,
             "GeneratorURL": alert.generator_url, "Fingerprint": fingerprint(alert.labels),
         }  # fmt: skip
         rows.append(TemplateStruct("template.Alert", fields))
@@ -15736,7 +15744,18 @@ def _tls(options: TLSOptions) -> ssl.SSLContext:
     return context
 
 
-def _authorization_field(authorization: Authorization) -> str:
+def http_connection(url: str, tls: TLSOptions, timeout_s: float) -> http.client.HTTPConnection:
+    """A connection to the host of a URL, not yet open."""
+    parts = urllib.parse.urlsplit(url)
+    host = parts.hostname or ""
+    if parts.scheme == "http":
+        return http.client.HTTPConnection(host, parts.port, timeout=timeout_s)
+    context = _tls(tls)
+    return http.client.HTTPSConnection(host, parts.port, timeout=timeout_s, context=context)
+
+
+def authorization_field(authorization: Authorization) -> str:
+    """The value of the header field."""
     secret = authorization.secret.reveal()
     if authorization.scheme == "Basic":
         pair = f"{authorization.user}:{secret}".encode()
@@ -15755,16 +15774,9 @@ def _post(
     hidden += [url, path if len(path) > 1 else ""]
     fields = {"Content-Type": content_type, "User-Agent": f"MetricStream/{__version__}"}
     if authorization := target.authorization or url_authorization(url):
-        fields["Authorization"] = _authorization_field(authorization)
+        fields["Authorization"] = authorization_field(authorization)
         hidden += [fields["Authorization"].partition(" ")[2], authorization.secret.reveal()]
-    host = parts.hostname or ""
-    if parts.scheme == "https":
-        connection: http.client.HTTPConnection = http.client.HTTPSConnection(
-            host, parts.port, timeout=timeout_s, context=_tls(target.tls)
-        )
-    else:
-        connection = http.client.HTTPConnection(host, parts.port, timeout=timeout_s)
-    with contextlib.closing(connection):
+    with contextlib.closing(http_connection(url, target.tls, timeout_s)) as connection:
         connection.request("POST", path, body.encode(errors="replace"), fields)
         answer = connection.getresponse()
         if 200 <= answer.status < 300:
@@ -15930,7 +15942,7 @@ class AlertmanagerTarget(NamedTuple):
 def _alert_json(alert: Alert) -> dict[str, Any]:
     return {
         "labels": alert.labels, "annotations": alert.annotations,
-        "startsAt": rfc3339(_utc(alert.starts_at)), "endsAt": rfc3339(_utc(alert.ends_at)),
+        "startsAt": rfc3339(utc_time(alert.starts_at)), "endsAt": rfc3339(utc_time(alert.ends_at)),
         "generatorURL": alert.generator_url,
     }  # fmt: skip
 
@@ -16028,11 +16040,6 @@ class AlertmanagerClient:
         waiting.alerts.extendleft(reversed(delivery.alerts))
         waiting.put(())
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether everything was sent."""
-        return not any(waiting.alerts or waiting.in_transit for waiting in self._queues)
-
     def statistics(self) -> list[StatisticRow]:
         """Rows of name, type, help, labels and value, as Prometheus names them."""
         rows: list[StatisticRow] = []
@@ -16120,7 +16127,7 @@ class Dispatcher(Notifications):
         return {
             "cluster": {"name": "", "peers": [], "status": "disabled"},
             "config": {"original": self.config.shown},
-            "uptime": _api_text(self.started_at),
+            "uptime": api_time(self.started_at),
             "versionInfo": version | {"version": __version__, "goVersion": python},
         }
 
@@ -16131,15 +16138,15 @@ class Dispatcher(Notifications):
 
     def _alert(self, alert: Alert, receivers: Iterable[str], silenced_by: list[str]) -> Any:
         return {
-            "annotations": alert.annotations, "endsAt": _api_text(alert.ends_at),
+            "annotations": alert.annotations, "endsAt": api_time(alert.ends_at),
             "fingerprint": fingerprint(alert.labels),
             "receivers": [{"name": name} for name in receivers],
-            "startsAt": _api_text(alert.starts_at),
+            "startsAt": api_time(alert.starts_at),
             "status": {
                 "inhibitedBy": [], "silencedBy": silenced_by,
                 "state": "suppressed" if silenced_by else "active",
             },
-            "updatedAt": _api_text(alert.updated_at), "labels": alert.labels,
+            "updatedAt": api_time(alert.updated_at), "labels": alert.labels,
             **({"generatorURL": alert.generator_url} if alert.generator_url else {}),
         }  # fmt: skip
 
@@ -16313,27 +16320,18 @@ def _filter_of(form: _Form) -> _Filter:
     )  # fmt: skip
 
 
-def _api_text(time_s: float) -> str:
-    """A time as this API writes it, in milliseconds."""
-    return _utc(time_s).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
 def _posted_time(row: dict[str, Any], name: str) -> float:
     """Unix seconds; 0.0: no time is given, which Go writes as the year 1."""
     text = row.get(name, "")
     if text is None or text == "" or (isinstance(text, str) and text.startswith("0001-01-01T")):
         return 0.0
-    match = _ISO_8601.fullmatch(text) if isinstance(text, str) else None
-    if match is None:
-        raise ValueError(f"{name} must be a time as 2025-09-17T13:45:23.123Z")
-    date, clock, fraction, zone = match.groups()
     try:
-        moment = datetime.datetime.fromisoformat(
-            f"{date}T{clock}{'+00:00' if zone in 'Zz' else zone}"
-        )
-        return (moment - _EPOCH).total_seconds() + float(f"0.{fraction or 0}")
-    except (ValueError, OverflowError):
-        raise ValueError(f"{name} must be a date that the calendar has") from None
+        moment = read_iso_8601(text) if isinstance(text, str) else None
+    except ValueError as error:
+        raise ValueError(f"{name} {error}") from None
+    if moment is None:
+        raise ValueError(f"{name} must be a time as 2025-09-17T13:45:23.123Z")
+    return moment[0] + moment[1] / 1e9
 
 
 def _text_of(row: dict[str, Any], name: str) -> str:
@@ -16389,8 +16387,8 @@ def _posted_silence(row: Any, now: float) -> Silence:
 def _silence_json(silence: Silence, now: float) -> dict[str, Any]:
     return {
         "id": silence.id, "status": {"state": silence.state(now)},
-        "updatedAt": _api_text(silence.updated_at), "comment": silence.comment,
-        "createdBy": silence.created_by, "endsAt": _api_text(silence.ends_at),
+        "updatedAt": api_time(silence.updated_at), "comment": silence.comment,
+        "createdBy": silence.created_by, "endsAt": api_time(silence.ends_at),
         "matchers": [
             {
                 "isEqual": op in ("=", "=~"), "isRegex": op in ("=~", "!~"), "name": name,
@@ -16398,7 +16396,7 @@ def _silence_json(silence: Silence, now: float) -> dict[str, Any]:
             }
             for name, op, value in silence.matchers
         ],
-        "startsAt": _api_text(silence.starts_at),
+        "startsAt": api_time(silence.starts_at),
     }  # fmt: skip
 
 
@@ -16446,6 +16444,12 @@ class WatchError(ValueError):
     """A file for the watcher that can't be used; the message has a line for each fault."""
 
 
+def load_rules(path: str) -> RuleFile:
+    """A rule file. Raises OSError, and FaultyFile with every fault."""
+    with open(path, "rb") as file:
+        return read_rules(file.read(), path, rule_template)
+
+
 def load_groups(options: WatchOptions) -> list[GroupState]:
     """The groups of all rule files. Raises WatchError."""
     context = RuleContext(dict(options.external_labels), options.external_url.rstrip("/"))
@@ -16454,12 +16458,9 @@ def load_groups(options: WatchOptions) -> list[GroupState]:
         paths = sorted(glob.glob(pattern)) if re.search(r"[*?\[]", pattern) else [pattern]
         for path in paths:
             try:
-                with open(path, encoding="utf-8-sig") as file:
-                    found = read_rules(file.read(), path, rule_template)
+                found = load_rules(path)
             except OSError as error:
                 faults.append(f"can't read {path}: {error.strerror}")
-            except UnicodeDecodeError as error:
-                faults.append(f"{path}: not UTF-8 at byte {error.start}")
             except FaultyFile as error:
                 faults.append(str(error))
             else:
@@ -16479,7 +16480,7 @@ def load_notify(options: WatchOptions) -> NotifyConfig | None:
     except ValueError as error:  # its text may hold a password
         raise WatchError(f"an address of --webhook or --alertmanager {error}") from None
     try:
-        with open(options.notify, encoding="utf-8-sig") as file:
+        with open(options.notify, "rb") as file:
             return read_notify_config(file.read(), options.notify)
     except OSError as error:
         raise WatchError(f"can't read {options.notify}: {error.strerror}") from None
@@ -18991,21 +18992,12 @@ class Receiver:
             "X-Prometheus-Remote-Write-Version": "0.1.0",
             "User-Agent": f"MetricStream/{__version__}",
         }
-        if parts.username is not None:
-            user, password = map(urllib.parse.unquote, (parts.username, parts.password or ""))
-            credentials = base64.b64encode(f"{user}:{password}".encode()).decode()
-            self._headers["Authorization"] = f"Basic {credentials}"
+        if authorization := url_authorization(url):
+            self._headers["Authorization"] = authorization_field(authorization)
         for header in headers:
             name, _, value = header.partition(":")
             self._headers[name] = value.strip()
-        self._connection = http.client.HTTPConnection(
-            parts.hostname, parts.port, timeout=RECEIVER_TIMEOUT_S
-        )
-        if parts.scheme == "https":
-            self._connection = http.client.HTTPSConnection(
-                parts.hostname, parts.port, timeout=RECEIVER_TIMEOUT_S,
-                context=ssl.create_default_context(cafile=ca),
-            )  # fmt: skip
+        self._connection = http_connection(url, TLSOptions(ca or ""), RECEIVER_TIMEOUT_S)
 
     def post(self, body: bytes) -> Reply:
         """Send a request, and wait for what the receiver says."""
@@ -19824,6 +19816,11 @@ def _stored(folder: str) -> Store:
     return store
 
 
+def _why(path: str, error: Exception) -> str:
+    """Why a file can't be used; a FaultyFile names it itself."""
+    return f"{path}: {error.strerror}" if isinstance(error, OSError) else str(error)
+
+
 def _silent_rules(checked: RuleFile, store: Store) -> Iterator[str]:
     """Which selectors of rules match no series, nor what another rule records."""
     recorded = {rule.name for group in checked.groups for rule in group.rules if not rule.is_alert}
@@ -19886,8 +19883,7 @@ def test_rules_main(arguments: list[str]) -> int:
         try:
             failures = _test_file(path, wanted)
         except (OSError, FaultyFile) as error:
-            reason = f"{path}: {error.strerror}" if isinstance(error, OSError) else str(error)
-            failures = reason.splitlines()
+            failures = _why(path, error).splitlines()
         if failures:
             failed = True
             text = "\n".join(failures).replace("\n", "\n    ")
@@ -19908,10 +19904,7 @@ def _test_file(path: str, wanted: list[Regex]) -> list[str]:
         names += found
         if not found:
             print(f"  WARNING: no file matches {full}", file=sys.stderr, flush=True)
-    files = []
-    for name in dict.fromkeys(names):
-        with open(name, "rb") as file:
-            files.append(read_rules(file.read(), name, rule_template))
+    files = [load_rules(name) for name in dict.fromkeys(names)]
     failures = []
     for number, test in enumerate(tests.tests, 1):
         if not wanted or any(regex.matches(test.name) for regex in wanted):
@@ -19993,12 +19986,10 @@ def check_rules_main(arguments: list[str]) -> int:
     for path in options.files:
         print(f"Checking {path}", flush=True)
         try:
-            with open(path, "rb") as file:
-                checked = read_rules(file.read(), path, rule_template)
+            checked = load_rules(path)
         except (OSError, FaultyFile) as error:
             status = 1
-            reason = f"{path}: {error.strerror}" if isinstance(error, OSError) else error
-            print(f"  FAILED:\n{reason}\n", file=sys.stderr, flush=True)
+            print(f"  FAILED:\n{_why(path, error)}\n", file=sys.stderr, flush=True)
         else:
             rules = sum(len(group.rules) for group in checked.groups)
             warnings = "".join(f"  WARNING: {warning}\n" for warning in checked.warnings)
