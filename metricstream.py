@@ -1119,6 +1119,7 @@ MAX_TAG_VALUE_LENGTH = 1_024
 MAX_REASONS = 10
 METRIC_TYPES = ("gauge", "counter", "histogram", "summary")
 METRIC_FIELDS = ("name", "value", "type", "tags", "timestamp")
+UNIX_EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 END_OF_TIME_MS = 7_289_654_400_000  # 2201-01-01T00:00:00Z
 
 _ISO_8601 = re.compile(
@@ -1261,6 +1262,27 @@ def _faults_in_tags(tags: Any) -> list[tuple[str, str]]:
     return faults
 
 
+def read_iso_8601(text: str) -> tuple[int, int] | None:
+    """The Unix second and the nanosecond in it of a date and time with a zone; None for text of
+    another form. Raises ValueError where the calendar has no such date.
+
+    >>> read_iso_8601("1970-01-02T01:00:00.25+01:00")
+    (86400, 250000000)
+    """
+    match = _ISO_8601.fullmatch(text)
+    if match is None:
+        return None
+    date, clock, fraction, zone = match.groups()
+    try:
+        moment = datetime.datetime.fromisoformat(
+            f"{date}T{clock}{'+00:00' if zone in 'Zz' else zone}"
+        )
+    except ValueError:
+        raise ValueError("must be a date that the calendar has") from None
+    second = (moment - UNIX_EPOCH) // datetime.timedelta(seconds=1)
+    return second, int((fraction or "0").ljust(9, "0"))
+
+
 def _read_timestamp(timestamp: Any) -> int:
     """Unix milliseconds from Unix seconds or an ISO 8601 string with a zone. Raises ValueError."""
     if type(timestamp) is int or type(timestamp) is float:
@@ -1268,23 +1290,14 @@ def _read_timestamp(timestamp: Any) -> int:
             raise ValueError("must lie in the years 1970 to 2200 (Unix seconds, not milliseconds)")
         timestamp_ms = round(timestamp * 1000)
     elif isinstance(timestamp, str):
-        match = _ISO_8601.fullmatch(timestamp)
-        if match is None:
+        moment = read_iso_8601(timestamp)
+        if moment is None:
             raise ValueError(
                 "must be Unix seconds or an ISO 8601 date and time with a zone, "
                 "as 2025-09-17T13:45:23.123Z"
             )
-        date, clock, fraction, zone = match.groups()
-        try:
-            moment = datetime.datetime.fromisoformat(
-                f"{date}T{clock}{'+00:00' if zone in 'Zz' else zone}"
-            )
-        except ValueError:
-            raise ValueError("must be a date that the calendar has") from None
-        since_1970 = moment - datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
-        timestamp_ms = since_1970 // datetime.timedelta(milliseconds=1) + round(
-            int((fraction or "0").ljust(9, "0")) / 1e6
-        )
+        second, nanosecond = moment
+        timestamp_ms = second * 1000 + round(nanosecond / 1e6)
     else:
         raise ValueError(f"must be a number or a string, not {_kind(timestamp)}")
     if not 0 <= timestamp_ms < END_OF_TIME_MS:
@@ -9191,7 +9204,6 @@ def _matrix(series: Iterable[Series]) -> MatrixResult:
 API_PREFIX = "/api/v1/"
 QUERY_TIMEOUT_S = 120.0
 MAX_POINTS = 11_000  # steps of a range query
-MAX_QUERIES = 20  # at once
 _API_STATUS = {
     "bad_data": 400, "execution": 422, "timeout": 503, "not_found": 404, "unavailable": 503,
     "internal": 500,
@@ -10969,13 +10981,124 @@ def _block_scalar(src: YamlDocument, position: int, indent: int) -> tuple[YamlSc
 
 
 # ==================================================================================================
-# 30. Rule files
+# 30. Fields
 # ==================================================================================================
 #
-# The problem: rules are written for Prometheus, and whoever writes them wants to know everything
-# that is wrong with a file, and where. The idea: a walk over the tree of nodes, which notes faults
-# and goes on; a file with any is refused as a whole. Nodes know their places, so a fault inside an
-# expression has its line and column in the file.
+# The problem: whoever writes a file wants to know everything that is wrong with it, and where. The
+# idea: a walk over the tree of nodes, which asks for fields by name and type, notes faults and goes
+# on; a file with any is refused as a whole. Each kind of file has a reader derived from this one.
+
+Fields = dict[str, YamlNode]
+
+
+class FaultyFile(ValueError):
+    """A file with faults, each of which is `file:line:column: reason`."""
+
+    def __init__(self, faults: Sequence[str]):
+        self.faults = tuple(faults)
+        super().__init__("\n".join(faults))
+
+
+def is_null(node: YamlNode) -> bool:
+    """Whether nothing is written here, or a word for it."""
+    return isinstance(node, YamlScalar) and node.is_null
+
+
+class FieldReader:
+    """Reads fields, each as a type; a fault is noted, with its position, and reading goes on.
+
+    `name` is how messages call the file. Raises FaultyFile if the text is not YAML.
+    """
+
+    def __init__(self, text: str | bytes, name: str):
+        self.name = name
+        self.faults: list[tuple[int, str]] = []
+        try:
+            self.document = parse_yaml(text)
+        except YAMLError as error:
+            raise FaultyFile([f"{name}:{error.line}:{error.column}: {error.reason}"]) from None
+
+    def fault(self, node: YamlNode, reason: str) -> None:
+        """Note that something is wrong with a node."""
+        self.faults.append((node.position, reason))
+
+    def finish(self) -> None:
+        """Raise FaultyFile if there are faults."""
+        if self.faults:
+            raise FaultyFile(self.placed(self.faults))
+
+    def placed(self, findings: list[tuple[int, str]]) -> tuple[str, ...]:
+        """Findings in the order of the file; an alias may have led to one again."""
+        places = ((*self.document.place(position), why) for position, why in sorted(set(findings)))
+        return tuple(f"{self.name}:{line}:{column}: {why}" for line, column, why in places)
+
+    def fields(self, node: YamlNode | None, what: str, known: Sequence[str]) -> Fields:
+        """The fields of a map; faults are what is no map, and fields of other names."""
+        entries = self.entries(node, what)
+        for name, (key, value) in entries.items():
+            if name not in known:
+                self.unknown(key, value, what, known)
+        return {name: value for name, (_, value) in entries.items()}
+
+    def unknown(self, key: YamlScalar, value: YamlNode, what: str, known: Sequence[str]) -> None:
+        """What is done about an unknown field."""
+        reason = f"unknown field {_clipped(key.text)!r} in {what}; known are {', '.join(known)}"
+        self.fault(key, reason)
+
+    def entries(self, node: YamlNode | None, what: str) -> _Entries:
+        """The keys and values of a map, whatever they are."""
+        if isinstance(node, YamlMap):
+            return node.entries
+        if node is not None and not is_null(node):
+            self.fault(node, f"{what} must be a map")
+        return {}
+
+    def items(self, fields: Fields, name: str) -> list[YamlNode]:
+        """The items of a list."""
+        node = fields.get(name)
+        if isinstance(node, YamlList):
+            return node.items
+        if node is not None and not is_null(node):
+            self.fault(node, f"{name!r} must be a list")
+        return []
+
+    def scalar(self, node: YamlNode | None, what: str) -> str | None:
+        """The text of a scalar, None where there is none."""
+        if isinstance(node, YamlScalar):
+            return None if node.is_null else node.text
+        if node is not None:
+            self.fault(node, f"{what!r} must be text")
+        return None
+
+    def text(self, fields: Fields, name: str) -> str:
+        """A text, "" where there is none."""
+        return self.scalar(fields.get(name), name) or ""
+
+    def read(self, fields: Fields, name: str, read: Callable[[str], _T], missing: _T) -> _T:
+        """A field read by a function that raises ValueError; `missing` where there is none."""
+        text = self.scalar(fields.get(name), name)
+        try:
+            return missing if text is None else read(text)
+        except ValueError as error:
+            self.fault(fields[name], str(error))
+            return missing
+
+    def duration_ms(self, fields: Fields, name: str) -> int:
+        """A duration, 0 where there is none."""
+        return self.read(fields, name, _read_duration_ms, 0)
+
+
+def _read_duration_ms(text: str) -> int:
+    return 0 if text == "0" else parse_duration_ms(text)
+
+
+# ==================================================================================================
+# 31. Rule files
+# ==================================================================================================
+#
+# The problem: rules are written for Prometheus, and a fault in an expression should be known before
+# it is evaluated. The idea: expressions and templates are checked when the file is read. Nodes know
+# their places, so a fault inside an expression has its line and column in the file.
 #
 # What Prometheus 3 accepts is accepted: labels and recorded names of any UTF-8, labels of groups.
 #
@@ -10987,8 +11110,6 @@ _RULE_FIELDS = (
 )  # fmt: skip
 _RECORDED = re.compile(r"[^\x00-\x1f\x7f-\x9f{}]+")  # braces: an expression went astray
 _ONLY_OF_ALERTS = ("for", "keep_firing_for", "annotations")
-
-_Fields = dict[str, YamlNode]
 
 
 class Rule(NamedTuple):
@@ -11023,18 +11144,10 @@ class RuleFile(NamedTuple):
     warnings: tuple[str, ...]
 
 
-class RuleFileError(ValueError):
-    """A rule file with faults, each of which is `file:line:column: reason`."""
-
-    def __init__(self, faults: Sequence[str]):
-        self.faults = tuple(faults)
-        super().__init__("\n".join(faults))
-
-
 def read_rules(
     text: str | bytes, name: str, check_template: Callable[[str], object] = str
 ) -> RuleFile:
-    """Read a rule file of Prometheus, as YAML or JSON. Raises RuleFileError, with every fault.
+    """Read a rule file of Prometheus, as YAML or JSON. Raises FaultyFile, with every fault.
 
     `name` is how messages call the file. `check_template` is called with each label and annotation
     of an alert, and raises ValueError if it is no template.
@@ -11044,72 +11157,53 @@ def read_rules(
     'sum(up)'
     >>> read_rules(text.replace("sum", "sun"), "a.yml")
     Traceback (most recent call last):
-    metricstream.RuleFileError: a.yml:1:48: parse error: unknown function with name "sun"
+    metricstream.FaultyFile: a.yml:1:48: parse error: unknown function with name "sun"
     """
-    try:
-        document = parse_yaml(text)
-    except YAMLError as error:
-        raise RuleFileError([f"{name}:{error.line}:{error.column}: {error.reason}"]) from None
-    return _RuleReader(document, name, check_template).read()
+    return _RuleReader(text, name, check_template).rule_file()
 
 
-def _is_null(node: YamlNode) -> bool:
-    return isinstance(node, YamlScalar) and node.is_null
-
-
-class _RuleReader:
-    """Reads one document; a fault is noted, with its position, and reading goes on."""
-
-    def __init__(self, document: YamlDocument, name: str, check_template: Callable[[str], object]):
-        self._document, self._name, self._check_template = document, name, check_template
-        self._faults: list[tuple[int, str]] = []
+class _RuleReader(FieldReader):
+    def __init__(self, text: str | bytes, name: str, check_template: Callable[[str], object] = str):
+        super().__init__(text, name)
+        self._check_template = check_template
         self._warnings: list[tuple[int, str]] = []
         self._seen: dict[object, int] = {}  # lines of groups by name, and of rules by what they set
 
-    def read(self) -> RuleFile:
-        if self._document.has_more:
+    def rule_file(self) -> RuleFile:
+        if self.document.has_more:
             self._warnings.append((1, "only the first document of this file is read"))
-        root = self._fields(self._document.root, "a rule file", ("groups",))
-        groups = tuple(map(self._group, self._items(root, "groups")))
-        if self._faults:
-            raise RuleFileError(self._told(self._faults))
-        return RuleFile(self._name, groups, self._told(self._warnings))
-
-    def _told(self, findings: list[tuple[int, str]]) -> tuple[str, ...]:
-        """Findings in the order of the file; an alias may have led to one again."""
-        places = ((*self._document.place(position), why) for position, why in sorted(set(findings)))
-        return tuple(f"{self._name}:{line}:{column}: {why}" for line, column, why in places)
-
-    def _fault(self, position: int, reason: str) -> None:
-        self._faults.append((position, reason))
+        root = self.fields(self.document.root, "a rule file", ("groups",))
+        groups = tuple(map(self._group, self.items(root, "groups")))
+        self.finish()
+        return RuleFile(self.name, groups, self.placed(self._warnings))
 
     def _group(self, node: YamlNode) -> RuleGroup:
-        fields = self._fields(node, "a group", _GROUP_FIELDS)
-        name = self._text(fields, "name")
-        line, _ = self._document.place(node.position)
+        fields = self.fields(node, "a group", _GROUP_FIELDS)
+        name = self.text(fields, "name")
+        line, _ = self.document.place(node.position)
         if not name:
-            self._fault(node.position, "a group needs a name")
+            self.fault(node, "a group needs a name")
         elif name in self._seen:
             where = f"stands in line {self._seen[name]} already"
-            self._fault(fields["name"].position, f"group {_clipped(name)!r} {where}")
+            self.fault(fields["name"], f"group {_clipped(name)!r} {where}")
         self._seen.setdefault(name, line)
-        labels = self._labels(fields, "labels")
-        rules = tuple(self._rule(rule, labels) for rule in self._items(fields, "rules"))
+        labels = self.labels(fields, "labels")
+        rules = tuple(self._rule(rule, labels) for rule in self.items(fields, "rules"))
         return RuleGroup(
-            name, self._duration(fields, "interval"), self._whole_number(fields, "limit"),
-            self._duration(fields, "query_offset"), labels, rules,
+            name, self.duration_ms(fields, "interval"), self._whole_number(fields, "limit"),
+            self.duration_ms(fields, "query_offset"), labels, rules,
         )  # fmt: skip
 
     def _rule(self, node: YamlNode, group_labels: dict[str, str]) -> Rule:
-        fields = self._fields(node, "a rule", _RULE_FIELDS)
-        record, alert = self._text(fields, "record"), self._text(fields, "alert")
+        fields = self.fields(node, "a rule", _RULE_FIELDS)
+        record, alert = self.text(fields, "record"), self.text(fields, "alert")
         if bool(record) == bool(alert):
-            self._fault(node.position, "a rule needs 'record' or 'alert', and not both")
+            self.fault(node, "a rule needs 'record' or 'alert', and not both")
         rule = Rule(
             alert or record, bool(alert), self._expression(fields, node),
-            self._duration(fields, "for"), self._duration(fields, "keep_firing_for"),
-            self._labels(fields, "labels"), self._labels(fields, "annotations"),
-            self._document.place(node.position)[0],
+            self.duration_ms(fields, "for"), self.duration_ms(fields, "keep_firing_for"),
+            self.labels(fields, "labels"), self.labels(fields, "annotations"),
+            self.document.place(node.position)[0],
         )  # fmt: skip
         if alert:
             for field in ("labels", "annotations"):
@@ -11123,22 +11217,22 @@ class _RuleReader:
         self._seen.setdefault(key, rule.line)
         return rule
 
-    def _recording(self, fields: _Fields, rule: Rule) -> None:
+    def _recording(self, fields: Fields, rule: Rule) -> None:
         """What holds for recording rules alone."""
         for field, value in zip(
             _ONLY_OF_ALERTS, (rule.for_ms, rule.keep_firing_for_ms, rule.annotations)
         ):
             if value:
-                self._fault(fields[field].position, f"a recording rule can't have {field!r}")
+                self.fault(fields[field], f"a recording rule can't have {field!r}")
         if len(rule.name) > MAX_NAME_LENGTH or not _RECORDED.fullmatch(rule.name):
             reason = f"{_clipped(rule.name)!r} is no name for a metric"
-            self._fault(fields["record"].position, reason)
+            self.fault(fields["record"], reason)
 
-    def _expression(self, fields: _Fields, rule: YamlNode) -> str:
-        expr = self._text(fields, "expr")
+    def _expression(self, fields: Fields, rule: YamlNode) -> str:
+        expr = self.text(fields, "expr")
         node = fields.get("expr", rule)
         if not expr:
-            self._fault(node.position, "a rule needs an expression, 'expr'")
+            self.fault(node, "a rule needs an expression, 'expr'")
         elif isinstance(node, YamlScalar):
             try:
                 parse_query(expr)
@@ -11147,7 +11241,7 @@ class _RuleReader:
                 lines = expr.split("\n")[: error.line - 1]
                 offset = sum(len(line) + 1 for line in lines) + error.column - 1
                 reason = str(error).removeprefix(f"{error.line}:{error.column}: ")
-                self._fault(node.position_of(offset), reason)
+                self.faults.append((node.position_of(offset), reason))
         return expr
 
     def _templates(self, node: YamlNode | None) -> None:
@@ -11156,54 +11250,14 @@ class _RuleReader:
                 try:
                     self._check_template(value.text)
                 except ValueError as error:
-                    self._fault(value.position, str(error))
+                    self.fault(value, str(error))
 
-    # ---- fields, each of a type ----
+    def items(self, fields: Fields, name: str) -> list[YamlNode]:
+        """Those that are not null."""
+        return [item for item in super().items(fields, name) if not is_null(item)]
 
-    def _fields(self, node: YamlNode, what: str, known: tuple[str, ...]) -> _Fields:
-        entries = self._entries(node, what)
-        for name, (key, _) in entries.items():
-            if name not in known:
-                reason = f"unknown field {_clipped(name)!r} in {what}; known are {', '.join(known)}"
-                self._fault(key.position, reason)
-        return {name: value for name, (_, value) in entries.items()}
-
-    def _entries(self, node: YamlNode | None, what: str) -> _Entries:
-        if isinstance(node, YamlMap):
-            return node.entries
-        if node is not None and not _is_null(node):
-            self._fault(node.position, f"{what} must be a map")
-        return {}
-
-    def _items(self, fields: _Fields, name: str) -> list[YamlNode]:
-        node = fields.get(name)
-        if isinstance(node, YamlList):
-            return [item for item in node.items if not _is_null(item)]
-        if node is not None and not _is_null(node):
-            self._fault(node.position, f"{name!r} must be a list")
-        return []
-
-    def _text(self, fields: _Fields, name: str) -> str:
-        return self._scalar(fields.get(name), name) or ""
-
-    def _scalar(self, node: YamlNode | None, what: str) -> str | None:
-        """The text of a scalar, None where there is none."""
-        if isinstance(node, YamlScalar):
-            return None if node.is_null else node.text
-        if node is not None:
-            self._fault(node.position, f"{what!r} must be text")
-        return None
-
-    def _duration(self, fields: _Fields, name: str) -> int:
-        text = self._scalar(fields.get(name), name)
-        try:
-            return 0 if text in (None, "0") else parse_duration_ms(text or "")
-        except ValueError as error:
-            self._fault(fields[name].position, str(error))
-            return 0
-
-    def _whole_number(self, fields: _Fields, name: str) -> int:
-        text, node = self._scalar(fields.get(name), name), fields.get(name)
+    def _whole_number(self, fields: Fields, name: str) -> int:
+        text, node = self.scalar(fields.get(name), name), fields.get(name)
         if text is None or not isinstance(node, YamlScalar):
             return 0
         try:
@@ -11211,21 +11265,21 @@ class _RuleReader:
         except ValueError:
             number = 2**63
         if not node.plain or abs(number) >= 2**63:
-            self._fault(node.position, f"{name!r} must be a whole number")
+            self.fault(node, f"{name!r} must be a whole number")
         return number
 
-    def _labels(self, fields: _Fields, name: str) -> dict[str, str]:
+    def labels(self, fields: Fields, name: str) -> dict[str, str]:
         """Labels of a group or a rule, or its annotations."""
         labels = {}
-        for label, (key, value) in self._entries(fields.get(name), f"{name!r}").items():
+        for label, (key, value) in self.entries(fields.get(name), f"{name!r}").items():
             if not label or (label == NAME and name == "labels"):
-                self._fault(key.position, f"{_clipped(label)!r} is no name for a label")
-            labels[label] = self._scalar(value, label) or ""
+                self.fault(key, f"{_clipped(label)!r} is no name for a label")
+            labels[label] = self.scalar(value, label) or ""
         return labels
 
 
 # ==================================================================================================
-# 31. Values of templates
+# 32. Values of templates
 # ==================================================================================================
 #
 # The problem: what a template prints must not differ by a character from what Go prints. The idea:
@@ -11324,8 +11378,7 @@ def _entry(mapping: dict[str, Any], key: str) -> Any:
 
 # ---- times: as Go writes and lays them out ----
 
-_EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
-_MICROSECOND = datetime.timedelta(microseconds=1)
+_SECOND, _MICROSECOND = datetime.timedelta(seconds=1), datetime.timedelta(microseconds=1)
 _LAYOUT = re.compile(
     r"January|Jan(?![a-z])|Monday|Mon(?![a-z])|MST|2006|[-Z]07(?::00(?::00)?|00(?:00)?)?"
     r"|[.,](?:0+|9+)(?![0-9])|002|01|02|03|04|05|06|15|PM|pm|__2|_2(?!006)|[12345]"
@@ -11431,8 +11484,8 @@ _TIME_METHODS = {
     "String": TemplateFunction("", _time_text),
     "Sub": TemplateFunction("time.Time", lambda time, other: time - other),
     "UTC": TemplateFunction("", lambda time: time.astimezone(datetime.UTC)),
-    "Unix": TemplateFunction("", lambda time: (time - _EPOCH) // datetime.timedelta(seconds=1)),
-    "UnixMilli": TemplateFunction("", lambda time: (time - _EPOCH) // (1000 * _MICROSECOND)),
+    "Unix": TemplateFunction("", lambda time: (time - UNIX_EPOCH) // _SECOND),
+    "UnixMilli": TemplateFunction("", lambda time: (time - UNIX_EPOCH) // (_SECOND / 1000)),
     "Weekday": TemplateFunction("", lambda time: _Weekday(time.isoweekday() % 7)),
     "Year": TemplateFunction("", lambda time: time.year),
     "YearDay": TemplateFunction("", lambda time: time.timetuple().tm_yday),
@@ -11447,7 +11500,7 @@ _METHODS = {datetime.datetime: _TIME_METHODS, datetime.timedelta: _DURATION_METH
 
 
 # ==================================================================================================
-# 32. Formats of templates
+# 33. Formats of templates
 # ==================================================================================================
 #
 # What `printf` and `print` write, for every verb, flag and kind of value: Go's fmt package once
@@ -11811,7 +11864,7 @@ def _printed(*values: Any) -> str:
 
 
 # ==================================================================================================
-# 33. Functions of templates
+# 34. Functions of templates
 # ==================================================================================================
 #
 # What every template may call: the functions that Go has. A function is a row with the types of its
@@ -11978,7 +12031,7 @@ _GO_FUNCTIONS = {
 
 
 # ==================================================================================================
-# 34. Functions of alerts
+# 35. Functions of alerts
 # ==================================================================================================
 #
 # The functions that Prometheus adds for rules, and those that Alertmanager adds for notifications.
@@ -12090,7 +12143,7 @@ def _to_time(value: Any) -> datetime.datetime:
     if not -(2**63) <= number * 1e9 < 2**63:
         fault = "cannot be represented as a nanoseconds timestamp since it overflows int64"
         raise ValueError(f"{_go_print(number)} {fault}")
-    return _EPOCH + datetime.timedelta(milliseconds=int(int(number * 1e9) / 1e6))
+    return UNIX_EPOCH + datetime.timedelta(milliseconds=int(int(number * 1e9) / 1e6))
 
 
 def _humanize_timestamp(value: Any) -> str:
@@ -12300,7 +12353,7 @@ NOTIFICATION_FUNCTIONS = _COMMON_FUNCTIONS | {
 
 
 # ==================================================================================================
-# 35. Template items
+# 36. Template items
 # ==================================================================================================
 #
 # The problem: labels and annotations of alerts, and what is sent to a webhook, are templates of
@@ -12483,7 +12536,7 @@ def _number_value(text: str) -> int | float:
 
 
 # ==================================================================================================
-# 36. Template parser
+# 37. Template parser
 # ==================================================================================================
 #
 # Items become a tree, and the next chapter walks over the tree. What `text` holds in a node is what
@@ -12867,7 +12920,7 @@ def _is_blank(statements: list[_Statement]) -> bool:
 
 
 # ==================================================================================================
-# 37. Templates
+# 38. Templates
 # ==================================================================================================
 #
 # A walk over the tree prints, and each step is Go's. What a label holds is printed and never read
@@ -13224,7 +13277,7 @@ class _TemplateRun:
 
 
 # ==================================================================================================
-# 38. Alerting
+# 39. Alerting
 # ==================================================================================================
 #
 # The problem: whether something is wrong is asked again and again, and what was found must neither
@@ -13565,12 +13618,6 @@ class AlertingState(RecordingState):
                 told.append(Alert(labels, alert.annotations, alert.fired_at, ends_at, now, url))
         return told
 
-    def resolve_all(self, now: float) -> None:
-        """The rule is gone: whatever fires is resolved, what is pending is forgotten."""
-        for alert in list(self.alerts.values()):
-            if alert.state == "firing":
-                alert.resolved_at = now
-
     def restore(self, kept: list[dict[str, Any]], now: float, gap_s: float) -> int:
         """Take alerts over that were kept; how many pending ones start again, after a gap."""
         restarted = 0
@@ -13731,19 +13778,30 @@ def selectors_of(expression: str) -> list[str]:
 # ---- what the API says of rules and alerts, in Prometheus's words
 
 
-def _rfc_3339(seconds: float) -> str:
-    if not seconds:
+def utc_time(time_s: float) -> datetime.datetime:
+    """A time of an alert; those beyond the calendar are its first or last."""
+    first, last = -62_135_596_800, 253_402_300_799
+    return UNIX_EPOCH + datetime.timedelta(seconds=min(max(time_s, first), last))
+
+
+def api_time(time_s: float) -> str:
+    """A time as the APIs write it, to the millisecond; 0.0 is none, which Go writes as the year 1.
+
+    >>> api_time(1758116723.123), api_time(0.0)
+    ('2025-09-17T13:45:23.123Z', '0001-01-01T00:00:00Z')
+    """
+    if not time_s:
         return "0001-01-01T00:00:00Z"
-    return utc_timestamp(round(seconds * 1000))
+    return utc_time(time_s).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def _active_json(alert: ActiveAlert) -> dict[str, Any]:
     shown = {
         "labels": alert.labels, "annotations": alert.annotations, "state": alert.state,
-        "activeAt": _rfc_3339(alert.active_at), "value": exponent_text(alert.value),
+        "activeAt": api_time(alert.active_at), "value": exponent_text(alert.value),
     }  # fmt: skip
     if alert.keep_firing_since is not None:
-        shown["keepFiringSince"] = _rfc_3339(alert.keep_firing_since)
+        shown["keepFiringSince"] = api_time(alert.keep_firing_since)
     return shown
 
 
@@ -13762,7 +13820,7 @@ def _rule_json(state: RecordingState, with_alerts: bool) -> dict[str, Any]:
     rule = state.rule
     shown: dict[str, Any] = {
         "name": rule.name, "query": state.query, "labels": state.labels, "health": state.health,
-        "evaluationTime": state.duration_s, "lastEvaluation": _rfc_3339(state.evaluated_at),
+        "evaluationTime": state.duration_s, "lastEvaluation": api_time(state.evaluated_at),
         "type": "recording",
     }  # fmt: skip
     if state.last_error:
@@ -13821,7 +13879,7 @@ def rules_json(groups: Iterable[GroupState], form: Mapping[str, list[str]]) -> d
             shown.append({
                 "name": group.name, "file": group.file, "rules": rules, "limit": group.limit,
                 "interval": group.interval_s, "evaluationTime": group.duration_s,
-                "lastEvaluation": _rfc_3339(group.evaluated_at),
+                "lastEvaluation": api_time(group.evaluated_at),
             })  # fmt: skip
     return _page_of(shown, only("group_limit"), only("group_next_token"))
 
@@ -13862,7 +13920,7 @@ def _page_of(groups: list[dict[str, Any]], limit_text: str, token: str) -> dict[
 
 
 # ==================================================================================================
-# 39. Rule tests
+# 40. Rule tests
 # ==================================================================================================
 #
 # The problem: a rule that was never seen to fire is a guess. The idea: evaluate rules as the
@@ -14062,82 +14120,70 @@ def metric_labels(text: str) -> dict[str, str]:
 class _RuleTestReader(_RuleReader):
     """Reads a file of unit tests; faults are noted as those of rule files are."""
 
-    def read_tests(self) -> RuleTestFile:
-        root = self._fields(self._document.root, "a file of tests", _TEST_FILE_FIELDS)
-        interval_ms = self._duration(root, "evaluation_interval") or 60_000
-        fuzzy = self._text(root, "fuzzy_compare").lower()
-        if fuzzy not in _TOLERANCES:
-            self._fault(root["fuzzy_compare"].position, "'fuzzy_compare' must be true or false")
-        tests = [self._test(node, interval_ms) for node in self._items(root, "tests")]
+    def test_file(self) -> RuleTestFile:
+        root = self.fields(self.document.root, "a file of tests", _TEST_FILE_FIELDS)
+        interval_ms = self.duration_ms(root, "evaluation_interval") or 60_000
+        tolerance = self.read(root, "fuzzy_compare", _read_tolerance, TOLERANCE)
+        tests = [self._test(node, interval_ms) for node in self.items(root, "tests")]
         files = [text for _, text in self._texts(root, "rule_files")]
         order: list[str] = []
         for node, name in self._texts(root, "group_eval_order"):
             if name in order:
-                self._fault(node.position, f"group {_clipped(name)!r} has its place already")
+                self.fault(node, f"group {_clipped(name)!r} has its place already")
             order.append(name)
-        if self._faults:
-            raise RuleFileError(self._told(self._faults))
-        return RuleTestFile(files, interval_ms, _TOLERANCES[fuzzy], order, tests)
+        self.finish()
+        return RuleTestFile(files, interval_ms, tolerance, order, tests)
 
-    def _texts(self, fields: _Fields, name: str) -> list[tuple[YamlNode, str]]:
-        return [(node, self._scalar(node, name) or "") for node in self._items(fields, name)]
+    def _texts(self, fields: Fields, name: str) -> list[tuple[YamlNode, str]]:
+        return [(node, self.scalar(node, name) or "") for node in self.items(fields, name)]
 
     def _test(self, node: YamlNode, evaluation_interval_ms: int) -> RuleTest:
-        fields = self._fields(node, "a test", _TEST_FIELDS)
+        fields = self.fields(node, "a test", _TEST_FIELDS)
         return RuleTest(
-            self._text(fields, "name"),
-            self._duration(fields, "interval") or evaluation_interval_ms,
-            self._read(fields, "start_timestamp", _read_api_time, 0),
-            [self._series_of(row) for row in self._items(fields, "input_series")],
-            [self._alert_test(row) for row in self._items(fields, "alert_rule_test")],
-            [self._expression_test(row) for row in self._items(fields, "promql_expr_test")],
-            self._labels(fields, "external_labels"),
-            self._text(fields, "external_url"),
+            self.text(fields, "name"),
+            self.duration_ms(fields, "interval") or evaluation_interval_ms,
+            self.read(fields, "start_timestamp", _read_api_time, 0),
+            [self._series_of(row) for row in self.items(fields, "input_series")],
+            [self._alert_test(row) for row in self.items(fields, "alert_rule_test")],
+            [self._expression_test(row) for row in self.items(fields, "promql_expr_test")],
+            self.labels(fields, "external_labels"),
+            self.text(fields, "external_url"),
         )
 
     def _series_of(self, node: YamlNode) -> tuple[dict[str, str], list[float | None]]:
-        fields = self._fields(node, "an input series", ("series", "values"))
-        labels: dict[str, str] = self._read(fields, "series", metric_labels, {})
-        values: list[float | None] = self._read(fields, "values", series_values, [])
-        if values and not self._text(fields, "series"):
-            self._fault(node.position, "an input series needs a name, 'series'")
+        fields = self.fields(node, "an input series", ("series", "values"))
+        labels: dict[str, str] = self.read(fields, "series", metric_labels, {})
+        values: list[float | None] = self.read(fields, "values", series_values, [])
+        if values and not self.text(fields, "series"):
+            self.fault(node, "an input series needs a name, 'series'")
         return labels, values
 
     def _alert_test(self, node: YamlNode) -> AlertTest:
-        fields = self._fields(node, "a test of alerts", ("eval_time", "alertname", "exp_alerts"))
-        name = self._text(fields, "alertname")
+        fields = self.fields(node, "a test of alerts", ("eval_time", "alertname", "exp_alerts"))
+        name = self.text(fields, "alertname")
         if not name:
-            self._fault(node.position, "a test of alerts needs an alertname")
+            self.fault(node, "a test of alerts needs an alertname")
         expected = []
-        for row in self._items(fields, "exp_alerts"):
-            alert = self._fields(row, "an alert", ("exp_labels", "exp_annotations"))
-            labels = self._labels(alert, "exp_labels") | {"alertname": name}
-            expected.append(ExpectedAlert(labels, self._labels(alert, "exp_annotations")))
-        return AlertTest(self._duration(fields, "eval_time"), name, expected)
+        for row in self.items(fields, "exp_alerts"):
+            alert = self.fields(row, "an alert", ("exp_labels", "exp_annotations"))
+            labels = self.labels(alert, "exp_labels") | {"alertname": name}
+            expected.append(ExpectedAlert(labels, self.labels(alert, "exp_annotations")))
+        return AlertTest(self.duration_ms(fields, "eval_time"), name, expected)
 
     def _expression_test(self, node: YamlNode) -> ExpressionTest:
-        fields = self._fields(node, "a test of an expression", ("expr", "eval_time", "exp_samples"))
+        fields = self.fields(node, "a test of an expression", ("expr", "eval_time", "exp_samples"))
         expected = []
-        for row in self._items(fields, "exp_samples"):
-            sample = self._fields(row, "a sample", ("labels", "value", "histogram"))
+        for row in self.items(fields, "exp_samples"):
+            sample = self.fields(row, "a sample", ("labels", "value", "histogram"))
             if "histogram" in sample:
-                self._fault(sample["histogram"].position, "native histograms are not supported")
-            labels: dict[str, str] = self._read(sample, "labels", metric_labels, {})
+                self.fault(sample["histogram"], "native histograms are not supported")
+            labels: dict[str, str] = self.read(sample, "labels", metric_labels, {})
             value = sample.get("value")
             if isinstance(value, YamlScalar) and not value.plain:
-                self._fault(value.position, "'value' must be a number, without quotes")
-            expected.append((labels, self._read(sample, "value", _yaml_float, 0.0)))
+                self.fault(value, "'value' must be a number, without quotes")
+            expected.append((labels, self.read(sample, "value", _yaml_float, 0.0)))
         expression = self._expression(fields, node)
-        return ExpressionTest(self._duration(fields, "eval_time"), expression, expected)
-
-    def _read(self, fields: _Fields, name: str, read: Callable[[str], _T], missing: _T) -> _T:
-        """A field read by a function that raises ValueError."""
-        text = self._scalar(fields.get(name), name)
-        try:
-            return missing if text is None else read(text)
-        except ValueError as error:
-            self._fault(fields[name].position, str(error))
-            return missing
+        return ExpressionTest(self.duration_ms(fields, "eval_time"), expression, expected)
 
 
 _TEST_FILE_FIELDS = (
@@ -14150,6 +14196,12 @@ _TEST_FIELDS = (
 
 # By `fuzzy_compare`. Who gives it gets Prometheus's comparison: exact, or but for the last bit.
 _TOLERANCES = {"": TOLERANCE, "false": 0.0, "true": sys.float_info.epsilon}
+
+
+def _read_tolerance(fuzzy: str) -> float:
+    if fuzzy.lower() not in _TOLERANCES:
+        raise ValueError("'fuzzy_compare' must be true or false")
+    return _TOLERANCES[fuzzy.lower()]
 
 
 def _yaml_float(text: str) -> float:
@@ -14169,12 +14221,8 @@ def _yaml_float(text: str) -> float:
 
 
 def read_rule_tests(text: str | bytes, name: str) -> RuleTestFile:
-    """Read a file of promtool's unit tests for rules. Raises RuleFileError, with every fault."""
-    try:
-        document = parse_yaml(text)
-    except YAMLError as error:
-        raise RuleFileError([f"{name}:{error.line}:{error.column}: {error.reason}"]) from None
-    return _RuleTestReader(document, name, str).read_tests()
+    """Read a file of promtool's unit tests for rules. Raises FaultyFile, with every fault."""
+    return _RuleTestReader(text, name).test_file()
 
 
 def run_rule_test(test: RuleTest, tests: RuleTestFile, files: list[RuleFile]) -> list[str]:
@@ -14396,7 +14444,7 @@ def firing_bar(times: Iterable[tuple[int, int]], start_ms: int, end_ms: int) -> 
 
 
 # ==================================================================================================
-# 40. Alerts and routes
+# 41. Alerts and routes
 # ==================================================================================================
 #
 # The problem: hundreds of alerts fire at once, and each is for somebody else. The idea is that of
@@ -14405,8 +14453,6 @@ def firing_bar(times: Iterable[tuple[int, int]], start_ms: int, end_ms: int) -> 
 # what it gets; `amtool config routes test` says it.
 #
 # Source: Alertmanager's pkg/labels and dispatch/route.go.
-
-_SEPARATOR = "\xff"  # as a byte; no UTF-8 text has it
 
 
 def fingerprint(labels: Mapping[str, str]) -> str:
@@ -14537,7 +14583,7 @@ def route_key(parent_key: str | None, matchers: Iterable[Matcher]) -> str:
 
 
 # ==================================================================================================
-# 41. Notification configuration
+# 42. Notification configuration
 # ==================================================================================================
 #
 # The problem: who is told what stands in a file, credentials included, and people have such files
@@ -14583,14 +14629,6 @@ DEFAULT_TEMPLATES = """\
 {{ end }}<p>Sent by {{ .ExternalURL }}</p>
 </body></html>
 {{ end }}"""
-
-
-class ConfigError(ValueError):
-    """A configuration with faults, each of which is `file:line:column: reason`."""
-
-    def __init__(self, faults: Sequence[str]):
-        self.faults = tuple(faults)
-        super().__init__("\n".join(faults))
 
 
 class Secret:
@@ -14711,6 +14749,10 @@ def _checked_url(url: str) -> str:
     return url
 
 
+def _checked_shown_url(url: str) -> str:
+    return shown_url(_checked_url(url))
+
+
 def url_authorization(url: str) -> Authorization | None:
     """The user and password that a URL names."""
     parts = urllib.parse.urlsplit(url)
@@ -14736,25 +14778,22 @@ def parse_notification_template(text: str, name: str = "") -> Template:
 
 
 def read_notify_config(text: str | bytes, name: str) -> NotifyConfig:
-    """Read a configuration of Alertmanager, as YAML or JSON. Raises ConfigError, with every fault.
+    """Read a configuration of Alertmanager, as YAML or JSON. Raises FaultyFile, with every fault.
 
     `name` is the path of the file; paths in the file are relative to its folder.
 
     >>> read_notify_config("route: {receiver: me}", "notify.yml")
     Traceback (most recent call last):
-    metricstream.ConfigError: notify.yml:1:19: no receiver has the name 'me'
+    metricstream.FaultyFile: notify.yml:1:19: no receiver has the name 'me'
     """
-    try:
-        document = parse_yaml(text)
-    except YAMLError as error:
-        raise ConfigError([f"{name}:{error.line}:{error.column}: {error.reason}"]) from None
-    return _ConfigReader(document, name).read()
+    return _ConfigReader(text, name).config()
 
 
 _SECRETS = frozenset({
     "auth_password", "auth_secret", "credentials", "password", "smtp_auth_password",
     "smtp_auth_secret",
 })  # fmt: skip
+_THE_FILE = "the file"  # its top is no place that needs a name
 _GLOBAL_FIELDS = (
     "resolve_timeout", "http_config", "smtp_from", "smtp_smarthost", "smtp_hello",
     "smtp_auth_username", "smtp_auth_password", "smtp_auth_password_file", "smtp_auth_secret",
@@ -14777,7 +14816,6 @@ _EMAIL_FIELDS = (
 )  # fmt: skip
 _HEADER_NAME = re.compile(r"[!-9;-~]+")  # RFC 5322, 2.2
 _BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-_ConfigFields = dict[str, YamlNode]
 
 
 def _shown_config(node: YamlNode, field: str = "", indent: str = "") -> str:
@@ -14799,35 +14837,30 @@ def _shown_config(node: YamlNode, field: str = "", indent: str = "") -> str:
     return f" {node.text if node.plain and node.text.isprintable() else write_json(node.text)}"
 
 
-class _ConfigReader:
-    """Reads one document; a fault is noted, with its position, and reading goes on."""
+class _ConfigReader(FieldReader):
+    def __init__(self, text: str | bytes, name: str):
+        super().__init__(text, name)
+        self._globals: Fields = {}
 
-    def __init__(self, document: YamlDocument, name: str):
-        self._document, self._name = document, name
-        self._faults: list[tuple[int, str]] = []
-        self._globals: _ConfigFields = {}
-
-    def read(self) -> NotifyConfig:
-        root = self._fields(self._document.root, "", ("global", "route", "receivers"))
-        self._globals = self._fields(root.get("global"), "global", _GLOBAL_FIELDS)
+    def config(self) -> NotifyConfig:
+        root = self.fields(self.document.root, _THE_FILE, ("global", "route", "receivers"))
+        self._globals = self.fields(root.get("global"), "global", _GLOBAL_FIELDS)
         receivers: dict[str, tuple[Webhook | Email, ...]] = {}
-        for node in self._items(root, "receivers"):
-            fields = self._fields(node, "a receiver", ("name", "webhook_configs", "email_configs"))
-            name = self._text(fields, "name")
+        for node in self.items(root, "receivers"):
+            fields = self.fields(node, "a receiver", ("name", "webhook_configs", "email_configs"))
+            name = self.text(fields, "name")
             if not name or name in receivers:
                 reason = "another receiver has this name" if name else "a receiver needs a name"
-                self._fault(fields.get("name", node), reason)
-            webhooks = map(self._webhook, self._items(fields, "webhook_configs"))
-            emails = map(self._email, self._items(fields, "email_configs"))
+                self.fault(fields.get("name", node), reason)
+            webhooks = map(self._webhook, self.items(fields, "webhook_configs"))
+            emails = map(self._email, self.items(fields, "email_configs"))
             receivers[name] = (*webhooks, *emails)
         if "route" not in root:
-            self._fault(self._document.root, "no route is given")
+            self.fault(self.document.root, "no route is given")
         route = self._route(root.get("route"), None, receivers)
         resolve_timeout_s = self._seconds(self._globals, "resolve_timeout", RESOLVE_TIMEOUT_S)
-        if self._faults:
-            places = sorted((*self._document.place(at), why) for at, why in set(self._faults))
-            raise ConfigError([f"{self._name}:{line}:{col}: {why}" for line, col, why in places])
-        shown = _shown_config(self._document.root).lstrip() + "\n"
+        self.finish()
+        shown = _shown_config(self.document.root).lstrip() + "\n"
         return NotifyConfig(route, receivers, resolve_timeout_s, shown)
 
     # ---- routes ----
@@ -14836,15 +14869,15 @@ class _ConfigReader:
         self, node: YamlNode | None, parent: Route | None, receivers: Container[str]
     ) -> Route:
         above = parent or Route("", (), 30.0, 300.0, 4 * 3600.0, (), False, "{}")
-        fields = self._fields(node, "a route", _ROUTE_FIELDS)
-        receiver = self._text(fields, "receiver") or above.receiver
+        fields = self.fields(node, "a route", _ROUTE_FIELDS)
+        receiver = self.text(fields, "receiver") or above.receiver
         if node is not None and (not receiver or receiver not in receivers):
             reason = f"no receiver has the name {_clipped(receiver)!r}"
             reason = reason if receiver else "the root of the routes needs a receiver"
-            self._fault(fields.get("receiver", node), reason)
+            self.fault(fields.get("receiver", node), reason)
         matchers = tuple(sorted(self._matchers(fields), key=lambda m: (m.name, m.value, m.op)))
         if parent is None and matchers and node is not None:
-            self._fault(node, "the root of the routes must not have any matchers")
+            self.fault(node, "the root of the routes must not have any matchers")
         route = Route(
             receiver, self._group_by(fields, above),
             self._seconds(fields, "group_wait", above.group_wait_s, 0),
@@ -14854,51 +14887,47 @@ class _ConfigReader:
             route_key(parent.key if parent else None, matchers),
         )  # fmt: skip
         children = tuple(
-            self._route(child, route, receivers) for child in self._items(fields, "routes")
+            self._route(child, route, receivers) for child in self.items(fields, "routes")
         )
         return route._replace(routes=children)
 
-    def _group_by(self, fields: _ConfigFields, above: Route) -> tuple[str, ...] | None:
+    def _group_by(self, fields: Fields, above: Route) -> tuple[str, ...] | None:
         if "group_by" not in fields:
             return above.group_by
-        labels = [self._scalar(item, "group_by") or "" for item in self._items(fields, "group_by")]
+        labels = [self.scalar(item, "group_by") or "" for item in self.items(fields, "group_by")]
         node = fields["group_by"]
         if len(set(labels)) < len(labels):
-            self._fault(node, "a label stands in 'group_by' twice")
+            self.fault(node, "a label stands in 'group_by' twice")
         if "..." in labels and len(labels) > 1:
-            self._fault(node, "'...' in 'group_by' means all labels, and stands alone")
+            self.fault(node, "'...' in 'group_by' means all labels, and stands alone")
         for label in labels:
             if label != "..." and not _LABEL_NAME.fullmatch(label):
-                self._fault(node, f"{_clipped(label)!r} is no name for a label")
+                self.fault(node, f"{_clipped(label)!r} is no name for a label")
         return None if labels == ["..."] else tuple(labels)
 
-    def _matchers(self, fields: _ConfigFields) -> Iterator[Matcher]:
-        for node in self._items(fields, "matchers"):
+    def _matchers(self, fields: Fields) -> Iterator[Matcher]:
+        for node in self.items(fields, "matchers"):
             try:
-                yield from parse_matchers(self._scalar(node, "matchers") or "")
+                yield from parse_matchers(self.scalar(node, "matchers") or "")
             except ValueError as error:
-                self._fault(node, str(error))
+                self.fault(node, str(error))
         for field, op in (("match", "="), ("match_re", "=~")):
-            for label, (key, value) in self._entries(fields.get(field), field).items():
+            for label, (key, value) in self.entries(fields.get(field), field).items():
                 if not _LABEL_NAME.fullmatch(label):
-                    self._fault(key, f"{_clipped(label)!r} is no name for a label")
+                    self.fault(key, f"{_clipped(label)!r} is no name for a label")
                 try:
-                    yield checked_matcher(label, op, self._scalar(value, label) or "")
+                    yield checked_matcher(label, op, self.scalar(value, label) or "")
                 except ValueError as error:
-                    self._fault(value, str(error))
+                    self.fault(value, str(error))
 
     # ---- receivers ----
 
     def _webhook(self, node: YamlNode) -> Webhook:
-        fields = self._fields(node, "a webhook", _WEBHOOK_FIELDS)
-        url, path = self._text(fields, "url"), self._path(fields, "url_file")
+        fields = self.fields(node, "a webhook", _WEBHOOK_FIELDS)
+        url, path = self.text(fields, "url"), self._path(fields, "url_file")
         if bool(url) == bool(path):
-            self._fault(node, "a webhook needs 'url' or 'url_file', and not both")
-        try:
-            shown = shown_url(_checked_url(url)) if url else HIDDEN
-        except ValueError as error:
-            self._fault(fields["url"], str(error))
-            shown = HIDDEN
+            self.fault(node, "a webhook needs 'url' or 'url_file', and not both")
+        shown = self.read(fields, "url", _checked_shown_url, HIDDEN) if url else HIDDEN
         http_fields = fields if "http_config" in fields else self._globals
         authorization, tls = self._http_config(http_fields.get("http_config"))
         payload = fields.get("payload")
@@ -14928,34 +14957,34 @@ class _ConfigReader:
         return self._payload(node)
 
     def _http_config(self, node: YamlNode | None) -> tuple[Authorization | None, TLSOptions]:
-        fields = self._fields(node, "http_config", _HTTP_FIELDS)
+        fields = self.fields(node, "http_config", _HTTP_FIELDS)
         if self._boolean(fields, "follow_redirects", False):
-            self._fault(fields["follow_redirects"], "redirects are not followed")
+            self.fault(fields["follow_redirects"], "redirects are not followed")
         if "basic_auth" in fields and "authorization" in fields:
-            self._fault(fields["authorization"], "not beside 'basic_auth'")
+            self.fault(fields["authorization"], "not beside 'basic_auth'")
         authorization = None
         if "basic_auth" in fields:
-            basic = self._fields(fields["basic_auth"], "basic_auth", _BASIC_FIELDS)
-            user, secret = self._text(basic, "username"), self._secret(basic, "password")
+            basic = self.fields(fields["basic_auth"], "basic_auth", _BASIC_FIELDS)
+            user, secret = self.text(basic, "username"), self._secret(basic, "password")
             authorization = Authorization("Basic", user, secret)
         elif "authorization" in fields:
-            own = self._fields(fields["authorization"], "authorization", _AUTHORIZATION_FIELDS)
-            scheme = self._text(own, "type") or "Bearer"
+            own = self.fields(fields["authorization"], "authorization", _AUTHORIZATION_FIELDS)
+            scheme = self.text(own, "type") or "Bearer"
             if scheme.lower() == "basic":
-                self._fault(own["type"], "for this type there is 'basic_auth'")
+                self.fault(own["type"], "for this type there is 'basic_auth'")
             authorization = Authorization(scheme, "", self._secret(own, "credentials"))
         return authorization, self._tls_config(fields.get("tls_config"))
 
     def _tls_config(self, node: YamlNode | None) -> TLSOptions:
         known = ("ca_file", "cert_file", "key_file", "insecure_skip_verify")
-        fields = self._fields(node, "tls_config", known)
+        fields = self.fields(node, "tls_config", known)
         return TLSOptions(
             self._path(fields, "ca_file"), self._path(fields, "cert_file"),
             self._path(fields, "key_file"), self._boolean(fields, "insecure_skip_verify", False),
         )  # fmt: skip
 
     def _email(self, node: YamlNode) -> Email:
-        fields = self._fields(node, "an email", _EMAIL_FIELDS)
+        fields = self.fields(node, "an email", _EMAIL_FIELDS)
         for name in ("from", "smarthost", "hello", "auth_username", "auth_identity", "require_tls"):
             if name not in fields and f"smtp_{name}" in self._globals:
                 fields[name] = self._globals[f"smtp_{name}"]
@@ -14965,127 +14994,94 @@ class _ConfigReader:
                 fields |= {own: self._globals[f"smtp_{own}"] for own in inherited
                            if f"smtp_{own}" in self._globals}  # fmt: skip
         for name in ("to", "from", "smarthost"):
-            if not self._text(fields, name):
-                self._fault(node, f"an email needs '{name}'")
-        host, colon, port = self._text(fields, "smarthost").rpartition(":")
+            if not self.text(fields, name):
+                self.fault(node, f"an email needs '{name}'")
+        host, colon, port = self.text(fields, "smarthost").rpartition(":")
         if colon and not (host and port.isdecimal() and 0 < int(port[:6]) < 65536):
-            self._fault(fields["smarthost"], "must be a host and a port, as mail.example.org:587")
+            self.fault(fields["smarthost"], "must be a host and a port, as mail.example.org:587")
         defaults = {name: f'{{{{ template "email.default.{name}" . }}}}'
                     for name in ("subject", "html")}  # fmt: skip
-        headers = {name.title(): self._template(value) for name, (_, value)
-                   in self._entries(fields.get("headers"), "headers").items()}  # fmt: skip
-        for name, (key, _) in self._entries(fields.get("headers"), "headers").items():
+        headers = {}
+        for name, (key, value) in self.entries(fields.get("headers"), "headers").items():
+            headers[name.title()] = self._template(value)
             if not _HEADER_NAME.fullmatch(name):
-                self._fault(key, f"{_clipped(name)!r} is no name for a header")
+                self.fault(key, f"{_clipped(name)!r} is no name for a header")
         if "Subject" not in headers:
             headers["Subject"] = parse_notification_template(defaults["subject"])
         html = parse_notification_template(defaults["html"])
         return Email(
             host.strip("[]"), int(port[:6]) if port.isdecimal() else 0,
             self._template(fields.get("from")), self._template(fields.get("to")), headers,
-            self._template(fields["text"]) if self._text(fields, "text") else None,
+            self._template(fields["text"]) if self.text(fields, "text") else None,
             html if "html" not in fields else self._template(fields["html"])
-            if self._text(fields, "html") else None,
-            self._text(fields, "hello") or "localhost", self._text(fields, "auth_username"),
+            if self.text(fields, "html") else None,
+            self.text(fields, "hello") or "localhost", self.text(fields, "auth_username"),
             self._secret(fields, "auth_password"), self._secret(fields, "auth_secret"),
-            self._text(fields, "auth_identity"), self._boolean(fields, "require_tls", True),
+            self.text(fields, "auth_identity"), self._boolean(fields, "require_tls", True),
             self._tls_config(fields.get("tls_config")),
             self._boolean(fields, "send_resolved", False),
         )  # fmt: skip
 
     # ---- fields, each of a type ----
 
-    def _fault(self, node: YamlNode, reason: str) -> None:
-        self._faults.append((node.position, reason))
+    def fields(self, node: YamlNode | None, what: str, known: Sequence[str]) -> Fields:
+        """A field that is null is as good as not there."""
+        fields = super().fields(node, what, known)
+        return {name: value for name, value in fields.items() if not is_null(value)}
 
-    def _fields(self, node: YamlNode | None, what: str, known: Sequence[str]) -> _ConfigFields:
-        entries = self._entries(node, what)
-        for name, (key, value) in entries.items():
-            is_empty = isinstance(value, YamlList) and not value.items
-            if name not in known and not is_empty:
-                where = f" in {what}" if what else ""
-                reason = f"{_clipped(name)!r}{where} is not read here; known are {', '.join(known)}"
-                self._fault(key, f"{reason}. For all else run Alertmanager (--alertmanager URL)")
-        found = {name: value for name, (_, value) in entries.items()}
-        return {name: value for name, value in found.items()
-                if not (isinstance(value, YamlScalar) and value.is_null)}  # fmt: skip
+    def unknown(self, key: YamlScalar, value: YamlNode, what: str, known: Sequence[str]) -> None:
+        """An empty list asks for nothing."""
+        if not isinstance(value, YamlList) or value.items:
+            where = "" if what == _THE_FILE else f" in {what}"
+            reason = f"{_clipped(key.text)!r}{where} is not read here; known are {', '.join(known)}"
+            self.fault(key, f"{reason}. For all else run Alertmanager (--alertmanager URL)")
 
-    def _entries(self, node: YamlNode | None, what: str) -> dict[str, tuple[YamlScalar, YamlNode]]:
-        if isinstance(node, YamlMap):
-            return node.entries
-        if node is not None and not (isinstance(node, YamlScalar) and node.is_null):
-            self._fault(node, f"{what or 'the file'} must be a map")
-        return {}
+    def _path(self, fields: Fields, name: str) -> str:
+        path = self.text(fields, name)
+        return os.path.join(os.path.dirname(self.name), path) if path else ""
 
-    def _items(self, fields: _ConfigFields, name: str) -> list[YamlNode]:
-        node = fields.get(name)
-        if isinstance(node, YamlList):
-            return node.items
-        if node is not None:
-            self._fault(node, f"{name!r} must be a list")
-        return []
-
-    def _scalar(self, node: YamlNode | None, what: str) -> str | None:
-        if isinstance(node, YamlScalar):
-            return None if node.is_null else node.text
-        if node is not None:
-            self._fault(node, f"{what!r} must be text")
-        return None
-
-    def _text(self, fields: _ConfigFields, name: str) -> str:
-        return self._scalar(fields.get(name), name) or ""
-
-    def _path(self, fields: _ConfigFields, name: str) -> str:
-        path = self._text(fields, name)
-        return os.path.join(os.path.dirname(self._name), path) if path else ""
-
-    def _secret(self, fields: _ConfigFields, name: str) -> Secret:
-        text, path = self._text(fields, name), self._path(fields, f"{name}_file")
+    def _secret(self, fields: Fields, name: str) -> Secret:
+        text, path = self.text(fields, name), self._path(fields, f"{name}_file")
         if text and path:
-            self._fault(fields[name], f"'{name}' and '{name}_file' exclude each other")
+            self.fault(fields[name], f"'{name}' and '{name}_file' exclude each other")
         return Secret(text, path)
 
-    def _boolean(self, fields: _ConfigFields, name: str, otherwise: bool) -> bool:
-        if name not in fields:
-            return otherwise
-        text = (self._scalar(fields[name], name) or "").lower()
-        if text not in _BOOLEANS:
-            self._fault(fields[name], f"{name!r} must be true or false")
-        return _BOOLEANS.get(text, otherwise)
+    def _boolean(self, fields: Fields, name: str, missing: bool) -> bool:
+        def boolean(text: str) -> bool:
+            if text.lower() not in _BOOLEANS:
+                raise ValueError(f"{name!r} must be true or false")
+            return _BOOLEANS[text.lower()]
 
-    def _whole_number(self, fields: _ConfigFields, name: str) -> int:
-        text = self._text(fields, name)
-        if text and not (text.isdecimal() and len(text) < 10):
-            self._fault(fields[name], f"{name!r} must be a whole number")
-            return 0
-        return int(text or 0)
+        return self.read(fields, name, boolean, missing)
 
-    def _seconds(
-        self, fields: _ConfigFields, name: str, otherwise: float, least_ms: int = 1
-    ) -> float:
-        if name not in fields:
-            return otherwise
-        text = self._text(fields, name)
-        try:
-            duration_ms = 0 if text == "0" else parse_duration_ms(text)
+    def _whole_number(self, fields: Fields, name: str) -> int:
+        def whole_number(text: str) -> int:
+            if text and not (text.isdecimal() and len(text) < 10):
+                raise ValueError(f"{name!r} must be a whole number")
+            return int(text or 0)
+
+        return self.read(fields, name, whole_number, 0)
+
+    def _seconds(self, fields: Fields, name: str, missing_s: float, least_ms: int = 1) -> float:
+        def seconds(text: str) -> float:
+            duration_ms = _read_duration_ms(text)
             if duration_ms < least_ms:
                 raise ValueError(f"{name!r} must be more than zero")
             return duration_ms / 1000
-        except ValueError as error:
-            self._fault(fields[name], str(error))
-            return otherwise
+
+        return self.read(fields, name, seconds, missing_s)
 
     def _template(self, node: YamlNode | None) -> Template:
         try:
-            return parse_notification_template(self._scalar(node, "a template") or "")
+            return parse_notification_template(self.scalar(node, "a template") or "")
         except TemplateError as error:
             assert node is not None  # nothing is a template without faults
-            self._fault(node, str(error))
+            self.fault(node, str(error))
             return parse_notification_template("")
 
 
 # ==================================================================================================
-# 42. Notification
+# 43. Notification
 # ==================================================================================================
 #
 # The problem: each firing and each resolve is told once, although alerts come in again every
@@ -15617,7 +15613,7 @@ def _merged(old: Alert, new: Alert, now: float) -> Alert:
 
 
 # ==================================================================================================
-# 43. Receivers
+# 44. Receivers
 # ==================================================================================================
 #
 # The problem: a notification has to reach a service that may be slow, gone or wrong about what it
@@ -15696,12 +15692,6 @@ def _shared(maps: Sequence[Mapping[str, str]]) -> _KV:
     return _KV(sorted(items))
 
 
-def _utc(time_s: float) -> datetime.datetime:
-    """A time of an alert; those beyond the calendar are its first or last."""
-    first, last = -62_135_596_800, 253_402_300_799
-    return _EPOCH + datetime.timedelta(seconds=min(max(time_s, first), last))
-
-
 def notification_data(delivery: Delivery, alerts: Sequence[Alert]) -> TemplateStruct:
     """What templates of a receiver see as their dot."""
     rows = _Alerts()
@@ -15711,8 +15701,8 @@ def notification_data(delivery: Delivery, alerts: Sequence[Alert]) -> TemplateSt
         fields = {
             "Status": "resolved" if is_resolved else "firing",
             "Labels": _KV(alert.labels), "Annotations": _KV(alert.annotations),
-            "StartsAt": _utc(alert.starts_at),
-            "EndsAt": _utc(alert.ends_at) if is_resolved else ZERO_TIME,
+            "StartsAt": utc_time(alert.starts_at),
+            "EndsAt": utc_time(alert.ends_at) if is_resolved else ZERO_TIME,
             "GeneratorURL": alert.generator_url, "Fingerprint": fingerprint(alert.labels),
         }  # fmt: skip
         rows.append(TemplateStruct("template.Alert", fields))
@@ -15778,7 +15768,18 @@ def _tls(options: TLSOptions) -> ssl.SSLContext:
     return context
 
 
-def _authorization_field(authorization: Authorization) -> str:
+def http_connection(url: str, tls: TLSOptions, timeout_s: float) -> http.client.HTTPConnection:
+    """A connection to the host of a URL, not yet open."""
+    parts = urllib.parse.urlsplit(url)
+    host = parts.hostname or ""
+    if parts.scheme == "http":
+        return http.client.HTTPConnection(host, parts.port, timeout=timeout_s)
+    context = _tls(tls)
+    return http.client.HTTPSConnection(host, parts.port, timeout=timeout_s, context=context)
+
+
+def authorization_field(authorization: Authorization) -> str:
+    """The value of the header field."""
     secret = authorization.secret.reveal()
     if authorization.scheme == "Basic":
         pair = f"{authorization.user}:{secret}".encode()
@@ -15797,16 +15798,9 @@ def _post(
     hidden += [url, path if len(path) > 1 else ""]
     fields = {"Content-Type": content_type, "User-Agent": f"MetricStream/{__version__}"}
     if authorization := target.authorization or url_authorization(url):
-        fields["Authorization"] = _authorization_field(authorization)
+        fields["Authorization"] = authorization_field(authorization)
         hidden += [fields["Authorization"].partition(" ")[2], authorization.secret.reveal()]
-    host = parts.hostname or ""
-    if parts.scheme == "https":
-        connection: http.client.HTTPConnection = http.client.HTTPSConnection(
-            host, parts.port, timeout=timeout_s, context=_tls(target.tls)
-        )
-    else:
-        connection = http.client.HTTPConnection(host, parts.port, timeout=timeout_s)
-    with contextlib.closing(connection):
+    with contextlib.closing(http_connection(url, target.tls, timeout_s)) as connection:
         connection.request("POST", path, body.encode(errors="replace"), fields)
         answer = connection.getresponse()
         if 200 <= answer.status < 300:
@@ -15972,7 +15966,7 @@ class AlertmanagerTarget(NamedTuple):
 def _alert_json(alert: Alert) -> dict[str, Any]:
     return {
         "labels": alert.labels, "annotations": alert.annotations,
-        "startsAt": rfc3339(_utc(alert.starts_at)), "endsAt": rfc3339(_utc(alert.ends_at)),
+        "startsAt": rfc3339(utc_time(alert.starts_at)), "endsAt": rfc3339(utc_time(alert.ends_at)),
         "generatorURL": alert.generator_url,
     }  # fmt: skip
 
@@ -16070,11 +16064,6 @@ class AlertmanagerClient:
         waiting.alerts.extendleft(reversed(delivery.alerts))
         waiting.put(())
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether everything was sent."""
-        return not any(waiting.alerts or waiting.in_transit for waiting in self._queues)
-
     def statistics(self) -> list[StatisticRow]:
         """Rows of name, type, help, labels and value, as Prometheus names them."""
         rows: list[StatisticRow] = []
@@ -16096,7 +16085,7 @@ _CLIENT_STATISTICS: tuple[tuple[str, str, str, Callable[[_Queue], float]], ...] 
 
 
 # ==================================================================================================
-# 44. Alertmanager API
+# 45. Alertmanager API
 # ==================================================================================================
 #
 # The problem: people silence alerts with amtool, look at them in Grafana, and another Prometheus
@@ -16162,7 +16151,7 @@ class Dispatcher(Notifications):
         return {
             "cluster": {"name": "", "peers": [], "status": "disabled"},
             "config": {"original": self.config.shown},
-            "uptime": _api_text(self.started_at),
+            "uptime": api_time(self.started_at),
             "versionInfo": version | {"version": __version__, "goVersion": python},
         }
 
@@ -16173,15 +16162,15 @@ class Dispatcher(Notifications):
 
     def _alert(self, alert: Alert, receivers: Iterable[str], silenced_by: list[str]) -> Any:
         return {
-            "annotations": alert.annotations, "endsAt": _api_text(alert.ends_at),
+            "annotations": alert.annotations, "endsAt": api_time(alert.ends_at),
             "fingerprint": fingerprint(alert.labels),
             "receivers": [{"name": name} for name in receivers],
-            "startsAt": _api_text(alert.starts_at),
+            "startsAt": api_time(alert.starts_at),
             "status": {
                 "inhibitedBy": [], "silencedBy": silenced_by,
                 "state": "suppressed" if silenced_by else "active",
             },
-            "updatedAt": _api_text(alert.updated_at), "labels": alert.labels,
+            "updatedAt": api_time(alert.updated_at), "labels": alert.labels,
             **({"generatorURL": alert.generator_url} if alert.generator_url else {}),
         }  # fmt: skip
 
@@ -16355,27 +16344,18 @@ def _filter_of(form: _Form) -> _Filter:
     )  # fmt: skip
 
 
-def _api_text(time_s: float) -> str:
-    """A time as this API writes it, in milliseconds."""
-    return _utc(time_s).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
 def _posted_time(row: dict[str, Any], name: str) -> float:
     """Unix seconds; 0.0: no time is given, which Go writes as the year 1."""
     text = row.get(name, "")
     if text is None or text == "" or (isinstance(text, str) and text.startswith("0001-01-01T")):
         return 0.0
-    match = _ISO_8601.fullmatch(text) if isinstance(text, str) else None
-    if match is None:
-        raise ValueError(f"{name} must be a time as 2025-09-17T13:45:23.123Z")
-    date, clock, fraction, zone = match.groups()
     try:
-        moment = datetime.datetime.fromisoformat(
-            f"{date}T{clock}{'+00:00' if zone in 'Zz' else zone}"
-        )
-        return (moment - _EPOCH).total_seconds() + float(f"0.{fraction or 0}")
-    except (ValueError, OverflowError):
-        raise ValueError(f"{name} must be a date that the calendar has") from None
+        moment = read_iso_8601(text) if isinstance(text, str) else None
+    except ValueError as error:
+        raise ValueError(f"{name} {error}") from None
+    if moment is None:
+        raise ValueError(f"{name} must be a time as 2025-09-17T13:45:23.123Z")
+    return moment[0] + moment[1] / 1e9
 
 
 def _text_of(row: dict[str, Any], name: str) -> str:
@@ -16431,8 +16411,8 @@ def _posted_silence(row: Any, now: float) -> Silence:
 def _silence_json(silence: Silence, now: float) -> dict[str, Any]:
     return {
         "id": silence.id, "status": {"state": silence.state(now)},
-        "updatedAt": _api_text(silence.updated_at), "comment": silence.comment,
-        "createdBy": silence.created_by, "endsAt": _api_text(silence.ends_at),
+        "updatedAt": api_time(silence.updated_at), "comment": silence.comment,
+        "createdBy": silence.created_by, "endsAt": api_time(silence.ends_at),
         "matchers": [
             {
                 "isEqual": op in ("=", "=~"), "isRegex": op in ("=~", "!~"), "name": name,
@@ -16440,12 +16420,12 @@ def _silence_json(silence: Silence, now: float) -> dict[str, Any]:
             }
             for name, op, value in silence.matchers
         ],
-        "startsAt": _api_text(silence.starts_at),
+        "startsAt": api_time(silence.starts_at),
     }  # fmt: skip
 
 
 # ==================================================================================================
-# 45. Watcher process
+# 46. Watcher process
 # ==================================================================================================
 #
 # The problem: 200 heavy rules must not slow a POST, a receiver that hangs must not hold up a rule,
@@ -16488,6 +16468,12 @@ class WatchError(ValueError):
     """A file for the watcher that can't be used; the message has a line for each fault."""
 
 
+def load_rules(path: str) -> RuleFile:
+    """A rule file. Raises OSError, and FaultyFile with every fault."""
+    with open(path, "rb") as file:
+        return read_rules(file.read(), path, rule_template)
+
+
 def load_groups(options: WatchOptions) -> list[GroupState]:
     """The groups of all rule files. Raises WatchError."""
     context = RuleContext(dict(options.external_labels), options.external_url.rstrip("/"))
@@ -16496,13 +16482,10 @@ def load_groups(options: WatchOptions) -> list[GroupState]:
         paths = sorted(glob.glob(pattern)) if re.search(r"[*?\[]", pattern) else [pattern]
         for path in paths:
             try:
-                with open(path, encoding="utf-8-sig") as file:
-                    found = read_rules(file.read(), path, rule_template)
+                found = load_rules(path)
             except OSError as error:
                 faults.append(f"can't read {path}: {error.strerror}")
-            except UnicodeDecodeError as error:
-                faults.append(f"{path}: not UTF-8 at byte {error.start}")
-            except RuleFileError as error:
+            except FaultyFile as error:
                 faults.append(str(error))
             else:
                 for group in found.groups:
@@ -16521,7 +16504,7 @@ def load_notify(options: WatchOptions) -> NotifyConfig | None:
     except ValueError as error:  # its text may hold a password
         raise WatchError(f"an address of --webhook or --alertmanager {error}") from None
     try:
-        with open(options.notify, encoding="utf-8-sig") as file:
+        with open(options.notify, "rb") as file:
             return read_notify_config(file.read(), options.notify)
     except OSError as error:
         raise WatchError(f"can't read {options.notify}: {error.strerror}") from None
@@ -17044,7 +17027,7 @@ def watch_main(arguments: list[str]) -> int:
 
 
 # ==================================================================================================
-# 46. Watcher client
+# 47. Watcher client
 # ==================================================================================================
 #
 # The front's end of the watcher: it gives the watcher connections to this server, hands over what
@@ -17137,7 +17120,7 @@ EMPTY_WATCHER = {
 
 
 # ==================================================================================================
-# 47. Dashboard
+# 48. Dashboard
 # ==================================================================================================
 #
 # The problem: whoever pushed something wants to look at it without installing anything. The idea:
@@ -18716,7 +18699,7 @@ def dashboard_routes(
 
 
 # ==================================================================================================
-# 48. Remote write
+# 49. Remote write
 # ==================================================================================================
 #
 # The problem: who outgrows one machine has an engine for many, and it wants samples in a protocol
@@ -19034,21 +19017,12 @@ class Receiver:
             "X-Prometheus-Remote-Write-Version": "0.1.0",
             "User-Agent": f"MetricStream/{__version__}",
         }
-        if parts.username is not None:
-            user, password = map(urllib.parse.unquote, (parts.username, parts.password or ""))
-            credentials = base64.b64encode(f"{user}:{password}".encode()).decode()
-            self._headers["Authorization"] = f"Basic {credentials}"
+        if authorization := url_authorization(url):
+            self._headers["Authorization"] = authorization_field(authorization)
         for header in headers:
             name, _, value = header.partition(":")
             self._headers[name] = value.strip()
-        self._connection = http.client.HTTPConnection(
-            parts.hostname, parts.port, timeout=RECEIVER_TIMEOUT_S
-        )
-        if parts.scheme == "https":
-            self._connection = http.client.HTTPSConnection(
-                parts.hostname, parts.port, timeout=RECEIVER_TIMEOUT_S,
-                context=ssl.create_default_context(cafile=ca),
-            )  # fmt: skip
+        self._connection = http_connection(url, TLSOptions(ca or ""), RECEIVER_TIMEOUT_S)
 
     def post(self, body: bytes) -> Reply:
         """Send a request, and wait for what the receiver says."""
@@ -19083,7 +19057,7 @@ def _retry_after_s(text: str) -> float | None:
 
 
 # ==================================================================================================
-# 49. Sender process
+# 50. Sender process
 # ==================================================================================================
 #
 # The problem: every sample of the log is to reach a receiver, whatever dies in between and however
@@ -19631,7 +19605,7 @@ class AgentSegments:
 
 
 # ==================================================================================================
-# 50. Command line
+# 51. Command line
 # ==================================================================================================
 #
 # Options become objects, one line says what is running, and a signal ends it. What goes wrong
@@ -19867,6 +19841,11 @@ def _stored(folder: str) -> Store:
     return store
 
 
+def _why(path: str, error: Exception) -> str:
+    """Why a file can't be used; a FaultyFile names it itself."""
+    return f"{path}: {error.strerror}" if isinstance(error, OSError) else str(error)
+
+
 def _silent_rules(checked: RuleFile, store: Store) -> Iterator[str]:
     """Which selectors of rules match no series, nor what another rule records."""
     recorded = {rule.name for group in checked.groups for rule in group.rules if not rule.is_alert}
@@ -19928,9 +19907,8 @@ def test_rules_main(arguments: list[str]) -> int:
         print(f"Unit Testing:  {path}", flush=True)
         try:
             failures = _test_file(path, wanted)
-        except (OSError, RuleFileError) as error:
-            reason = f"{path}: {error.strerror}" if isinstance(error, OSError) else str(error)
-            failures = reason.splitlines()
+        except (OSError, FaultyFile) as error:
+            failures = _why(path, error).splitlines()
         if failures:
             failed = True
             text = "\n".join(failures).replace("\n", "\n    ")
@@ -19951,10 +19929,7 @@ def _test_file(path: str, wanted: list[Regex]) -> list[str]:
         names += found
         if not found:
             print(f"  WARNING: no file matches {full}", file=sys.stderr, flush=True)
-    files = []
-    for name in dict.fromkeys(names):
-        with open(name, "rb") as file:
-            files.append(read_rules(file.read(), name, rule_template))
+    files = [load_rules(name) for name in dict.fromkeys(names)]
     failures = []
     for number, test in enumerate(tests.tests, 1):
         if not wanted or any(regex.matches(test.name) for regex in wanted):
@@ -20036,12 +20011,10 @@ def check_rules_main(arguments: list[str]) -> int:
     for path in options.files:
         print(f"Checking {path}", flush=True)
         try:
-            with open(path, "rb") as file:
-                checked = read_rules(file.read(), path, rule_template)
-        except (OSError, RuleFileError) as error:
+            checked = load_rules(path)
+        except (OSError, FaultyFile) as error:
             status = 1
-            reason = f"{path}: {error.strerror}" if isinstance(error, OSError) else error
-            print(f"  FAILED:\n{reason}\n", file=sys.stderr, flush=True)
+            print(f"  FAILED:\n{_why(path, error)}\n", file=sys.stderr, flush=True)
         else:
             rules = sum(len(group.rules) for group in checked.groups)
             warnings = "".join(f"  WARNING: {warning}\n" for warning in checked.warnings)

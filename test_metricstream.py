@@ -61,6 +61,7 @@ from metricstream import (
     Engine,
     EventRing,
     ExecutionError,
+    FaultyFile,
     HTTPError,
     JSONError,
     LogError,
@@ -70,7 +71,6 @@ from metricstream import (
     QueryError,
     Request,
     RequestReader,
-    RuleFileError,
     Sample,
     SampleLimitError,
     Series,
@@ -7820,7 +7820,7 @@ def faults_of(text: str | bytes, **options: Any) -> list[str]:
     """What is wrong with a rule file called r, without its name."""
     try:
         read_rules(text, "r", **options)
-    except RuleFileError as error:
+    except FaultyFile as error:
         assert all(fault.startswith("r:") for fault in error.faults)
         assert str(error) == "\n".join(error.faults)
         return [fault.removeprefix("r:") for fault in error.faults]
@@ -10187,7 +10187,7 @@ def test_faults_in_files_of_tests_have_their_place(unit_tests, text, reason):
 
 
 def test_all_faults_are_told():
-    with pytest.raises(metricstream.RuleFileError) as raised:
+    with pytest.raises(metricstream.FaultyFile) as raised:
         metricstream.read_rule_tests("a: 1\nb: 2\ntests:\n- {c: 3, interval: x}\n", "t.yml")
     assert [fault.split(" ")[0] for fault in raised.value.faults] == [
         "t.yml:1:1:", "t.yml:2:1:", "t.yml:4:4:", "t.yml:4:20:"
@@ -10763,7 +10763,7 @@ def test_a_configuration_is_read(text):
     "text, place", (BAD_CONFIGS | REFUSED_CONFIGS).values(), ids=BAD_CONFIGS | REFUSED_CONFIGS
 )
 def test_a_configuration_is_refused_with_its_place(text, place):
-    with pytest.raises(metricstream.ConfigError) as refused:
+    with pytest.raises(metricstream.FaultyFile) as refused:
         metricstream.read_notify_config(text, "notify.yml")
     assert str(refused.value).startswith("notify.yml:") and place in str(refused.value)
 
@@ -10794,14 +10794,14 @@ def test_webhooks_alone_are_a_configuration_too(tmp_path):
 
 def test_all_faults_of_a_configuration_are_told_at_once():
     text = "route:\n  receiver: b\n  group_wait: 5\nreceivers:\n- webhook_configs: [{url: ftp://x}]\n"
-    with pytest.raises(metricstream.ConfigError) as refused:
+    with pytest.raises(metricstream.FaultyFile) as refused:
         metricstream.read_notify_config(text, "f")
     assert [fault.split(" ")[0] for fault in refused.value.faults] == ["f:2:13:", "f:3:15:", "f:5:3:", "f:5:27:"]
 
 
 def test_a_bad_template_is_refused_with_its_place():
     text = EMAIL % (MAIL_ADDRESSES + ", text: '{{ .Status'")
-    with pytest.raises(metricstream.ConfigError, match=r"f:2:\d+: template: :1: "):
+    with pytest.raises(metricstream.FaultyFile, match=r"f:2:\d+: template: :1: "):
         metricstream.read_notify_config(text, "f")
 
 
@@ -11491,6 +11491,10 @@ def some_alerts(count: int, label: str = "n") -> list[metricstream.Alert]:
     return [metricstream.Alert({"alertname": "A", label: str(n)}, {}, TOLD_AT, TOLD_AT + 60, TOLD_AT) for n in range(count)]
 
 
+def is_sent(client: metricstream.AlertmanagerClient) -> bool:
+    return not any(queue.alerts or queue.in_transit for queue in client._queues)
+
+
 def test_alerts_go_to_each_alertmanager_in_batches(sink):
     clock = a_clock()
     client = metricstream.AlertmanagerClient([f"{sink.url}/one/", sink.url.replace("//", "//u:p@")], clock=clock)
@@ -11501,7 +11505,7 @@ def test_alerts_go_to_each_alertmanager_in_batches(sink):
         assert client.due() == []
         for each in deliveries:
             client.settle(each, metricstream.deliver(each))
-    assert sizes == [[256, 256], [44, 44], [2, 2]] and client.is_empty
+    assert sizes == [[256, 256], [44, 44], [2, 2]] and is_sent(client)
     assert {path for path, _, _ in sink.requests} == {"/one/api/v2/alerts", "/api/v2/alerts"}
     assert json.loads(sink.requests[0][2])[0] == {
         "labels": {"alertname": "A", "n": "0"}, "annotations": {}, "startsAt": "2023-11-14T22:13:20Z",
@@ -11550,7 +11554,7 @@ def alerting():
 def silence_of(watch: Watch, **fields: Any) -> dict[str, Any]:
     now = watch.clock()
     return {"matchers": [{"name": "alertname", "value": "Down", "isRegex": False}], "createdBy": "me", "comment": "c",
-            "startsAt": metricstream._api_text(now), "endsAt": metricstream._api_text(now + 3600)} | fields  # fmt: skip
+            "startsAt": metricstream.api_time(now), "endsAt": metricstream.api_time(now + 3600)} | fields  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -11614,12 +11618,12 @@ def test_an_alert_is_refused_and_the_others_are_taken(body, reason):
 
 def test_a_posted_alert_ends_when_it_says_or_after_the_resolve_timeout():
     watch = Watch()
-    ends_at = metricstream._api_text(watch.clock() + 30)
+    ends_at = metricstream.api_time(watch.clock() + 30)
     posted = [{"labels": {"alertname": "A", "empty": ""}, "startsAt": "0001-01-01T00:00:00.000Z"},
               {"labels": {"alertname": "B"}, "endsAt": ends_at, "annotations": {"x": "y"}}]  # fmt: skip
     assert ask_alerts(watch.dispatcher, "POST", "alerts", posted) == (200, None)
     _, alerts = ask_alerts(watch.dispatcher, "GET", "alerts?filter=alertname%3DA")
-    assert alerts[0]["labels"] == {"alertname": "A"} and alerts[0]["endsAt"] == metricstream._api_text(watch.clock() + 300)
+    assert alerts[0]["labels"] == {"alertname": "A"} and alerts[0]["endsAt"] == metricstream.api_time(watch.clock() + 300)
     watch.run(40)
     assert [each["labels"] for each in ask_alerts(watch.dispatcher, "GET", "alerts")[1]] == [{"alertname": "A"}]
     watch.run(600)
@@ -11650,7 +11654,7 @@ def test_a_silence_is_changed_or_replaced_and_ended(alerting):
     _, answer = ask_alerts(dispatcher, "POST", "silences", silence_of(alerting))
     id = answer["silenceID"]
     started = ask_alerts(dispatcher, "GET", f"silence/{id}")[1]
-    later = metricstream._api_text(alerting.clock() + 7200)
+    later = metricstream.api_time(alerting.clock() + 7200)
     longer = started | {"endsAt": later}
     assert ask_alerts(dispatcher, "POST", "silences", longer)[1] == {"silenceID": id}
     assert ask_alerts(dispatcher, "GET", f"silence/{id}")[1]["endsAt"] == later
@@ -11710,7 +11714,7 @@ def served(dispatcher: metricstream.Dispatcher) -> Iterator[str]:
 def test_an_end_at_the_end_of_the_calendar_stays_there():
     watch = Watch()
     posted = [{"labels": {"alertname": "A"}, "endsAt": "9999-12-31T23:59:59Z"}]
-    posted[0]["startsAt"] = metricstream._api_text(watch.clock())
+    posted[0]["startsAt"] = metricstream.api_time(watch.clock())
     assert ask_alerts(watch.dispatcher, "POST", "alerts", posted) == (200, None)
     watch.clock.now += 90_000
     _, (alert,) = ask_alerts(watch.dispatcher, "GET", "alerts")
@@ -11810,7 +11814,7 @@ def test_the_api_answers_as_a_real_alertmanager_does(tmp_path):
         client.put([metricstream.Alert({"alertname": "C"}, {}, now, now + 60, now)])
         for delivery in client.due():
             client.settle(delivery, metricstream.deliver(delivery))
-        assert client.is_empty
+        assert is_sent(client)
         eventually(lambda: real("GET", "alerts?filter=alertname%3DC")[1])
     finally:
         process.terminate()
