@@ -96,6 +96,7 @@ from array import array
 from bisect import bisect_left, bisect_right
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import (
+    AsyncIterator,
     Awaitable,
     Callable,
     Container,
@@ -10148,7 +10149,6 @@ class Follower:
         self._stop_by = 0.0  # when it is told to stop: how long it may take
         self.stop_s = FOLLOWER_STOP_S
         self._starts = 0
-        self.on_start: Callable[[], None] | None = None
         log.on_switch.append(self._switch)
 
     @property
@@ -10271,8 +10271,6 @@ class Follower:
             for begun, descriptor in others:
                 self._send_locked(_SWITCH, begun, descriptor)
             self._send_locked(_POSITION, position, -1)
-        if self.on_start is not None:
-            self.on_start()
 
     def _hear(self) -> None:
         control = self._control
@@ -16439,6 +16437,7 @@ def _silence_json(silence: Silence, now: float) -> dict[str, Any]:
 STATE_NAME = "alerts.json"
 OWN_CONNECTIONS = 8  # so many queries at once
 RULE_QUERY_TIMEOUT_S = 120.0
+RULE_GRACE_S = 10.0  # so much later than the answer should have come it is not waited for
 STATE_INTERVAL_S = 30.0  # the state is written so often even if only values have changed
 WATCHER_STATUS_S = 1.0
 WATCHER_STOP_S = 3.0  # for what is still to be sent
@@ -16513,43 +16512,58 @@ def load_notify(options: WatchOptions) -> NotifyConfig | None:
 
 
 class OwnClient:
-    """A client of this server, on connections that the front gives to this process."""
+    """A client of this server, on connections that the front gives to this process. One whose
+    answer was not read to its end is closed, and the front gives another.
+    """
 
     def __init__(self) -> None:
+        self.open = 0  # connections
         self._idle: asyncio.Queue[tuple[asyncio.StreamReader, asyncio.StreamWriter]]
         self._idle = asyncio.Queue()
 
     async def add(self, sock: socket.socket) -> None:
         """Use one more connection."""
         sock.setblocking(False)
+        self.open += 1
         self._idle.put_nowait(await asyncio.open_connection(sock=sock))
 
     async def request(
         self, method: str, path: str, content_type: str = "", body: bytes = b""
     ) -> tuple[int, bytes]:
         """(status, body) of an answer. Raises RuleError where there is none."""
-        reader, writer = await self._idle.get()
         head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
         if content_type:
             head += f"Content-Type: {content_type}\r\n"
         try:
-            async with asyncio.timeout(RULE_QUERY_TIMEOUT_S):
+            async with asyncio.timeout(RULE_QUERY_TIMEOUT_S + RULE_GRACE_S), self._lent() as lent:
+                reader, writer = lent
                 writer.write(head.encode() + b"\r\n" + body)
                 await writer.drain()
                 fields = await reader.readuntil(b"\r\n\r\n")
                 length = re.search(rb"\r\ncontent-length: *([0-9]+)", fields, re.IGNORECASE)
                 answer = await reader.readexactly(int(length[1]) if length else 0)
         except (OSError, EOFError, ValueError, TimeoutError) as error:
-            writer.close()
             raise RuleError(
                 f"this server does not answer: {error or type(error).__name__}"
             ) from None
-        self._idle.put_nowait((reader, writer))
         return int(fields[9:12]), answer
+
+    @contextlib.asynccontextmanager
+    async def _lent(self) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+        reader, writer = await self._idle.get()
+        try:
+            yield reader, writer
+        except BaseException:  # also where the evaluation is cancelled
+            self.open -= 1
+            writer.close()
+            raise
+        self._idle.put_nowait((reader, writer))
 
     async def query(self, expression: str, time_ms: int) -> Vector:
         """What an expression gives at a time. Raises RuleError."""
-        form = urllib.parse.urlencode({"query": expression, "time": f"{time_ms / 1000:.3f}"})
+        form = urllib.parse.urlencode({
+            "query": expression, "time": f"{time_ms / 1000:.3f}", "timeout": RULE_QUERY_TIMEOUT_S,
+        })  # fmt: skip
         status, body = await self.request("POST", f"{API_PREFIX}query", FORM_TYPE, form.encode())
         try:
             answer = parse_json(body)
@@ -16634,6 +16648,8 @@ class Watcher:
         deadline = loop.time() + WATCHER_STOP_S - 0.5
         while (self._start_sending() or self._sending) and loop.time() < deadline:
             await asyncio.sleep(0.02)
+        for pid in self._sending:
+            os.kill(pid, signal.SIGKILL)
         self._save(force=True)
 
     def _start_task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -16699,6 +16715,7 @@ class Watcher:
     def _tell_status(self) -> None:
         self._tell(
             status={"progress": self._progress, "error": self._error},
+            connections=self._client.open,
             statistics=list(self._statistics()),
         )
 
@@ -16996,6 +17013,9 @@ _ESSENTIAL = ("labels", "active_at", "fired_at", "resolved_at", "keep_firing_sin
 def _send_in_child(delivery: Delivery, said: int) -> NoReturn:
     """In the fork: deliver, and say how it went. Nothing of the parent goes on in it."""
     try:
+        # The lock and the socket to the front must not outlive the parent in it.
+        os.closerange(3, said)
+        os.closerange(said + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(int(delivery.deadline_s + SENDING_GRACE_S) + 1)  # should the parent die
         logger.filters.clear()
@@ -17041,7 +17061,7 @@ class WatcherClient:
         self._service = service
         self._options = options._asdict()
         self.follower = Follower(service.log, "watch", "the watcher", self._options, self._hear)
-        self.follower.on_start, self.follower.stop_s = self._connect, WATCHER_STOP_S
+        self.follower.stop_s = WATCHER_STOP_S
         self._adopt: Callable[[socket.socket, str], None] | None = None
         self.status: dict[str, Any] = {"progress": "starting", "error": ""}
         self._rows: list[Any] = []
@@ -17063,13 +17083,17 @@ class WatcherClient:
         self._options["external_url"] = self._options["external_url"] or external_url
         self.follower.look()
 
-    def _connect(self) -> None:
+    def _connect(self, count: int) -> None:
+        """Give the watcher so many connections; what fails now is tried at its next status."""
         assert self._adopt is not None  # begin() comes first
-        for _ in range(OWN_CONNECTIONS):
-            mine, theirs = socket.socketpair()
-            self._adopt(mine, "watcher")
-            with theirs:
-                self.follower.send(_CONNECT, self._service.log.position, theirs.fileno())
+        for _ in range(count):
+            try:
+                mine, theirs = socket.socketpair()
+                self._adopt(mine, "watcher")
+                with theirs:
+                    self.follower.send(_CONNECT, self._service.log.position, theirs.fileno())
+            except OSError as error:
+                logger.debug("the watcher got no connection: %s", error)
 
     def health(self) -> dict[str, Any]:
         """What `/health` says of the watcher."""
@@ -17101,6 +17125,7 @@ class WatcherClient:
             self.status = {"progress": "it died and is started anew", "error": ""}
             return
         self.status, self._rows = said["status"], said["statistics"]
+        self._connect(OWN_CONNECTIONS - said["connections"])
         if not self.status["progress"]:
             self.follower.is_well()
 

@@ -11904,6 +11904,16 @@ def states_of(started: ServerProcess) -> dict[str, str]:
             if rule["type"] == "alerting"}  # fmt: skip
 
 
+def child_of(started: ServerProcess, role: str) -> int | None:
+    """The id of a process of a server, if it runs."""
+    children = Path(f"/proc/{started.process.pid}/task/{started.process.pid}/children")
+    for pid in children.read_text().split():
+        with contextlib.suppress(FileNotFoundError):
+            if f"\0{role}\0".encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+                return int(pid)
+    return None
+
+
 @at_once()
 def test_an_alert_is_told_when_it_fires_and_with_its_value_when_it_is_resolved(tmp_path):
     with Pager() as sink, watching(tmp_path, sink.port) as started:
@@ -12021,12 +12031,43 @@ def test_a_watcher_that_is_killed_is_begun_anew_and_ingestion_does_not_notice(tm
         push_cpu(started, 6)
         eventually(lambda: sink.told() == [("High", "firing")], 20)
         eventually(lambda: '"at":' in (tmp_path / "alerts.json").read_text())
-        children = Path(f"/proc/{started.process.pid}/task/{started.process.pid}/children")
-        watchers = [int(pid) for pid in children.read_text().split()
-                    if b"\0watch\0" in Path(f"/proc/{pid}/cmdline").read_bytes()]  # fmt: skip
-        os.kill(watchers[0], signal.SIGKILL)
+        os.kill(child_of(started, "watch"), signal.SIGKILL)
         push_cpu(started, 3)
         eventually(lambda: sink.told() == [("High", "firing"), ("High", "resolved")], 20)
+
+
+@at_once()
+def test_rules_go_on_after_many_of_their_queries_were_given_up(tmp_path):
+    with Pager() as sink, watching(tmp_path, sink.port, rules=RULES.replace("100ms", "10ms")) as started:
+        eventually(lambda: started.health()["watcher"] == "running", 20)
+        store = child_of(started, "store")
+        os.kill(store, signal.SIGSTOP)
+        for _ in range(2 * metricstream.OWN_CONNECTIONS):  # each reload gives up a query
+            started.process.send_signal(signal.SIGHUP)
+            assert started.process.stdout
+            eventually(lambda: "groups of rules" in started.process.stdout.readline())
+        os.kill(store, signal.SIGCONT)
+        push_cpu(started, 6)
+        eventually(lambda: sink.told() == [("High", "firing")], 20)
+
+
+@at_once(["killed", "stopped"])
+def test_a_notification_that_hangs_holds_up_neither_a_new_watcher_nor_a_stop(tmp_path, how):
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # connections are never answered
+        with watching(tmp_path, silent.getsockname()[1]) as started:
+            notify = tmp_path / "notify.yml"
+            notify.write_text(notify.read_text().replace("group_interval: 100ms", "group_interval: 5m"))
+            started.process.send_signal(signal.SIGHUP)
+            push_cpu(started, 6)
+            pid = eventually(lambda: child_of(started, "watch"), 20)
+            children = Path(f"/proc/{pid}/task/{pid}/children")
+            sending = int(str(eventually(children.read_text, 20)))
+            if how == "killed":
+                os.kill(int(str(pid)), signal.SIGKILL)
+                eventually(lambda: child_of(started, "watch") not in (None, pid), 5)
+            else:
+                assert started.stop()[::2] == (0, "")
+                eventually(lambda: not Path(f"/proc/{sending}").exists(), 1)
 
 
 @at_once()
