@@ -13369,7 +13369,7 @@ class ActiveAlert:
         return self.resolved_at is not None and self.resolved_at > self.sent_at
 
     def as_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"value": format_value(self.value)}
+        return vars(self) | {"value": format_value(self.value)}
 
     @classmethod
     def from_json(cls, kept: dict[str, Any]) -> "ActiveAlert":
@@ -16439,6 +16439,7 @@ OWN_CONNECTIONS = 8  # so many queries at once
 RULE_QUERY_TIMEOUT_S = 120.0
 RULE_GRACE_S = 10.0  # so much later than the answer should have come it is not waited for
 STATE_INTERVAL_S = 30.0  # the state is written so often even if only values have changed
+SAVE_PAUSES = 5.0  # a large state is written for a fifth of the time at most
 WATCHER_STATUS_S = 1.0
 WATCHER_STOP_S = 3.0  # for what is still to be sent
 MAX_SENDING = 16  # forks at once
@@ -16590,9 +16591,7 @@ class OwnClient:
                     "name": labels[NAME], "value": value, "type": "gauge", "tags": tags,
                     "timestamp": time_ms / 1000,
                 })  # fmt: skip
-        for start in range(0, len(metrics), RECORDED_A_BATCH):
-            batch = metrics[start : start + RECORDED_A_BATCH]
-            body = write_json({"metrics": batch}).encode()
+        for body in _bodies(metrics):
             status, answer = await self.request("POST", "/metrics", "application/json", body)
             if status != 200:
                 reason = answer.decode(errors="replace")[:200]
@@ -16605,7 +16604,24 @@ class OwnClient:
         return status != 200 or bool(parse_json(body)["data"])
 
 
-RECORDED_A_BATCH = 200  # with 32 tags of 1,024 characters each a batch has less than 1 MiB by far
+RECORDED_A_BATCH = 200
+
+
+def _bodies(metrics: Iterable[dict[str, Any]]) -> Iterator[bytes]:
+    """Bodies of POSTs with these metrics, none larger than the server takes."""
+    batch: list[bytes] = []
+    left_bytes = 0
+    for metric in metrics:
+        text = write_json(metric).encode()
+        if batch and (len(text) >= left_bytes or len(batch) == RECORDED_A_BATCH):
+            yield b'{"metrics":[%s]}' % b",".join(batch)
+            batch = []
+        if not batch:
+            left_bytes = MAX_BODY_BYTES - 100
+        batch.append(text)
+        left_bytes -= len(text) + 1
+    if batch:
+        yield b'{"metrics":[%s]}' % b",".join(batch)
 
 
 class Watcher:
@@ -16623,8 +16639,12 @@ class Watcher:
         self._wake = asyncio.Event()  # something may have to be sent
         self._waiting: deque[tuple[Any, Delivery]] = deque()  # for a fork
         self._sending: dict[int, tuple[Any, Delivery]] = {}  # by process id
-        self._saved = ""  # the state as it was written, without what changes at each evaluation
-        self._saved_at = 0.0
+        self._kept: dict[str, dict[str, Any]] = {}  # of each group, what a restart must know
+        # of each group, without what changes at each evaluation: as it is, and as it was written
+        self._essence: dict[str, str] = {}
+        self._saved: dict[str, str] = {}
+        self._saved_at = self._save_after = 0.0
+        self._later_save: asyncio.TimerHandle | None = None
         self._progress, self._error = "waiting for the store", ""
         self._began = time.time()
         url = options.external_url.rstrip("/")
@@ -16644,13 +16664,16 @@ class Watcher:
         await self._stopping.wait()
         for task in self._group_tasks:
             task.cancel()
+        for group in self._groups:
+            self._keep(group)
         self._save(force=True)
         deadline = loop.time() + WATCHER_STOP_S - 0.5
         while (self._start_sending() or self._sending) and loop.time() < deadline:
             await asyncio.sleep(0.02)
         for pid in self._sending:
             os.kill(pid, signal.SIGKILL)
-        self._save(force=True)
+        if self._dispatcher and self._dispatcher.changed:
+            self._save(force=True)
 
     def _start_task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(self._guarded(work))
@@ -16767,8 +16790,9 @@ class Watcher:
             if abs(now - at) > group.interval_s:  # the clock was set
                 at = now
             await group.evaluate(at, self._client.query, self._client.record, self._put)
-            await self._find_silent_selectors(group)
+            self._keep(group)
             self._save()
+            await self._find_silent_selectors(group)
             now = time.time()
             group.missed += max(0, int((now - at) / group.interval_s))
             at = group.next_time(max(at, now) if now - at < 10 * group.interval_s else now)
@@ -16839,8 +16863,10 @@ class Watcher:
         """Give rules their alerts back. Alerts of a rule that is gone are resolved, and that is
         told.
         """
+        self._kept, self._essence = {}, {}
         for group in self._groups:
             group.restore(kept, now)
+            self._keep(group)
         valid_s = 4 * RESEND_DELAY_S
         for row in kept.values():
             alerts = [ActiveAlert.from_json(alert) for alert in row["alerts"]]
@@ -16864,21 +16890,31 @@ class Watcher:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             logger.error("%s can't be read, all alerts begin anew: %s", path, error)
 
-    def _save(self, force: bool = False) -> None:
-        """Write the state, if something has changed that a restart must know."""
-        rules = {key: row for group in self._groups for key, row in group.state().items()}
-        essence = write_json([
+    def _keep(self, group: GroupState) -> None:
+        """Note what a restart must know of a group: it costs what the group's own alerts cost."""
+        rules = self._kept[group.key] = group.state()
+        self._essence[group.key] = write_json([
             [key, *(alert[name] for name in _ESSENTIAL)]
             for key, row in rules.items() for alert in row["alerts"]
         ])  # fmt: skip
-        now = time.monotonic()
+
+    def _save(self, force: bool = False) -> None:
+        """Write the state, if something has changed that a restart must know."""
+        began = time.monotonic()
         changed = self._dispatcher is not None and self._dispatcher.changed
         if not (
-            force or changed or essence != self._saved or now > self._saved_at + STATE_INTERVAL_S
+            force
+            or changed
+            or self._essence != self._saved
+            or (began > self._saved_at + STATE_INTERVAL_S and any(self._kept.values()))
         ):
             return
-        if not rules and self._dispatcher is None and essence == self._saved and not force:
+        if began < self._save_after and not force:
+            if self._later_save is None:
+                loop = asyncio.get_running_loop()
+                self._later_save = loop.call_later(self._save_after - began, self._save_now)
             return
+        rules = {key: row for group in self._kept.values() for key, row in group.items()}
         state: dict[str, Any] = {"version": 1, "rules": rules, "notify": None}
         if self._dispatcher:
             self._dispatcher.changed = False
@@ -16891,10 +16927,20 @@ class Watcher:
                 os.fsync(file.fileno())
             os.replace(f"{path}.new", path)
         except OSError as error:
-            self._error = f"{path} can't be written: {error.strerror}"
-            logger.error("%s", self._error)
+            if self._dispatcher:
+                self._dispatcher.changed = changed
+            self._save_after = began + WATCHER_STATUS_S
+            reason = f"{path} can't be written: {error.strerror}"
+            if reason != self._error:
+                logger.error("%s", reason)
+            self._error = reason
             return
-        self._error, self._saved, self._saved_at = "", essence, now
+        self._error, self._saved, self._saved_at = "", self._essence.copy(), began
+        self._save_after = began + (time.monotonic() - began) * SAVE_PAUSES
+
+    def _save_now(self) -> None:
+        self._later_save = None
+        self._save()
 
     # ---- sending
 
@@ -17013,7 +17059,8 @@ _ESSENTIAL = ("labels", "active_at", "fired_at", "resolved_at", "keep_firing_sin
 def _send_in_child(delivery: Delivery, said: int) -> NoReturn:
     """In the fork: deliver, and say how it went. Nothing of the parent goes on in it."""
     try:
-        # The lock and the socket to the front must not outlive the parent in it.
+        # The lock, the socket to the front and stderr must not outlive the parent in it.
+        os.dup2(1, 2)
         os.closerange(3, said)
         os.closerange(said + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         signal.signal(signal.SIGALRM, signal.SIG_DFL)

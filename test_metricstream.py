@@ -12070,6 +12070,36 @@ def test_a_notification_that_hangs_holds_up_neither_a_new_watcher_nor_a_stop(tmp
                 eventually(lambda: not Path(f"/proc/{sending}").exists(), 1)
 
 
+def test_what_rules_record_is_posted_in_bodies_that_the_server_takes():
+    for size, tag in [(450, "x"), (230, "\N{GRINNING FACE}" * 1000), (1, ""), (0, "")]:
+        metrics = [{"name": "m", "value": n, "tags": {f"t{k}": tag for k in range(30)}}
+                   for n in range(size)]  # fmt: skip
+        bodies = list(metricstream._bodies(metrics))
+        assert [metric for body in bodies for metric in json.loads(body)["metrics"]] == metrics
+        assert all(len(body) <= metricstream.MAX_BODY_BYTES for body in bodies)
+        assert all(len(json.loads(body)["metrics"]) <= 200 for body in bodies)
+
+
+@at_once()
+def test_what_a_full_disk_did_not_take_is_saved_when_it_can_be(tmp_path):
+    with Pager() as sink, watching(tmp_path, sink.port) as started:
+        eventually(lambda: started.health()["watcher"] == "running", 20)
+        eventually((tmp_path / "alerts.json").exists, 20)
+        (tmp_path / "alerts.json.new").mkdir()  # so that no file of this name can be written
+        ends = datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=1)
+        silence = {"matchers": [{"name": "a", "value": "b", "isRegex": False}], "createdBy": "me",
+                   "comment": "c", "endsAt": ends.isoformat()}  # fmt: skip
+        with contextlib.closing(Client(started.port)) as client:
+            answer = client.ask("POST", "/api/v2/silences", json.dumps(silence).encode())
+        assert answer.status == 200
+        eventually(lambda: "alerts.json" in started.health().get("watcher_error", ""))
+        (tmp_path / "alerts.json.new").rmdir()
+        eventually(lambda: answer.json["silenceID"] in (tmp_path / "alerts.json").read_text())
+        eventually(lambda: "watcher_error" not in started.health())
+        _, out, _ = started.stop()
+        assert out.count("can't be written") == 1
+
+
 @at_once()
 def test_passwords_in_urls_reach_neither_arguments_nor_environment_nor_logs_of_children(tmp_path):
     with Pager() as sink:
