@@ -13855,6 +13855,21 @@ def test_check_rules_says_what_promtool_says(tmp_path):
 
 
 @at_once()
+def test_a_file_of_the_same_name_in_the_current_folder_is_not_run(tmp_path):
+    (tmp_path / "metricstream.py").write_text("raise SystemExit('the wrong one')")
+    command = [sys.executable, str(HERE / "metricstream.py"), "0", "--data-dir", "data"]
+    with subprocess.Popen(command, cwd=tmp_path, text=True, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout
+            port = int(re.search(r":(\d+),", process.stdout.readline())[1])  # type: ignore[index]
+            eventually(lambda: b'"store":"running"' in answer_once(port, HEALTH).body)
+        finally:
+            process.terminate()
+            process.communicate(timeout=10)
+    assert process.returncode == 0
+
+
+@at_once()
 def test_version_and_help(_):
     assert run("--version").stdout == f"MetricStream {metricstream.__version__}\n"
     shown = run("--help").stdout
