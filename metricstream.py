@@ -84,6 +84,7 @@ import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -9566,8 +9567,10 @@ class Question:
         sock.setblocking(False)
         received = b""
         lengths = (0, _LENGTHS.size)
+        files: list[int] = []
         while len(received) < _LENGTHS.size + sum(lengths):
-            piece = sock.recv(MAX_FORM_BYTES)
+            piece, descriptors, _, _ = socket.recv_fds(sock, MAX_FORM_BYTES, 1)
+            files += descriptors
             if not piece:
                 raise OSError(errno.EPIPE, "the question is not whole")
             received += piece
@@ -9575,6 +9578,9 @@ class Question:
         path_end = _LENGTHS.size + lengths[0]
         self.path = received[_LENGTHS.size : path_end].decode()
         self.form = received[path_end:].decode()
+        for descriptor in files:  # a long form
+            with open(descriptor, encoding="utf-8", newline="") as file:
+                self.form = file.read()
         self.deadline = arrived + QUERY_TIMEOUT_S
 
 
@@ -10148,16 +10154,23 @@ class Follower:
         """It does its work: where it dies it is started anew at once."""
         self._backoff_s = 0.0
 
-    def ask(self, path: bytes, form: bytes) -> Answer:
+    def ask(self, path: bytes, form: bytes, max_bytes: int = MAX_FORM_BYTES) -> Answer:
         """Hand a question over; its answer comes from the process. Raises HTTPError."""
-        if len(form) + len(path) > MAX_FORM_BYTES:
-            raise HTTPError(413, f"parameters of more than {MAX_FORM_BYTES} bytes")
+        if len(form) + len(path) > max_bytes:
+            raise HTTPError(413, f"parameters of more than {max_bytes} bytes")
         mine, theirs = socket.socketpair()
         with theirs:
             try:
                 mine.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * MAX_FORM_BYTES)
                 mine.setblocking(False)
-                mine.sendall(_LENGTHS.pack(len(path), len(form)) + path + form)
+                if len(form) + len(path) <= MAX_FORM_BYTES:
+                    mine.sendall(_LENGTHS.pack(len(path), len(form)) + path + form)
+                else:  # no socket is sure to have room for it, but a file without a name has
+                    with tempfile.TemporaryFile(buffering=0) as file:
+                        file.write(form)
+                        file.seek(0)
+                        question = _LENGTHS.pack(len(path), 0) + path
+                        socket.send_fds(mine, [question], [file.fileno()])
                 self.send(_QUESTION, self._log.position, theirs.fileno())
             except OSError as error:
                 mine.close()
@@ -17151,7 +17164,8 @@ class WatcherClient:
             body.decode()
         except UnicodeDecodeError:
             raise HTTPError(400, "the body is not UTF-8") from None
-        return self.follower.ask(f"{method} {head.path}?{head.query}".encode(), body)
+        path = f"{method} {head.path}?{head.query}".encode()
+        return self.follower.ask(path, body, len(path) + MAX_BODY_BYTES)
 
     def reload(self) -> None:
         """Have the files read again."""

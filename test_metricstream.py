@@ -12042,6 +12042,18 @@ def test_what_rules_record_is_posted_in_bodies_that_the_server_takes():
 
 
 @at_once()
+def test_another_prometheus_may_send_many_alerts_in_one_request(tmp_path):
+    with Pager() as sink, watching(tmp_path, sink.port) as started:
+        eventually(lambda: started.health()["watcher"] == "running", 20)
+        alerts = [{"labels": {"alertname": "\u00e9", "n": str(n)}, "annotations": {"a": "x" * 700}}
+                  for n in range(1000)]  # fmt: skip
+        with contextlib.closing(Client(started.port)) as client:
+            answer = client.ask("POST", "/api/v2/alerts", json.dumps(alerts).encode())
+        assert (answer.status, answer.body) == (200, b"")
+        assert len(get_json(started, "/api/v2/alerts")) == 1000
+
+
+@at_once()
 def test_what_a_full_disk_did_not_take_is_saved_when_it_can_be(tmp_path):
     with Pager() as sink, watching(tmp_path, sink.port) as started:
         eventually(lambda: started.health()["watcher"] == "running", 20)
