@@ -84,6 +84,7 @@ import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -9578,8 +9579,10 @@ class Question:
         sock.setblocking(False)
         received = b""
         lengths = (0, _LENGTHS.size)
+        files: list[int] = []
         while len(received) < _LENGTHS.size + sum(lengths):
-            piece = sock.recv(MAX_FORM_BYTES)
+            piece, descriptors, _, _ = socket.recv_fds(sock, MAX_FORM_BYTES, 1)
+            files += descriptors
             if not piece:
                 raise OSError(errno.EPIPE, "the question is not whole")
             received += piece
@@ -9587,6 +9590,9 @@ class Question:
         path_end = _LENGTHS.size + lengths[0]
         self.path = received[_LENGTHS.size : path_end].decode()
         self.form = received[path_end:].decode()
+        for descriptor in files:  # a long form
+            with open(descriptor, encoding="utf-8", newline="") as file:
+                self.form = file.read()
         self.deadline = arrived + QUERY_TIMEOUT_S
 
 
@@ -10160,16 +10166,23 @@ class Follower:
         """It does its work: where it dies it is started anew at once."""
         self._backoff_s = 0.0
 
-    def ask(self, path: bytes, form: bytes) -> Answer:
+    def ask(self, path: bytes, form: bytes, max_bytes: int = MAX_FORM_BYTES) -> Answer:
         """Hand a question over; its answer comes from the process. Raises HTTPError."""
-        if len(form) + len(path) > MAX_FORM_BYTES:
-            raise HTTPError(413, f"parameters of more than {MAX_FORM_BYTES} bytes")
+        if len(form) + len(path) > max_bytes:
+            raise HTTPError(413, f"parameters of more than {max_bytes} bytes")
         mine, theirs = socket.socketpair()
         with theirs:
             try:
                 mine.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * MAX_FORM_BYTES)
                 mine.setblocking(False)
-                mine.sendall(_LENGTHS.pack(len(path), len(form)) + path + form)
+                if len(form) + len(path) <= MAX_FORM_BYTES:
+                    mine.sendall(_LENGTHS.pack(len(path), len(form)) + path + form)
+                else:  # no socket is sure to have room for it, but a file without a name has
+                    with tempfile.TemporaryFile(buffering=0) as file:
+                        file.write(form)
+                        file.seek(0)
+                        question = _LENGTHS.pack(len(path), 0) + path
+                        socket.send_fds(mine, [question], [file.fileno()])
                 self.send(_QUESTION, self._log.position, theirs.fileno())
             except OSError as error:
                 mine.close()
@@ -15129,10 +15142,15 @@ class SilenceError(ValueError):
 
 
 class Silences:
-    """All silences, by id."""
+    """All silences, by id. The matchers of an id never change, so an alert is compared with each
+    silence once: thousands of both are looked through every second.
+    """
 
-    def __init__(self) -> None:
-        self.by_id: dict[str, Silence] = {}
+    def __init__(self, silences: Iterable[Silence] = ()) -> None:
+        self.by_id = {silence.id: silence for silence in silences}
+        self._order = list(self.by_id)  # as they came
+        # by its labels: how many of that order an alert was compared with, and which match
+        self._matching: dict[tuple[tuple[str, str], ...], tuple[int, list[str]]] = {}
 
     def put(self, wanted: Silence, now: float) -> Silence:
         """Add a silence, or change the one with its id. What can't be changed without rewriting
@@ -15154,6 +15172,8 @@ class Silences:
             if previous:
                 self.expire(previous.id, now)
             silence = silence._replace(id=str(uuid.uuid4()), starts_at=max(now, silence.starts_at))
+        if silence.id not in self.by_id:
+            self._order.append(silence.id)
         self.by_id[silence.id] = silence
         return silence
 
@@ -15174,16 +15194,24 @@ class Silences:
 
     def of(self, labels: Mapping[str, str], now: float) -> list[str]:
         """The ids of those that silence an alert now."""
-        return sorted(
-            silence.id
-            for silence in self.by_id.values()
-            if silence.state(now) == "active" and accepts_labels(silence.matchers, labels)
-        )
+        if not self._order:
+            return []
+        key = _alert_key(labels)
+        seen, matching = self._matching.get(key, (0, []))
+        if seen < len(self._order):
+            matching = matching + [
+                id for id in self._order[seen:] if accepts_labels(self.by_id[id].matchers, labels)
+            ]
+            if len(self._matching) >= MAX_ALERTS:
+                self._matching.clear()
+            self._matching[key] = len(self._order), matching
+        return sorted(id for id in matching if self.by_id[id].state(now) == "active")
 
     def forget_ended(self, now: float) -> None:
         """Forget those that ended long ago."""
         kept = {id: each for id, each in self.by_id.items() if each.ends_at + KEPT_S > now}
-        self.by_id = kept
+        if len(kept) < len(self.by_id):
+            self.by_id, self._order, self._matching = kept, list(kept), {}
 
 
 class _LogEntry(NamedTuple):
@@ -15542,7 +15570,7 @@ class Notifications:
         ]
         self.alerts = {fingerprint(alert.labels): alert for alert in alerts}
         self._log = log
-        self.silences.by_id = {silence.id: silence for silence in silences}
+        self.silences = Silences(silences)
         self._regroup(self.config, state["groups"], state["saved_at"])
         self._follow(state["saved_at"], now)
 
@@ -17156,7 +17184,8 @@ class WatcherClient:
             body.decode()
         except UnicodeDecodeError:
             raise HTTPError(400, "the body is not UTF-8") from None
-        return self.follower.ask(f"{method} {head.path}?{head.query}".encode(), body)
+        path = f"{method} {head.path}?{head.query}".encode()
+        return self.follower.ask(path, body, len(path) + MAX_BODY_BYTES)
 
     def reload(self) -> None:
         """Have the files read again."""

@@ -12085,6 +12085,47 @@ def test_what_rules_record_is_posted_in_bodies_that_the_server_takes():
 
 
 @at_once()
+def test_another_prometheus_may_send_many_alerts_in_one_request(tmp_path):
+    with Pager() as sink, watching(tmp_path, sink.port) as started:
+        eventually(lambda: started.health()["watcher"] == "running", 20)
+        alerts = [{"labels": {"alertname": "\u00e9", "n": str(n)}, "annotations": {"a": "x" * 700}}
+                  for n in range(1000)]  # fmt: skip
+        with contextlib.closing(Client(started.port)) as client:
+            answer = client.ask("POST", "/api/v2/alerts", json.dumps(alerts).encode())
+        assert (answer.status, answer.body) == (200, b"")
+        assert len(get_json(started, "/api/v2/alerts")) == 1000
+
+
+def test_an_alert_is_compared_with_each_silence_once(monkeypatch):
+    compared = []
+    plain = metricstream.accepts_labels
+    monkeypatch.setattr(metricstream, "accepts_labels",
+                        lambda *given: compared.append(given) or plain(*given))  # fmt: skip
+    silences = metricstream.Silences()
+
+    def add(value: str, now: float, **changed: object) -> metricstream.Silence:
+        matchers = (metricstream.checked_matcher("a", "=~", value),)
+        silence = metricstream.Silence("", matchers, now, now + 100, now, "me", "")
+        return silences.put(silence._replace(**changed), now)
+
+    first, other = add("x|y", 0.0), add("z", 0.0)
+    compared.clear()
+    for _ in range(10):
+        assert silences.of({"a": "x"}, 1.0) == [first.id]
+        assert silences.of({"a": "z"}, 1.0) == [other.id]
+    assert len(compared) == 4
+    second = add("x", 2.0)
+    assert silences.of({"a": "x"}, 3.0) == sorted([first.id, second.id])
+    add("x|y", 0.0, id=first.id, ends_at=50.0)  # the same one, but shorter
+    assert silences.of({"a": "x"}, 60.0) == [second.id]
+    silences.expire(second.id, 70.0)
+    assert silences.of({"a": "x"}, 71.0) == [] and silences.of({"a": "z"}, 71.0) == [other.id]
+    silences.forget_ended(71.0 + metricstream.KEPT_S)
+    assert list(silences.by_id) == [other.id]
+    assert silences.of({"a": "z"}, 72.0) == [other.id] and silences.of({"a": "x"}, 72.0) == []
+
+
+@at_once()
 def test_what_a_full_disk_did_not_take_is_saved_when_it_can_be(tmp_path):
     with Pager() as sink, watching(tmp_path, sink.port) as started:
         eventually(lambda: started.health()["watcher"] == "running", 20)
