@@ -6053,6 +6053,16 @@ def log_segments(folder: str) -> list[tuple[int, str]]:
     return sorted(found)
 
 
+def segment_of(folder: str, descriptor: int) -> tuple[int, str]:
+    """Which segment an open file is: (number, path); (0, "") if none."""
+    inode = os.fstat(descriptor).st_ino
+    for number, path in log_segments(folder):
+        with contextlib.suppress(FileNotFoundError):
+            if os.stat(path).st_ino == inode:
+                return number, path
+    return 0, ""
+
+
 class Checkpoint(NamedTuple):
     """How far another reader has taken the log; stands in a file of its own. The last segment that
     it took whole, and where in the file after that, whatever its name is by now.
@@ -6396,14 +6406,6 @@ class Store:
     def next_segment(self) -> str:
         """Where the file of the log goes when the next one begins."""
         return os.path.join(self.folder, f"metrics.{self._next_number:08d}.jsonl")
-
-    def segment_of(self, inode: int) -> str:
-        """The path of the segment that is this file; "" if none is."""
-        for _, path in log_segments(self.folder):
-            with contextlib.suppress(FileNotFoundError):
-                if os.stat(path).st_ino == inode:
-                    return path
-        return ""
 
     def is_segment_due(self, log_bytes: int) -> bool:
         """Whether the log should begin a new file."""
@@ -9553,6 +9555,30 @@ _QUESTION, _POSITION, _SWITCH, _OWN, _STOP = b"ask.", b"pos.", b"file", b"own.",
 _LENGTHS = struct.Struct("<II")  # of the path and the form of a question
 
 
+class Frame(NamedTuple):
+    """What the front says to a process that it has started."""
+
+    kind: bytes
+    position: Position
+    arrived: float  # by time.monotonic
+    descriptors: list[int]
+
+
+def frames(control: socket.socket) -> Iterator[Frame]:
+    """The frames of the front that are there. Raises EOFError when the front is gone."""
+    while True:
+        try:
+            octets, descriptors, _, _ = socket.recv_fds(control, _FRAME.size, 1)
+        except BlockingIOError:
+            return
+        except ConnectionError:
+            octets = b""
+        if len(octets) < _FRAME.size:
+            raise EOFError("the front is gone")
+        kind, file, size_bytes, arrived = _FRAME.unpack(octets)
+        yield Frame(kind, Position(file, size_bytes), arrived, descriptors)
+
+
 class StoreOptions(NamedTuple):
     """What the store process is told at its start."""
 
@@ -9702,29 +9728,25 @@ class StoreProcess:
     # ---- the front speaks
 
     def _hear(self) -> None:
-        for _ in range(MAX_WAITING):
-            try:
-                frame, descriptors, _, _ = socket.recv_fds(self._control, _FRAME.size, 1)
-            except BlockingIOError:
-                return
-            except ConnectionError:
-                frame = b""
-            if len(frame) < _FRAME.size:  # the front is gone
-                self._stopped = True
-                return
-            kind, file, size_bytes, arrived = _FRAME.unpack(frame)
-            position = Position(file, size_bytes)
-            if kind == _QUESTION:
-                self._take_question(socket.socket(fileno=descriptors[0]), position, arrived)
-            elif kind == _SWITCH:
-                self._log.begin_file(position, descriptors[0])
-            elif kind == _OWN:
-                with open(descriptors[0], "rb") as lines:
-                    self.store.add_own(lines.read())
-            elif kind == _STOP:
-                self._stopped = True
-            if kind in (_QUESTION, _POSITION):
-                self._log.acknowledge(position)
+        try:
+            for frame in itertools.islice(frames(self._control), MAX_WAITING):
+                self._take(frame)
+        except EOFError:
+            self._stopped = True
+
+    def _take(self, frame: Frame) -> None:
+        kind, position, arrived, descriptors = frame
+        if kind == _QUESTION:
+            self._take_question(socket.socket(fileno=descriptors[0]), position, arrived)
+        elif kind == _SWITCH:
+            self._log.begin_file(position, descriptors[0])
+        elif kind == _OWN:
+            with open(descriptors[0], "rb") as lines:
+                self.store.add_own(lines.read())
+        elif kind == _STOP:
+            self._stopped = True
+        if kind in (_QUESTION, _POSITION):
+            self._log.acknowledge(position)
 
     def _take_question(self, sock: socket.socket, position: Position, arrived: float) -> None:
         try:
@@ -9785,7 +9807,7 @@ class StoreProcess:
     def _switch(self) -> None:
         """The border of the files is the border of the memtables."""
         old = self._log.next_file()
-        self.store.freeze(self.store.segment_of(os.fstat(old).st_ino))
+        self.store.freeze(segment_of(self.store.folder, old)[1])
         os.close(old)
         self._next_rotation = self._next_maintenance = 0.0
 
@@ -14781,9 +14803,9 @@ def webhook_config(urls: Sequence[str]) -> NotifyConfig:
     return NotifyConfig(route, {"webhook": webhooks}, shown=shown)
 
 
-def parse_notification_template(text: str, name: str = "") -> Template:
+def parse_notification_template(text: str) -> Template:
     """A template that may use the default ones by their names. Raises TemplateError."""
-    return parse_template(text + DEFAULT_TEMPLATES, NOTIFICATION_FUNCTIONS, name)
+    return parse_template(text + DEFAULT_TEMPLATES, NOTIFICATION_FUNCTIONS)
 
 
 def read_notify_config(text: str | bytes, name: str) -> NotifyConfig:
@@ -16719,30 +16741,23 @@ class Watcher:
     # ---- the front speaks, and is spoken to
 
     def _hear(self) -> None:
-        while True:
-            try:
-                frame, descriptors, _, _ = socket.recv_fds(self._control, _FRAME.size, 1)
-            except BlockingIOError:
-                return
-            except ConnectionError:
-                frame = b""
-            if len(frame) < _FRAME.size:  # the front is gone
-                self._stopping.set()
-                asyncio.get_running_loop().remove_reader(self._control)
-                return
-            kind, file, size_bytes, arrived = _FRAME.unpack(frame)
-            if kind == _QUESTION:
-                sock = socket.socket(fileno=descriptors[0])
-                self._start_task(self._answer(sock, Position(file, size_bytes), arrived))
-            elif kind == _CONNECT:
-                self._start_task(self._client.add(socket.socket(fileno=descriptors[0])))
-            elif kind == _RELOAD:
-                self._reload()
-            elif kind == _STOP:
-                self._stopping.set()
-            else:  # how far the log is: nothing here reads it
-                for descriptor in descriptors:
-                    os.close(descriptor)
+        try:
+            for kind, position, arrived, descriptors in frames(self._control):
+                if kind == _QUESTION:
+                    sock = socket.socket(fileno=descriptors[0])
+                    self._start_task(self._answer(sock, position, arrived))
+                elif kind == _CONNECT:
+                    self._start_task(self._client.add(socket.socket(fileno=descriptors[0])))
+                elif kind == _RELOAD:
+                    self._reload()
+                elif kind == _STOP:
+                    self._stopping.set()
+                else:  # how far the log is: nothing here reads it
+                    for descriptor in descriptors:
+                        os.close(descriptor)
+        except EOFError:
+            self._stopping.set()
+            asyncio.get_running_loop().remove_reader(self._control)
 
     def _tell(self, **said: Any) -> None:
         """Send a line to the front, sooner or later."""
@@ -19236,7 +19251,7 @@ class LogReader:
         log = self._log
         log.next_file()
         taken = range(1, self.checkpoint.segment + 1)
-        while not log.is_in_last_file and self._segment_of(log.tail.descriptor) in taken:
+        while not log.is_in_last_file and segment_of(self._folder, log.tail.descriptor)[0] in taken:
             os.close(log.next_file())
         paths = self._segments_before(log.descriptors)
         if paths and self._is_known(paths[0]):
@@ -19264,15 +19279,6 @@ class LogReader:
                 if number > self.checkpoint.segment:
                     paths.append(path)
         return paths
-
-    def _segment_of(self, descriptor: int) -> int:
-        """The number that a file has among the segments; 0 if none."""
-        inode = os.fstat(descriptor).st_ino
-        for number, path in log_segments(self._folder):
-            with contextlib.suppress(FileNotFoundError):
-                if os.stat(path).st_ino == inode:
-                    return number
-        return 0
 
     def _is_known(self, file: str | int) -> bool:
         """Whether this is the file, by its path or descriptor, that was being sent."""
@@ -19341,7 +19347,8 @@ class LogReader:
         self.checkpoint = checkpoint
 
     def _next_file(self) -> None:
-        segment = self._segment_of(self._tail.descriptor) or self.checkpoint.segment
+        number, _ = segment_of(self._folder, self._tail.descriptor)
+        segment = number or self.checkpoint.segment
         followed = self._tail is self._log.tail
         os.close(self._log.next_file() if followed else self._tail.descriptor)
         self._write(Checkpoint(segment))
@@ -19420,21 +19427,15 @@ class Sender:
     def _look(self, *_: object) -> None:
         """The alarm: hear the front, and tell it how things are."""
         try:
-            with contextlib.suppress(BlockingIOError):
-                self._hear()
+            self._hear()
             with contextlib.suppress(BlockingIOError):
                 self._tell()
-        except OSError:
+        except (OSError, EOFError):  # the front is gone
             os._exit(0)
         signal.setitimer(signal.ITIMER_REAL, LOOK_S)
 
     def _hear(self) -> None:
-        while True:
-            frame, descriptors, _, _ = socket.recv_fds(self._control, _FRAME.size, 1)
-            if len(frame) < _FRAME.size:  # the front is gone
-                os._exit(0)
-            kind, file, size_bytes, _ = _FRAME.unpack(frame)
-            position = Position(file, size_bytes)
+        for kind, position, _, descriptors in frames(self._control):
             if kind == _SWITCH:
                 self._log.begin_file(position, descriptors[0])
             else:

@@ -5294,8 +5294,7 @@ class StoreUnderTest:
         descriptor, size = eventually(lambda: self.files and self.files.pop())
         while not self.tail.has_reached(size):
             self.store.add_lines(self.tail.read(size))
-        inode = os.fstat(self.tail.descriptor).st_ino
-        assert self.store.segment_of(inode) == path
+        assert metricstream.segment_of(self.store.folder, self.tail.descriptor)[1] == path
         os.close(self.tail.descriptor)
         self.store.freeze(path)
         self.tail, self.log_bytes = metricstream.LogTail(descriptor), 0
