@@ -16686,6 +16686,8 @@ class Watcher:
         self._stopping = asyncio.Event()
         self._wake = asyncio.Event()  # something may have to be sent
         self._waiting: deque[tuple[Any, Delivery]] = deque()  # for a fork
+        # What was kept of notifications: it stays where this server notifies nobody.
+        self._notify_state: dict[str, Any] | None = None
         self._sending: dict[int, tuple[Any, Delivery]] = {}  # by process id
         self._kept: dict[str, dict[str, Any]] = {}  # of each group, what a restart must know
         # of each group, without what changes at each evaluation: as it is, and as it was written
@@ -16923,13 +16925,16 @@ class Watcher:
         try:
             with open(path, "rb") as file:
                 state = parse_json(file.read())
-            if self._dispatcher and state.get("notify"):
-                self._dispatcher.restore(state["notify"])
+            self._notify_state = state.get("notify")
+            if self._dispatcher and self._notify_state:
+                self._dispatcher.restore(self._notify_state)
             self._take_over(state["rules"], time.time())
         except FileNotFoundError:
             return
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             logger.error("%s can't be read, all alerts begin anew: %s", path, error)
+            with contextlib.suppress(OSError):  # where the disk takes it
+                os.replace(path, f"{path}.damaged")
 
     def _keep(self, group: GroupState) -> None:
         """Note what a restart must know of a group: it costs what the group's own alerts cost."""
@@ -16956,7 +16961,7 @@ class Watcher:
                 self._later_save = loop.call_later(self._save_after - began, self._save_now)
             return
         rules = {key: row for group in self._kept.values() for key, row in group.items()}
-        state: dict[str, Any] = {"version": 1, "rules": rules, "notify": None}
+        state: dict[str, Any] = {"version": 1, "rules": rules, "notify": self._notify_state}
         if self._dispatcher:
             self._dispatcher.changed = False
             state["notify"] = self._dispatcher.state()
@@ -17021,7 +17026,12 @@ class Watcher:
 
     def _fork(self, source: Any, delivery: Delivery) -> None:
         heard, said = os.pipe()
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError:
+            os.close(heard)
+            os.close(said)
+            raise
         if pid == 0:
             _send_in_child(delivery, said)
         os.close(said)

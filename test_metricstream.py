@@ -12187,6 +12187,24 @@ def test_only_listed_clients_write_silences(tmp_path):
 
 
 @at_once()
+def test_what_is_kept_of_notifications_outlives_a_start_without_receivers_and_damage_is_set_aside(tmp_path):
+    state = tmp_path / "alerts.json"
+    with Pager() as sink, watching(tmp_path, sink.port) as started:
+        push_cpu(started, 6)
+        eventually(lambda: sink.told() == [("High", "firing")], 20)
+        eventually(lambda: '"at":' in state.read_text())
+        assert started.stop()[0] == 0
+    with ServerProcess(tmp_path, "--rules", str(tmp_path / "rules.yml")) as started:
+        eventually(lambda: states_of(started).get("High") == "firing", 20)
+        assert started.stop()[0] == 0
+    assert json.loads(state.read_text())["notify"]["log"]
+    state.write_text("{")
+    with ServerProcess(tmp_path, "--rules", str(tmp_path / "rules.yml")) as started:
+        eventually(lambda: states_of(started).get("High") == "firing", 20)
+    assert (tmp_path / "alerts.json.damaged").read_text() == "{"
+
+
+@at_once()
 @needs("prometheus-alertmanager")
 def test_a_real_alertmanager_is_told(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as free:
