@@ -8547,11 +8547,14 @@ class _Evaluator:
 
     def rows(self, columns: list[Column]) -> Iterator[Sequence[float]]:
         """The values that are there, step by step."""
+        self.execution.budget.spend(10 * len(self.steps))
         rows: Iterator[Any] = zip(*(values for _, values in columns))
-        gaps = any(None in values for _, values in columns)
-        for row in rows:
-            self.execution.hold(0)
-            yield [value for value in row if value is not None] if gaps else row
+        if not any(None in values for _, values in columns):
+            return rows
+        # where groups are small, `in` is cheaper than a copy: 0.1 µs a row; equal at 50 values
+        return (
+            [value for value in row if value is not None] if None in row else row for row in rows
+        )
 
     def extremes(
         self, columns: list[Column], parameter: list[float], greatest: bool

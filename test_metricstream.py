@@ -6580,6 +6580,34 @@ def test_extrapolation_by_columns_is_equal_to_that_of_each_window(seed):
         }
 
 
+@pytest.mark.parametrize("seed", range(scaled(10, 200)))
+def test_aggregations_by_columns_are_equal_to_those_of_each_step(seed):
+    rng = random.Random(f"rows {seed}")
+    series = []
+    for n in range(12):
+        times_ms = range(rng.choice([0, 0, 5 * MINUTE]), rng.choice([20, 20, 15]) * MINUTE, MINUTE)
+        series.append(odd_series(rng, [time_ms for time_ms in times_ms if n % 3 or rng.random() < 0.9], f"{n % 4}"))
+    for n, one in enumerate(series):
+        one.labels["place"] = str(n)
+    engine = Engine(lambda matchers, start_ms, end_ms, budget: series, lookback_ms=1)
+    for name in ("sum", "avg", "min", "max", "count", "group", "stddev", "stdvar"):
+        expected: dict[str, list] = defaultdict(list)
+        for step in range(0, 20 * MINUTE + 1, MINUTE):
+            at_step: dict[str, list[float]] = defaultdict(list)
+            for one in series:
+                for time_ms, value in zip(one.times_ms, one.values):
+                    if time_ms == step and struct.pack("=d", value) != STALE_MARKER:
+                        at_step[one.labels["n"]].append(value)
+            for n, values in at_step.items():
+                value = metricstream._AGGREGATES[name](values)
+                expected[n].append((step, struct.pack("=d", value)))
+        answer = engine.range(f"{name} by (n) (x)", 0, 20 * MINUTE, MINUTE)
+        assert expected == {
+            one.labels["n"]: [(at, struct.pack("=d", v)) for at, v in zip(one.times_ms, one.values)]
+            for one in answer.series
+        }
+
+
 @pytest.mark.parametrize("length", range(8))
 def test_sorting_leaves_no_values_as_they_are_if_one_falls(length):
     """NaN, which has no order, hides no reset of a counter."""
