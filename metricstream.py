@@ -8564,11 +8564,14 @@ class _Evaluator:
 
     def rows(self, columns: list[Column]) -> Iterator[Sequence[float]]:
         """The values that are there, step by step."""
+        self.execution.budget.spend(10 * len(self.steps))
         rows: Iterator[Any] = zip(*(values for _, values in columns))
-        gaps = any(None in values for _, values in columns)
-        for row in rows:
-            self.execution.hold(0)
-            yield [value for value in row if value is not None] if gaps else row
+        if not any(None in values for _, values in columns):
+            return rows
+        # where groups are small, `in` is cheaper than a copy: 0.1 µs a row; equal at 50 values
+        return (
+            [value for value in row if value is not None] if None in row else row for row in rows
+        )
 
     def extremes(
         self, columns: list[Column], parameter: list[float], greatest: bool
@@ -8692,27 +8695,85 @@ def _over_time(
     return evaluate
 
 
-class _Span(NamedTuple):
-    """What extrapolation needs to know of the times of a window."""
-
-    first: int  # index of the first sample
-    last: int
-    sampled_s: float  # from the first sample to the last
-    before_s: float  # how far the first sample is extrapolated back
-    after_s: float
+def _picker(indices: list[int]) -> Callable[[list[Any]], Sequence[Any]]:
+    """A function that takes the values at some indices."""
+    if len(indices) > 1:
+        return operator.itemgetter(*indices)
+    return lambda values: [values[index] for index in indices]
 
 
-def _span(times_ms: Sequence[int], low: int, high: int, end_ms: int, range_ms: int) -> _Span | None:
-    if high - low < 2:
-        return None
-    sampled_s = (times_ms[high - 1] - times_ms[low]) / 1000
-    between_s = sampled_s / (high - 1 - low)
-    before_s = (times_ms[low] - (end_ms - range_ms)) / 1000
-    after_s = (end_ms - times_ms[high - 1]) / 1000
+class _Extrapolation:
+    """The difference of the last sample and the first of each window, extended to its borders.
+
+    All but the values is shared by series with the same times, so a series costs a few loops in C:
+    with the sum after it 150 µs instead of 250 for 1,440 samples and 360 windows.
+    """
+
+    def __init__(
+        self, times_ms: Sequence[int], windows: list[tuple[int, int]], ends_ms: Sequence[int],
+        range_ms: int, seconds: float,
+    ):  # fmt: skip
+        self.seconds = seconds
+        self.firsts: list[int] = []  # of the windows of two samples or more
+        self.lasts: list[int] = []
+        self.spans_s: list[tuple[float, float, float]] = []
+        places = []
+        for (low, high), end_ms in zip(windows, ends_ms):
+            if high - low < 2:
+                places.append(-1)
+                continue
+            places.append(len(self.firsts))
+            self.firsts.append(low)
+            self.lasts.append(high - 1)
+            self.spans_s.append(_span_s(times_ms[low:high], end_ms, range_ms))
+        self.first_values, self.last_values = _picker(self.firsts), _picker(self.lasts)
+        # other windows get the None that stands behind the results
+        self.with_gaps = _picker(places)
+        self.factors = [self.factor(*span_s) for span_s in self.spans_s]
+        # A start of less than the rise times this is so near to 0 that extrapolation would go
+        # below it. One part in 1,000 more, lest rounding hide a window.
+        self.near_zero = [before_s / sampled_s * 1.001 for sampled_s, before_s, _ in self.spans_s]
+
+    def factor(self, sampled_s: float, before_s: float, after_s: float) -> float:
+        return (sampled_s + before_s + after_s) / sampled_s / self.seconds
+
+    def of_gauge(self, values: list[float]) -> list[float | None]:
+        rises = map(operator.sub, self.last_values(values), self.first_values(values))
+        return [*self.with_gaps([*map(operator.mul, rises, self.factors), None])]
+
+    def of_counter(self, values: list[float]) -> list[float | None]:
+        """A counter that falls began again at 0, and is never extended below 0."""
+        starts = self.first_values(values)
+        rises = list(map(operator.sub, self.last_values(values), starts))
+        if sorted(values) != values:  # 6 µs instead of 35 to see that nothing falls
+            self.add_resets(values, rises)
+        results = list(map(operator.mul, rises, self.factors))
+        near: Iterable[bool] = ()
+        if any(rises):  # else the counter is idle, and often at 0
+            near = map(operator.le, starts, map(operator.mul, rises, self.near_zero))
+        for index in itertools.compress(itertools.count(), near):
+            start, rise = starts[index], rises[index]
+            if rise > 0 <= start:
+                sampled_s, before_s, after_s = self.spans_s[index]
+                before_s = min(before_s, sampled_s * (start / rise))
+                results[index] = rise * self.factor(sampled_s, before_s, after_s)
+        return [*self.with_gaps([*results, None])]
+
+    def add_resets(self, values: list[float], rises: list[float]) -> None:
+        """Add the value before each reset to the rises of the windows that it is in."""
+        for at in itertools.compress(itertools.count(1), map(operator.lt, values[1:], values)):
+            for index in range(bisect_left(self.lasts, at), bisect_left(self.firsts, at)):
+                rises[index] += values[at - 1]
+
+
+def _span_s(times_ms: Sequence[int], end_ms: int, range_ms: int) -> tuple[float, float, float]:
+    """How long a window was sampled, and how far it is extended before its samples and after."""
+    sampled_s = (times_ms[-1] - times_ms[0]) / 1000
+    between_s = sampled_s / (len(times_ms) - 1)
+    before_s = (times_ms[0] - (end_ms - range_ms)) / 1000
+    after_s = (end_ms - times_ms[-1]) / 1000
     near_s = between_s * 1.1  # nearer to the border than a sample would be: the series goes on
-    return _Span(
-        low,
-        high - 1,
+    return (
         sampled_s,
         before_s if before_s < near_s else between_s / 2,
         after_s if after_s < near_s else between_s / 2,
@@ -8720,45 +8781,23 @@ def _span(times_ms: Sequence[int], low: int, high: int, end_ms: int, range_ms: i
 
 
 def _extrapolated(counter: bool, per_second: bool) -> _Evaluate:
-    """`rate`, `increase` and `delta`: the difference of the last sample and the first, extended to
-    the borders of the window. A counter that falls began again at 0, and is never extended below 0.
-    """
+    """`rate`, `increase` and `delta`."""
 
     def evaluate(run: _Evaluator, nodes: tuple[Node, ...]) -> list[Column]:
         ranges = run.ranges(nodes[0])
         seconds = ranges.range_ms / 1000 if per_second else 1.0
         known: list[tuple[int, int]] | None = None
-        spans: list[_Span | None] = []
+        shared: _Extrapolation
 
         def of_series(series: Series, windows: list[tuple[int, int]]) -> list[float | None]:
-            nonlocal known, spans
-            if windows is not known:  # spans are shared as the windows are: 0.3 s of 0.5
-                known, times = windows, series.times_ms
-                spans = [
-                    _span(times, low, high, end_ms, ranges.range_ms)
-                    for (low, high), end_ms in zip(windows, ranges.ends_ms)
-                ]
-            values = series.values
-            resets: list[int] = []
-            if counter and any(map(operator.lt, values[1:], values)):
-                resets = [at for at in range(1, len(values)) if values[at] < values[at - 1]]
-            results: list[float | None] = []
-            for span in spans:
-                if span is None:
-                    results.append(None)
-                    continue
-                first, last, sampled_s, before_s, after_s = span
-                first_value = values[first]
-                difference = values[last] - first_value
-                if counter:
-                    if resets:
-                        for at in resets[bisect_right(resets, first) : bisect_right(resets, last)]:
-                            difference += values[at - 1]
-                    if difference > 0 <= first_value:
-                        before_s = min(before_s, sampled_s * (first_value / difference))
-                factor = (sampled_s + before_s + after_s) / sampled_s / seconds
-                results.append(difference * factor)
-            return results
+            nonlocal known, shared
+            if windows is not known:
+                known = windows
+                shared = _Extrapolation(
+                    series.times_ms, windows, ranges.ends_ms, ranges.range_ms, seconds
+                )
+            values = series.values.tolist()
+            return shared.of_counter(values) if counter else shared.of_gauge(values)
 
         return run.of_windows(ranges, of_series)
 
