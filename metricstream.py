@@ -18712,6 +18712,16 @@ def show_icon(request: Request, client: str) -> Answer:
     return Answer(Response(200, ICON.encode(), "image/svg+xml"))
 
 
+def show_graph(request: Request, client: str) -> Answer:
+    """`GET /graph?g0.expr=…`, the link in a notification: to the query on the page."""
+    try:
+        asked = urllib.parse.parse_qs(request.head.query, max_num_fields=100).get("g0.expr", [])
+    except ValueError:
+        raise HTTPError(400, "too many parameters") from None
+    place = "#view=query" + "".join(f"&q={urllib.parse.quote(text, safe='')}" for text in asked)
+    return Answer(Response(302, b"", fields=[("Location", f"./{place}")]))
+
+
 # ---- saved dashboards ----
 
 MAX_DASHBOARD_BYTES = 1024 * 1024
@@ -18852,6 +18862,7 @@ def dashboard_routes(
     return {
         "/": {"GET": show_page},
         "/favicon.ico": {"GET": show_icon},
+        "/graph": {"GET": show_graph},
         "/api/dashboards": {"GET": show_dashboards},
     }
 

@@ -12038,6 +12038,11 @@ def test_an_alert_is_told_when_it_fires_and_with_its_value_when_it_is_resolved(t
         push_cpu(started, 6)
         eventually(lambda: sink.told() == [("High", "firing")], 20)
         (alert,) = sink.bodies[0]["alerts"]
+        link = urllib.parse.urlsplit(alert["generatorURL"])
+        with contextlib.closing(Client(started.port)) as client:
+            led_to = client.ask("GET", f"{link.path}?{link.query}")
+        assert led_to.status == 302
+        assert led_to.headers["location"] == "./#view=query&q=cpu%3Amax%20%3E%205"
         assert alert["annotations"] == {"summary": "it is 6"}
         assert states_of(started) == {"High": "firing", "Slow": "inactive", "Dead": "inactive"}
         query = "/api/v1/query?query=ALERTS%7Balertstate%3D%22firing%22%7D%20*%20scalar(cpu:max)"
