@@ -6748,7 +6748,7 @@ class SampleLimitError(ExecutionError):
         )
 
 
-# ---- the tree: `position` is where in the text a node begins ----
+# ---- the tree: `position` is where in the text a node begins, `type` what it evaluates to ----
 
 
 class Number(NamedTuple):
@@ -6757,10 +6757,7 @@ class Number(NamedTuple):
     value: float
     position: int
     is_duration: bool = False
-
-    @property
-    def type(self) -> str:
-        return SCALAR
+    type: str = SCALAR
 
 
 class Text(NamedTuple):
@@ -6768,10 +6765,7 @@ class Text(NamedTuple):
 
     value: str
     position: int
-
-    @property
-    def type(self) -> str:
-        return STRING
+    type: str = STRING
 
 
 class Duration(NamedTuple):
@@ -6805,10 +6799,7 @@ class Subquery(NamedTuple):
     position: int
     offset: Duration | None = None
     at: int | str | None = None
-
-    @property
-    def type(self) -> str:
-        return RANGE
+    type: str = RANGE
 
 
 class Paren(NamedTuple):
@@ -6858,10 +6849,7 @@ class Aggregate(NamedTuple):
     labels: tuple[str, ...]
     without: bool
     position: int
-
-    @property
-    def type(self) -> str:
-        return VECTOR
+    type: str = VECTOR
 
 
 class Call(NamedTuple):
@@ -6870,10 +6858,7 @@ class Call(NamedTuple):
     name: str
     arguments: tuple["Node", ...]
     position: int
-
-    @property
-    def type(self) -> str:
-        return SIGNATURES[self.name].returns
+    type: str
 
 
 Node = Number | Text | Selector | Subquery | Paren | Unary | Binary | Aggregate | Call
@@ -6897,54 +6882,76 @@ class Signature(NamedTuple):
     variadic: bool = False  # the last argument may be repeated
 
 
-_OF_VECTOR = """
-    abs absent acos acosh asin asinh atan atanh ceil cos cosh deg exp floor ln log10 log2 rad sgn
-    sin sinh sort sort_desc sqrt tan tanh timestamp
-"""
-_OF_RANGE = """
-    absent_over_time avg_over_time changes count_over_time delta deriv first_over_time idelta
-    increase irate
-    last_over_time max_over_time min_over_time present_over_time rate resets stddev_over_time
-    stdvar_over_time sum_over_time
-"""
-# Without a vector they are of the time of the step.
-_OF_CALENDAR = "day_of_month day_of_week day_of_year days_in_month hour minute month year"
-_SMOOTHING = Signature((RANGE, SCALAR, SCALAR), 3)
-_NO_ARGUMENTS = Signature((), 0, SCALAR)
-
-SIGNATURES: dict[str, Signature] = {
-    **dict.fromkeys(_OF_VECTOR.split(), Signature()),
-    **dict.fromkeys(_OF_RANGE.split(), Signature((RANGE,))),
-    **dict.fromkeys(_OF_CALENDAR.split(), Signature((VECTOR,), 0)),
-    "clamp": Signature((VECTOR, SCALAR, SCALAR), 3),
-    "clamp_max": Signature((VECTOR, SCALAR), 2),
-    "clamp_min": Signature((VECTOR, SCALAR), 2),
-    "double_exponential_smoothing": _SMOOTHING,
-    "histogram_fraction": Signature((SCALAR, SCALAR, VECTOR), 3),
-    "histogram_quantile": Signature((SCALAR, VECTOR), 2),
-    "holt_winters": _SMOOTHING,
-    "label_join": Signature((VECTOR, STRING, STRING, STRING), 3, variadic=True),
-    "label_replace": Signature((VECTOR, STRING, STRING, STRING, STRING), 5),
-    "pi": _NO_ARGUMENTS,
-    "predict_linear": Signature((RANGE, SCALAR), 2),
-    "quantile_over_time": Signature((SCALAR, RANGE), 2),
-    "round": Signature((VECTOR, SCALAR)),
-    "scalar": Signature(returns=SCALAR),
-    "time": _NO_ARGUMENTS,
-    "vector": Signature((SCALAR,)),
+_NAMES = {
+    Signature(): """abs absent acos acosh asin asinh atan atanh ceil cos cosh deg exp floor ln log10
+        log2 rad sgn sin sinh sort sort_desc sqrt tan tanh timestamp""",
+    Signature((RANGE,)): """absent_over_time avg_over_time changes count_over_time delta deriv
+        first_over_time idelta increase irate last_over_time max_over_time min_over_time
+        present_over_time rate resets stddev_over_time stdvar_over_time sum_over_time""",
+    # Without a vector they are of the time of the step.
+    Signature((VECTOR,), 0): """day_of_month day_of_week day_of_year days_in_month hour minute
+        month year""",
+    Signature((VECTOR, SCALAR, SCALAR), 3): "clamp",
+    Signature((VECTOR, SCALAR), 2): "clamp_max clamp_min",
+    Signature((RANGE, SCALAR, SCALAR), 3): "double_exponential_smoothing holt_winters",
+    Signature((SCALAR, SCALAR, VECTOR), 3): "histogram_fraction",
+    Signature((SCALAR, VECTOR), 2): "histogram_quantile",
+    Signature((VECTOR, STRING, STRING, STRING), 3, variadic=True): "label_join",
+    Signature((VECTOR, STRING, STRING, STRING, STRING), 5): "label_replace",
+    Signature((), 0, SCALAR): "pi time",
+    Signature((RANGE, SCALAR), 2): "predict_linear",
+    Signature((SCALAR, RANGE), 2): "quantile_over_time",
+    Signature((VECTOR, SCALAR)): "round",
+    Signature(returns=SCALAR): "scalar",
+    Signature((SCALAR,)): "vector",
 }
+SIGNATURES = {name: signature for signature in _NAMES for name in _NAMES[signature].split()}
 
 
-# ---- tokens ----
+# ---- arithmetic of floats as IEEE 754 and Go have it: nothing raises ----
 
 
-class Token(NamedTuple):
-    """A word of a query, and where it stands."""
+def _divide(a: float, b: float) -> float:
+    if b:
+        return a / b
+    return math.copysign(math.inf, a) * math.copysign(1, b) if a and a == a else math.nan
 
-    kind: str  # "number", "duration", "identifier", "string", "operator" or "end"
-    text: str
-    position: int
 
+def _modulo(a: float, b: float) -> float:
+    try:
+        return math.fmod(a, b)
+    except ValueError:  # of infinity, or by zero
+        return math.nan
+
+
+def _power(a: float, b: float) -> float:
+    try:
+        return math.pow(a, b)
+    except OverflowError:
+        return -math.inf if a < 0 and b % 2 == 1 else math.inf
+    except ValueError:
+        if a:
+            return math.nan  # a root of a negative number
+        return math.copysign(math.inf, a) if b % 2 == 1 else math.inf
+
+
+ARITHMETIC: dict[str, Callable[[float, float], float]] = {
+    "+": operator.add, "-": operator.sub, "*": operator.mul, "/": _divide, "%": _modulo,
+    "^": _power, "atan2": math.atan2,
+}  # fmt: skip
+COMPARE: dict[str, Callable[[float, float], bool]] = {
+    "==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le,
+    ">": operator.gt, ">=": operator.ge,
+}  # fmt: skip
+
+
+# ==================================================================================================
+# 21. Query text
+# ==================================================================================================
+#
+# Numbers, durations and strings as PromQL writes them, read and written; and a tree as text, on one
+# line where it fits, else with a line for each part. Values have the texts that Prometheus gives
+# them.
 
 _DURATION_UNITS = {
     "ms": 1,
@@ -6955,55 +6962,26 @@ _DURATION_UNITS = {
     "w": 7 * 86_400_000,
     "y": 365 * 86_400_000,
 }
-_DIGITS = r"[0-9](?:_?[0-9])*"
-_TOKEN = re.compile(
-    rf"""
-    (?P<space>      [ \t\r\n]+ | \#[^\n]* )
-  | (?P<duration>   (?:[0-9]+(?:ms|[smhdwy]))+ )
-  | (?P<number>     0[xX](?:_?[0-9a-fA-F])+
-                  | (?:{_DIGITS}(?:\.(?:{_DIGITS})?)?|\.{_DIGITS})(?:[eE][+-]?{_DIGITS})? )
-  | (?P<identifier> [A-Za-z_:][A-Za-z0-9_:]* )
-  | (?P<string>     "(?:[^"\\\n]|\\.)*" | '(?:[^'\\\n]|\\.)*' | `[^`]*` )
-  | (?P<operator>   [=!]~ | [=!<>]= | [-+*/%^=<>(){{}}\[\],:@] )
-    """,
-    re.VERBOSE,
-)
 _DURATION = re.compile(
     r"(?:[0-9]+y)?(?:[0-9]+w)?(?:[0-9]+d)?(?:[0-9]+h)?(?:[0-9]+m)?(?:[0-9]+s)?(?:[0-9]+ms)?"
 )
 _DURATION_PART = re.compile(r"([0-9]+)(ms|[smhdwy])")
+GO_FLOAT = re.compile(
+    r"[-+]?(?:(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|(?i:inf|infinity))|(?i:nan)"
+)
 PLAIN_NAME = re.compile(r"[A-Za-z_:][A-Za-z0-9_:]*")
-_WORD_CHARACTER = re.compile(r"[A-Za-z0-9_.:]")
-_NON_FINITE = {"nan": math.nan, "inf": math.inf}
+_NEVER_LABELS = frozenset({"inf", "nan", "without"})  # of an aggregation or a matching
 _STRING_ESCAPE = re.compile(
     r"\\(?:x([0-9A-Fa-f]{2})|([0-7]{3})|u([0-9A-Fa-f]{4})|U([0-9A-Fa-f]{8})|(.))", re.DOTALL
 )
 _LETTER_ESCAPES = {
     "a": "\a", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v", "\\": "\\",
 }  # fmt: skip
+_GO_ESCAPES = {character: f"\\{letter}" for letter, character in _LETTER_ESCAPES.items()}
+_GO_ESCAPES['"'] = '\\"'
 
 
-def _tokens(text: str) -> list[Token]:
-    tokens: list[Token] = []
-    position, in_range = 0, False
-    while position < len(text):
-        match = _TOKEN.match(text, position)
-        if match is None:
-            what = "unterminated string" if text[position] in "\"'`" else "unexpected character"
-            raise QueryError(f"{what}: {text[position]!r}", text, position)
-        kind, token, end = match.lastgroup or "", match[0], match.end()
-        if kind in ("number", "duration") and _WORD_CHARACTER.match(text, end):
-            if not (in_range and text[end] == ":"):
-                raise QueryError(f"bad number or duration: {text[position : end + 1]!r}", text, end)
-        elif in_range and token[0] == ":":  # [5m:1m], where no name can stand
-            kind, token, end = "operator", ":", position + 1
-        elif token in "[]":
-            in_range = token == "["
-        if kind != "space":
-            tokens.append(Token(kind, token, position))
-        position = end
-    tokens.append(Token("end", "", len(text)))
-    return tokens
+# ---- durations and numbers ----
 
 
 def parse_duration_ms(text: str) -> int:
@@ -7047,48 +7025,6 @@ def _number_of(text: str) -> float:
     return float(value)
 
 
-# ---- arithmetic of floats as IEEE 754 and Go have it: nothing raises ----
-
-
-def _divide(a: float, b: float) -> float:
-    if b:
-        return a / b
-    return math.copysign(math.inf, a) * math.copysign(1, b) if a and a == a else math.nan
-
-
-def _modulo(a: float, b: float) -> float:
-    try:
-        return math.fmod(a, b)
-    except ValueError:  # of infinity, or by zero
-        return math.nan
-
-
-def _power(a: float, b: float) -> float:
-    try:
-        return math.pow(a, b)
-    except OverflowError:
-        return -math.inf if a < 0 and b % 2 == 1 else math.inf
-    except ValueError:
-        if a:
-            return math.nan  # a root of a negative number
-        return math.copysign(math.inf, a) if b % 2 == 1 else math.inf
-
-
-ARITHMETIC: dict[str, Callable[[float, float], float]] = {
-    "+": operator.add, "-": operator.sub, "*": operator.mul, "/": _divide, "%": _modulo,
-    "^": _power, "atan2": math.atan2,
-}  # fmt: skip
-COMPARE: dict[str, Callable[[float, float], bool]] = {
-    "==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le,
-    ">": operator.gt, ">=": operator.ge,
-}  # fmt: skip
-
-
-GO_FLOAT = re.compile(
-    r"[-+]?(?:(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|(?i:inf|infinity))|(?i:nan)"
-)
-
-
 def read_float(text: str) -> float:
     """A float as Go reads it, but for hexadecimal ones. Raises ValueError.
 
@@ -7099,16 +7035,6 @@ def read_float(text: str) -> float:
     if value is None or (math.isinf(value) and text[-1].isdigit()):
         raise ValueError(f"not a number: {_clipped(text)}")
     return value
-
-
-# ==================================================================================================
-# 21. Query text
-# ==================================================================================================
-#
-# A tree becomes text again, as `format_query` shows it: on one line where it fits, else with a line
-# for each part. Values and labels have the texts that Prometheus gives them.
-
-_NEVER_LABELS = frozenset({"inf", "nan", "without"})  # of an aggregation or a matching
 
 
 def format_value(value: float) -> str:
@@ -7160,14 +7086,40 @@ def _number_text(node: Number) -> str:
     return decimal_text(node.value)
 
 
+# ---- strings and labels ----
+
+
+def _string_value(quoted: str) -> str:
+    r"""What a string in quotes or backquotes stands for. Escapes are those of Go, of which \x and
+    octal ones name bytes. Raises ValueError.
+
+    >>> _string_value(r"'\xe2\x82\xac\t'"), _string_value(r"`\t`")
+    ('€\t', '\\t')
+    """
+    quote, inner = quoted[0], quoted[1:-1]
+    if quote == "`" or "\\" not in inner:
+        return inner
+
+    def unescaped(match: re.Match[str]) -> str:
+        byte, octal, short, long, letter = match.groups()
+        if letter is not None:
+            if letter != quote and letter not in _LETTER_ESCAPES:
+                raise ValueError(f"unknown escape \\{letter}")
+            return _LETTER_ESCAPES.get(letter, letter)
+        code = int(byte or short or long or octal, 8 if octal else 16)
+        if code > (0x10FFFF if short or long else 255) or (short and 0xD800 <= code < 0xE000):
+            raise ValueError(f"escape out of range {match[0]}")
+        if (byte or octal) and code > 127:
+            return chr(0xDC00 + code)  # the byte, as errors="surrogateescape" has it
+        return chr(code)
+
+    value = _STRING_ESCAPE.sub(unescaped, inner).encode(errors="surrogateescape")
+    return value.decode(errors="surrogateescape")
+
+
 def _quoted(text: str) -> str:
     """Text in double quotes, escaped as Go does."""
     return '"' + "".join(map(_go_escaped, text)) + '"'
-
-
-_GO_ESCAPES = {'"': '\\"'} | {
-    character: f"\\{letter}" for letter, character in _LETTER_ESCAPES.items()
-}
 
 
 def _go_escaped(character: str) -> str:
@@ -7205,6 +7157,77 @@ def labels_text(labels: dict[str, str]) -> str:
     return "{" + ", ".join(pairs) + "}"
 
 
+# ---- trees ----
+
+
+def query_text(node: Node) -> str:
+    """A tree as a query on one line."""
+    return _layout(node, 0)[0]
+
+
+def _layout(node: Node, level: int) -> tuple[str, list[str]]:
+    """(a node on one line, the lines that it is laid out in at an indentation)."""
+    before, parts, between, behind = _shape(node)
+    on_its_line = isinstance(node, Unary | Subquery)  # a sign or a range stays with its operand
+    texts, blocks = list[str](), list[list[str]]()
+    for part in parts:
+        text, lines = _layout(part, level + (not on_its_line))
+        texts.append(text)
+        blocks.append(lines)
+    text, indent = before + between.join(texts) + behind, "  " * level
+    if not parts or len(text) <= MAX_LINE:
+        return text, [indent + text]
+    if on_its_line:
+        (lines,) = blocks
+        lines[0] = indent + before + lines[0].lstrip(" ")
+        lines[-1] += behind
+        return text, lines
+    if isinstance(node, Binary):
+        return text, [*blocks[0], indent + between.strip(" "), *blocks[1]]
+    for lines in blocks[:-1]:
+        lines[-1] += ","
+    return text, [indent + before, *itertools.chain(*blocks), indent + behind]
+
+
+class _Shape(NamedTuple):
+    """How a node is written: some text, its parts with some text between them, some text."""
+
+    before: str
+    parts: Sequence[Node] = ()
+    between: str = ""
+    behind: str = ""
+
+
+def _shape(node: Node) -> _Shape:
+    match node:
+        case Number():
+            return _Shape(_number_text(node))
+        case Text():
+            return _Shape(_quoted(node.value))
+        case Selector():
+            return _Shape(_selector_text(node))
+        case Subquery():
+            step = node.step.text if node.step else ""
+            window = f"[{node.range.text}:{step}]"
+            return _Shape("", (node.expression,), behind=window + _modifiers(node))
+        case Paren():
+            return _Shape("(", (node.expression,), behind=")")
+        case Unary():
+            return _Shape(node.op, (node.operand,))
+        case Binary():
+            op = node.op + (" bool" if node.as_bool else "") + _matching_text(node.matching)
+            return _Shape("", (node.left, node.right), f" {op} ")
+        case Call():
+            return _Shape(f"{node.name}(", node.arguments, ", ", ")")
+        case Aggregate():
+            head = node.op
+            if node.without or node.labels:
+                clause = "without" if node.without else "by"
+                head += f" {clause} ({_label_list(node.labels)}) "
+            parts = (node.parameter, node.expression) if node.parameter else (node.expression,)
+            return _Shape(f"{head}(", parts, ", ", ")")
+
+
 def _modifiers(node: Selector | Subquery) -> str:
     at = "" if node.at is None else f" @ {node.at}()"
     if isinstance(node.at, int):
@@ -7224,20 +7247,6 @@ def _selector_text(node: Selector) -> str:
     return node.name + braces + window + _modifiers(node)
 
 
-def _subquery_range(node: Subquery) -> str:
-    return f"[{node.range.text}:{node.step.text if node.step else ''}]{_modifiers(node)}"
-
-
-def _aggregate_head(node: Aggregate) -> str:
-    if node.without:
-        return f"{node.op} without ({_label_list(node.labels)}) "
-    return f"{node.op} by ({_label_list(node.labels)}) " if node.labels else node.op
-
-
-def _operator_text(node: Binary) -> str:
-    return node.op + (" bool" if node.as_bool else "") + _matching_text(node.matching)
-
-
 def _matching_text(matching: Matching) -> str:
     """A matching as it stands behind an operator.
 
@@ -7251,101 +7260,144 @@ def _matching_text(matching: Matching) -> str:
     return text + (included if matching.group else "")
 
 
-class _Printer:
-    """Lays out one tree; the text of each node is made once."""
-
-    def __init__(self) -> None:
-        self._texts: dict[int, str] = {}  # by the node's id
-
-    def text(self, node: Node) -> str:
-        """A node on one line."""
-        if id(node) not in self._texts:
-            self._texts[id(node)] = self._text(node)
-        return self._texts[id(node)]
-
-    def _text(self, node: Node) -> str:
-        if isinstance(node, Number):
-            return _number_text(node)
-        if isinstance(node, Text):
-            return _quoted(node.value)
-        if isinstance(node, Selector):
-            return _selector_text(node)
-        if isinstance(node, Subquery):
-            return self.text(node.expression) + _subquery_range(node)
-        if isinstance(node, Paren):
-            return f"({self.text(node.expression)})"
-        if isinstance(node, Unary):
-            return node.op + self.text(node.operand)
-        if isinstance(node, Binary):
-            return f"{self.text(node.left)} {_operator_text(node)} {self.text(node.right)}"
-        head, parts = self._call(node)
-        return f"{head}({', '.join(map(self.text, parts))})"
-
-    @staticmethod
-    def _call(node: Call | Aggregate) -> tuple[str, Sequence[Node]]:
-        if isinstance(node, Call):
-            return node.name, node.arguments
-        parameter = [node.parameter] if node.parameter else []
-        return _aggregate_head(node), [*parameter, node.expression]
-
-    def lines(self, node: Node, level: int) -> list[str]:
-        """A node at an indentation, its parts on lines of their own where one would be long."""
-        indent = "  " * level
-        if isinstance(node, Number | Text | Selector) or len(self.text(node)) <= MAX_LINE:
-            return [indent + self.text(node)]
-        if isinstance(node, Subquery):
-            *lines, last = self.lines(node.expression, level)
-            return [*lines, last + _subquery_range(node)]
-        if isinstance(node, Paren):
-            return [f"{indent}(", *self.lines(node.expression, level + 1), f"{indent})"]
-        if isinstance(node, Unary):
-            first, *lines = self.lines(node.operand, level)
-            return [indent + node.op + first.lstrip(" "), *lines]
-        if isinstance(node, Binary):
-            left, right = self.lines(node.left, level + 1), self.lines(node.right, level + 1)
-            return [*left, indent + _operator_text(node), *right]
-        head, parts = self._call(node)
-        lines = [f"{indent}{head}("]
-        for part in parts:
-            lines += self.lines(part, level + 1)
-            lines[-1] += ","
-        return [*lines[:-1], lines[-1][:-1], f"{indent})"]
-
-
 # ==================================================================================================
-# 22. Query parser
+# 22. Query tokens
 # ==================================================================================================
 #
-# Recursive descent with precedence climbing over the tokens. Types are checked while the tree
-# grows, so that an error names the place of the part that is wrong. Durations may be expressions:
-# `[5m + 1m]` is folded to a number as it is read.
+# The words that a query is made of, and how far a parser has read them. A colon is the one that
+# depends on its place: `a:b` is the name of a metric, but in `[5m:1m]` it separates two durations.
+
+_T = TypeVar("_T")
+
+_DIGITS = r"[0-9](?:_?[0-9])*"
+_TOKEN = re.compile(
+    rf"""
+    (?P<space>      [ \t\r\n]+ | \#[^\n]* )
+  | (?P<duration>   (?:[0-9]+(?:ms|[smhdwy]))+ )
+  | (?P<number>     0[xX](?:_?[0-9a-fA-F])+
+                  | (?:{_DIGITS}(?:\.(?:{_DIGITS})?)?|\.{_DIGITS})(?:[eE][+-]?{_DIGITS})? )
+  | (?P<identifier> [A-Za-z_:][A-Za-z0-9_:]* )
+  | (?P<string>     "(?:[^"\\\n]|\\.)*" | '(?:[^'\\\n]|\\.)*' | `[^`]*` )
+  | (?P<operator>   [=!]~ | [=!<>]= | [-+*/%^=<>(){{}}\[\],:@] )
+    """,
+    re.VERBOSE,
+)
+_WORD_CHARACTER = re.compile(r"[A-Za-z0-9_.:]")
+
+
+class Token(NamedTuple):
+    """A word of a query, and where it stands."""
+
+    kind: str  # "number", "duration", "identifier", "string", "operator" or "end"
+    text: str
+    position: int
+
+
+def _tokens_of(text: str) -> Iterator[Token]:
+    position, in_range = 0, False
+    while position < len(text):
+        match = _TOKEN.match(text, position)
+        if match is None:
+            what = "unterminated string" if text[position] in "\"'`" else "unexpected character"
+            raise QueryError(f"{what}: {text[position]!r}", text, position)
+        kind, token, end = match.lastgroup or "", match[0], match.end()
+        if kind in ("number", "duration") and _WORD_CHARACTER.match(text, end):
+            if not (in_range and text[end] == ":"):
+                raise QueryError(f"bad number or duration: {text[position : end + 1]!r}", text, end)
+        elif in_range and token[0] == ":":  # [5m:1m], where no name can stand
+            kind, token, end = "operator", ":", position + 1
+        elif token in "[]":
+            in_range = token == "["
+        if kind != "space":
+            yield Token(kind, token, position)
+        position = end
+    yield Token("end", "", len(text))
+
+
+class _Tokens:
+    """The tokens of a query, of which `next` is the first that no rule has taken. `word` is its
+    text if it is an operator or a keyword, which are written in either case, else "".
+    """
+
+    def __init__(self, text: str):
+        self.text = text
+        self._rest = iter(list(_tokens_of(text)))
+        self.next = Token("begin", "", 0)
+        self.take()
+
+    def take(self) -> Token:
+        """The next token, which is taken."""
+        token, self.next = self.next, next(self._rest, self.next)
+        is_word = self.next.kind in ("identifier", "operator")
+        self.word = self.next.text.lower() if is_word else ""
+        return token
+
+    def accept(self, *words: str) -> str:
+        """Take the next token if it is one of these words, which is given back; else ""."""
+        word = self.word
+        if word not in words:
+            return ""
+        self.take()
+        return word
+
+    def require(self, word: str, where: str) -> None:
+        """Take a word that must stand here."""
+        if not self.accept(word):
+            raise self.expected(f"{word!r} {where}")
+
+    def string(self) -> str:
+        """Take a string, and read it."""
+        token = self.take()
+        try:
+            return _string_value(token.text)
+        except ValueError as error:
+            raise self.error(str(error), token.position) from None
+
+    def items(
+        self, begin: str, end: str, rule: Callable[["_Tokens"], _T], trailing: bool = True
+    ) -> tuple[_T, ...]:
+        """What stands between two brackets, separated by commas; one may be `trailing`."""
+        self.require(begin, "before a list")
+        items: list[_T] = []
+        while not self.accept(end):
+            items.append(rule(self))
+            if not self.accept(","):
+                if self.word != end:
+                    raise self.expected(f"',' or {end!r}")
+            elif not trailing and self.word == end:
+                raise self.expected("an expression")
+        return tuple(items)
+
+    def error(self, reason: str, position: int) -> QueryError:
+        """The error for what is wrong at a place."""
+        return QueryError(reason, self.text, position)
+
+    def expected(self, what: str) -> QueryError:
+        """The error for a next token that can't stand here."""
+        found = self.next.text or "the end of the query"
+        return self.error(f"expected {what}, found {_clipped(found)}", self.next.position)
+
+
+# ==================================================================================================
+# 23. Query parser
+# ==================================================================================================
+#
+# Recursive descent with precedence climbing: each rule of the grammar is one function over the
+# tokens. Types are checked while the tree grows, so that an error names the place of the part
+# that is wrong. Durations may be expressions: `[5m + 1m]` is folded to a number as it is read.
 
 _PRECEDENCE = {
     "or": 1, "and": 2, "unless": 2, "==": 3, "!=": 3, "<": 3, "<=": 3, ">": 3, ">=": 3,
     "+": 4, "-": 4, "*": 5, "/": 5, "%": 5, "atan2": 5, "^": 6,
 }  # fmt: skip
 _SET_OPERATORS = frozenset({"and", "or", "unless"})
-_COMPARISONS = frozenset({"==", "!=", "<", "<=", ">", ">="})
 _PARAMETER_TYPES = {"topk": SCALAR, "bottomk": SCALAR, "quantile": SCALAR, "count_values": STRING}
 _AGGREGATIONS = frozenset(
     {"sum", "avg", "min", "max", "count", "group", "stddev", "stdvar", *_PARAMETER_TYPES}
 )
 _NEVER_METRICS = frozenset({"bool", "on", "ignoring", "group_left", "group_right", "atan2"})
 _OPERAND = 7  # binds more tightly than any operator
-
-_T = TypeVar("_T")
-
-
-class _Seconds(NamedTuple):
-    """A duration, or a part of an expression that is one."""
-
-    value: float
-    text: str
-    kind: str  # "literal"; "wrapped" in parentheses, or "open"
-
-    @staticmethod
-    def of(number: Number) -> "_Seconds":
-        return _Seconds(number.value, _number_text(number), "literal")
+_NON_FINITE = {"nan": math.nan, "inf": math.inf}
 
 
 def parse_query(text: str) -> Node:
@@ -7358,415 +7410,16 @@ def parse_query(text: str) -> Node:
     metricstream.QueryError: 1:6: parse error: expected type range vector in call to function \
 "rate", got instant vector
     """
+    tokens = _Tokens(text)
+    if tokens.next.kind == "end":
+        raise tokens.error("no expression found in input", 0)
     try:
-        return _QueryParser(text).whole()
+        node = _expression(tokens)
     except RecursionError:
-        raise QueryError("nested too deeply", text, 0) from None
-
-
-class _QueryParser:
-    """Recursive descent over the tokens of one query; `self.token` is the next one."""
-
-    def __init__(self, text: str):
-        self.text = text
-        self.tokens = _tokens(text)
-        self.index = 0
-
-    @property
-    def token(self) -> Token:
-        return self.tokens[self.index]
-
-    @property
-    def word(self) -> str:
-        """The next token as an operator or a keyword, which are written in either case."""
-        token = self.token
-        return token.text.lower() if token.kind in ("identifier", "operator") else ""
-
-    def error(self, reason: str, position: int) -> QueryError:
-        return QueryError(reason, self.text, position)
-
-    def expected(self, what: str) -> QueryError:
-        found = self.token.text or "the end of the query"
-        return self.error(f"expected {what}, found {_clipped(found)}", self.token.position)
-
-    def take(self) -> Token:
-        token = self.token
-        self.index += 1
-        return token
-
-    def accept(self, *words: str) -> str:
-        """The next token, if it is one of these, else ""."""
-        word = self.word
-        if word not in words:
-            return ""
-        self.index += 1
-        return word
-
-    def require(self, word: str, where: str) -> None:
-        if not self.accept(word):
-            raise self.expected(f"{word!r} {where}")
-
-    def whole(self) -> Node:
-        if self.token.kind == "end":
-            raise self.error("no expression found in input", 0)
-        node = self.expression()
-        if self.token.kind != "end":
-            raise self.expected("an operator or the end of the query")
-        return node
-
-    def expression(self, least: int = 1) -> Node:
-        """Operands joined by operators that bind at least so tightly: precedence climbing."""
-        left = self.operand()
-        while (precedence := _PRECEDENCE.get(self.word, 0)) >= least:
-            operator = self.take()
-            op = operator.text.lower()
-            as_bool = bool(self.accept("bool"))
-            matching = self.matching()
-            right = self.expression(precedence + (op != "^"))
-            left = self.binary(op, left, right, as_bool, matching, operator.position)
-        return left
-
-    def matching(self) -> Matching:
-        on = self.accept("on", "ignoring")
-        if not on:
-            return Matching()
-        labels = self.label_list()
-        group = self.accept("group_left", "group_right")
-        include = self.label_list() if group and self.word == "(" else ()
-        if on == "on" and (both := set(labels) & set(include)):
-            raise self.error(
-                f'label "{min(both)}" must not occur in ON and GROUP clause at once',
-                self.token.position,
-            )
-        return Matching(on == "on", labels, group, include)
-
-    def binary(
-        self, op: str, left: Node, right: Node, as_bool: bool, matching: Matching, position: int
-    ) -> Binary:
-        types = {left.type, right.type}
-        reason = ""
-        if types - {SCALAR, VECTOR}:
-            reason = "binary expression must contain only scalar and instant vector types"
-        elif as_bool and op not in _COMPARISONS:
-            reason = "bool modifier can only be used on comparison operators"
-        elif types == {SCALAR} and op in _COMPARISONS and not as_bool:
-            reason = "comparisons between scalars must use BOOL modifier"
-        elif SCALAR in types and op in _SET_OPERATORS:
-            reason = f'set operator "{op}" not allowed in binary scalar expression'
-        elif SCALAR in types and matching.labels:
-            reason = "vector matching only allowed between instant vectors"
-        elif op in _SET_OPERATORS and matching.group:
-            reason = f'no grouping allowed for "{op}" operation'
-        if reason:
-            raise self.error(reason, position)
-        if SCALAR in types:
-            matching = Matching()
-        result = SCALAR if types == {SCALAR} else VECTOR
-        return Binary(op, left, right, as_bool, matching, left.position, result)
-
-    def operand(self) -> Node:
-        sign = self.token
-        if not self.accept("+", "-"):
-            return self.with_modifiers(self.primary())
-        operand = self.expression(_PRECEDENCE["^"])  # -1 ^ 2 is -(1 ^ 2), but -1 * 2 is (-1) * 2
-        if operand.type not in (SCALAR, VECTOR):
-            raise self.error(
-                "unary expression only allowed on expressions of type scalar or instant vector, "
-                f'got "{operand.type}"',
-                operand.position,
-            )
-        if isinstance(operand, Number):
-            value = -operand.value if sign.text == "-" else operand.value
-            return operand._replace(value=value, position=sign.position)
-        return Unary(sign.text, operand, sign.position, operand.type)
-
-    def with_modifiers(self, node: Node) -> Node:
-        """The node with what stands behind it: a range, a subquery, offsets and times."""
-        while True:
-            modifier = self.token
-            if self.accept("["):
-                node = self.range_of(node, modifier.position)
-            elif self.accept("offset", "@"):
-                what = "offset" if modifier.text != "@" else "@"
-                if not isinstance(node, Selector | Subquery):
-                    raise self.error(
-                        f"{what} modifier must be preceded by an instant vector selector or range "
-                        "vector selector or a subquery",
-                        modifier.position,
-                    )
-                change = self.with_offset if what == "offset" else self.with_time
-                node = change(node, modifier.position)
-            else:
-                return node
-
-    def range_of(self, node: Node, position: int) -> Node:
-        window = self.duration(positive=True)
-        if self.accept(":"):
-            step = None if self.word == "]" else self.duration(positive=True)
-            self.require("]", "behind the step of a subquery")
-            if node.type != VECTOR:
-                raise self.error(
-                    f"subquery is only allowed on instant vector, got {node.type} instead",
-                    node.position,
-                )
-            return Subquery(node, window, step, node.position)
-        self.require("]", "or ':' behind the range")
-        if not isinstance(node, Selector) or node.range:
-            raise self.error("ranges only allowed for vector selectors", position)
-        if node.offset and node.offset.ms:
-            raise self.error("no offset modifiers allowed before range", position)
-        if node.at is not None:
-            raise self.error("no @ modifiers allowed before range", position)
-        return node._replace(range=window, offset=None)
-
-    def with_offset(self, node: Selector | Subquery, position: int) -> Node:
-        offset = self.duration(least=_OPERAND)  # `x offset 5m + 1` adds to what x is
-        if node.offset and node.offset.ms:
-            raise self.error("offset may not be set multiple times", position)
-        return node._replace(offset=None if offset.text == "0s" else offset)
-
-    def with_time(self, node: Selector | Subquery, position: int) -> Node:
-        at: int | str
-        if bound := self.accept("start", "end"):
-            self.require("(", f"behind {bound}")
-            self.require(")", f"behind {bound}(")
-            at = bound
-        else:
-            sign = -1 if self.accept("-", "+") == "-" else 1
-            seconds = sign * self.number("a time in seconds, start() or end()").value
-            if not abs(seconds) < 2**63:
-                raise self.error("timestamp out of bounds for @ modifier", position)
-            at = max(-MAX_TIME_MS, min(round(seconds * 1000), MAX_TIME_MS))
-        if node.at is not None:
-            raise self.error("@ <timestamp> may not be set multiple times", position)
-        return node._replace(at=at)
-
-    def number(self, what: str) -> Number:
-        """A number, or a duration in seconds."""
-        token = self.token
-        is_duration = token.kind == "duration"
-        if not is_duration and token.kind != "number" and token.text.lower() not in _NON_FINITE:
-            raise self.expected(what)
-        self.index += 1
-        try:
-            value = (
-                parse_duration_ms(token.text) / 1000 if is_duration
-                else _NON_FINITE.get(token.text.lower()) or _number_of(token.text)
-            )  # fmt: skip
-        except ValueError as error:
-            raise self.error(str(error), token.position) from None
-        return Number(value, token.position, is_duration)
-
-    def duration(self, least: int = 1, positive: bool = False) -> Duration:
-        """A duration, whose numbers count seconds, and which may be an expression.
-
-        `least`: of operators, those that bind at least so tightly belong to it.
-        """
-        position = self.token.position
-        seconds = self.seconds(least)
-        if positive and seconds.value <= 0:
-            raise self.error("duration must be greater than 0", position)
-        if not abs(seconds.value) * 1000 <= MAX_DURATION_MS:
-            raise self.error("duration out of range", position)
-        if seconds.kind != "literal":
-            return Duration(math.trunc(seconds.value * 1000), seconds.text)
-        ms = math.trunc(round(seconds.value * 1e9) / 1e6)
-        return Duration(ms, _duration_text(ms))
-
-    def seconds(self, least: int) -> "_Seconds":
-        if sign := self.accept("+", "-"):
-            left = self.seconds(max(least, _PRECEDENCE["^"]))
-            if sign == "-":
-                text = left.text[1:] if left.text[0] == "-" else f"-{left.text}"
-                left = left._replace(value=-left.value, text=text)
-        elif self.accept("("):
-            left = self.seconds(1)
-            self.require(")", "or an operator")
-            if left.kind == "open":
-                left = _Seconds(left.value, f"({left.text})", "wrapped")
-        else:
-            left = _Seconds.of(self.number("a duration such as 5m"))
-        while (precedence := _PRECEDENCE.get(self.word, 0)) >= least and self.word in "+-*/%^":
-            op = self.take()
-            right = self.seconds(precedence + (op.text != "^"))
-            if op.text in "/%" and not right.value:
-                what = "division" if op.text == "/" else "modulo"
-                raise self.error(f"{what} by zero", op.position)
-            value = ARITHMETIC[op.text](left.value, right.value)
-            left = _Seconds(value, f"{left.text} {op.text} {right.text}", "open")
-        return left
-
-    def primary(self) -> Node:
-        token = self.token
-        if token.kind in ("number", "duration") or token.text.lower() in _NON_FINITE:
-            return self.number("a number")
-        if token.kind == "string":
-            return Text(self.string(), token.position)
-        if self.accept("("):
-            inner = self.expression()
-            self.require(")", "or an operator")
-            return Paren(inner, token.position, inner.type)
-        if self.word == "{":
-            return self.selector("")
-        if token.kind != "identifier" or self.word in _NEVER_METRICS:
-            raise self.expected("an expression")
-        self.index += 1
-        if token.text.lower() in _AGGREGATIONS and self.word in ("(", "by", "without"):
-            return self.aggregate(token)
-        if self.word == "(":
-            return self.call(token)
-        self.index -= 1
-        return self.selector(self.take().text)
-
-    def string(self) -> str:
-        """The text of a string token. Escapes are those of Go; \\x and octal ones name bytes."""
-        token = self.take()
-        quote, inner = token.text[0], token.text[1:-1]
-        if quote == "`" or "\\" not in inner:
-            return inner
-
-        def unescaped(match: re.Match[str]) -> str:
-            byte, octal, short, long, letter = match.groups()
-            if letter is not None:
-                if letter != quote and letter not in _LETTER_ESCAPES:
-                    raise self.error(f"unknown escape \\{letter}", token.position)
-                return _LETTER_ESCAPES.get(letter, letter)
-            code = int(byte or short or long or octal, 8 if octal else 16)
-            if code > (0x10FFFF if short or long else 255) or (short and 0xD800 <= code < 0xE000):
-                raise self.error(f"escape out of range {match[0]}", token.position)
-            if (byte or octal) and code > 127:
-                return chr(0xDC00 + code)  # the byte, as errors="surrogateescape" has it
-            return chr(code)
-
-        octets = _STRING_ESCAPE.sub(unescaped, inner).encode(errors="surrogateescape")
-        return octets.decode(errors="surrogateescape")
-
-    def selector(self, name: str) -> Selector:
-        position = self.tokens[self.index - bool(name)].position
-        matchers = list(self.items("{", "}", self.matcher)) if self.word == "{" else []
-        if not name and all(map(_matches_empty, matchers)):
-            raise self.error(
-                "vector selector must contain at least one non-empty matcher", position
-            )
-        for matcher in matchers if name else ():
-            if matcher.name == NAME:
-                raise self.error(
-                    f'metric name must not be set twice: "{name}" or "{matcher.value}"', position
-                )
-        if name:
-            matchers.append(Matcher(NAME, "=", name))
-        return Selector(name, tuple(matchers), position)
-
-    def items(
-        self, begin: str, end: str, item: Callable[[], _T], trailing: bool = True
-    ) -> list[_T]:
-        """What stands between two brackets, separated by commas; one may be `trailing`."""
-        self.require(begin, "before a list")
-        items: list[_T] = []
-        while not self.accept(end):
-            items.append(item())
-            if not self.accept(","):
-                if self.word != end:
-                    raise self.expected(f"',' or {end!r}")
-            elif not trailing and self.word == end:
-                raise self.expected("an expression")
-        return items
-
-    def matcher(self) -> Matcher:
-        """A matcher, or the quoted name of a metric, which is one too."""
-        label = self.token
-        name = self.label_name(in_braces=True)
-        op = self.accept("=", "!=", "=~", "!~")
-        if not op:
-            if label.kind == "string" and self.word in (",", "}"):
-                return Matcher(NAME, "=", name)
-            raise self.expected("one of = != =~ !~")
-        value = self.token
-        if value.kind != "string":
-            raise self.expected("a value in quotes")
-        matcher = Matcher(name, op, self.string())
-        if op in ("=~", "!~"):
-            try:
-                compile_regex(matcher.value)
-            except ValueError as error:
-                raise self.error(str(error), value.position) from None
-        return matcher
-
-    def label_name(self, in_braces: bool = False) -> str:
-        token = self.token
-        if token.kind == "string":
-            name = self.string()
-            if not is_label_name(name) and (name or not in_braces):
-                raise self.error(f"invalid label name {token.text}", token.position)
-            return name
-        refused = ":" in token.text if in_braces else token.text.lower() in _NEVER_LABELS
-        if token.kind != "identifier" or refused:
-            raise self.expected("a label name")
-        return self.take().text
-
-    def label_list(self) -> tuple[str, ...]:
-        return tuple(self.items("(", ")", self.label_name))
-
-    def arguments(self) -> list[Node]:
-        return self.items("(", ")", self.expression, trailing=False)
-
-    def aggregate(self, operator: Token) -> Node:
-        op = operator.text.lower()
-        clause = self.accept("by", "without")
-        labels = self.label_list() if clause else ()
-        arguments = self.arguments()
-        if not clause and (clause := self.accept("by", "without")):
-            labels = self.label_list()
-        types = [_PARAMETER_TYPES[op], VECTOR] if op in _PARAMETER_TYPES else [VECTOR]
-        if not arguments:
-            raise self.error("no arguments for aggregate expression provided", operator.position)
-        if len(arguments) != len(types):
-            raise self.error(
-                "wrong number of arguments for aggregate expression provided, "
-                f"expected {len(types)}, got {len(arguments)}",
-                operator.position,
-            )
-        for expected, argument in zip(types, arguments):
-            where = "aggregation expression" if expected == VECTOR else "aggregation parameter"
-            self.check_type(argument, expected, where)
-        parameter = arguments[0] if len(types) == 2 else None
-        without = clause == "without"
-        return Aggregate(op, arguments[-1], parameter, labels, without, operator.position)
-
-    def call(self, name: Token) -> Node:
-        function = SIGNATURES.get(name.text)
-        if function is None:
-            raise self.error(f'unknown function with name "{name.text}"', name.position)
-        arguments = self.arguments()
-        most = len(function.arguments) if not function.variadic else len(arguments)
-        if not function.required <= len(arguments) <= most:
-            bound = (
-                "" if most == function.required
-                else "at least " if len(arguments) < function.required else "at most "
-            )  # fmt: skip
-            number = function.required if len(arguments) < function.required else most
-            raise self.error(
-                f'expected {bound}{number} argument(s) in call to "{name.text}", '
-                f"got {len(arguments)}",
-                name.position,
-            )
-        for index, argument in enumerate(arguments):
-            expected = function.arguments[min(index, len(function.arguments) - 1)]
-            self.check_type(argument, expected, f'call to function "{name.text}"')
-        return Call(name.text, tuple(arguments), name.position)
-
-    def check_type(self, node: Node, expected: str, where: str) -> None:
-        if node.type != expected:
-            raise self.error(f"expected type {expected} in {where}, got {node.type}", node.position)
-
-
-def _matches_empty(matcher: Matcher) -> bool:
-    return matcher.accepts("")
-
-
-def is_label_name(name: str) -> bool:
-    """Whether a label may be called so: any UTF-8 that is not empty."""
-    return bool(name) and not _SURROGATE.search(name)
+        raise tokens.error("nested too deeply", 0) from None
+    if tokens.next.kind != "end":
+        raise tokens.expected("an operator or the end of the query")
+    return node
 
 
 def format_query(text: str) -> str:
@@ -7775,11 +7428,335 @@ def format_query(text: str) -> str:
     >>> format_query("sum   by(host)(rate(cpu[5m]))>1")
     'sum by (host) (rate(cpu[5m])) > 1'
     """
-    node = parse_query(text)
     try:
-        return "\n".join(_Printer().lines(node, 0))
+        return "\n".join(_layout(parse_query(text), 0)[1])
     except RecursionError:
         raise QueryError("nested too deeply", text, 0) from None
+
+
+# ---- operators ----
+
+
+def _expression(tokens: _Tokens, least: int = 1) -> Node:
+    """Operands joined by operators that bind at least so tightly: precedence climbing."""
+    left = _operand(tokens)
+    while (precedence := _PRECEDENCE.get(tokens.word, 0)) >= least:
+        position, op = tokens.next.position, tokens.take().text.lower()
+        as_bool = bool(tokens.accept("bool"))
+        matching = _matching(tokens)
+        right = _expression(tokens, precedence + (op != "^"))
+        types = {left.type, right.type}
+        if fault := _fault_of_operation(op, types, as_bool, matching):
+            raise tokens.error(fault, position)
+        if SCALAR in types:
+            matching = Matching()
+        result = SCALAR if types == {SCALAR} else VECTOR
+        left = Binary(op, left, right, as_bool, matching, left.position, result)
+    return left
+
+
+def _fault_of_operation(op: str, types: set[str], as_bool: bool, matching: Matching) -> str:
+    """Why an operator does not fit its operands or what stands behind it; "" if it does."""
+    if types - {SCALAR, VECTOR}:
+        return "binary expression must contain only scalar and instant vector types"
+    if as_bool and op not in COMPARE:
+        return "bool modifier can only be used on comparison operators"
+    if types == {SCALAR} and op in COMPARE and not as_bool:
+        return "comparisons between scalars must use BOOL modifier"
+    if SCALAR in types and op in _SET_OPERATORS:
+        return f'set operator "{op}" not allowed in binary scalar expression'
+    if SCALAR in types and matching.labels:
+        return "vector matching only allowed between instant vectors"
+    if op in _SET_OPERATORS and matching.group:
+        return f'no grouping allowed for "{op}" operation'
+    return ""
+
+
+def _matching(tokens: _Tokens) -> Matching:
+    on = tokens.accept("on", "ignoring")
+    if not on:
+        return Matching()
+    labels = tokens.items("(", ")", _label_name)
+    group = tokens.accept("group_left", "group_right")
+    include = tokens.items("(", ")", _label_name) if group and tokens.word == "(" else ()
+    if on == "on" and (both := set(labels) & set(include)):
+        raise tokens.error(
+            f'label "{min(both)}" must not occur in ON and GROUP clause at once',
+            tokens.next.position,
+        )
+    return Matching(on == "on", labels, group, include)
+
+
+def _operand(tokens: _Tokens) -> Node:
+    position, sign = tokens.next.position, tokens.accept("+", "-")
+    if not sign:
+        return _modified(tokens, _primary(tokens))
+    operand = _expression(tokens, _PRECEDENCE["^"])  # -1 ^ 2 is -(1 ^ 2), but -1 * 2 is (-1) * 2
+    if operand.type not in (SCALAR, VECTOR):
+        raise tokens.error(
+            "unary expression only allowed on expressions of type scalar or instant vector, "
+            f'got "{operand.type}"',
+            operand.position,
+        )
+    if isinstance(operand, Number):
+        value = -operand.value if sign == "-" else operand.value
+        return operand._replace(value=value, position=position)
+    return Unary(sign, operand, position, operand.type)
+
+
+def _primary(tokens: _Tokens) -> Node:
+    token, word = tokens.next, tokens.word
+    if token.kind in ("number", "duration") or word in _NON_FINITE:
+        return _number_at(tokens, "a number")
+    if token.kind == "string":
+        return Text(tokens.string(), token.position)
+    if tokens.accept("("):
+        inner = _expression(tokens)
+        tokens.require(")", "or an operator")
+        return Paren(inner, token.position, inner.type)
+    if word == "{":
+        return _selector(tokens, "", token.position)
+    if token.kind != "identifier" or word in _NEVER_METRICS:
+        raise tokens.expected("an expression")
+    tokens.take()
+    if word in _AGGREGATIONS and tokens.word in ("(", "by", "without"):
+        return _aggregation(tokens, word, token.position)
+    if tokens.word == "(":
+        return _call(tokens, token.text, token.position)
+    return _selector(tokens, token.text, token.position)
+
+
+def _number_at(tokens: _Tokens, what: str) -> Number:
+    """A number, or a duration in seconds; `what` is said to be expected if there is neither."""
+    token, is_duration = tokens.next, tokens.next.kind == "duration"
+    if not is_duration and token.kind != "number" and tokens.word not in _NON_FINITE:
+        raise tokens.expected(what)
+    word, text = tokens.word, tokens.take().text
+    try:
+        value = parse_duration_ms(text) / 1000 if is_duration else (
+            _NON_FINITE.get(word) or _number_of(text)
+        )  # fmt: skip
+    except ValueError as error:
+        raise tokens.error(str(error), token.position) from None
+    return Number(value, token.position, is_duration)
+
+
+# ---- what stands behind an operand: ranges, subqueries, offsets and times ----
+
+
+def _modified(tokens: _Tokens, node: Node) -> Node:
+    while True:
+        position = tokens.next.position
+        if tokens.accept("["):
+            node = _range_of(tokens, node, position)
+        elif what := tokens.accept("offset", "@"):
+            if not isinstance(node, Selector | Subquery):
+                raise tokens.error(
+                    f"{what} modifier must be preceded by an instant vector selector or range "
+                    "vector selector or a subquery",
+                    position,
+                )
+            change = _with_offset if what == "offset" else _with_time
+            node = change(tokens, node, position)
+        else:
+            return node
+
+
+def _range_of(tokens: _Tokens, node: Node, position: int) -> Node:
+    window = _duration_at(tokens, positive=True)
+    if tokens.accept(":"):
+        step = None if tokens.word == "]" else _duration_at(tokens, positive=True)
+        tokens.require("]", "behind the step of a subquery")
+        if node.type != VECTOR:
+            raise tokens.error(
+                f"subquery is only allowed on instant vector, got {node.type} instead",
+                node.position,
+            )
+        return Subquery(node, window, step, node.position)
+    tokens.require("]", "or ':' behind the range")
+    if not isinstance(node, Selector) or node.range:
+        raise tokens.error("ranges only allowed for vector selectors", position)
+    if node.offset and node.offset.ms:
+        raise tokens.error("no offset modifiers allowed before range", position)
+    if node.at is not None:
+        raise tokens.error("no @ modifiers allowed before range", position)
+    return node._replace(range=window, offset=None)
+
+
+def _with_offset(tokens: _Tokens, node: Selector | Subquery, position: int) -> Node:
+    offset = _duration_at(tokens, least=_OPERAND)  # `x offset 5m + 1` adds to what x is
+    if node.offset and node.offset.ms:
+        raise tokens.error("offset may not be set multiple times", position)
+    return node._replace(offset=None if offset.text == "0s" else offset)
+
+
+def _with_time(tokens: _Tokens, node: Selector | Subquery, position: int) -> Node:
+    at: int | str = tokens.accept("start", "end")
+    if at:
+        tokens.require("(", f"behind {at}")
+        tokens.require(")", f"behind {at}(")
+    else:
+        sign = -1 if tokens.accept("-", "+") == "-" else 1
+        seconds = sign * _number_at(tokens, "a time in seconds, start() or end()").value
+        if not abs(seconds) < 2**63:
+            raise tokens.error("timestamp out of bounds for @ modifier", position)
+        at = max(-MAX_TIME_MS, min(round(seconds * 1000), MAX_TIME_MS))
+    if node.at is not None:
+        raise tokens.error("@ <timestamp> may not be set multiple times", position)
+    return node._replace(at=at)
+
+
+class _Seconds(NamedTuple):
+    """A duration, or a part of an expression that is one."""
+
+    value: float
+    text: str
+    kind: str  # "literal"; "wrapped" in parentheses, or "open"
+
+
+def _duration_at(tokens: _Tokens, least: int = 1, positive: bool = False) -> Duration:
+    """A duration, whose numbers count seconds, and which may be an expression.
+
+    `least`: of operators, those that bind at least so tightly belong to it.
+    """
+    position = tokens.next.position
+    seconds = _seconds(tokens, least)
+    if positive and seconds.value <= 0:
+        raise tokens.error("duration must be greater than 0", position)
+    if not abs(seconds.value) * 1000 <= MAX_DURATION_MS:
+        raise tokens.error("duration out of range", position)
+    ms = math.trunc(round(seconds.value * 1e9) / 1e6)
+    return Duration(ms, _duration_text(ms) if seconds.kind == "literal" else seconds.text)
+
+
+def _seconds(tokens: _Tokens, least: int) -> _Seconds:
+    if sign := tokens.accept("+", "-"):
+        left = _seconds(tokens, max(least, _PRECEDENCE["^"]))
+        if sign == "-":
+            text = left.text[1:] if left.text[0] == "-" else f"-{left.text}"
+            left = left._replace(value=-left.value, text=text)
+    elif tokens.accept("("):
+        left = _seconds(tokens, 1)
+        tokens.require(")", "or an operator")
+        if left.kind == "open":
+            left = _Seconds(left.value, f"({left.text})", "wrapped")
+    else:
+        number = _number_at(tokens, "a duration such as 5m")
+        left = _Seconds(number.value, _number_text(number), "literal")
+    while (precedence := _PRECEDENCE.get(tokens.word, 0)) >= least and tokens.word in "+-*/%^":
+        op = tokens.take()
+        right = _seconds(tokens, precedence + (op.text != "^"))
+        if op.text in "/%" and not right.value:
+            what = "division" if op.text == "/" else "modulo"
+            raise tokens.error(f"{what} by zero", op.position)
+        value = ARITHMETIC[op.text](left.value, right.value)
+        left = _Seconds(value, f"{left.text} {op.text} {right.text}", "open")
+    return left
+
+
+# ---- selectors ----
+
+
+def _selector(tokens: _Tokens, name: str, position: int) -> Selector:
+    matchers = tokens.items("{", "}", _matcher) if tokens.word == "{" else ()
+    if not name and all(matcher.accepts("") for matcher in matchers):
+        raise tokens.error("vector selector must contain at least one non-empty matcher", position)
+    for matcher in matchers if name else ():
+        if matcher.name == NAME:
+            raise tokens.error(
+                f'metric name must not be set twice: "{name}" or "{matcher.value}"', position
+            )
+    if name:
+        matchers += (Matcher(NAME, "=", name),)
+    return Selector(name, matchers, position)
+
+
+def _matcher(tokens: _Tokens) -> Matcher:
+    """A matcher, or the quoted name of a metric, which is one too."""
+    is_quoted = tokens.next.kind == "string"
+    name = _label_name(tokens, in_braces=True)
+    op = tokens.accept("=", "!=", "=~", "!~")
+    if not op:
+        if is_quoted and tokens.word in (",", "}"):
+            return Matcher(NAME, "=", name)
+        raise tokens.expected("one of = != =~ !~")
+    value = tokens.next
+    if value.kind != "string":
+        raise tokens.expected("a value in quotes")
+    matcher = Matcher(name, op, tokens.string())
+    if op in ("=~", "!~"):
+        try:
+            compile_regex(matcher.value)
+        except ValueError as error:
+            raise tokens.error(str(error), value.position) from None
+    return matcher
+
+
+def is_label_name(name: str) -> bool:
+    """Whether a label may be called so: any UTF-8 that is not empty."""
+    return bool(name) and not _SURROGATE.search(name)
+
+
+def _label_name(tokens: _Tokens, in_braces: bool = False) -> str:
+    token = tokens.next
+    if token.kind == "string":
+        name = tokens.string()
+        if not is_label_name(name) and (name or not in_braces):
+            raise tokens.error(f"invalid label name {token.text}", token.position)
+        return name
+    refused = ":" in token.text if in_braces else tokens.word in _NEVER_LABELS
+    if token.kind != "identifier" or refused:
+        raise tokens.expected("a label name")
+    return tokens.take().text
+
+
+# ---- aggregations and functions ----
+
+
+def _aggregation(tokens: _Tokens, op: str, position: int) -> Node:
+    clause = tokens.accept("by", "without")
+    labels = tokens.items("(", ")", _label_name) if clause else ()
+    arguments = tokens.items("(", ")", _expression, trailing=False)
+    if not clause and (clause := tokens.accept("by", "without")):
+        labels = tokens.items("(", ")", _label_name)
+    types = [_PARAMETER_TYPES[op], VECTOR] if op in _PARAMETER_TYPES else [VECTOR]
+    if not arguments:
+        raise tokens.error("no arguments for aggregate expression provided", position)
+    if len(arguments) != len(types):
+        raise tokens.error(
+            "wrong number of arguments for aggregate expression provided, "
+            f"expected {len(types)}, got {len(arguments)}",
+            position,
+        )
+    for expected, argument in zip(types, arguments):
+        where = "aggregation expression" if expected == VECTOR else "aggregation parameter"
+        _check_type(tokens, argument, expected, where)
+    parameter = arguments[0] if len(types) == 2 else None
+    return Aggregate(op, arguments[-1], parameter, labels, clause == "without", position)
+
+
+def _call(tokens: _Tokens, name: str, position: int) -> Node:
+    if name not in SIGNATURES:
+        raise tokens.error(f'unknown function with name "{name}"', position)
+    types, required, returns, variadic = SIGNATURES[name]
+    arguments = tokens.items("(", ")", _expression, trailing=False)
+    given = len(arguments)
+    most = given if variadic else len(types)
+    if not required <= given <= most:
+        number = required if given < required else most
+        bound = "" if most == required else "at least " if given < required else "at most "
+        raise tokens.error(
+            f'expected {bound}{number} argument(s) in call to "{name}", got {given}', position
+        )
+    for index, argument in enumerate(arguments):
+        expected = types[min(index, len(types) - 1)]
+        _check_type(tokens, argument, expected, f'call to function "{name}"')
+    return Call(name, arguments, position, returns)
+
+
+def _check_type(tokens: _Tokens, node: Node, expected: str, where: str) -> None:
+    if node.type != expected:
+        raise tokens.error(f"expected type {expected} in {where}, got {node.type}", node.position)
 
 
 # ==================================================================================================
@@ -13530,7 +13507,7 @@ class RecordingState:
 
     def __init__(self, rule: Rule, labels: dict[str, str], limit: int):
         self.rule, self.labels, self.limit = rule, labels, limit
-        self.query = _Printer().text(parse_query(rule.expr))  # as the API shows it
+        self.query = query_text(parse_query(rule.expr))  # as the API shows it
         self.health, self.last_error = "unknown", ""
         self.evaluated_at = self.duration_s = 0.0
         self.silent_selectors: list[str] = []  # those that match no series
@@ -13713,11 +13690,11 @@ def _before_comparison(expression: str) -> str:
     while True:
         if isinstance(node, Paren):
             node = node.expression
-        elif isinstance(node, Binary) and node.op in ("and", "unless", *_COMPARISONS):
-            compares = compares or node.op in _COMPARISONS
+        elif isinstance(node, Binary) and node.op in ("and", "unless", *COMPARE):
+            compares = compares or node.op in COMPARE
             node = node.left
         else:
-            return _Printer().text(node) if compares else ""
+            return query_text(node) if compares else ""
 
 
 class GroupState:
@@ -13834,7 +13811,7 @@ def selectors_of(expression: str) -> list[str]:
 
     def look(node: object) -> None:
         if isinstance(node, Selector):
-            found.append(_Printer().text(node._replace(range=None, offset=None, at=None)))
+            found.append(query_text(node._replace(range=None, offset=None, at=None)))
         elif isinstance(node, Call) and node.name in ("absent", "absent_over_time"):
             return
         elif isinstance(node, tuple):
