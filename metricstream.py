@@ -6729,6 +6729,8 @@ SCALAR, STRING, VECTOR, RANGE = "scalar", "string", "instant vector", "range vec
 class QueryError(ValueError):
     """A query that can't be evaluated: what was expected, and where, from line and column 1."""
 
+    kind = "bad_data"  # the errorType of Prometheus's HTTP API
+
     def __init__(self, reason: str, text: str, position: int):
         self.line = text.count("\n", 0, position) + 1
         self.column = position - text.rfind("\n", 0, position)
@@ -6737,6 +6739,8 @@ class QueryError(ValueError):
 
 class ExecutionError(Exception):
     """A query that failed while it was evaluated: what the series hold does not fit it."""
+
+    kind = "execution"
 
 
 class SampleLimitError(ExecutionError):
@@ -9224,15 +9228,12 @@ def _matrix(series: Iterable[Series]) -> MatrixResult:
 API_PREFIX = "/api/v1/"
 QUERY_TIMEOUT_S = 120.0
 MAX_POINTS = 11_000  # steps of a range query
+MAX_PARAMETERS = 1_000
+MAX_QUERY_BYTES = 64 * 1024  # they take up to 0.3 s to parse
 _API_STATUS = {
     "bad_data": 400, "execution": 422, "timeout": 503, "not_found": 404, "unavailable": 503,
     "internal": 500,
 }  # fmt: skip
-MAX_QUERY_BYTES = 64 * 1024
-_API_ROUTES = (
-    "query", "query_range", "series", "labels", "metadata", "status/buildinfo", "format_query",
-)  # fmt: skip
-_LABEL_VALUES = re.compile(r"label/(.+)/values", re.DOTALL)
 _RFC_3339 = re.compile(
     r"([0-9]{4})-([0-9]{2})-([0-9]{2})T([0-9]{1,2}):([0-9]{2}):([0-9]{2}(?:[.,][0-9]+)?)"
     r"(?:Z|([-+](?:[01][0-9]|2[0-4])):([0-5][0-9]|60))"
@@ -9243,23 +9244,83 @@ _BOUNDARY_TIMES = {
     "292277025-08-18T07:12:54.999999999Z": MAX_TIME_MS,
 }
 _ESCAPED_NAME = re.compile(r"U__((?:[^_]|__|_[0-9a-fA-F]{1,6}_)*)")
+_LABEL_VALUES = re.compile(r"label/(.+)/values", re.DOTALL)
 
 
 class APIError(Exception):
-    """A request to the API that gets an error: its type is a key of _API_STATUS."""
+    """A request to the API that gets an error; its kind is Prometheus's errorType."""
 
-    def __init__(self, kind: str, reason: str):
+    def __init__(self, reason: str, kind: str = "bad_data"):
         super().__init__(reason)
         self.kind = kind
 
 
-def has_api_route(path: str) -> bool:
-    """Whether the API has a path."""
-    rest = path.removeprefix(API_PREFIX)
-    return rest != path and (rest in _API_ROUTES or _LABEL_VALUES.fullmatch(rest) is not None)
+def _wrong(name: str, reason: str) -> APIError:
+    return APIError(f'invalid parameter "{name}": {reason}')
 
 
-_Form = dict[str, list[str]]
+class _Parameters:
+    """The parameters of a request, as a form has them; an empty one is as if it were missing. What
+    reads one raises APIError where it is wrong.
+    """
+
+    def __init__(self, form: str):
+        try:
+            self._values = urllib.parse.parse_qs(form, True, max_num_fields=MAX_PARAMETERS)
+        except ValueError:
+            raise APIError("too many parameters") from None
+
+    def every(self, name: str) -> list[str]:
+        return self._values.get(name, [])
+
+    def text(self, name: str) -> str:
+        return self._values.get(name, [""])[0]
+
+    def required(self, name: str) -> str:
+        text = self.text(name)
+        if not text:
+            raise _wrong(name, "it is missing")
+        if len(text.encode(errors="replace")) > MAX_QUERY_BYTES:
+            raise APIError(f"the {name} has more than {MAX_QUERY_BYTES} bytes")
+        return text
+
+    def time_ms(self, name: str, missing_ms: int | None = None) -> int:
+        """A time; without one that stands for a missing one, it must be there."""
+        text = self.text(name)
+        return missing_ms if not text and missing_ms is not None else api_time_ms(text, name)
+
+    def seconds(self, name: str) -> float | None:
+        """Seconds, or a duration such as 5m; None where it is missing."""
+        text = self.text(name)
+        if not text:
+            return None
+        try:
+            if not GO_FLOAT.fullmatch(text):
+                return parse_duration_ms(text) / 1000
+            seconds = read_float(text)
+            if abs(seconds) * 1000 <= MAX_DURATION_MS:
+                return seconds
+        except ValueError as error:
+            logger.debug("no duration: %s", error)
+        raise _wrong(name, f"cannot parse {text!a} to a valid duration")
+
+    def limit(self) -> int | None:
+        """How many results are wanted at most; None: all."""
+        text = self.text("limit") or "0"
+        if not re.fullmatch("[-+]?[0-9]{1,19}", text) or not 0 <= int(text) < 2**63:
+            raise _wrong("limit", "not a whole number")
+        return int(text) or None
+
+    def timeout_s(self) -> float | None:
+        timeout_s = self.seconds("timeout")
+        if timeout_s is not None and timeout_s <= 0:
+            raise APIError("query timed out in expression evaluation", "timeout")
+        return timeout_s
+
+    def lookback_ms(self) -> int:
+        """The asked lookback, 0 for the usual one; the time-out is looked at, too."""
+        self.timeout_s()
+        return max(0, round((self.seconds("lookback_delta") or 0) * 1000))
 
 
 class QueryAPI:
@@ -9279,25 +9340,22 @@ class QueryAPI:
     ):
         self._store, self._clock, self._version = store, clock, version
         self._timeout_s = timeout_s
-        self._max_samples = max_samples
+        self._engine = Engine(store.select, max_samples=max_samples)
 
-    def answer(self, path: str, text: str, budget: Budget) -> tuple[int, bytes]:
+    def answer(self, path: str, form: str, budget: Budget) -> tuple[int, bytes]:
         """(status, JSON) for a path of `has_api_route` and its parameters as a form has them.
         Raises OverBudgetError.
         """
+        route = path.removeprefix(API_PREFIX)
         try:
-            form = urllib.parse.parse_qs(text, keep_blank_values=True, max_num_fields=1_000)
-            budget.spend(10 * len(text))
-        except ValueError:
-            return self.error("bad_data", "too many parameters")
-        try:
-            data = self._data(path, form, budget)
-        except APIError as error:
+            parameters = _Parameters(form)
+            budget.spend(10 * len(form))
+            if label := _LABEL_VALUES.fullmatch(route):
+                data = self._label_values(_unescaped_name(label[1]), parameters, budget)
+            else:
+                data = _API_ROUTES[route](self, parameters, budget)
+        except (APIError, QueryError, ExecutionError) as error:
             return self.error(error.kind, str(error))
-        except QueryError as error:
-            return self.error("bad_data", str(error))
-        except ExecutionError as error:
-            return self.error("execution", str(error))
         warnings = self._store.warnings
         more = f',"warnings":{write_json(warnings)}' if warnings else ""
         return 200, _utf_8(f'{{"status":"success","data":{data}{more}}}')
@@ -9308,150 +9366,119 @@ class QueryAPI:
         answer = {"status": "error", "errorType": kind, "error": reason}
         return _API_STATUS[kind], _utf_8(write_json(answer))
 
-    def timeout_s(self, text: str) -> float:
+    def timeout_s(self, form: str) -> float:
         """How long a query with these parameters may take, in seconds."""
         try:
-            form = urllib.parse.parse_qs(text, keep_blank_values=True, max_num_fields=1_000)
-            return min(self._timeout_s, _asked_timeout_s(form) or self._timeout_s)
-        except (ValueError, APIError) as error:  # the answer will say so
+            return min(self._timeout_s, _Parameters(form).timeout_s() or self._timeout_s)
+        except APIError as error:  # the answer will say so
             logger.debug("no time-out can be read: %s", error)
         return self._timeout_s
 
-    def _data(self, path: str, form: _Form, budget: Budget) -> str:
-        route = path.removeprefix(API_PREFIX)
-        if len(form.get("query", [""])[0].encode(errors="replace")) > MAX_QUERY_BYTES:
-            raise APIError("bad_data", f"the query has more than {MAX_QUERY_BYTES} bytes")
-        if route in ("query", "query_range"):
-            engine = Engine(self._store.select, max_samples=self._max_samples)
-            evaluate = self._query if route == "query" else self._query_range
-            return result_json(evaluate(engine, form, budget), _limit(form), budget)
-        if route == "format_query":
-            text = _only(form, "query")
-            budget.spend(len(text) ** 2 / 50)  # each level is indented more
-            return write_json(format_query(text))
-        if route == "series":
-            if "match[]" not in form:
-                raise APIError("bad_data", "no match[] parameter provided")
-            series = self._series(form, budget)[: _limit(form)]
-            return f"[{','.join(map(write_json, series))}]"
-        if route == "metadata":
-            return self._metadata(form, budget)
-        if route == "status/buildinfo":
-            facts = {"version": self._version, "revision": "", "branch": "", "buildUser": ""}
-            return write_json(facts | {"buildDate": "", "goVersion": ""})
-        if route == "labels":
-            names = {name for labels in self._series(form, budget) for name in labels}
-        else:
-            match = _LABEL_VALUES.fullmatch(route)
-            assert match is not None  # has_api_route has seen it
-            label = _unescaped_name(match[1])
-            series = self._series(form, budget)
-            names = {labels[label] for labels in series if label in labels}
-        return write_json(sorted(names)[: _limit(form)])
+    # ---- the routes: each gives its data as JSON
 
-    def _time_ms(self, form: _Form, name: str, missing_ms: int | None) -> int:
-        text = form.get(name, [""])[0]
-        if text or missing_ms is None:
-            return _api_time_ms(text, name)
-        return missing_ms
+    def _query(self, form: _Parameters, budget: Budget) -> str:
+        time_ms = form.time_ms("time", int(self._clock() * 1000))
+        lookback_ms, limit = form.lookback_ms(), form.limit()
+        result = self._engine.instant(form.required("query"), time_ms, budget, lookback_ms)
+        return result_json(result, limit, budget)
 
-    def _query(self, engine: Engine, form: _Form, budget: Budget) -> Result:
-        time_ms = self._time_ms(form, "time", int(self._clock() * 1000))
-        lookback_ms = _check_options(form)
-        return engine.instant(_only(form, "query"), time_ms, budget, lookback_ms)
-
-    def _query_range(self, engine: Engine, form: _Form, budget: Budget) -> Result:
-        start_ms, end_ms = self._time_ms(form, "start", None), self._time_ms(form, "end", None)
-        step_ms = round(_api_seconds(_only(form, "step"), "step") * 1000)
+    def _query_range(self, form: _Parameters, budget: Budget) -> str:
+        start_ms, end_ms = form.time_ms("start"), form.time_ms("end")
+        form.required("step")
+        step_ms = round((form.seconds("step") or 0) * 1000)
         if end_ms < start_ms:
-            raise APIError(
-                "bad_data", 'invalid parameter "end": end timestamp must not be before start time'
-            )
+            raise _wrong("end", "end timestamp must not be before start time")
         if step_ms <= 0:
-            raise APIError(
-                "bad_data",
-                'invalid parameter "step": zero or negative query resolution step widths are not '
-                "accepted. Try a positive integer",
+            raise _wrong(
+                "step",
+                "zero or negative query resolution step widths are not accepted. Try a positive "
+                "integer",
             )
         if (end_ms - start_ms) // step_ms > MAX_POINTS:
             raise APIError(
-                "bad_data",
                 f"exceeded maximum resolution of {MAX_POINTS:,} points per timeseries. Try "
-                "decreasing the query resolution (?step=XX)",
+                "decreasing the query resolution (?step=XX)"
             )
-        lookback_ms = _check_options(form)
-        return engine.range(_only(form, "query"), start_ms, end_ms, step_ms, budget, lookback_ms)
+        lookback_ms, limit, query = form.lookback_ms(), form.limit(), form.required("query")
+        result = self._engine.range(query, start_ms, end_ms, step_ms, budget, lookback_ms)
+        return result_json(result, limit, budget)
 
-    def _series(self, form: _Form, budget: Budget) -> list[dict[str, str]]:
+    def _format_query(self, form: _Parameters, budget: Budget) -> str:
+        query = form.required("query")
+        budget.spend(len(query) ** 2 / 50)  # each level is indented more
+        return write_json(format_query(query))
+
+    def _series(self, form: _Parameters, budget: Budget) -> str:
+        if not form.every("match[]"):
+            raise APIError("no match[] parameter provided")
+        return write_json(self._found(form, budget)[: form.limit()])
+
+    def _labels(self, form: _Parameters, budget: Budget) -> str:
+        names = {name for labels in self._found(form, budget) for name in labels}
+        return write_json(sorted(names)[: form.limit()])
+
+    def _label_values(self, label: str, form: _Parameters, budget: Budget) -> str:
+        values = {labels[label] for labels in self._found(form, budget) if label in labels}
+        return write_json(sorted(values)[: form.limit()])
+
+    def _metadata(self, form: _Parameters, budget: Budget) -> str:
+        types, metric = self._store.types(budget), form.text("metric")
+        names = sorted(types) if not metric else [metric] if metric in types else []
+        return write_json(
+            {
+                name: [{"type": types[name], "help": "", "unit": ""}]
+                for name in names[: form.limit()]
+            }
+        )
+
+    def _build_info(self, form: _Parameters, budget: Budget) -> str:
+        facts = ("revision", "branch", "buildUser", "buildDate", "goVersion")
+        return write_json({"version": self._version, **dict.fromkeys(facts, "")})
+
+    def _found(self, form: _Parameters, budget: Budget) -> list[dict[str, str]]:
+        """The labels of the series that one of the selectors finds."""
         selectors: list[Sequence[Matcher]] = []
-        for text in form.get("match[]", ()):
+        for text in form.every("match[]"):
             node = parse_query(text)
             if not isinstance(node, Selector) or node.range or node.offset or node.at is not None:
-                raise APIError("bad_data", f'invalid parameter "match[]": no selector: {text}')
+                raise _wrong("match[]", f"no selector: {text}")
             selectors.append(node.matchers)
-        start_ms = self._time_ms(form, "start", 0)
-        end_ms = self._time_ms(form, "end", END_OF_TIME_MS)
+        start_ms, end_ms = form.time_ms("start", 0), form.time_ms("end", END_OF_TIME_MS)
         return self._store.series(selectors or [()], start_ms, end_ms, budget)
 
-    def _metadata(self, form: _Form, budget: Budget) -> str:
-        types = self._store.types(budget)
-        names = form["metric"][:1] if form.get("metric", [""])[0] else sorted(types)
-        facts = {
-            name: [{"type": types[name], "help": "", "unit": ""}] for name in names if name in types
-        }
-        limit = _limit(form)
-        return write_json(dict(itertools.islice(facts.items(), limit)))
+
+_API_ROUTES = {
+    "query": QueryAPI._query,
+    "query_range": QueryAPI._query_range,
+    "format_query": QueryAPI._format_query,
+    "series": QueryAPI._series,
+    "labels": QueryAPI._labels,
+    "metadata": QueryAPI._metadata,
+    "status/buildinfo": QueryAPI._build_info,
+}
 
 
-def _utf_8(json: str) -> bytes:
-    """JSON as UTF-8; what is no Unicode becomes U+FFFD, as Go writes it."""
-    if "\\ud" in json:  # 3 ms for 10 MB
-        json = _JSON_ESCAPE.sub(lambda match: "\ufffd" if match[1] else match[0], json)
-    return json.encode()
+def has_api_route(path: str) -> bool:
+    """Whether the API has a path."""
+    route = path.removeprefix(API_PREFIX)
+    return route != path and (route in _API_ROUTES or _LABEL_VALUES.fullmatch(route) is not None)
 
 
-_JSON_ESCAPE = re.compile(r"\\(?:u(d[89a-f][0-9a-f]{2})|.)")
+# ---- what parameters mean ----
 
 
-def _only(form: _Form, name: str) -> str:
-    if not form.get(name, [""])[0]:
-        raise APIError("bad_data", f'invalid parameter "{name}": it is missing')
-    return form[name][0]
-
-
-def _limit(form: _Form) -> int | None:
-    """How many results are wanted at most; None: all."""
-    text = form.get("limit", [""])[0] or "0"
-    if not re.fullmatch("[-+]?[0-9]{1,19}", text) or not 0 <= int(text) < 2**63:
-        raise APIError("bad_data", 'invalid parameter "limit": not a whole number')
-    return int(text) or None
-
-
-def _check_options(form: _Form) -> int:
-    """The asked lookback in milliseconds, 0 for the usual one; the time-out is looked at, too."""
-    timeout_s = _asked_timeout_s(form)
-    if timeout_s is not None and timeout_s <= 0:
-        raise APIError("timeout", "query timed out in expression evaluation")
-    text = form.get("lookback_delta", [""])[0]
-    return max(0, round(_api_seconds(text, "lookback_delta") * 1000)) if text else 0
-
-
-def _asked_timeout_s(form: _Form) -> float | None:
-    text = form.get("timeout", [""])[0]
-    return _api_seconds(text, "timeout") if text else None
-
-
-def _api_time_ms(text: str, name: str) -> int:
-    """Unix seconds, or a time as RFC 3339 writes it, in milliseconds."""
+def api_time_ms(text: str, name: str) -> int:
+    """The time of a parameter in milliseconds. Raises APIError."""
     try:
-        return _BOUNDARY_TIMES[text] if text in _BOUNDARY_TIMES else _read_api_time(text)
+        return _read_api_time(text)
     except ValueError:
-        raise APIError(
-            "bad_data", f'invalid parameter "{name}": cannot parse {text!a} to a valid timestamp'
-        ) from None
+        raise _wrong(name, f"cannot parse {text!a} to a valid timestamp") from None
 
 
 def _read_api_time(text: str) -> int:
+    """Unix seconds, or a time as RFC 3339 writes it, in milliseconds. Raises ValueError."""
+    if text in _BOUNDARY_TIMES:
+        return _BOUNDARY_TIMES[text]
     match = _RFC_3339.fullmatch(text)
     if match is None:
         seconds = read_float(text)
@@ -9466,21 +9493,6 @@ def _read_api_time(text: str) -> int:
     zone_s = int(match[7] or 0) * 3600 + int(f"{(match[7] or '+')[0]}{match[8] or 0}") * 60
     whole_s = (days - 719_163) * 86_400 + hour * 3600 + minute * 60 - zone_s
     return whole_s * 1000 + round(second * 1000)
-
-
-def _api_seconds(text: str, name: str) -> float:
-    """Seconds, or a duration such as 5m, in seconds."""
-    try:
-        if not GO_FLOAT.fullmatch(text):
-            return parse_duration_ms(text) / 1000
-        seconds = read_float(text)
-        if not abs(seconds) * 1000 <= MAX_DURATION_MS:
-            raise ValueError("out of range")
-        return seconds
-    except ValueError:
-        raise APIError(
-            "bad_data", f'invalid parameter "{name}": cannot parse {text!a} to a valid duration'
-        ) from None
 
 
 def _unescaped_name(name: str) -> str:
@@ -9498,8 +9510,18 @@ def _unescaped_name(name: str) -> str:
         return name
 
 
-def _time_json(time_ms: int) -> str:
-    return f"{time_ms / 1000:.3f}".rstrip("0").rstrip(".")
+# ---- results as JSON ----
+
+
+_JSON_ESCAPE = re.compile(r"\\(?:u(d[89a-f][0-9a-f]{2})|.)")
+_ODD_NUMBER = re.compile('"([^"]*[en][^"]*)"')  # as `repr` writes 1e+16, inf and nan
+
+
+def _utf_8(json: str) -> bytes:
+    """JSON as UTF-8; what is no Unicode becomes U+FFFD, as Go writes it."""
+    if "\\ud" in json:  # 3 ms for 10 MB
+        json = _JSON_ESCAPE.sub(lambda match: "\ufffd" if match[1] else match[0], json)
+    return json.encode()
 
 
 def result_json(result: Result, limit: int | None = None, budget: Budget | None = None) -> str:
@@ -9508,30 +9530,54 @@ def result_json(result: Result, limit: int | None = None, budget: Budget | None 
     >>> result_json(ScalarResult(1500, 2.0))
     '{"resultType":"scalar","result":[1.5,"2"]}'
     """
+    budget = budget or Budget()
+    if isinstance(result, MatrixResult):
+        return f'{{"resultType":"matrix","result":[{_matrix_json(result.series[:limit], budget)}]}}'
+    time_s = _time_json(result.time_ms)
     if isinstance(result, VectorResult):
-        if budget is not None:
-            budget.spend(40 * len(result.samples))
-        kind, pieces = "vector", [
-            f'{{"metric":{write_json(labels)},'
-            f'"value":[{_time_json(result.time_ms)},"{format_value(value)}"]}}'
+        budget.spend(40 * len(result.samples))
+        kind, items = "vector", ",".join(
+            f'{{"metric":{write_json(labels)},"value":[{time_s},"{format_value(value)}"]}}'
             for labels, value in result.samples[:limit]
-        ]  # fmt: skip
-    elif isinstance(result, MatrixResult):
-        kind, pieces = "matrix", []
-        for labels, times_ms, values in result.series[:limit]:
-            if budget is not None:
-                budget.spend(20 + 10 * len(times_ms))
-            points = ",".join(
-                f'[{_time_json(time_ms)},"{format_value(value)}"]'
-                for time_ms, value in zip(times_ms, values)
-            )
-            pieces.append(f'{{"metric":{write_json(labels)},"values":[{points}]}}')
+        )  # fmt: skip
+    elif isinstance(result, StringResult):
+        kind, items = "string", f"{time_s},{write_json(result.value)}"
     else:
-        is_text = isinstance(result, StringResult)
-        text = write_json(result.value if is_text else decimal_text(float(result.value)))
-        pieces = [_time_json(result.time_ms), text]
-        kind = "string" if is_text else "scalar"
-    return f'{{"resultType":"{kind}","result":[{",".join(pieces)}]}}'
+        kind, items = "scalar", f'{time_s},"{decimal_text(result.value)}"'
+    return f'{{"resultType":"{kind}","result":[{items}]}}'
+
+
+def _time_json(time_ms: int) -> str:
+    return f"{time_ms / 1000:.3f}".rstrip("0").rstrip(".")
+
+
+def _matrix_json(matrix: list[Series], budget: Budget) -> str:
+    pieces = []
+    times: array[int] | None = None
+    template = ""  # of the points of all series that have the same times
+    for labels, times_ms, values in matrix:
+        budget.spend(20 + 4 * len(times_ms))
+        if times_ms != times:
+            times = times_ms
+            texts = [_time_json(t) if t % 1000 else str(t // 1000) for t in times]
+            template = "[" + ',"%r"],['.join(texts) + ',"%r"]'
+        points = _points_json(template, values)
+        pieces.append(f'{{"metric":{write_json(labels)},"values":[{points}]}}')
+    return ",".join(pieces)
+
+
+def _points_json(template: str, values: "array[float]") -> str:
+    """The points of a series, each value as `format_value` has it, in one call in C: 0.6 µs a
+    point, or 0.2 where all are integers, instead of 1.3 and 1.
+    """
+    numbers = tuple(values)
+    whole = all(map(float.is_integer, numbers)) and max(map(abs, numbers)) < 2**53
+    if whole and struct.pack("=d", -0.0) not in values.tobytes():  # %d would lose its sign
+        return template.replace("%r", "%d") % numbers
+    text = (template % numbers).replace('.0"', '"')
+    if "e" in text or "n" in text:
+        text = _ODD_NUMBER.sub(lambda match: f'"{format_value(float(match[1]))}"', text)
+    return text
 
 
 # ==================================================================================================
@@ -16162,6 +16208,9 @@ _MATCHER_OPS = {(True, False): "=", (False, False): "!=", (True, True): "=~", (F
 _SILENCE_ORDER = {"active": 1, "pending": 2, "expired": 3}
 
 
+_Form = dict[str, list[str]]
+
+
 class _RefusedRequest(Exception):
     """A request to the API that gets an error."""
 
@@ -19959,7 +20008,7 @@ def query_main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     sys.setrecursionlimit(MAX_RECURSION)
     try:
-        time_ms = _api_time_ms(options.time, "time") if options.time else int(time.time() * 1000)
+        time_ms = api_time_ms(options.time, "time") if options.time else int(time.time() * 1000)
         result = Engine(_stored(options.data_dir).select).instant(options.expression, time_ms)
     except (APIError, QueryError, ExecutionError, OSError) as error:
         return _complain(str(error))

@@ -6895,6 +6895,30 @@ def test_other_bodies_and_paths_are_no_queries(queried):
         assert client.ask("POST", "/api/v1/query", b"query=\xff", Content_Type=kind).status == 400
 
 
+def test_points_are_written_at_once_as_they_are_one_by_one():
+    rng = random.Random(1)
+    odd = [0.0, -0.0, NAN, INF, -INF, 2.0**53, -(2.0**53), 2.0**53 - 1, 1e15, 1e16, 1e20, 1e21, -1e22, 1e-5, 1e-6, 9e-7, 5e-324]
+    kinds: list[Callable[[], float]] = [
+        lambda: float(rng.randrange(-9, 9)), lambda: rng.randrange(-(2**60), 2**60) / 1.0, lambda: rng.choice(odd),
+        lambda: rng.uniform(-1, 1), lambda: rng.choice(odd[:2]), lambda: struct.unpack("d", rng.randbytes(8))[0],
+    ]  # fmt: skip
+    times = [array("q", [0]), array("q", range(-3_000, 9_000, 500)), array("q", range(0, 10**6, 60_000)),
+             array("q", sorted(rng.sample(range(10**13), 40)))]  # fmt: skip
+    for _ in range(300):
+        series = []
+        for number in range(rng.randrange(1, 5)):
+            one, kind = rng.choice(times), rng.choice(kinds)
+            series.append(Series({"n": str(number), "%r": "e"}, one, array("d", [kind() for _ in one])))
+        plain = ",".join(
+            f'{{"metric":{{"n":"{labels["n"]}","%r":"e"}},"values":['
+            + ",".join(f'[{f"{time_ms / 1000:.3f}".rstrip("0").rstrip(".")},"{format_value(value)}"]'
+                       for time_ms, value in zip(times_ms, values))
+            + "]}" for labels, times_ms, values in series
+        )  # fmt: skip
+        written = metricstream.result_json(MatrixResult(series))
+        assert written == f'{{"resultType":"matrix","result":[{plain}]}}'
+
+
 def test_an_answer_that_misses_data_says_so(tmp_path):
     under = a_store(tmp_path)
     try:
