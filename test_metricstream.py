@@ -13914,7 +13914,77 @@ def test_scale(tmp_path, capsys):
 
 
 # ==================================================================================================
-# Command line
+# Options
+# ==================================================================================================
+
+
+@at_once()
+def test_version_and_help(_):
+    assert run("--version").stdout == f"MetricStream {metricstream.__version__}\n"
+    shown = run("--help").stdout
+    for option in ("--host", "--data-dir", "--rate-limit", "--stripes", "--durability", "--threads",
+                   "--max-connections", "--log-level", "--clients", "--new-client", "--allowed-host",
+                   "--tls-cert", "--tls-key", "--dashboards"):  # fmt: skip
+        assert option in shown
+
+
+# ==================================================================================================
+# Commands
+# ==================================================================================================
+
+
+def test_queries_on_the_command_line(tmp_path, capsys):
+    under = a_store(tmp_path)
+    block_of(under, 1000, 2000, name="in_a_block")
+    under.push([Sample("in_the_log", 2.5, "gauge", {"a": 'b"'}, 2000)])
+
+    def query(*arguments: str) -> tuple[int, str]:
+        status = metricstream.main(
+            ["query", *arguments, "--data-dir", str(tmp_path), "--time", "2"]
+        )
+        return status, capsys.readouterr().out
+
+    try:
+        assert query("in_the_log + 1") == (0, '{a="b\\""}  1970-01-01T00:00:02.000Z  3.5\n')
+        status, text = query("in_a_block", "--json")
+        assert status == 0 and json.loads(text)["data"]["result"] == [
+            {"metric": {"__name__": "in_a_block"}, "value": [2, "2"]}
+        ]
+        assert query("1 + 1")[1] == "scalar  1970-01-01T00:00:02.000Z  2\n"
+        assert query("in_a_block[5s]")[1].splitlines() == [
+            "in_a_block  1970-01-01T00:00:01.000Z  1", "in_a_block  1970-01-01T00:00:02.000Z  2",
+        ]  # fmt: skip
+        assert query("sum(")[0] == 1
+        assert metricstream.main(["query", "up", "--data-dir", str(tmp_path / "none")]) == 1
+    finally:
+        under.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["blocks", "metrics.jsonl"]
+
+
+@at_once()
+def test_check_rules_says_what_promtool_says(tmp_path):
+    good, bad = tmp_path / "good.yml", tmp_path / "bad.yml"
+    good.write_text(RULES_YAML + "---\n# more\n")
+    bad.write_text(ALERT + "for: 300\n    labels: [a]\n")
+    ended = run("check-rules", str(good))
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout == (
+        f"Checking {good}\n  SUCCESS: 4 rules found\n"
+        f"  WARNING: {good}:1:1: only the first document of this file is read\n\n"
+    )
+    ended = run("check-rules", str(bad), str(tmp_path / "none"), str(good))
+    assert ended.returncode == 1 and ended.stdout.count("SUCCESS: 4 rules found") == 1
+    assert ended.stderr == (
+        f"  FAILED:\n{bad}:6:10: not a duration such as 5m or 1h30m: '300'\n"
+        f"{bad}:7:13: 'labels' must be a map\n\n"
+        f"  FAILED:\n{tmp_path / 'none'}: No such file or directory\n\n"
+    )
+    ended = run("check-rules")
+    assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1
+
+
+# ==================================================================================================
+# Starting
 # ==================================================================================================
 
 
@@ -14017,28 +14087,6 @@ def test_the_limit_on_open_files_lowers_the_connections(tmp_path):
 
 
 @at_once()
-def test_check_rules_says_what_promtool_says(tmp_path):
-    good, bad = tmp_path / "good.yml", tmp_path / "bad.yml"
-    good.write_text(RULES_YAML + "---\n# more\n")
-    bad.write_text(ALERT + "for: 300\n    labels: [a]\n")
-    ended = run("check-rules", str(good))
-    assert (ended.returncode, ended.stderr) == (0, "")
-    assert ended.stdout == (
-        f"Checking {good}\n  SUCCESS: 4 rules found\n"
-        f"  WARNING: {good}:1:1: only the first document of this file is read\n\n"
-    )
-    ended = run("check-rules", str(bad), str(tmp_path / "none"), str(good))
-    assert ended.returncode == 1 and ended.stdout.count("SUCCESS: 4 rules found") == 1
-    assert ended.stderr == (
-        f"  FAILED:\n{bad}:6:10: not a duration such as 5m or 1h30m: '300'\n"
-        f"{bad}:7:13: 'labels' must be a map\n\n"
-        f"  FAILED:\n{tmp_path / 'none'}: No such file or directory\n\n"
-    )
-    ended = run("check-rules")
-    assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1
-
-
-@at_once()
 def test_a_file_of_the_same_name_in_the_current_folder_is_not_run(tmp_path):
     (tmp_path / "metricstream.py").write_text("raise SystemExit('the wrong one')")
     command = [sys.executable, str(HERE / "metricstream.py"), "0", "--data-dir", "data"]
@@ -14051,16 +14099,6 @@ def test_a_file_of_the_same_name_in_the_current_folder_is_not_run(tmp_path):
             process.terminate()
             process.communicate(timeout=10)
     assert process.returncode == 0
-
-
-@at_once()
-def test_version_and_help(_):
-    assert run("--version").stdout == f"MetricStream {metricstream.__version__}\n"
-    shown = run("--help").stdout
-    for option in ("--host", "--data-dir", "--rate-limit", "--stripes", "--durability", "--threads",
-                   "--max-connections", "--log-level", "--clients", "--new-client", "--allowed-host",
-                   "--tls-cert", "--tls-key", "--dashboards"):  # fmt: skip
-        assert option in shown
 
 
 @at_once()
@@ -14216,34 +14254,6 @@ sys.exit(m.main(["0", "--data-dir", {str(tmp_path)!r}]))
         process.kill()
         process.communicate()
     assert process.returncode == 1 and "disk" in (out + err).splitlines()[-1], (out, err)
-
-
-def test_queries_on_the_command_line(tmp_path, capsys):
-    under = a_store(tmp_path)
-    block_of(under, 1000, 2000, name="in_a_block")
-    under.push([Sample("in_the_log", 2.5, "gauge", {"a": 'b"'}, 2000)])
-
-    def query(*arguments: str) -> tuple[int, str]:
-        status = metricstream.main(
-            ["query", *arguments, "--data-dir", str(tmp_path), "--time", "2"]
-        )
-        return status, capsys.readouterr().out
-
-    try:
-        assert query("in_the_log + 1") == (0, '{a="b\\""}  1970-01-01T00:00:02.000Z  3.5\n')
-        status, text = query("in_a_block", "--json")
-        assert status == 0 and json.loads(text)["data"]["result"] == [
-            {"metric": {"__name__": "in_a_block"}, "value": [2, "2"]}
-        ]
-        assert query("1 + 1")[1] == "scalar  1970-01-01T00:00:02.000Z  2\n"
-        assert query("in_a_block[5s]")[1].splitlines() == [
-            "in_a_block  1970-01-01T00:00:01.000Z  1", "in_a_block  1970-01-01T00:00:02.000Z  2",
-        ]  # fmt: skip
-        assert query("sum(")[0] == 1
-        assert metricstream.main(["query", "up", "--data-dir", str(tmp_path / "none")]) == 1
-    finally:
-        under.close()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["blocks", "metrics.jsonl"]
 
 
 # ---- all of it for ten minutes, with kills, full disks and hostile clients: make soak ----
