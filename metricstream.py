@@ -10515,33 +10515,18 @@ _STORE_STATISTICS = (
 
 
 # ==================================================================================================
-# 29. YAML
+# 29. Scalars of YAML
 # ==================================================================================================
 #
 # The problem: rule files are YAML, the standard library reads none, and all of YAML is far more
 # than rule files use. The idea: recursive descent as in the JSON chapter, over the part that they
-# do use: maps and lists in block and flow style, every kind of scalar, anchors, aliases and merges.
-# A scalar stays text: whoever asks for a field knows its type, so `0x10` and `no` are never read as
-# something else. What is left out (tags, directives, keys with `?`, tabs that indent) is an error
-# with its place.
-#
-# An alias is the node itself, not a copy, and what all aliases stand for is bounded. Where YAML 1.1
-# leaves a choice, it is made as libyaml and go-yaml make it, which Prometheus uses.
+# do use. This chapter reads pieces of text: plain, quoted, and in blocks. A scalar stays text:
+# whoever asks for a field knows its type, so `0x10` and `no` are never read as something else. It
+# knows where each piece of it stands, as an error in a query inside a rule has a place in the file.
 #
 # The source: https://yaml.org/spec/1.1/
 
-MAX_YAML_DEPTH = 64
-MAX_ALIASED = 1_000_000  # characters that the aliases of a document stand for
-
-_UNPRINTABLE = re.compile(
-    "[^\t\n -~\x85\xa0-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]"
-)
-_DOCUMENT_MARKER = re.compile(r"(?<=\n)(?:---|\.\.\.)(?=[ \t\n\0])")
-# Blanks and comments up to the next token. Tabs may stand behind a token, but not before one.
 _COMMENT = r"(?:\#[^\n\0]*+)?+"
-_UP_TO_TOKEN = re.compile(rf"[ \t]*+{_COMMENT}(?:\n(?:[ ]++\t[ \t]*+(?=\n)|[ ]*+{_COMMENT}))*+")
-_UP_TO_FLOW_TOKEN = re.compile(r"(?:[ \t\n]++|\#[^\n\0]*+)*+")
-_END_OF_LINE = re.compile(rf"[ \t]*+{_COMMENT}(?=[\n\0])")
 
 # Plain scalars: a first character that is no indicator, and no ": " or " #" behind it.
 _VISIBLE = r"[^ \t\n\0]"
@@ -10554,12 +10539,6 @@ _BLOCK_REST = re.compile(_PLAIN_REST)  # further lines
 _FLOW_PLAIN = re.compile(rf"(?:{_PLAIN_FIRST}|-(?={_VISIBLE})){_FLOW_PLAIN_REST}")
 _FLOW_REST = re.compile(_FLOW_PLAIN_REST)
 _NEXT_LINE = re.compile(r"[ \t]*+\n([ ]*+)([ \t]*+)")
-_LIST_ITEM = re.compile(r"-(?=[ \t\n\0])")
-_ANCHOR = re.compile(r"[&*]([A-Za-z0-9_-]++)(?=[ \t\n\0,\]}])")
-_KEY = re.compile(
-    rf"(?:&[A-Za-z0-9_-]++[ \t]++)?+(?:{_PLAIN_LINE}"
-    r"|\"(?:[^\"\\\n\0]++|\\.)*+\"|'(?:[^'\n\0]++|'')*+')[ \t]*+:(?=[ \t\n\0])"
-)
 
 _QUOTED_TEXT = re.compile(r"(?:[^'\"\\ \t\n\0]++|[ \t]++(?!\n))++")
 _LINE_FOLD = re.compile(r"[ \t]*+\n[ \t]*+(?:\n[ \t]*+)*+")
@@ -10635,7 +10614,6 @@ class YamlMap(NamedTuple):
 
 
 YamlNode = YamlScalar | YamlList | YamlMap
-_Entries = dict[str, tuple[YamlScalar, YamlNode]]
 
 
 def _nothing(position: int) -> YamlScalar:
@@ -10679,6 +10657,154 @@ class YamlDocument:
     def indentation(self, position: int) -> int:
         """How far a position is from the beginning of its line."""
         return position - self.text.rfind("\n", 0, position) - 1
+
+
+def _scalar_of(pieces: list[tuple[str, int]], position: int, plain: bool = False) -> YamlScalar:
+    """A scalar of pieces of text and their positions."""
+    offsets = itertools.accumulate((len(piece) for piece, _ in pieces), initial=0)
+    starts = [(offset, start) for offset, (_, start) in zip(offsets, pieces)]
+    text = "".join(piece for piece, _ in pieces)
+    return YamlScalar(text, position, plain, starts or [(0, position)])
+
+
+def _fold(breaks: int) -> str:
+    """What line breaks between two lines of text become: one a space, more of them one less."""
+    return " " if breaks == 1 else "\n" * (breaks - 1)
+
+
+def _plain(src: YamlDocument, position: int, indent: int, in_flow: bool) -> tuple[YamlScalar, int]:
+    text = src.text
+    first = _FLOW_PLAIN.match(text, position) if in_flow else _BLOCK_PLAIN.match(text, position)
+    if first is None:
+        letter = text[position]
+        reason = f"text that begins with {letter!a} needs quotes"
+        raise src.error(_MISPLACED.get(letter, reason), position)
+    pieces, end = [(first[0], position)], first.end()
+    while True:
+        breaks, start = 0, end
+        while line := _NEXT_LINE.match(text, start):
+            breaks, start = breaks + 1, line.end()
+            if line[2] and len(line[1]) <= indent:
+                raise src.error(_MISPLACED["\t"], line.start(2))
+        if not breaks or src.indentation(start) <= indent:
+            break
+        rest = _FLOW_REST.match(text, start) if in_flow else _BLOCK_REST.match(text, start)
+        if not rest or not rest[0]:
+            break
+        pieces += [(_fold(breaks), end), (rest[0], start)]
+        end = rest.end()
+    return _scalar_of(pieces, position, plain=True), end
+
+
+def _quoted_scalar(src: YamlDocument, position: int) -> tuple[YamlScalar, int]:
+    start, quote = position, src.text[position]
+    pieces: list[tuple[str, int]] = []
+    position += 1
+    while True:
+        if run := _QUOTED_TEXT.match(src.text, position):
+            pieces.append((run[0], position))
+            position = run.end()
+        letter = src.text[position]
+        piece, end = letter, position + 1
+        if fold := _LINE_FOLD.match(src.text, position):
+            piece, end = _fold(fold[0].count("\n")), fold.end()
+        elif letter == "\\" and quote == '"':
+            piece, end = _yaml_escape(src, position)
+        elif quote == "'" and src.text.startswith("''", position):
+            end += 1
+        elif letter == quote:
+            return _scalar_of(pieces, start), end
+        elif letter == "\0":
+            raise src.error(f"no {quote} ends this text", start)
+        pieces.append((piece, position))
+        position = end
+
+
+def _yaml_escape(src: YamlDocument, position: int) -> tuple[str, int]:
+    match = _YAML_ESCAPE.match(src.text, position)
+    if match is None:
+        raise src.error(f"unknown escape {src.text[position : position + 2]!a}", position)
+    if match["letter"]:
+        return _YAML_LETTERS.get(match["letter"], match["letter"]), match.end()
+    if match["breaks"] is not None:
+        return match["breaks"].count("\n") * "\n", match.end()
+    if match["pair"]:  # as JSON has it
+        high, low = int(match["pair"][1:5], 16), int(match["pair"][7:], 16)
+        return chr(0x10000 + ((high - 0xD800) << 10) + low - 0xDC00), match.end()
+    code = int(match["x"] or match["u"] or match["U"], 16)
+    if code > 0x10FFFF or 0xD800 <= code < 0xE000:
+        raise src.error("escape of no character", position)
+    return chr(code), match.end()
+
+
+def _block_scalar(src: YamlDocument, position: int, indent: int) -> tuple[YamlScalar, int]:
+    """A literal or folded scalar: the lines that are indented as far as the first one is."""
+    header, style = _BLOCK_HEADER.match(src.text, position), src.text[position]
+    if header is None:
+        reason = f"only '+' or '-', a digit and a comment can follow {style!r}"
+        raise src.error(reason, position)
+    chomp = header[1] or header[4] or ""
+    digit = header[2] or header[3]
+    width = max(indent, 0) + int(digit or 1)
+    if not digit:  # that of the first line with text
+        blank = _INDENTATIONS.match(src.text, header.end())
+        assert blank  # it matches the empty string
+        if src.text[blank.end()] == "\t":
+            raise src.error(_MISPLACED["\t"], blank.end())
+        width = max(width, *map(len, blank[0].split("\n")))
+    pieces: list[tuple[str, int]] = []
+    end, breaks, begins_blank = header.end(), 0, True
+    while line := _BLOCK_LINE.match(src.text, end):
+        breaks += 1
+        start, stop = line.start(1) + width, line.end()
+        if start < stop and start <= line.end(1):
+            is_blank = src.text[start] in " \t"
+            if not pieces:
+                joint = "\n" * (breaks - 1)
+            elif style == ">" and not is_blank and not begins_blank:
+                joint = _fold(breaks)
+            else:
+                joint = "\n" * breaks
+            pieces += [(joint, end), (src.text[start:stop], start)]
+            breaks, begins_blank = 0, is_blank
+        elif line[2]:
+            if line[2][0] == "\t":
+                raise src.error(_MISPLACED["\t"], line.start(2))
+            break
+        end = stop
+    last = breaks if pieces else breaks - 1
+    kept = {"+": last, "-": 0, "": min(last, 1) if pieces else 0}[chomp]
+    return _scalar_of([*pieces, ("\n" * kept, end)], position), end
+
+
+# ==================================================================================================
+# 30. YAML
+# ==================================================================================================
+#
+# Maps and lists in block and flow style, anchors, aliases and merges. What is left out (tags,
+# directives, keys with `?`, tabs that indent) is an error with its place.
+#
+# An alias is the node itself, not a copy, and what all aliases stand for is bounded. Where YAML 1.1
+# leaves a choice, it is made as libyaml and go-yaml make it, which Prometheus uses.
+
+MAX_YAML_DEPTH = 64
+MAX_ALIASED = 1_000_000  # characters that the aliases of a document stand for
+
+_UNPRINTABLE = re.compile(
+    "[^\t\n -~\x85\xa0-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]"
+)
+_DOCUMENT_MARKER = re.compile(r"(?<=\n)(?:---|\.\.\.)(?=[ \t\n\0])")
+# Blanks and comments up to the next token. Tabs may stand behind a token, but not before one.
+_UP_TO_TOKEN = re.compile(rf"[ \t]*+{_COMMENT}(?:\n(?:[ ]++\t[ \t]*+(?=\n)|[ ]*+{_COMMENT}))*+")
+_UP_TO_FLOW_TOKEN = re.compile(r"(?:[ \t\n]++|\#[^\n\0]*+)*+")
+_END_OF_LINE = re.compile(rf"[ \t]*+{_COMMENT}(?=[\n\0])")
+_LIST_ITEM = re.compile(r"-(?=[ \t\n\0])")
+_ANCHOR = re.compile(r"[&*]([A-Za-z0-9_-]++)(?=[ \t\n\0,\]}])")
+_KEY = re.compile(
+    rf"(?:&[A-Za-z0-9_-]++[ \t]++)?+(?:{_PLAIN_LINE}"
+    r"|\"(?:[^\"\\\n\0]++|\\.)*+\"|'(?:[^'\n\0]++|'')*+')[ \t]*+:(?=[ \t\n\0])"
+)
+_Entries = dict[str, tuple[YamlScalar, YamlNode]]
 
 
 def parse_yaml(text: str | bytes) -> YamlDocument:
@@ -10932,126 +11058,8 @@ def _flow_comma(src: YamlDocument, position: int, bracket: str) -> int:
     return position
 
 
-def _scalar_of(pieces: list[tuple[str, int]], position: int, plain: bool = False) -> YamlScalar:
-    """A scalar of pieces of text and their positions."""
-    offsets = itertools.accumulate((len(piece) for piece, _ in pieces), initial=0)
-    starts = [(offset, start) for offset, (_, start) in zip(offsets, pieces)]
-    text = "".join(piece for piece, _ in pieces)
-    return YamlScalar(text, position, plain, starts or [(0, position)])
-
-
-def _fold(breaks: int) -> str:
-    """What line breaks between two lines of text become: one a space, more of them one less."""
-    return " " if breaks == 1 else "\n" * (breaks - 1)
-
-
-def _plain(src: YamlDocument, position: int, indent: int, in_flow: bool) -> tuple[YamlScalar, int]:
-    text = src.text
-    first = _FLOW_PLAIN.match(text, position) if in_flow else _BLOCK_PLAIN.match(text, position)
-    if first is None:
-        letter = text[position]
-        reason = f"text that begins with {letter!a} needs quotes"
-        raise src.error(_MISPLACED.get(letter, reason), position)
-    pieces, end = [(first[0], position)], first.end()
-    while True:
-        breaks, start = 0, end
-        while line := _NEXT_LINE.match(text, start):
-            breaks, start = breaks + 1, line.end()
-            if line[2] and len(line[1]) <= indent:
-                raise src.error(_MISPLACED["\t"], line.start(2))
-        if not breaks or src.indentation(start) <= indent:
-            break
-        rest = _FLOW_REST.match(text, start) if in_flow else _BLOCK_REST.match(text, start)
-        if not rest or not rest[0]:
-            break
-        pieces += [(_fold(breaks), end), (rest[0], start)]
-        end = rest.end()
-    return _scalar_of(pieces, position, plain=True), end
-
-
-def _quoted_scalar(src: YamlDocument, position: int) -> tuple[YamlScalar, int]:
-    start, quote = position, src.text[position]
-    pieces: list[tuple[str, int]] = []
-    position += 1
-    while True:
-        if run := _QUOTED_TEXT.match(src.text, position):
-            pieces.append((run[0], position))
-            position = run.end()
-        letter = src.text[position]
-        piece, end = letter, position + 1
-        if fold := _LINE_FOLD.match(src.text, position):
-            piece, end = _fold(fold[0].count("\n")), fold.end()
-        elif letter == "\\" and quote == '"':
-            piece, end = _yaml_escape(src, position)
-        elif quote == "'" and src.text.startswith("''", position):
-            end += 1
-        elif letter == quote:
-            return _scalar_of(pieces, start), end
-        elif letter == "\0":
-            raise src.error(f"no {quote} ends this text", start)
-        pieces.append((piece, position))
-        position = end
-
-
-def _yaml_escape(src: YamlDocument, position: int) -> tuple[str, int]:
-    match = _YAML_ESCAPE.match(src.text, position)
-    if match is None:
-        raise src.error(f"unknown escape {src.text[position : position + 2]!a}", position)
-    if match["letter"]:
-        return _YAML_LETTERS.get(match["letter"], match["letter"]), match.end()
-    if match["breaks"] is not None:
-        return match["breaks"].count("\n") * "\n", match.end()
-    if match["pair"]:  # as JSON has it
-        high, low = int(match["pair"][1:5], 16), int(match["pair"][7:], 16)
-        return chr(0x10000 + ((high - 0xD800) << 10) + low - 0xDC00), match.end()
-    code = int(match["x"] or match["u"] or match["U"], 16)
-    if code > 0x10FFFF or 0xD800 <= code < 0xE000:
-        raise src.error("escape of no character", position)
-    return chr(code), match.end()
-
-
-def _block_scalar(src: YamlDocument, position: int, indent: int) -> tuple[YamlScalar, int]:
-    """A literal or folded scalar: the lines that are indented as far as the first one is."""
-    header, style = _BLOCK_HEADER.match(src.text, position), src.text[position]
-    if header is None:
-        reason = f"only '+' or '-', a digit and a comment can follow {style!r}"
-        raise src.error(reason, position)
-    chomp = header[1] or header[4] or ""
-    digit = header[2] or header[3]
-    width = max(indent, 0) + int(digit or 1)
-    if not digit:  # that of the first line with text
-        blank = _INDENTATIONS.match(src.text, header.end())
-        assert blank  # it matches the empty string
-        if src.text[blank.end()] == "\t":
-            raise src.error(_MISPLACED["\t"], blank.end())
-        width = max(width, *map(len, blank[0].split("\n")))
-    pieces: list[tuple[str, int]] = []
-    end, breaks, begins_blank = header.end(), 0, True
-    while line := _BLOCK_LINE.match(src.text, end):
-        breaks += 1
-        start, stop = line.start(1) + width, line.end()
-        if start < stop and start <= line.end(1):
-            is_blank = src.text[start] in " \t"
-            if not pieces:
-                joint = "\n" * (breaks - 1)
-            elif style == ">" and not is_blank and not begins_blank:
-                joint = _fold(breaks)
-            else:
-                joint = "\n" * breaks
-            pieces += [(joint, end), (src.text[start:stop], start)]
-            breaks, begins_blank = 0, is_blank
-        elif line[2]:
-            if line[2][0] == "\t":
-                raise src.error(_MISPLACED["\t"], line.start(2))
-            break
-        end = stop
-    last = breaks if pieces else breaks - 1
-    kept = {"+": last, "-": 0, "": min(last, 1) if pieces else 0}[chomp]
-    return _scalar_of([*pieces, ("\n" * kept, end)], position), end
-
-
 # ==================================================================================================
-# 30. Fields
+# 31. Fields
 # ==================================================================================================
 #
 # The problem: whoever writes a file wants to know everything that is wrong with it, and where. The
@@ -11163,7 +11171,7 @@ def _read_duration_ms(text: str) -> int:
 
 
 # ==================================================================================================
-# 31. Rule files
+# 32. Rule files
 # ==================================================================================================
 #
 # The problem: rules are written for Prometheus, and a fault in an expression should be known before
@@ -11349,7 +11357,7 @@ class _RuleReader(FieldReader):
 
 
 # ==================================================================================================
-# 32. Values of templates
+# 33. Values of templates
 # ==================================================================================================
 #
 # The problem: what a template prints must not differ by a character from what Go prints. The idea:
@@ -11570,7 +11578,7 @@ _METHODS = {datetime.datetime: _TIME_METHODS, datetime.timedelta: _DURATION_METH
 
 
 # ==================================================================================================
-# 33. Formats of templates
+# 34. Formats of templates
 # ==================================================================================================
 #
 # What `printf` and `print` write, for every verb, flag and kind of value: Go's fmt package once
@@ -11934,7 +11942,7 @@ def _printed(*values: Any) -> str:
 
 
 # ==================================================================================================
-# 34. Functions of templates
+# 35. Functions of templates
 # ==================================================================================================
 #
 # What every template may call: the functions that Go has. A function is a row with the types of its
@@ -12101,7 +12109,7 @@ _GO_FUNCTIONS = {
 
 
 # ==================================================================================================
-# 35. Functions of alerts
+# 36. Functions of alerts
 # ==================================================================================================
 #
 # The functions that Prometheus adds for rules, and those that Alertmanager adds for notifications.
@@ -12423,7 +12431,7 @@ NOTIFICATION_FUNCTIONS = _COMMON_FUNCTIONS | {
 
 
 # ==================================================================================================
-# 36. Template items
+# 37. Template items
 # ==================================================================================================
 #
 # The problem: labels and annotations of alerts, and what is sent to a webhook, are templates of
@@ -12606,7 +12614,7 @@ def _number_value(text: str) -> int | float:
 
 
 # ==================================================================================================
-# 37. Template parser
+# 38. Template parser
 # ==================================================================================================
 #
 # Items become a tree, and the next chapter walks over the tree. What `text` holds in a node is what
@@ -12990,7 +12998,7 @@ def _is_blank(statements: list[_Statement]) -> bool:
 
 
 # ==================================================================================================
-# 38. Templates
+# 39. Templates
 # ==================================================================================================
 #
 # A walk over the tree prints, and each step is Go's. What a label holds is printed and never read
@@ -13347,7 +13355,7 @@ class _TemplateRun:
 
 
 # ==================================================================================================
-# 39. Alerting
+# 40. Alerting
 # ==================================================================================================
 #
 # The problem: whether something is wrong is asked again and again, and what was found must neither
@@ -13990,7 +13998,7 @@ def _page_of(groups: list[dict[str, Any]], limit_text: str, token: str) -> dict[
 
 
 # ==================================================================================================
-# 40. Rule tests
+# 41. Rule tests
 # ==================================================================================================
 #
 # The problem: a rule that was never seen to fire is a guess. The idea: evaluate rules as the
@@ -14514,7 +14522,7 @@ def firing_bar(times: Iterable[tuple[int, int]], start_ms: int, end_ms: int) -> 
 
 
 # ==================================================================================================
-# 41. Alerts and routes
+# 42. Alerts and routes
 # ==================================================================================================
 #
 # The problem: hundreds of alerts fire at once, and each is for somebody else. The idea is that of
@@ -14653,7 +14661,7 @@ def route_key(parent_key: str | None, matchers: Iterable[Matcher]) -> str:
 
 
 # ==================================================================================================
-# 42. Notification configuration
+# 43. Notification configuration
 # ==================================================================================================
 #
 # The problem: who is told what stands in a file, credentials included, and people have such files
@@ -15151,7 +15159,7 @@ class _ConfigReader(FieldReader):
 
 
 # ==================================================================================================
-# 43. Notification
+# 44. Notification
 # ==================================================================================================
 #
 # The problem: each firing and each resolve is told once, although alerts come in again every
@@ -15698,7 +15706,7 @@ def _merged(old: Alert, new: Alert, now: float) -> Alert:
 
 
 # ==================================================================================================
-# 44. Receivers
+# 45. Receivers
 # ==================================================================================================
 #
 # The problem: a notification has to reach a service that may be slow, gone or wrong about what it
@@ -16170,7 +16178,7 @@ _CLIENT_STATISTICS: tuple[tuple[str, str, str, Callable[[_Queue], float]], ...] 
 
 
 # ==================================================================================================
-# 45. Alertmanager API
+# 46. Alertmanager API
 # ==================================================================================================
 #
 # The problem: people silence alerts with amtool, look at them in Grafana, and another Prometheus
@@ -16510,7 +16518,7 @@ def _silence_json(silence: Silence, now: float) -> dict[str, Any]:
 
 
 # ==================================================================================================
-# 46. Watcher process
+# 47. Watcher process
 # ==================================================================================================
 #
 # The problem: 200 heavy rules must not slow a POST, a receiver that hangs must not hold up a rule,
@@ -17184,7 +17192,7 @@ def watch_main(arguments: list[str]) -> int:
 
 
 # ==================================================================================================
-# 47. Watcher client
+# 48. Watcher client
 # ==================================================================================================
 #
 # The front's end of the watcher: it gives the watcher connections to this server, hands over what
@@ -17283,7 +17291,7 @@ EMPTY_WATCHER = {
 
 
 # ==================================================================================================
-# 48. Dashboard
+# 49. Dashboard
 # ==================================================================================================
 #
 # The problem: whoever pushed something wants to look at it without installing anything. The idea:
@@ -18873,7 +18881,7 @@ def dashboard_routes(
 
 
 # ==================================================================================================
-# 49. Remote write
+# 50. Remote write
 # ==================================================================================================
 #
 # The problem: who outgrows one machine has an engine for many, and it wants samples in a protocol
@@ -19231,7 +19239,7 @@ def _retry_after_s(text: str) -> float | None:
 
 
 # ==================================================================================================
-# 50. Sender process
+# 51. Sender process
 # ==================================================================================================
 #
 # The problem: every sample of the log is to reach a receiver, whatever dies in between and however
@@ -19765,7 +19773,7 @@ class AgentSegments:
 
 
 # ==================================================================================================
-# 51. Options
+# 52. Options
 # ==================================================================================================
 #
 # What a user can choose, with its default and the sentence that `--help` prints: a part of the
@@ -19950,7 +19958,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
 
 
 # ==================================================================================================
-# 52. Commands
+# 53. Commands
 # ==================================================================================================
 #
 # What is asked without a server: the store of a folder, rule files, unit tests of rules, a test
@@ -20177,7 +20185,7 @@ def test_notify_main(arguments: list[str]) -> int:
 
 
 # ==================================================================================================
-# 53. Starting
+# 54. Starting
 # ==================================================================================================
 #
 # Options become objects, each made of those before it; one line says what is running, and a signal
