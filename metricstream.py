@@ -1364,13 +1364,14 @@ def log_line(sample: Sample) -> str:
 # Bodies as programs write them: no escapes, the fields in the usual order, spaces as json.dumps has
 # them or none.
 _USUAL_METRIC = re.compile(
-    rb'\{"name": ?"([^"\\\x00-\x1f\x7f-\xff]{1,255})", ?"value": ?'
+    rb'\{"name": ?"([^"\\\x00-\x1f\x7f-\xff]{1,255}(?:","value":|", "value": )'
     # repr() gives the same digits: copy them
-    rb"(?:(0|-?[1-9][0-9]{0,9}(?:\.[0-9]{0,4}[1-9])?|-?0\.[0-9]{0,3}[1-9]|null)"
+    rb"(?:-?[1-9][0-9]{0,9}(?:\.[0-9]{0,4}[1-9])?|0|-?0\.[0-9]{0,3}[1-9]|null"
     # any other usual number
-    rb"|(-?(?:0|[1-9][0-9]{0,17})(?:\.[0-9]{1,18})?))"
-    # the rest: type and tags, checked by _line_tail
-    rb"(?=[,}])([^{}]{0,64}(?:\{[^{}]{0,512}\})?)\}"
+    rb"|(-?(?:0|[1-9][0-9]{0,17})(?:\.[0-9]{1,18})?)))"
+    # the rest: type and tags, checked by _line_tail. One excluded byte: 0.3 µs a metric instead of
+    # 0.7 for a set of two.
+    rb"(?=[,}])([^}]{0,576}\}?)\}"
 )
 
 
@@ -1406,32 +1407,32 @@ def fast_batch(body: bytes, now_ms: int) -> Batch | None:
     """The batch of a body in its usual shape; None: take the plain way.
 
     One regular expression splits the body into the parts of its metrics; what stands between them
-    must be commas and nothing else. 1.2 µs a metric where `parse_json`, `read_batch` and `log_line`
+    must be commas and nothing else. 0.7 µs a metric where `parse_json`, `read_batch` and `log_line`
     take 10; a test feeds both ways the same bodies.
 
     >>> fast_batch(b'{"metrics":[{"name":"cpu","value":1.50}]}', 0).lines
     b'{"timestamp":"1970-01-01T00:00:00.000Z","name":"cpu","value":1.5,"type":"gauge"}\\n'
     """
     pieces: list[Any] = _USUAL_METRIC.split(body)
-    count, between = len(pieces) // 5, pieces[5:-1:5]
+    count, between = len(pieces) // 4, pieces[4:-1:4]
     if not 1 <= count <= MAX_BATCH or pieces[0] not in (b'{"metrics":[', b'{"metrics": ['):
         return None
     if pieces[-1] != b"]}" or between.count(b",") + between.count(b", ") != count - 1:
         return None
-    names, values, fields = pieces[1::5], pieces[2::5], pieces[4::5]
-    tails = list(map(_line_tail, fields))
+    # each from the name to the value, and each number that is to be written as repr() does
+    starts, others, tails = pieces[1::4], pieces[2::4], list(map(_line_tail, pieces[3::4]))
     if None in tails:
         return None
-    if None in values:
-        for index, text in enumerate(pieces[3::5]):
+    if others.count(None) != count:
+        for index, text in enumerate(others):
             if text is not None:
-                values[index] = repr(float(text) if b"." in text else int(text)).encode()
-    line: list[Any] = [None] * (5 * count)
-    line[0::5] = [_line_head(now_ms)] * count
-    line[1::5] = names
-    line[2::5] = [b'","value":'] * count
-    line[3::5] = values
-    line[4::5] = tails
+                number = repr(float(text) if b"." in text else int(text)).encode()
+                starts[index] = starts[index].removesuffix(text) + number
+    if b'": ' in body:
+        starts = [start.replace(b'", "value": ', b'","value":') for start in starts]
+    line: list[Any] = [_line_head(now_ms)] * (3 * count)
+    line[1::3] = starts
+    line[2::3] = tails
     return Batch(b"".join(line), count)
 
 
