@@ -2107,7 +2107,6 @@ class Event(NamedTuple):
     """What happened to one request."""
 
     time: float  # at which it was answered, by time.perf_counter: no step of the clock shifts it
-    client: str
     status: int
     latency_s: float  # from its last byte's arrival to its answer
     metrics: int  # how many of its metrics were stored
@@ -2121,7 +2120,7 @@ class EventRing:
     number than the expected one has been overwritten: so a slow reader knows what it missed.
 
     >>> ring = EventRing(2)
-    >>> for event in "abc": ring.append(event)
+    >>> ring.extend("abc")
     >>> ring.read(since=0)
     (['b', 'c'], 3, 1)
     """
@@ -2129,16 +2128,17 @@ class EventRing:
     def __init__(self, size: int = RING_SIZE):
         self._slots: list[tuple[int, Any]] = [(-1, None)] * size
         self._mask = size - 1
-        # Guards the write index; nothing else is done under it but filling the slot.
+        # Guards the write index; nothing else is done under it but filling slots.
         self._lock = threading.Lock()
         self._end = 0  # the write index: how many events there ever were
 
-    def append(self, event: Any) -> None:
-        """Put an event in the place of the oldest."""
+    def extend(self, events: Iterable[Any]) -> None:
+        """Put events in the places of the oldest."""
+        slots, mask = self._slots, self._mask
         with self._lock:
-            end = self._end
-            self._slots[end & self._mask] = (end, event)
-            self._end = end + 1
+            for numbered in enumerate(events, self._end):
+                slots[numbered[0] & mask] = numbered
+                self._end = numbered[0] + 1
 
     def read(self, since: int = 0) -> tuple[list[Any], int, int]:
         """(events from number `since` on, the number to go on from, how many of them were
@@ -2190,6 +2190,8 @@ class Statistics:
         self._rows: list[Callable[[], Iterable[OwnMetric]]] = []
         self._clock = clock
         self._started = clock()
+        # Answered and not counted yet; to append and to take one is atomic.
+        self._noted: deque[tuple[int, float, int, bool]] = deque()
         self._lock = threading.Lock()  # guards the counters below
         self._by_status: Counter[int] = Counter()
         self._metrics = 0
@@ -2199,18 +2201,33 @@ class Statistics:
         self._last_look: tuple[float, int, tuple[dict[str, float], float]]
         self._last_look = -math.inf, -1, ({}, 0.0)  # when, at which end of the ring, what was found
 
-    def record(self, event: Event, invalid: bool = False) -> None:
-        """Count one request; `invalid` if it was refused for what its body held."""
-        self.ring.append(event)
-        _, _, status, latency_s, metrics = event
+    def note(self, status: int, started: float, metrics: int, invalid: bool = False) -> None:
+        """Remember a request that is answered in this round, `invalid` if it was refused for what
+        its body held. `started` is when its last byte came, by the clock.
+        """
+        self._noted.append((status, started, metrics, invalid))
+
+    def count(self) -> None:
+        """Count the requests that were noted: their answers are sent. The clock is looked at and
+        the locks are taken once for all of a round: 1 µs a request instead of 3.
+        """
+        noted = []
+        with contextlib.suppress(IndexError):  # that there are no more, or others were faster
+            while self._noted:
+                noted.append(self._noted.popleft())
+        if not noted:
+            return
+        ended = self._clock()
+        self.ring.extend(
+            [Event(ended, status, ended - started, stored) for status, started, stored, _ in noted]
+        )
+        statuses, starts, metrics, invalid = zip(*noted, strict=True)
         with self._lock:
-            self._by_status[status] += 1
-            self._latency_sum_s += latency_s
-            if metrics:
-                self._metrics += metrics
-                self._batches += 1
-            if invalid:
-                self._invalid += 1
+            self._by_status.update(statuses)
+            self._latency_sum_s += len(noted) * ended - math.fsum(starts)
+            self._metrics += sum(metrics)
+            self._batches += len(metrics) - metrics.count(0)
+            self._invalid += sum(invalid)
 
     def add(
         self,
@@ -2623,8 +2640,6 @@ class Service:
         self.health_facts: list[Callable[[], dict[str, Any]]] = []
         self._allowed_hosts = frozenset({"localhost", *map(str.lower, allowed_hosts)})
         self.stopping = False  # set once, when the server shuts down
-        # Answered, and not counted yet. A deque is atomic.
-        self._answered: deque[tuple[str, int, float, int, bool]] = deque()
         self._clock = clock
         self._routes: dict[str, dict[str, Handler]] = {}
         self._prefixes: dict[str, dict[str, Handler]] = {}
@@ -2723,7 +2738,7 @@ class Service:
 
     def show_statistics(self, request: Request, client: str) -> Answer:
         """`GET /metrics`: the server's own numbers."""
-        self.record_answered()
+        self.statistics.count()
         if prefers_text(request.head.headers.get("accept", "")):
             text = self.statistics.prometheus().encode()
             return Answer(Response(200, text, "text/plain; version=0.0.4; charset=utf-8"))
@@ -2793,7 +2808,7 @@ class Service:
             response = error_response(error)
             answer = Answer(response)
             invalid = isinstance(error, (JSONError, BatchError))
-        self._note_answered(client, response.status, started, metrics, invalid)
+        self._note(client, response.status, started, metrics, invalid)
         return answer
 
     def settle(self, pending: Pending, error: BaseException | None) -> Answer:
@@ -2805,12 +2820,12 @@ class Service:
             answer = Answer(self._failed(error))
         assert answer.response is not None  # a batch has one
         status, metrics = answer.response.status, answer.response.metrics
-        self._note_answered(pending.client, status, pending.started, metrics)
+        self._note(pending.client, status, pending.started, metrics)
         return answer
 
     def relayed(self, pending: Pending, status: int) -> None:
         """Count an answer that came from another process."""
-        self._note_answered(pending.client, status, pending.started, 0)
+        self._note(pending.client, status, pending.started, 0)
 
     @staticmethod
     def _failed(error: BaseException) -> Response:
@@ -2823,25 +2838,14 @@ class Service:
         `started` is when its last bytes came, or when it was given up.
         """
         response = error_response(error) if isinstance(error, HTTPError) else self._failed(error)
-        self._note_answered(peer, response.status, started, 0)
+        self._note(peer, response.status, started, 0)
         return response
 
-    def _note_answered(
-        self, client: str, status: int, started: float, metrics: int, invalid: bool = False
+    def _note(
+        self, client: str, status: int, started: float, metrics: int = 0, invalid: bool = False
     ) -> None:
-        """Remember a request for `record_answered`, which looks at the clock once for many."""
         if not isinstance(client, OwnPeer):
-            self._answered.append((client, status, started, metrics, invalid))
-
-    def record_answered(self) -> None:
-        """Record the requests whose answers were sent just now."""
-        ended = time.perf_counter()
-        while self._answered:
-            try:
-                client, status, started, metrics, invalid = self._answered.popleft()
-            except IndexError:  # another thread was faster
-                return
-            self.statistics.record(Event(ended, client, status, ended - started, metrics), invalid)
+            self.statistics.note(status, started, metrics, invalid)
 
 
 def refuse_other_origins(head: Head, allowed_hosts: Container[str]) -> None:
@@ -3331,6 +3335,13 @@ LINGER_BYTES = 1024 * 1024  # how much is read and dropped after an error
 REQUESTS_A_TURN = 4  # pipelined; then the others have their turn
 
 
+def _taken(waiting: "deque[Connection]") -> Iterator[Connection]:
+    """All that wait, unless another worker is faster; to take one is atomic."""
+    with contextlib.suppress(IndexError):
+        while True:
+            yield waiting.popleft()
+
+
 class Turns:
     """The steps of connections. Each returns the queue to wait in, or None: close it."""
 
@@ -3339,24 +3350,13 @@ class Turns:
         # Not a real queue: a step returns it to say "send after this round"; the connection goes
         # to _unsent.
         self._after_round = WaitQueue(0, math.inf)
-        self._unsent: deque[Connection] = deque()  # any worker may take from it; it is atomic
+        self._unsent: deque[Connection] = deque()  # any worker may take from it
 
     def step(
         self, connection: Connection, action: Callable[[Connection], WaitQueue | None]
     ) -> None:
         """Take a step for a claimed connection; then park it, or close it."""
-        try:
-            self._park(connection, action(connection))
-        except OSError:  # the client is gone: nobody is left to be told
-            self._connections.close(connection)
-        except Exception as error:  # an error of ours costs the one connection on which it showed
-            if connection.ending:
-                log_unexpected(error)
-                self._connections.close(connection)
-            else:
-                self.step(connection, partial(self._refuse, error=error))
-
-    def _park(self, connection: Connection, queue: WaitQueue | None) -> None:
+        queue = self._attempt(connection, action)
         if queue is None:
             self._connections.close(connection)
         elif queue is self._after_round:
@@ -3369,24 +3369,41 @@ class Turns:
                 assert isinstance(durable, Future)
                 durable.add_done_callback(partial(self.on_durable, connection))
 
-    def send_answers(self) -> None:
-        """Send what the last turns put aside.
+    def _attempt(
+        self, connection: Connection, action: Callable[[Connection], WaitQueue | None]
+    ) -> WaitQueue | None:
+        """The queue that a step gives, whatever goes wrong in it."""
+        try:
+            return action(connection)
+        except OSError:  # the client is gone: nobody is left to be told
+            return None
+        except Exception as error:  # an error of ours costs the one connection on which it showed
+            if connection.ending:
+                log_unexpected(error)
+                return None
+            return self._attempt(connection, partial(self._refuse, error=error))
+
+    def end_round(self) -> None:
+        """Send the answers that the last turns put aside, and count them.
 
         Answers of one round leave together, so that a client with many connections is woken once
         and not for each: 44,900 requests/s instead of 41,000 with 50 connections.
         """
-        while True:
-            try:
-                connection = self._unsent.popleft()
-            except IndexError:
-                break
-            self.step(connection, self._send)
-        self._service.record_answered()
+        waiting = []
+        for connection in _taken(self._unsent):
+            queue = self._attempt(connection, self._send)
+            if queue is None:
+                self._connections.close(connection)
+            else:
+                waiting.append((connection, queue))
+        if waiting:
+            self._connections.park_all(waiting)
+        self._service.statistics.count()
 
     def on_durable(self, connection: Connection, durable: "Future[None]") -> None:
         """Answer a request with whose batch the log is done. Runs in the log's thread."""
         self.step(connection, partial(self._answer_durable, error=durable.exception()))
-        self._service.record_answered()
+        self._service.statistics.count()
 
     def _answer_durable(
         self, connection: Connection, error: BaseException | None
@@ -3670,7 +3687,7 @@ class _Workers:
             try:
                 connection = claimed.popleft()
             except IndexError:
-                turns.send_answers()
+                turns.end_round()
                 worker.busy = False
                 self._connections.claim_ready(self.most_ready)
                 worker.turns += 1
@@ -3682,7 +3699,7 @@ class _Workers:
                 self._accept(worker)
             else:
                 turns.step(connection, turns.take_turn)
-        turns.send_answers()
+        turns.end_round()
         # It may have been replaced while it claimed: its successor, which waits for epoll by then,
         # would look there only when the wait times out.
         for connection in self._connections.take_claimed():
@@ -3877,7 +3894,7 @@ class Server(socketserver.ThreadingTCPServer):
     def _serve(self, connection: Connection) -> None:
         turns = self._turns
         turns.step(connection, turns.take_turn)
-        self.service.record_answered()
+        self.service.statistics.count()
         while (waits_in := connection.waits_in) is not None:
             self._wake_housekeeper()
             source = connection.pending.source if connection.pending else None
@@ -3896,7 +3913,7 @@ class Server(socketserver.ThreadingTCPServer):
                 connection.ready_at = time.perf_counter()
                 connection.hung_up = bool(ready.get(connection.fd, 0) & HUNG_UP)
                 turns.step(connection, turns.take_turn if ready else turns.time_out)
-                self.service.record_answered()
+                self.service.statistics.count()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Called by socketserver with what got past everything else."""
@@ -3985,7 +4002,7 @@ class Server(socketserver.ThreadingTCPServer):
             for connection in connections.claim_idle():
                 turns.step(connection, turns.take_turn)  # serve what has just arrived
                 connections.close_if_idle(connection)
-            turns.send_answers()
+            turns.end_round()
             self._stopped.wait(TICK_S / 4)
         self._workers.finish()
         self._stop_sender.send(b"!")  # stays unread: every worker sees it

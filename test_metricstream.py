@@ -3932,11 +3932,11 @@ def test_a_log_that_is_deleted_under_load_loses_nothing_acknowledged_afterwards(
 def test_a_reader_of_the_ring_knows_what_it_missed():
     ring = EventRing(8)
     for number in range(5):
-        ring.append(number)
+        ring.extend([number])
     events, next_, missed = ring.read()
     assert (events, next_, missed) == ([0, 1, 2, 3, 4], 5, 0)
     for number in range(5, 30):
-        ring.append(number)
+        ring.extend([number])
     assert ring.read(since=next_) == (list(range(22, 30)), 30, 17)
     assert ring.read(since=30) == ([], 30, 0)
 
@@ -3949,7 +3949,7 @@ def test_readers_of_the_ring_see_whole_events_in_order_while_writers_write():
         for number in itertools.count():
             if stop.is_set():
                 return
-            ring.append((writer, number, writer * number))
+            ring.extend([(writer, number, writer * number)])
 
     writers = [threading.Thread(target=write, args=(writer,)) for writer in range(1, 5)]
     for thread in writers:
@@ -3977,8 +3977,8 @@ def test_statistics_count_what_happened():
     statistics = Statistics(clock)
     statistics.add("log_bytes", "gauge", "Size of the log file.", lambda: 7, "log_size_bytes")
     for latency_ms, status, metrics in ((1, 200, 3), (2, 200, 5), (3, 429, 0), (10, 400, 0)):
-        event = metricstream.Event(clock(), "a", status, latency_ms / 1000, metrics)
-        statistics.record(event, invalid=status == 400)
+        statistics.note(status, clock() - latency_ms / 1000, metrics, invalid=status == 400)
+    statistics.count()
     clock.now += 2.0
     numbers = statistics.snapshot()
     assert numbers == {
@@ -4020,7 +4020,8 @@ def parse_exposition(text: str) -> dict[str, float]:
 
 def test_prometheus_text_declares_each_family_once_and_before_its_samples():
     statistics = Statistics()
-    statistics.record(metricstream.Event(time.time(), "a", 200, 0.001, 1))
+    statistics.note(200, time.perf_counter(), 1)
+    statistics.count()
     text = statistics.prometheus()
     assert parse_exposition(text)["metricstream_request_duration_seconds_count"] == 1
     assert "# TYPE metricstream_request_duration_seconds summary\n" in text
@@ -4522,7 +4523,7 @@ def test_latency_of_what_the_server_finishes_counts_from_its_arrival(tmp_path, r
         assert claimed is connection and before <= claimed.ready_at <= time.perf_counter()
         connection.ready_at -= 5  # it has waited for its turn
         turns.step(connection, turns.take_turn)
-        turns.send_answers()
+        turns.end_round()
         assert theirs.recv(12) == b"HTTP/1.1 %d" % status
     ((event,), _, _) = service.statistics.ring.read()
     assert event.status == status and 5 <= event.latency_s < 60
@@ -14707,12 +14708,12 @@ def test_refusals_are_failures_of_their_own_kind(tmp_path):
 @at_once()
 def test_the_load_tester_finds_out_a_server_that_forgets(tmp_path):
     with running(tmp_path) as started:
-        record = started.service.statistics.record
+        note = started.service.statistics.note
 
-        def forgetful(event: metricstream.Event, invalid: bool = False) -> None:
-            record(event._replace(metrics=event.metrics and 2), invalid)
+        def forgetful(status: int, started: float, metrics: int, invalid: bool = False) -> None:
+            note(status, started, metrics and 2, invalid)
 
-        started.service.statistics.record = forgetful  # type: ignore[method-assign]
+        started.service.statistics.note = forgetful  # type: ignore[method-assign]
         status, figures = load(started.port, "5", "4")
     assert (status, figures["success_rate"], figures["lost"]) == (1, 1.0, 20)
 
