@@ -25,12 +25,14 @@ The way of one POST, from the socket to the disk and back, with the chapter of e
     4              read_batch                          then samples, or every reason why not,
     5              log_line                            then a line for each
     8            Service.check_batch                 too many series? the store says how many more
-    6            MetricLog.append                    write(); or LogError
-    1        Response.encode                     head and body in one piece
-    10     Turns.on_durable                    at level disk: the answer, after the sync
-    10     Turns.send_answers                  send(), when all that were ready have had their turn
-    7        Statistics.record                   one event into the ring, for each
-    9      Connections.park                    epoll_ctl(): wait for the next request
+    10     Turns.end_round                       when all that were ready have had their turn:
+    8        Service.store                         the lines of up to 16 batches
+    6          MetricLog.append                      write(); or LogError
+    10       Turns.on_durable                      at level disk: the rest, after the sync
+    1        Response.encode                       head and body in one piece
+    9        Connection.flush                      send()
+    9        Connections.park_all                  wait for the next request
+    7        Statistics.count                      an event into the ring for each
 
 That is part I, a complete server by itself. The log is the seam: a second process follows it, keeps
 series, and answers queries (parts II and III); no query can hold up ingestion. Another evaluates
@@ -477,6 +479,24 @@ class RequestReader:
         self._head = self._chunks = None
         self._skipped_line = False
         return Request(head, body)
+
+    def whole_request(self, received: bytes) -> Request | None:
+        """The request that these bytes are, no more and no less; None: feed them.
+
+        1 µs instead of 4 for what clients send as a rule: nothing is copied into the buffer and out
+        of it again. A test gives both ways the same requests.
+        """
+        end = received.find(b"\r\n\r\n") + 2
+        if self.in_request or self._refusal is not None or not 2 < end <= MEMO_HEAD_BYTES:
+            return None
+        try:
+            head = known_head(received[:end])
+        except HTTPError:  # it will be told in the order of what arrived
+            return None
+        if head.chunked or head.content_length != len(received) - end - 2:
+            return None
+        self._skipped_line = False
+        return Request(head, received[end + 2 :])
 
     @property
     def in_body(self) -> bool:
@@ -2454,7 +2474,7 @@ class Answer(NamedTuple):
 
     response: "Response | None"  # None for a Relay: the other process writes the response
     more_fields: bytes = b""
-    source: "Future[None] | Relay | None" = None
+    source: "bytes | Relay | None" = None  # lines for the log, or another process
 
 
 Handler = Callable[[Request, str], Answer]
@@ -2464,7 +2484,7 @@ class Pending(NamedTuple):
     """An answer that waits for its source."""
 
     answer: Answer
-    source: "Future[None] | Relay"
+    source: "bytes | Future[None] | Relay"  # lines that are to be written, or are being written
     head: Head
     client: str
     started: float
@@ -2689,8 +2709,7 @@ class Service:
         batch = read_body(decode_content(request), int(self._clock() * 1000))
         if self.check_batch is not None:
             self.check_batch(batch)
-        durable = self.log.append(batch.lines)
-        return Answer(accepted(batch.metrics), quota, durable)
+        return Answer(accepted(batch.metrics), quota, batch.lines)
 
     def _take_quota(self, client: str) -> bytes:
         """Count a request against its client's rate: the RateLimit field line of the answer, or
@@ -2788,9 +2807,11 @@ class Service:
             )
         return handlers[head.method]
 
-    def answer(self, request: Request, peer: str, started: float) -> Answer | Pending:
+    def answer(
+        self, request: Request, peer: str, started: float, joins: bool = False
+    ) -> Answer | Pending:
         """Answer a whole request of the address `peer`, whose last byte came at `started`
-        (time.perf_counter).
+        (time.perf_counter). Where it `joins` others, the caller has its lines stored with theirs.
         """
         if self.clients is None:
             client = client_id(request.head, peer)
@@ -2801,7 +2822,12 @@ class Service:
             answer = self._handler(request.head)(request, client)
             response, _, source = answer
             if source is not None:
-                return Pending(answer, source, request.head, client, started)
+                pending = Pending(answer, source, request.head, client, started)
+                if joins or isinstance(source, Relay):
+                    return pending
+                durable = self.store([pending])
+                if durable is not None:
+                    return pending._replace(source=durable)
             assert response is not None  # only a relay has none yet
             metrics = response.metrics
         except (HTTPError, JSONError, BatchError, LogError) as error:
@@ -2810,6 +2836,11 @@ class Service:
             invalid = isinstance(error, (JSONError, BatchError))
         self._note(client, response.status, started, metrics, invalid)
         return answer
+
+    def store(self, joined: Iterable[Pending]) -> "Future[None] | None":
+        """Append the lines of requests to the log in one piece; see MetricLog.append."""
+        lines = [pending.source for pending in joined]
+        return self.log.append(b"".join(lines))  # type: ignore[arg-type]  # none of them is a relay
 
     def settle(self, pending: Pending, error: BaseException | None) -> Answer:
         """The answer to a request whose batch is durable, or could not be kept."""
@@ -3333,6 +3364,9 @@ class Connections:
 
 LINGER_BYTES = 1024 * 1024  # how much is read and dropped after an error
 REQUESTS_A_TURN = 4  # pipelined; then the others have their turn
+# Batches of a round that are written to the log at once: 25,000 requests/s instead of 22,000, and
+# no more connections wait where the disk does not answer.
+JOINED_WRITES = 16
 
 
 def _taken(waiting: "deque[Connection]") -> Iterator[Connection]:
@@ -3351,6 +3385,10 @@ class Turns:
         # to _unsent.
         self._after_round = WaitQueue(0, math.inf)
         self._unsent: deque[Connection] = deque()  # any worker may take from it
+        # The same for what is to be written to the log before it is answered.
+        self._to_write = WaitQueue(0, math.inf)
+        self._unwritten: deque[Connection] = deque()
+        self._joins_writes = connections.epoll is not None
 
     def step(
         self, connection: Connection, action: Callable[[Connection], WaitQueue | None]
@@ -3361,6 +3399,8 @@ class Turns:
             self._connections.close(connection)
         elif queue is self._after_round:
             self._unsent.append(connection)
+        elif queue is self._to_write:
+            self._unwritten.append(connection)
         else:
             self._connections.park(connection, queue)
             if queue is self._connections.committing and self._connections.epoll is not None:
@@ -3384,11 +3424,13 @@ class Turns:
             return self._attempt(connection, partial(self._refuse, error=error))
 
     def end_round(self) -> None:
-        """Send the answers that the last turns put aside, and count them.
+        """Write the batches that the last turns put aside, send their answers, and count them.
 
         Answers of one round leave together, so that a client with many connections is woken once
         and not for each: 44,900 requests/s instead of 41,000 with 50 connections.
         """
+        while joined := list(itertools.islice(_taken(self._unwritten), JOINED_WRITES)):
+            self._write(joined)
         waiting = []
         for connection in _taken(self._unsent):
             queue = self._attempt(connection, self._send)
@@ -3399,6 +3441,28 @@ class Turns:
         if waiting:
             self._connections.park_all(waiting)
         self._service.statistics.count()
+
+    def _write(self, joined: list[Connection]) -> None:
+        """Append the batches of some connections to the log, and answer when they are written."""
+        durable = error = None
+        try:
+            durable = self._service.store([c.pending for c in joined if c.pending is not None])
+        except Exception as failure:  # settle() tells what it means
+            error = failure
+        answer = partial(self._answer_stored, durable=durable, error=error)
+        for connection in joined:
+            self.step(connection, answer)
+
+    def _answer_stored(
+        self, connection: Connection, durable: "Future[None] | None", error: Exception | None
+    ) -> WaitQueue | None:
+        pending, connection.pending = connection.pending, None
+        assert pending is not None  # only then was it put aside
+        if durable is not None:
+            connection.pending = pending._replace(source=durable)
+            return self._connections.committing
+        self._put_response(connection, self._service.settle(pending, error), pending.head)
+        return self._after_round
 
     def on_durable(self, connection: Connection, durable: "Future[None]") -> None:
         """Answer a request with whose batch the log is done. Runs in the log's thread."""
@@ -3432,12 +3496,15 @@ class Turns:
                     return None
                 fault = HTTPError(400, "the connection ended in the middle of a request")
                 return self._refuse(connection, fault)
+            request = connection.reader.whole_request(received)
+            if request is not None:
+                return self._answer(connection, request) or self._finish_turn(connection)
             connection.reader.feed(received)
         return self._serve(connection)
 
     def _serve(self, connection: Connection) -> WaitQueue | None:
         """Answer the whole requests that have arrived, in their order."""
-        reader, started = connection.reader, connection.ready_at
+        reader = connection.reader
         for _ in range(REQUESTS_A_TURN):
             try:
                 request = reader.next_request()
@@ -3447,17 +3514,28 @@ class Turns:
                 if reader.take_continue():
                     connection.put(CONTINUE)
                 break
-            answer = self._service.answer(request, connection.peer, started)
-            if isinstance(answer, Pending):
-                connection.pending = answer
-                if not isinstance(answer.source, Relay):
-                    return self._connections.committing
-                return self._send(connection) if connection.unsent else self._connections.relaying
-            self._put_response(connection, answer, request.head)
+            queue = self._answer(connection, request)
+            if queue is not None:
+                return queue
             if connection.ending:
                 break
         else:
             connection.has_buffered_requests = reader.in_request
+        return self._finish_turn(connection)
+
+    def _answer(self, connection: Connection, request: Request) -> WaitQueue | None:
+        """Answer a request; None, or the queue in which its connection waits for the answer."""
+        joins = self._joins_writes and not connection.reader.in_request
+        answer = self._service.answer(request, connection.peer, connection.ready_at, joins)
+        if not isinstance(answer, Pending):
+            self._put_response(connection, answer, request.head)
+            return None
+        connection.pending = answer
+        if isinstance(answer.source, Relay):
+            return self._send(connection) if connection.unsent else self._connections.relaying
+        return self._to_write if isinstance(answer.source, bytes) else self._connections.committing
+
+    def _finish_turn(self, connection: Connection) -> WaitQueue | None:
         if connection.unsent and self._connections.epoll is not None:
             return self._after_round
         return self._send(connection)

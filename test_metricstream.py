@@ -1496,6 +1496,33 @@ def test_a_head_that_was_seen_before_is_read_as_it_was_the_first_time(seed):
         assert outcomes[0] == outcomes[1] == outcomes[2]
 
 
+@pytest.mark.parametrize("seed", range(scaled(2, 20)))
+def test_a_request_that_comes_alone_is_read_as_it_is_in_pieces(seed):
+    """The short way of the reader gives the same request as the long one, or none."""
+    rng = random.Random(f"alone {seed}")
+    sound = [row[1] for row in ODD_BUT_VALID if len(row[1]) < 2000]
+    taken = 0
+    for _ in range(1_000):
+        raw = rng.choice([*sound, HEALTH, post(), post(b"Authorization: a", body=b"")])
+        if rng.random() < 0.7:
+            raw = damaged(rng, raw, HTTP_TOKENS, lambda: rng.choice(sound))
+        request = RequestReader().whole_request(raw)
+        taken += request is not None
+        assert request is None or read_in_pieces([raw]) == Outcome([contents(request)], None), raw
+    assert taken > 200
+
+
+def test_what_is_no_whole_request_is_not_taken_for_one():
+    for raw in (HEALTH[:-1], HEALTH + b"G", post()[:-1], post() + b" ", chunked(in_chunks(BATCH)), b""):
+        assert RequestReader().whole_request(raw) is None
+    for before in (b"G", post()[:-3], b"nonsense\r\n\r\n"):
+        reader = RequestReader()
+        reader.feed(before)
+        with contextlib.suppress(HTTPError):
+            reader.next_request()
+        assert reader.whole_request(HEALTH) is None
+
+
 def test_an_idle_connection_holds_nothing_of_its_last_request():
     body, reader = post(body=b" " * 1_000_000), RequestReader()
     tracemalloc.start()
@@ -4488,6 +4515,48 @@ def test_posts_on_parked_connections_beside_a_hung_write_stop_nobody(tmp_path):
             assert answer_once(started.port, get(b"/metrics")).status == 200
         disk.release()
         assert {answer_on(connection).status for connection in parked} <= {200, 503}
+
+
+@pytest.mark.skipif(not hasattr(metricstream.select, "epoll"), reason="has no epoll")
+@pytest.mark.parametrize("plan, status, lines", [
+    ([], 200, 20), ([FULL, FULL], 503, 0), ([RuntimeError("a fault of ours")] * 2, 500, 0),
+    ([100, FULL, 100, FULL], 503, 0),
+])  # fmt: skip
+def test_batches_of_a_round_are_written_at_once_and_share_what_becomes_of_it(
+    tmp_path, plan, status, lines
+):
+    """But for those that came pipelined with others: each of these is written by itself."""
+    disk, written = Disk(*plan), []
+
+    def write(fd: int, octets: bytes) -> int:
+        written.append(bytes(octets).count(b"\n"))
+        return disk.write(fd, octets)
+
+    service = Service(MetricLog(str(tmp_path), write=write), None, Statistics())
+    connections = metricstream.Connections(Timeouts(), Clock(), has_epoll=True)
+    turns = metricstream.Turns(service, connections)
+    with contextlib.ExitStack() as stack:
+        stack.callback(connections.epoll.close)
+        pairs = [tuple(map(stack.enter_context, socket.socketpair())) for _ in range(20)]
+        for ours, theirs in pairs:
+            connections.add(connection := metricstream.Connection(ours, "10.0.0.7"))
+            theirs.sendall(post())
+            turns.step(connection, turns.take_turn)
+            assert not readable(theirs), "answered before it was written"
+        turns.end_round()
+        assert [theirs.recv(12) for _, theirs in pairs] == [b"HTTP/1.1 %d" % status] * 20
+        assert all(connection.parked for connection in connections.open.values())
+        assert len(lines_of(tmp_path)) == lines and service.statistics.snapshot()["requests_total"] == {
+            str(status): 20
+        }
+        assert plan or written == [16, 4]
+        theirs.sendall(post() * 3)
+        disk.plan, written[:] = [FULL], []
+        turns.step(connection, turns.take_turn)
+        turns.end_round()
+        statuses = re.findall(rb"HTTP/1.1 (...)", theirs.recv(5000))
+        assert statuses == [b"503", b"200", b"200"] and written == [1, 1, 1]
+    service.log.close()
 
 
 def test_latency_counts_the_wait_for_a_turn(tmp_path):
