@@ -25,12 +25,14 @@ The way of one POST, from the socket to the disk and back, with the chapter of e
     4              read_batch                          then samples, or every reason why not,
     5              log_line                            then a line for each
     8            Service.check_batch                 too many series? the store says how many more
-    6            MetricLog.append                    write(); or LogError
-    1        Response.encode                     head and body in one piece
-    10     Turns.on_durable                    at level disk: the answer, after the sync
-    10     Turns.send_answers                  send(), when all that were ready have had their turn
-    7        Statistics.record                   one event into the ring, for each
-    9      Connections.park                    epoll_ctl(): wait for the next request
+    10     Turns.end_round                       when all that were ready have had their turn:
+    8        Service.store                         the lines of up to 16 batches
+    6          MetricLog.append                      write(); or LogError
+    10       Turns.on_durable                      at level disk: the rest, after the sync
+    1        Response.encode                       head and body in one piece
+    9        Connection.flush                      send()
+    9        Connections.park_all                  wait for the next request
+    7        Statistics.count                      an event into the ring for each
 
 That is part I, a complete server by itself. The log is the seam: a second process follows it, keeps
 series, and answers queries (parts II and III); no query can hold up ingestion. Another evaluates
@@ -477,6 +479,24 @@ class RequestReader:
         self._head = self._chunks = None
         self._skipped_line = False
         return Request(head, body)
+
+    def whole_request(self, received: bytes) -> Request | None:
+        """The request that these bytes are, no more and no less; None: feed them.
+
+        1 µs instead of 4 for what clients send as a rule: nothing is copied into the buffer and out
+        of it again. A test gives both ways the same requests.
+        """
+        end = received.find(b"\r\n\r\n") + 2
+        if self.in_request or self._refusal is not None or not 2 < end <= MEMO_HEAD_BYTES:
+            return None
+        try:
+            head = known_head(received[:end])
+        except HTTPError:  # it will be told in the order of what arrived
+            return None
+        if head.chunked or head.content_length != len(received) - end - 2:
+            return None
+        self._skipped_line = False
+        return Request(head, received[end + 2 :])
 
     @property
     def in_body(self) -> bool:
@@ -1364,13 +1384,14 @@ def log_line(sample: Sample) -> str:
 # Bodies as programs write them: no escapes, the fields in the usual order, spaces as json.dumps has
 # them or none.
 _USUAL_METRIC = re.compile(
-    rb'\{"name": ?"([^"\\\x00-\x1f\x7f-\xff]{1,255})", ?"value": ?'
+    rb'\{"name": ?"([^"\\\x00-\x1f\x7f-\xff]{1,255}(?:","value":|", "value": )'
     # repr() gives the same digits: copy them
-    rb"(?:(0|-?[1-9][0-9]{0,9}(?:\.[0-9]{0,4}[1-9])?|-?0\.[0-9]{0,3}[1-9]|null)"
+    rb"(?:-?[1-9][0-9]{0,9}(?:\.[0-9]{0,4}[1-9])?|0|-?0\.[0-9]{0,3}[1-9]|null"
     # any other usual number
-    rb"|(-?(?:0|[1-9][0-9]{0,17})(?:\.[0-9]{1,18})?))"
-    # the rest: type and tags, checked by _line_tail
-    rb"(?=[,}])([^{}]{0,64}(?:\{[^{}]{0,512}\})?)\}"
+    rb"|(-?(?:0|[1-9][0-9]{0,17})(?:\.[0-9]{1,18})?)))"
+    # the rest: type and tags, checked by _line_tail. One excluded byte: 0.3 µs a metric instead of
+    # 0.7 for a set of two.
+    rb"(?=[,}])([^}]{0,576}\}?)\}"
 )
 
 
@@ -1406,32 +1427,32 @@ def fast_batch(body: bytes, now_ms: int) -> Batch | None:
     """The batch of a body in its usual shape; None: take the plain way.
 
     One regular expression splits the body into the parts of its metrics; what stands between them
-    must be commas and nothing else. 1.2 µs a metric where `parse_json`, `read_batch` and `log_line`
+    must be commas and nothing else. 0.7 µs a metric where `parse_json`, `read_batch` and `log_line`
     take 10; a test feeds both ways the same bodies.
 
     >>> fast_batch(b'{"metrics":[{"name":"cpu","value":1.50}]}', 0).lines
     b'{"timestamp":"1970-01-01T00:00:00.000Z","name":"cpu","value":1.5,"type":"gauge"}\\n'
     """
     pieces: list[Any] = _USUAL_METRIC.split(body)
-    count, between = len(pieces) // 5, pieces[5:-1:5]
+    count, between = len(pieces) // 4, pieces[4:-1:4]
     if not 1 <= count <= MAX_BATCH or pieces[0] not in (b'{"metrics":[', b'{"metrics": ['):
         return None
     if pieces[-1] != b"]}" or between.count(b",") + between.count(b", ") != count - 1:
         return None
-    names, values, fields = pieces[1::5], pieces[2::5], pieces[4::5]
-    tails = list(map(_line_tail, fields))
+    # each from the name to the value, and each number that is to be written as repr() does
+    starts, others, tails = pieces[1::4], pieces[2::4], list(map(_line_tail, pieces[3::4]))
     if None in tails:
         return None
-    if None in values:
-        for index, text in enumerate(pieces[3::5]):
+    if others.count(None) != count:
+        for index, text in enumerate(others):
             if text is not None:
-                values[index] = repr(float(text) if b"." in text else int(text)).encode()
-    line: list[Any] = [None] * (5 * count)
-    line[0::5] = [_line_head(now_ms)] * count
-    line[1::5] = names
-    line[2::5] = [b'","value":'] * count
-    line[3::5] = values
-    line[4::5] = tails
+                number = repr(float(text) if b"." in text else int(text)).encode()
+                starts[index] = starts[index].removesuffix(text) + number
+    if b'": ' in body:
+        starts = [start.replace(b'", "value": ', b'","value":') for start in starts]
+    line: list[Any] = [_line_head(now_ms)] * (3 * count)
+    line[1::3] = starts
+    line[2::3] = tails
     return Batch(b"".join(line), count)
 
 
@@ -2106,7 +2127,6 @@ class Event(NamedTuple):
     """What happened to one request."""
 
     time: float  # at which it was answered, by time.perf_counter: no step of the clock shifts it
-    client: str
     status: int
     latency_s: float  # from its last byte's arrival to its answer
     metrics: int  # how many of its metrics were stored
@@ -2120,7 +2140,7 @@ class EventRing:
     number than the expected one has been overwritten: so a slow reader knows what it missed.
 
     >>> ring = EventRing(2)
-    >>> for event in "abc": ring.append(event)
+    >>> ring.extend("abc")
     >>> ring.read(since=0)
     (['b', 'c'], 3, 1)
     """
@@ -2128,16 +2148,17 @@ class EventRing:
     def __init__(self, size: int = RING_SIZE):
         self._slots: list[tuple[int, Any]] = [(-1, None)] * size
         self._mask = size - 1
-        # Guards the write index; nothing else is done under it but filling the slot.
+        # Guards the write index; nothing else is done under it but filling slots.
         self._lock = threading.Lock()
         self._end = 0  # the write index: how many events there ever were
 
-    def append(self, event: Any) -> None:
-        """Put an event in the place of the oldest."""
+    def extend(self, events: Iterable[Any]) -> None:
+        """Put events in the places of the oldest."""
+        slots, mask = self._slots, self._mask
         with self._lock:
-            end = self._end
-            self._slots[end & self._mask] = (end, event)
-            self._end = end + 1
+            for numbered in enumerate(events, self._end):
+                slots[numbered[0] & mask] = numbered
+                self._end = numbered[0] + 1
 
     def read(self, since: int = 0) -> tuple[list[Any], int, int]:
         """(events from number `since` on, the number to go on from, how many of them were
@@ -2189,6 +2210,8 @@ class Statistics:
         self._rows: list[Callable[[], Iterable[OwnMetric]]] = []
         self._clock = clock
         self._started = clock()
+        # Answered and not counted yet; to append and to take one is atomic.
+        self._noted: deque[tuple[int, float, int, bool]] = deque()
         self._lock = threading.Lock()  # guards the counters below
         self._by_status: Counter[int] = Counter()
         self._metrics = 0
@@ -2198,18 +2221,33 @@ class Statistics:
         self._last_look: tuple[float, int, tuple[dict[str, float], float]]
         self._last_look = -math.inf, -1, ({}, 0.0)  # when, at which end of the ring, what was found
 
-    def record(self, event: Event, invalid: bool = False) -> None:
-        """Count one request; `invalid` if it was refused for what its body held."""
-        self.ring.append(event)
-        _, _, status, latency_s, metrics = event
+    def note(self, status: int, started: float, metrics: int, invalid: bool = False) -> None:
+        """Remember a request that is answered in this round, `invalid` if it was refused for what
+        its body held. `started` is when its last byte came, by the clock.
+        """
+        self._noted.append((status, started, metrics, invalid))
+
+    def count(self) -> None:
+        """Count the requests that were noted: their answers are sent. The clock is looked at and
+        the locks are taken once for all of a round: 1 µs a request instead of 3.
+        """
+        noted = []
+        with contextlib.suppress(IndexError):  # that there are no more, or others were faster
+            while self._noted:
+                noted.append(self._noted.popleft())
+        if not noted:
+            return
+        ended = self._clock()
+        self.ring.extend(
+            [Event(ended, status, ended - started, stored) for status, started, stored, _ in noted]
+        )
+        statuses, starts, metrics, invalid = zip(*noted, strict=True)
         with self._lock:
-            self._by_status[status] += 1
-            self._latency_sum_s += latency_s
-            if metrics:
-                self._metrics += metrics
-                self._batches += 1
-            if invalid:
-                self._invalid += 1
+            self._by_status.update(statuses)
+            self._latency_sum_s += len(noted) * ended - math.fsum(starts)
+            self._metrics += sum(metrics)
+            self._batches += len(metrics) - metrics.count(0)
+            self._invalid += sum(invalid)
 
     def add(
         self,
@@ -2436,7 +2474,7 @@ class Answer(NamedTuple):
 
     response: "Response | None"  # None for a Relay: the other process writes the response
     more_fields: bytes = b""
-    source: "Future[None] | Relay | None" = None
+    source: "bytes | Relay | None" = None  # lines for the log, or another process
 
 
 Handler = Callable[[Request, str], Answer]
@@ -2446,7 +2484,7 @@ class Pending(NamedTuple):
     """An answer that waits for its source."""
 
     answer: Answer
-    source: "Future[None] | Relay"
+    source: "bytes | Future[None] | Relay"  # lines that are to be written, or are being written
     head: Head
     client: str
     started: float
@@ -2622,8 +2660,6 @@ class Service:
         self.health_facts: list[Callable[[], dict[str, Any]]] = []
         self._allowed_hosts = frozenset({"localhost", *map(str.lower, allowed_hosts)})
         self.stopping = False  # set once, when the server shuts down
-        # Answered, and not counted yet. A deque is atomic.
-        self._answered: deque[tuple[str, int, float, int, bool]] = deque()
         self._clock = clock
         self._routes: dict[str, dict[str, Handler]] = {}
         self._prefixes: dict[str, dict[str, Handler]] = {}
@@ -2673,8 +2709,7 @@ class Service:
         batch = read_body(decode_content(request), int(self._clock() * 1000))
         if self.check_batch is not None:
             self.check_batch(batch)
-        durable = self.log.append(batch.lines)
-        return Answer(accepted(batch.metrics), quota, durable)
+        return Answer(accepted(batch.metrics), quota, batch.lines)
 
     def _take_quota(self, client: str) -> bytes:
         """Count a request against its client's rate: the RateLimit field line of the answer, or
@@ -2722,7 +2757,7 @@ class Service:
 
     def show_statistics(self, request: Request, client: str) -> Answer:
         """`GET /metrics`: the server's own numbers."""
-        self.record_answered()
+        self.statistics.count()
         if prefers_text(request.head.headers.get("accept", "")):
             text = self.statistics.prometheus().encode()
             return Answer(Response(200, text, "text/plain; version=0.0.4; charset=utf-8"))
@@ -2772,9 +2807,11 @@ class Service:
             )
         return handlers[head.method]
 
-    def answer(self, request: Request, peer: str, started: float) -> Answer | Pending:
+    def answer(
+        self, request: Request, peer: str, started: float, joins: bool = False
+    ) -> Answer | Pending:
         """Answer a whole request of the address `peer`, whose last byte came at `started`
-        (time.perf_counter).
+        (time.perf_counter). Where it `joins` others, the caller has its lines stored with theirs.
         """
         if self.clients is None:
             client = client_id(request.head, peer)
@@ -2785,15 +2822,25 @@ class Service:
             answer = self._handler(request.head)(request, client)
             response, _, source = answer
             if source is not None:
-                return Pending(answer, source, request.head, client, started)
+                pending = Pending(answer, source, request.head, client, started)
+                if joins or isinstance(source, Relay):
+                    return pending
+                durable = self.store([pending])
+                if durable is not None:
+                    return pending._replace(source=durable)
             assert response is not None  # only a relay has none yet
             metrics = response.metrics
         except (HTTPError, JSONError, BatchError, LogError) as error:
             response = error_response(error)
             answer = Answer(response)
             invalid = isinstance(error, (JSONError, BatchError))
-        self._note_answered(client, response.status, started, metrics, invalid)
+        self._note(client, response.status, started, metrics, invalid)
         return answer
+
+    def store(self, joined: Iterable[Pending]) -> "Future[None] | None":
+        """Append the lines of requests to the log in one piece; see MetricLog.append."""
+        lines = [pending.source for pending in joined]
+        return self.log.append(b"".join(lines))  # type: ignore[arg-type]  # none of them is a relay
 
     def settle(self, pending: Pending, error: BaseException | None) -> Answer:
         """The answer to a request whose batch is durable, or could not be kept."""
@@ -2804,12 +2851,12 @@ class Service:
             answer = Answer(self._failed(error))
         assert answer.response is not None  # a batch has one
         status, metrics = answer.response.status, answer.response.metrics
-        self._note_answered(pending.client, status, pending.started, metrics)
+        self._note(pending.client, status, pending.started, metrics)
         return answer
 
     def relayed(self, pending: Pending, status: int) -> None:
         """Count an answer that came from another process."""
-        self._note_answered(pending.client, status, pending.started, 0)
+        self._note(pending.client, status, pending.started, 0)
 
     @staticmethod
     def _failed(error: BaseException) -> Response:
@@ -2822,25 +2869,14 @@ class Service:
         `started` is when its last bytes came, or when it was given up.
         """
         response = error_response(error) if isinstance(error, HTTPError) else self._failed(error)
-        self._note_answered(peer, response.status, started, 0)
+        self._note(peer, response.status, started, 0)
         return response
 
-    def _note_answered(
-        self, client: str, status: int, started: float, metrics: int, invalid: bool = False
+    def _note(
+        self, client: str, status: int, started: float, metrics: int = 0, invalid: bool = False
     ) -> None:
-        """Remember a request for `record_answered`, which looks at the clock once for many."""
         if not isinstance(client, OwnPeer):
-            self._answered.append((client, status, started, metrics, invalid))
-
-    def record_answered(self) -> None:
-        """Record the requests whose answers were sent just now."""
-        ended = time.perf_counter()
-        while self._answered:
-            try:
-                client, status, started, metrics, invalid = self._answered.popleft()
-            except IndexError:  # another thread was faster
-                return
-            self.statistics.record(Event(ended, client, status, ended - started, metrics), invalid)
+            self.statistics.note(status, started, metrics, invalid)
 
 
 def refuse_other_origins(head: Head, allowed_hosts: Container[str]) -> None:
@@ -2934,7 +2970,7 @@ RECEIVE_BYTES = 64 * 1024
 RELAY_S = 125.0  # how long an answer of another process is waited for, at each step
 READ, WRITE = select.POLLIN, select.POLLOUT  # epoll gives them the same values
 HUNG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
-_ONESHOT = getattr(select, "EPOLLONESHOT", 0)
+_ONESHOT = getattr(select, "EPOLLONESHOT", 0)  # alone: report nothing
 
 
 class WaitQueue:
@@ -2972,7 +3008,7 @@ class Connection:
     waits_in: WaitQueue | None = None  # guarded by Connections.lock, as the three below
     deadline: float = 0.0
     parked: bool = False  # whether it may be claimed
-    registered: bool = False  # with epoll
+    armed: int = 0  # the events that epoll reports of it; 0: it is not registered
     # What only TLS changes: whether the handshake is still to be made, whether something was
     # decrypted that no recv() has asked for, and whether TLS must write before it can read.
     shaking_hands: bool = False
@@ -3103,6 +3139,7 @@ class Connections:
         # Claimed too, but with requests left from an earlier turn; filled under the lock.
         self._backlog: deque[Connection] = deque()
         self.epoll = select.epoll() if has_epoll else None
+        self.oneshot = 0  # _ONESHOT where several workers ask epoll: each tells one of them
         self._listener_fd = -1
 
     def watch(self, listener_fd: int, stop_fd: int) -> None:
@@ -3134,25 +3171,56 @@ class Connections:
 
     def park(self, connection: Connection, queue: WaitQueue) -> None:
         """Let a connection wait, and let others claim it."""
+        self.park_all([(connection, queue)])
+
+    def park_all(self, waiting: Iterable[tuple[Connection, WaitQueue]]) -> None:
+        """The same for some connections. One that epoll does not take is closed.
+
+        Where one worker asks it, epoll is level-triggered and goes on reporting, so one that waits
+        for the same as before needs no arming: 1 µs less a request.
+        """
+        refused = []
         with self.lock:
-            if connection.waits_in is not queue or connection.restart_timeout:
-                if connection.waits_in is queue:
-                    queue.members.move_to_end(connection)
-                else:
-                    self._move(connection, queue)
-                connection.deadline = self._clock() + queue.limit_s
-                connection.restart_timeout = False
-            connection.parked = queue is not self.committing
-            if self.epoll is not None and connection.parked:
-                # Under the lock: once claimed it can be closed, and its descriptor be another's.
-                arm = self.epoll.modify if connection.registered else self.epoll.register
-                arm(connection.fd, queue.events | _ONESHOT)
-                connection.registered = True
-                if queue is self.relaying:
-                    relay = connection.relay_fd
-                    arm = self.epoll.modify if relay in self._relays else self.epoll.register
-                    arm(relay, READ | _ONESHOT)
-                    self._relays[relay] = connection
+            now = self._clock()
+            for connection, queue in waiting:
+                self._start_wait(connection, queue, now)
+                if self.epoll is not None and connection.parked:
+                    # Under the lock: once claimed it can be closed, its descriptor be another's.
+                    try:
+                        self._arm(connection, queue.events)
+                        if queue is self.relaying:
+                            self._arm_relay(connection)
+                    except OSError as error:
+                        logger.warning("can't wait for %s: %s", connection.peer, error.strerror)
+                        connection.parked = False
+                        refused.append(connection)
+        for connection in refused:
+            self.close(connection)
+
+    def _start_wait(self, connection: Connection, queue: WaitQueue, now: float) -> None:
+        if connection.waits_in is not queue or connection.restart_timeout:
+            if connection.waits_in is queue:
+                queue.members.move_to_end(connection)
+            else:
+                self._move(connection, queue)
+            connection.deadline = now + queue.limit_s
+            connection.restart_timeout = False
+        connection.parked = queue is not self.committing
+
+    def _arm(self, connection: Connection, events: int) -> None:
+        """Have epoll report these events of a connection, and no others. The lock is held."""
+        if self.epoll is not None and connection.armed != events:
+            arm = self.epoll.modify if connection.armed else self.epoll.register
+            arm(connection.fd, events | self.oneshot)
+            connection.armed = events
+
+    def _arm_relay(self, connection: Connection) -> None:
+        """Have epoll report a relay once. The lock is held."""
+        assert self.epoll is not None
+        relay = connection.relay_fd
+        arm = self.epoll.modify if relay in self._relays else self.epoll.register
+        arm(relay, READ | _ONESHOT)
+        self._relays[relay] = connection
 
     @staticmethod
     def _move(connection: Connection, queue: WaitQueue | None) -> None:
@@ -3201,8 +3269,12 @@ class Connections:
             for fd, events in ready:
                 if fd in self.open or fd in self._relays:
                     connection = self.open[fd] if fd in self.open else self._relays[fd]
-                    if connection.parked:
+                    if not connection.parked:
+                        if connection.armed and fd == connection.fd:
+                            self._arm(connection, _ONESHOT)  # others would be woken again and again
+                    else:
                         connection.parked = False
+                        connection.armed |= self.oneshot
                         connection.ready_at = now
                         connection.hung_up = fd == connection.fd and bool(events & HUNG_UP)
                         left_over = connection.waits_in is self.ready
@@ -3292,6 +3364,16 @@ class Connections:
 
 LINGER_BYTES = 1024 * 1024  # how much is read and dropped after an error
 REQUESTS_A_TURN = 4  # pipelined; then the others have their turn
+# Batches of a round that are written to the log at once: 25,000 requests/s instead of 22,000, and
+# no more connections wait where the disk does not answer.
+JOINED_WRITES = 16
+
+
+def _taken(waiting: "deque[Connection]") -> Iterator[Connection]:
+    """All that wait, unless another worker is faster; to take one is atomic."""
+    with contextlib.suppress(IndexError):
+        while True:
+            yield waiting.popleft()
 
 
 class Turns:
@@ -3302,28 +3384,23 @@ class Turns:
         # Not a real queue: a step returns it to say "send after this round"; the connection goes
         # to _unsent.
         self._after_round = WaitQueue(0, math.inf)
-        self._unsent: deque[Connection] = deque()  # any worker may take from it; it is atomic
+        self._unsent: deque[Connection] = deque()  # any worker may take from it
+        # The same for what is to be written to the log before it is answered.
+        self._to_write = WaitQueue(0, math.inf)
+        self._unwritten: deque[Connection] = deque()
+        self._joins_writes = connections.epoll is not None
 
     def step(
         self, connection: Connection, action: Callable[[Connection], WaitQueue | None]
     ) -> None:
         """Take a step for a claimed connection; then park it, or close it."""
-        try:
-            self._park(connection, action(connection))
-        except OSError:  # the client is gone: nobody is left to be told
-            self._connections.close(connection)
-        except Exception as error:  # an error of ours costs the one connection on which it showed
-            if connection.ending:
-                log_unexpected(error)
-                self._connections.close(connection)
-            else:
-                self.step(connection, partial(self._refuse, error=error))
-
-    def _park(self, connection: Connection, queue: WaitQueue | None) -> None:
+        queue = self._attempt(connection, action)
         if queue is None:
             self._connections.close(connection)
         elif queue is self._after_round:
             self._unsent.append(connection)
+        elif queue is self._to_write:
+            self._unwritten.append(connection)
         else:
             self._connections.park(connection, queue)
             if queue is self._connections.committing and self._connections.epoll is not None:
@@ -3332,24 +3409,65 @@ class Turns:
                 assert isinstance(durable, Future)
                 durable.add_done_callback(partial(self.on_durable, connection))
 
-    def send_answers(self) -> None:
-        """Send what the last turns put aside.
+    def _attempt(
+        self, connection: Connection, action: Callable[[Connection], WaitQueue | None]
+    ) -> WaitQueue | None:
+        """The queue that a step gives, whatever goes wrong in it."""
+        try:
+            return action(connection)
+        except OSError:  # the client is gone: nobody is left to be told
+            return None
+        except Exception as error:  # an error of ours costs the one connection on which it showed
+            if connection.ending:
+                log_unexpected(error)
+                return None
+            return self._attempt(connection, partial(self._refuse, error=error))
+
+    def end_round(self) -> None:
+        """Write the batches that the last turns put aside, send their answers, and count them.
 
         Answers of one round leave together, so that a client with many connections is woken once
         and not for each: 44,900 requests/s instead of 41,000 with 50 connections.
         """
-        while True:
-            try:
-                connection = self._unsent.popleft()
-            except IndexError:
-                break
-            self.step(connection, self._send)
-        self._service.record_answered()
+        while joined := list(itertools.islice(_taken(self._unwritten), JOINED_WRITES)):
+            self._write(joined)
+        waiting = []
+        for connection in _taken(self._unsent):
+            queue = self._attempt(connection, self._send)
+            if queue is None:
+                self._connections.close(connection)
+            else:
+                waiting.append((connection, queue))
+        if waiting:
+            self._connections.park_all(waiting)
+        self._service.statistics.count()
+
+    def _write(self, joined: list[Connection]) -> None:
+        """Append the batches of some connections to the log, and answer when they are written."""
+        durable = error = None
+        try:
+            durable = self._service.store([c.pending for c in joined if c.pending is not None])
+        except Exception as failure:  # settle() tells what it means
+            error = failure
+        answer = partial(self._answer_stored, durable=durable, error=error)
+        for connection in joined:
+            self.step(connection, answer)
+
+    def _answer_stored(
+        self, connection: Connection, durable: "Future[None] | None", error: Exception | None
+    ) -> WaitQueue | None:
+        pending, connection.pending = connection.pending, None
+        assert pending is not None  # only then was it put aside
+        if durable is not None:
+            connection.pending = pending._replace(source=durable)
+            return self._connections.committing
+        self._put_response(connection, self._service.settle(pending, error), pending.head)
+        return self._after_round
 
     def on_durable(self, connection: Connection, durable: "Future[None]") -> None:
         """Answer a request with whose batch the log is done. Runs in the log's thread."""
         self.step(connection, partial(self._answer_durable, error=durable.exception()))
-        self._service.record_answered()
+        self._service.statistics.count()
 
     def _answer_durable(
         self, connection: Connection, error: BaseException | None
@@ -3378,12 +3496,15 @@ class Turns:
                     return None
                 fault = HTTPError(400, "the connection ended in the middle of a request")
                 return self._refuse(connection, fault)
+            request = connection.reader.whole_request(received)
+            if request is not None:
+                return self._answer(connection, request) or self._finish_turn(connection)
             connection.reader.feed(received)
         return self._serve(connection)
 
     def _serve(self, connection: Connection) -> WaitQueue | None:
         """Answer the whole requests that have arrived, in their order."""
-        reader, started = connection.reader, connection.ready_at
+        reader = connection.reader
         for _ in range(REQUESTS_A_TURN):
             try:
                 request = reader.next_request()
@@ -3393,17 +3514,28 @@ class Turns:
                 if reader.take_continue():
                     connection.put(CONTINUE)
                 break
-            answer = self._service.answer(request, connection.peer, started)
-            if isinstance(answer, Pending):
-                connection.pending = answer
-                if not isinstance(answer.source, Relay):
-                    return self._connections.committing
-                return self._send(connection) if connection.unsent else self._connections.relaying
-            self._put_response(connection, answer, request.head)
+            queue = self._answer(connection, request)
+            if queue is not None:
+                return queue
             if connection.ending:
                 break
         else:
             connection.has_buffered_requests = reader.in_request
+        return self._finish_turn(connection)
+
+    def _answer(self, connection: Connection, request: Request) -> WaitQueue | None:
+        """Answer a request; None, or the queue in which its connection waits for the answer."""
+        joins = self._joins_writes and not connection.reader.in_request
+        answer = self._service.answer(request, connection.peer, connection.ready_at, joins)
+        if not isinstance(answer, Pending):
+            self._put_response(connection, answer, request.head)
+            return None
+        connection.pending = answer
+        if isinstance(answer.source, Relay):
+            return self._send(connection) if connection.unsent else self._connections.relaying
+        return self._to_write if isinstance(answer.source, bytes) else self._connections.committing
+
+    def _finish_turn(self, connection: Connection) -> WaitQueue | None:
         if connection.unsent and self._connections.epoll is not None:
             return self._after_round
         return self._send(connection)
@@ -3610,6 +3742,7 @@ class _Workers:
     def start(self, count: int) -> None:
         """Start the steady workers, which share what is ready. Raises OSError."""
         self.most_ready = 64 if count == 1 else 4
+        self._connections.oneshot = 0 if count == 1 else _ONESHOT
         for _ in range(count):
             self.start_one()
 
@@ -3632,7 +3765,7 @@ class _Workers:
             try:
                 connection = claimed.popleft()
             except IndexError:
-                turns.send_answers()
+                turns.end_round()
                 worker.busy = False
                 self._connections.claim_ready(self.most_ready)
                 worker.turns += 1
@@ -3644,7 +3777,7 @@ class _Workers:
                 self._accept(worker)
             else:
                 turns.step(connection, turns.take_turn)
-        turns.send_answers()
+        turns.end_round()
         # It may have been replaced while it claimed: its successor, which waits for epoll by then,
         # would look there only when the wait times out.
         for connection in self._connections.take_claimed():
@@ -3839,7 +3972,7 @@ class Server(socketserver.ThreadingTCPServer):
     def _serve(self, connection: Connection) -> None:
         turns = self._turns
         turns.step(connection, turns.take_turn)
-        self.service.record_answered()
+        self.service.statistics.count()
         while (waits_in := connection.waits_in) is not None:
             self._wake_housekeeper()
             source = connection.pending.source if connection.pending else None
@@ -3858,7 +3991,7 @@ class Server(socketserver.ThreadingTCPServer):
                 connection.ready_at = time.perf_counter()
                 connection.hung_up = bool(ready.get(connection.fd, 0) & HUNG_UP)
                 turns.step(connection, turns.take_turn if ready else turns.time_out)
-                self.service.record_answered()
+                self.service.statistics.count()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Called by socketserver with what got past everything else."""
@@ -3947,7 +4080,7 @@ class Server(socketserver.ThreadingTCPServer):
             for connection in connections.claim_idle():
                 turns.step(connection, turns.take_turn)  # serve what has just arrived
                 connections.close_if_idle(connection)
-            turns.send_answers()
+            turns.end_round()
             self._stopped.wait(TICK_S / 4)
         self._workers.finish()
         self._stop_sender.send(b"!")  # stays unread: every worker sees it

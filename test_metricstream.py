@@ -1496,6 +1496,33 @@ def test_a_head_that_was_seen_before_is_read_as_it_was_the_first_time(seed):
         assert outcomes[0] == outcomes[1] == outcomes[2]
 
 
+@pytest.mark.parametrize("seed", range(scaled(2, 20)))
+def test_a_request_that_comes_alone_is_read_as_it_is_in_pieces(seed):
+    """The short way of the reader gives the same request as the long one, or none."""
+    rng = random.Random(f"alone {seed}")
+    sound = [row[1] for row in ODD_BUT_VALID if len(row[1]) < 2000]
+    taken = 0
+    for _ in range(1_000):
+        raw = rng.choice([*sound, HEALTH, post(), post(b"Authorization: a", body=b"")])
+        if rng.random() < 0.7:
+            raw = damaged(rng, raw, HTTP_TOKENS, lambda: rng.choice(sound))
+        request = RequestReader().whole_request(raw)
+        taken += request is not None
+        assert request is None or read_in_pieces([raw]) == Outcome([contents(request)], None), raw
+    assert taken > 200
+
+
+def test_what_is_no_whole_request_is_not_taken_for_one():
+    for raw in (HEALTH[:-1], HEALTH + b"G", post()[:-1], post() + b" ", chunked(in_chunks(BATCH)), b""):
+        assert RequestReader().whole_request(raw) is None
+    for before in (b"G", post()[:-3], b"nonsense\r\n\r\n"):
+        reader = RequestReader()
+        reader.feed(before)
+        with contextlib.suppress(HTTPError):
+            reader.next_request()
+        assert reader.whole_request(HEALTH) is None
+
+
 def test_an_idle_connection_holds_nothing_of_its_last_request():
     body, reader = post(body=b" " * 1_000_000), RequestReader()
     tracemalloc.start()
@@ -3933,11 +3960,11 @@ def test_a_log_that_is_deleted_under_load_loses_nothing_acknowledged_afterwards(
 def test_a_reader_of_the_ring_knows_what_it_missed():
     ring = EventRing(8)
     for number in range(5):
-        ring.append(number)
+        ring.extend([number])
     events, next_, missed = ring.read()
     assert (events, next_, missed) == ([0, 1, 2, 3, 4], 5, 0)
     for number in range(5, 30):
-        ring.append(number)
+        ring.extend([number])
     assert ring.read(since=next_) == (list(range(22, 30)), 30, 17)
     assert ring.read(since=30) == ([], 30, 0)
 
@@ -3950,7 +3977,7 @@ def test_readers_of_the_ring_see_whole_events_in_order_while_writers_write():
         for number in itertools.count():
             if stop.is_set():
                 return
-            ring.append((writer, number, writer * number))
+            ring.extend([(writer, number, writer * number)])
 
     writers = [threading.Thread(target=write, args=(writer,)) for writer in range(1, 5)]
     for thread in writers:
@@ -3978,8 +4005,8 @@ def test_statistics_count_what_happened():
     statistics = Statistics(clock)
     statistics.add("log_bytes", "gauge", "Size of the log file.", lambda: 7, "log_size_bytes")
     for latency_ms, status, metrics in ((1, 200, 3), (2, 200, 5), (3, 429, 0), (10, 400, 0)):
-        event = metricstream.Event(clock(), "a", status, latency_ms / 1000, metrics)
-        statistics.record(event, invalid=status == 400)
+        statistics.note(status, clock() - latency_ms / 1000, metrics, invalid=status == 400)
+    statistics.count()
     clock.now += 2.0
     numbers = statistics.snapshot()
     assert numbers == {
@@ -4021,7 +4048,8 @@ def parse_exposition(text: str) -> dict[str, float]:
 
 def test_prometheus_text_declares_each_family_once_and_before_its_samples():
     statistics = Statistics()
-    statistics.record(metricstream.Event(time.time(), "a", 200, 0.001, 1))
+    statistics.note(200, time.perf_counter(), 1)
+    statistics.count()
     text = statistics.prometheus()
     assert parse_exposition(text)["metricstream_request_duration_seconds_count"] == 1
     assert "# TYPE metricstream_request_duration_seconds summary\n" in text
@@ -4490,6 +4518,48 @@ def test_posts_on_parked_connections_beside_a_hung_write_stop_nobody(tmp_path):
         assert {answer_on(connection).status for connection in parked} <= {200, 503}
 
 
+@pytest.mark.skipif(not hasattr(metricstream.select, "epoll"), reason="has no epoll")
+@pytest.mark.parametrize("plan, status, lines", [
+    ([], 200, 20), ([FULL, FULL], 503, 0), ([RuntimeError("a fault of ours")] * 2, 500, 0),
+    ([100, FULL, 100, FULL], 503, 0),
+])  # fmt: skip
+def test_batches_of_a_round_are_written_at_once_and_share_what_becomes_of_it(
+    tmp_path, plan, status, lines
+):
+    """But for those that came pipelined with others: each of these is written by itself."""
+    disk, written = Disk(*plan), []
+
+    def write(fd: int, octets: bytes) -> int:
+        written.append(bytes(octets).count(b"\n"))
+        return disk.write(fd, octets)
+
+    service = Service(MetricLog(str(tmp_path), write=write), None, Statistics())
+    connections = metricstream.Connections(Timeouts(), Clock(), has_epoll=True)
+    turns = metricstream.Turns(service, connections)
+    with contextlib.ExitStack() as stack:
+        stack.callback(connections.epoll.close)
+        pairs = [tuple(map(stack.enter_context, socket.socketpair())) for _ in range(20)]
+        for ours, theirs in pairs:
+            connections.add(connection := metricstream.Connection(ours, "10.0.0.7"))
+            theirs.sendall(post())
+            turns.step(connection, turns.take_turn)
+            assert not readable(theirs), "answered before it was written"
+        turns.end_round()
+        assert [theirs.recv(12) for _, theirs in pairs] == [b"HTTP/1.1 %d" % status] * 20
+        assert all(connection.parked for connection in connections.open.values())
+        assert len(lines_of(tmp_path)) == lines and service.statistics.snapshot()["requests_total"] == {
+            str(status): 20
+        }
+        assert plan or written == [16, 4]
+        theirs.sendall(post() * 3)
+        disk.plan, written[:] = [FULL], []
+        turns.step(connection, turns.take_turn)
+        turns.end_round()
+        statuses = re.findall(rb"HTTP/1.1 (...)", theirs.recv(5000))
+        assert statuses == [b"503", b"200", b"200"] and written == [1, 1, 1]
+    service.log.close()
+
+
 def test_latency_counts_the_wait_for_a_turn(tmp_path):
     """Many large batches at once: what the server says of their latency is what clients see."""
     body = json.dumps({"metrics": [{"name": f"m{n}", "value": n / 7} for n in range(1000)]}).encode()
@@ -4523,7 +4593,7 @@ def test_latency_of_what_the_server_finishes_counts_from_its_arrival(tmp_path, r
         assert claimed is connection and before <= claimed.ready_at <= time.perf_counter()
         connection.ready_at -= 5  # it has waited for its turn
         turns.step(connection, turns.take_turn)
-        turns.send_answers()
+        turns.end_round()
         assert theirs.recv(12) == b"HTTP/1.1 %d" % status
     ((event,), _, _) = service.statistics.ring.read()
     assert event.status == status and 5 <= event.latency_s < 60
@@ -14744,12 +14814,12 @@ def test_refusals_are_failures_of_their_own_kind(tmp_path):
 @at_once()
 def test_the_load_tester_finds_out_a_server_that_forgets(tmp_path):
     with running(tmp_path) as started:
-        record = started.service.statistics.record
+        note = started.service.statistics.note
 
-        def forgetful(event: metricstream.Event, invalid: bool = False) -> None:
-            record(event._replace(metrics=event.metrics and 2), invalid)
+        def forgetful(status: int, started: float, metrics: int, invalid: bool = False) -> None:
+            note(status, started, metrics and 2, invalid)
 
-        started.service.statistics.record = forgetful  # type: ignore[method-assign]
+        started.service.statistics.note = forgetful  # type: ignore[method-assign]
         status, figures = load(started.port, "5", "4")
     assert (status, figures["success_rate"], figures["lost"]) == (1, 1.0, 20)
 
