@@ -1445,41 +1445,23 @@ def read_body(body: bytes, now_ms: int) -> Batch:
 
 
 # ==================================================================================================
-# 6. Log
+# 6. Log file
 # ==================================================================================================
 #
-# The problem: what was acknowledged must not be lost, disks are slow, and they fail half-way. The
-# idea: one file to which lines are only ever appended, each a JSON object that could be sent again.
-# Three levels say what a 200 promises: `memory` (queued for a writer thread), `os` (written:
-# survives the death of the process), `disk` (synced: survives loss of power). An fsync takes as
-# long for a thousand batches as for one, so at `disk` all that wait share one: group commit. What
-# it costs: at `disk`, the wait.
-#
-# The invariant: the file holds whole lines only. A write that fails part of the way is cut off
-# again before anything else is written; a tail torn by a crash is cut off at the next start.
+# The problem: a disk may be full after half a line, fail in the middle of a write, or not answer at
+# all. The idea: lines are only ever appended, all that come together or none of them: what a failed
+# write left is cut off before anything else is written, and a tail torn by a crash at the next
+# start. So the file holds whole lines only. Each call of the disk is timed, so that others can see
+# that it hangs. What it costs: nothing but the care.
 
-DURABILITY_LEVELS = ("memory", "os", "disk")
 LOG_NAME = "metrics.jsonl"
-MAX_QUEUED_BYTES = 64 * 1024 * 1024  # at level memory
-WRITER_PAUSE_S = 0.05  # how long the writer of level memory gathers batches for one write
-WRITE_RETRY_S = 0.5  # wait before the writer of level memory tries a failed write again
 PROBE_BLOCK = b" " * 4096  # written to see whether writing works again
-APPEND_WAIT_S = 0.5  # how long a batch waits for others that are being written
 STALL_S = 2.0  # a disk that takes longer for one call does not answer
 NO_ANSWER = "the disk does not answer"
 
 
 class LogError(Exception):
     """The log can't take or keep a batch now; nothing of it was stored."""
-
-
-class Position(NamedTuple):
-    """How far the log is acknowledged. Readers may read up to here. Nothing before it is taken
-    back, except when somebody else empties the file.
-    """
-
-    file: int  # number of the file, from 0 at the start
-    size_bytes: int
 
 
 def _own_folder(folder: str) -> int:
@@ -1493,21 +1475,18 @@ def _own_folder(folder: str) -> int:
         fcntl.flock(folder_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(folder_fd)
-        in_use = error.errno in (errno.EWOULDBLOCK, errno.EACCES)
-        raise LogError(
-            f"the data folder {folder} is in use by another server"
-            if in_use
-            else f"can't lock the data folder {folder}: {error.strerror}"
-        ) from None
+        if isinstance(error, BlockingIOError):
+            raise LogError(f"the data folder {folder} is in use by another server") from None
+        raise LogError(f"can't lock the data folder {folder}: {error.strerror}") from None
     return folder_fd
 
 
 class _LogFile:
-    """An open file to which lines are appended, all of them or none. Its methods raise OSError.
+    """An open file to which lines are appended, all of them or none.
 
     It is opened by its name, or made, in the folder `folder_fd`. To open it changes nothing in it:
     the log may have a line half written to the same file. It has no lock: the log that owns it
-    calls one method at a time.
+    calls one method at a time. Only `stall_error` may be read at any time.
     """
 
     def __init__(
@@ -1516,10 +1495,13 @@ class _LogFile:
         folder_fd: int,
         write: Callable[[int, Any], int],
         fsync: Callable[[int], None],
+        clock: Callable[[], float],
     ):
-        self._write, self._fsync = write, fsync
+        self._path, self._write, self._fsync, self._clock = path, write, fsync, clock
+        self._call_started = 0.0  # when the call under way began; 0.0: none
         self.torn_at: int | None = None  # where it is to be cut before the next write
         self.seen_bytes = 0  # its size at the last look, when it still had a name
+        self.refusal = ""  # why nothing more is appended
         # O_NONBLOCK: to open a pipe by that name must not block; for a regular file it means
         # nothing
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
@@ -1542,33 +1524,59 @@ class _LogFile:
         """Whether no folder has a name for it any more."""
         return not os.fstat(self.descriptor).st_nlink
 
-    def append(self, lines: bytes) -> None:
-        """Write all of the lines or, as far as the file shows, none."""
-        self.cut()
-        written = 0
+    @property
+    def stall_error(self) -> str:
+        """Says that the disk does not answer, or ""."""
+        started = self._call_started
+        return NO_ANSWER if started and self._clock() - started >= STALL_S else ""
+
+    def append(self, lines: bytes, durably: bool = False) -> None:
+        """Write all of the lines, and sync them if asked to; or none, as far as the file shows:
+        then raise LogError.
+        """
+        if self.refusal:
+            raise LogError(self.refusal)
+        self._call_started = self._clock()
+        written, is_kept = 0, False
         try:
+            if self.torn_at is not None:
+                self._cut(self.torn_at)
             written = self._write(self.descriptor, lines)
             while written < len(lines):  # a short write: the rest, or the error that stopped it
                 more = self._write(self.descriptor, memoryview(lines)[written:])
                 if more <= 0:
                     raise OSError(errno.EIO, "the file takes no more bytes")
                 written += more
-        except BaseException:
-            if written:
+            if durably:
+                self.sync()
+            is_kept = True
+        except OSError as error:
+            raise LogError(f"can't write {self._path}: {error.strerror}") from None
+        finally:
+            if written and not is_kept:  # after a failed fsync nobody knows what is there
                 self.torn_at = self.size_bytes - written
                 self.try_to_cut()
-            raise
+            self._call_started = 0.0
 
-    def cut(self) -> None:
-        """Cut off what should not be there, if anything."""
-        if self.torn_at is not None:
-            os.ftruncate(self.descriptor, min(self.torn_at, self.size_bytes))
-            self.torn_at = None
+    def sync(self) -> None:
+        """Wait until the disk has all of it. Raises LogError."""
+        self._call_started = self._clock()
+        try:
+            self._fsync(self.descriptor)
+        except OSError as error:
+            raise LogError(f"can't sync {self._path}: {error.strerror}") from None
+
+    def _cut(self, size_bytes: int) -> None:
+        os.ftruncate(self.descriptor, min(size_bytes, self.size_bytes))
+        self.torn_at = None
 
     def try_to_cut(self) -> None:
-        """The same; if it fails, it is tried again before the next write."""
-        with contextlib.suppress(OSError):
-            self.cut()
+        """Cut off what should not be there, if anything. If that fails, it is tried again before
+        the next write.
+        """
+        if self.torn_at is not None:
+            with contextlib.suppress(OSError):
+                self._cut(self.torn_at)
 
     def cut_torn_line(self) -> int:
         """Cut off what follows the last line end; return how many bytes that was."""
@@ -1584,191 +1592,150 @@ class _LogFile:
             os.ftruncate(self.descriptor, end)
         return size - end
 
-    def try_write(self) -> None:
-        """Write a block and cut it off again."""
-        end = self.size_bytes if self.torn_at is None else self.torn_at
-        self.append(PROBE_BLOCK)
-        self.torn_at = end
-        self.cut()
-
-    def sync(self) -> None:
-        """Wait until the disk has all of it."""
-        self._fsync(self.descriptor)
+    def try_to_write(self) -> None:
+        """Write and sync a block, and cut it off again. Raises LogError."""
+        self.append(PROBE_BLOCK, durably=True)
+        self.torn_at = self.size_bytes - len(PROBE_BLOCK)
+        self.try_to_cut()
 
     def close(self) -> None:
         """Give the descriptor back."""
         os.close(self.descriptor)
-        self.descriptor = -1
+        self.descriptor, self._call_started = -1, 0.0
 
 
-class _DiskLock:
-    """A lock that is held during calls of the disk. It knows when the disk does not answer."""
+# ==================================================================================================
+# 7. Log
+# ==================================================================================================
+#
+# The problem: what was acknowledged must not be lost, and disks are slow. The idea: three levels
+# say what a 200 promises: `memory` (queued for a writer thread), `os` (written: survives the death
+# of the process), `disk` (synced: survives loss of power). An fsync takes as long for a thousand
+# batches as for one, so at `disk` all that wait share one: group commit. What it costs: at `disk`,
+# the wait.
 
-    def __init__(self, clock: Callable[[], float]):
-        self._lock, self._clock = threading.Lock(), clock
-        # When the disk call under way began; 0.0: none. Written by the holder of the lock; to read
-        # an attribute is atomic.
-        self._call_started = 0.0
-
-    def start_call(self) -> None:
-        """A call of the disk begins now; release() ends it."""
-        self._call_started = self._clock()
-
-    @property
-    def stall_error(self) -> str:
-        """Says that the disk does not answer, or ""."""
-        started = self._call_started
-        return NO_ANSWER if started and self._clock() - started >= STALL_S else ""
-
-    def acquire(self, timeout_s: float) -> bool:
-        """Take the lock; False if it is not free in time. `with` waits for as long as it takes."""
-        return self._lock.acquire(timeout=timeout_s)
-
-    def release(self) -> None:
-        """Give the lock back."""
-        self._call_started = 0.0
-        self._lock.release()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *error: object) -> None:
-        self.release()
+DURABILITY_LEVELS = ("memory", "os", "disk")
+MAX_QUEUED_BYTES = 64 * 1024 * 1024  # of batches that wait for the log's thread
+WRITER_PAUSE_S = 0.05  # how long the writer of level memory gathers batches for one write
+WRITE_RETRY_S = 0.5  # wait before the writer of level memory tries a failed write again
+APPEND_WAIT_S = 0.5  # how long a batch waits for others that are being written
 
 
-class _Group(NamedTuple):
-    """Batches that are written together, and the futures of those that wait for it."""
+class Position(NamedTuple):
+    """How far the log is acknowledged. Readers may read up to here. Nothing before it is taken
+    back, except when somebody else empties the file.
+    """
 
-    lines: list[bytes]
-    waiting: "list[Future[None]]"
+    file: int  # number of the file, from 0 at the start
+    size_bytes: int
 
 
 class _LogThread:
-    """The thread of a log: it writes what has gathered, and does tasks.
+    """The thread of a log: it does tasks one after the other. One of them is to write the batches
+    that have gathered.
 
-    `write` stores lines, or returns why it can't; `leave` is called at the end. `acknowledges` says
-    that batches are acknowledged when they are queued: then the thread gathers a while, and what
-    can't be written is kept, and tried again for ever. Otherwise each batch gets a future.
+    `write` stores lines, or raises LogError. `acknowledges` says that batches are acknowledged when
+    they are queued: then the thread gathers a while, and what can't be written is kept, and tried
+    again for ever. Otherwise each batch gets a future.
     """
 
-    def __init__(
-        self,
-        write: Callable[[bytes], LogError | None],
-        leave: Callable[[], None],
-        max_queued_bytes: int,
-        acknowledges: bool,
-    ):
-        self._write, self._leave = write, leave
-        self._max_queued_bytes, self._acknowledges = max_queued_bytes, acknowledges
-        # Guards all fields below. No other lock is taken under it.
-        self._changed = threading.Condition()
-        self._group = _Group([], [])
+    def __init__(self, write: Callable[[bytes], None], max_queued_bytes: int, acknowledges: bool):
+        self._write, self._max_queued_bytes = write, max_queued_bytes
+        self._acknowledges = acknowledges
+        # Guards the three below. No other lock is taken under it.
+        self._lock = threading.Lock()
+        # Batches that are not written yet; while there are any, a task to write them is queued.
+        self._group: list[tuple[bytes, Future[None] | None]] = []
         self._queued_bytes = 0  # in the group, or taken from it and not yet written
         self._failure = ""  # why the last group could not be written
-        self._tasks: list[Callable[[], None]] = []
-        self._closing = False
+        self._closing = threading.Event()
+        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
 
     def enqueue(self, lines: bytes) -> "Future[None] | None":
         """Have lines written; a future that is done when they are. Raises LogError."""
-        with self._changed:
-            if self._closing:
+        written: Future[None] | None = None if self._acknowledges else Future()
+        with self._lock:
+            if self._closing.is_set():
                 raise LogError("the log is closed")
             if self._queued_bytes + len(lines) > self._max_queued_bytes:
                 raise LogError(self._failure or "the queue of the log is full")
-            if not self._group.lines:
-                self._changed.notify()
-            self._group.lines.append(lines)
+            if not self._group:
+                self._tasks.put(self._write_group)
+            self._group.append((lines, written))
             self._queued_bytes += len(lines)
-            if self._acknowledges:
-                return None
-            written: Future[None] = Future()
-            self._group.waiting.append(written)
-            return written
+        return written
 
     def do(self, task: Callable[[], None]) -> None:
         """Have a task done. What it raises is logged."""
-        with self._changed:
-            self._tasks.append(task)
-            self._changed.notify()
+        self._tasks.put(task)
 
     def do_and_wait(self, task: Callable[[], None], timeout_s: float) -> bool:
         """Have a task done; False if that takes longer."""
-        done: Future[None] = Future()
-
-        def do() -> None:
-            try:
-                task()
-            finally:
-                done.set_result(None)
-
-        self.do(do)
-        try:
-            done.result(timeout_s)
-        except TimeoutError:
-            return False
-        return True
+        done = threading.Event()
+        self._tasks.put(task)
+        self._tasks.put(done.set)
+        return done.wait(timeout_s)
 
     def refuse_queued(self, reason: str) -> None:
         """Refuse the batches that wait, unless they are acknowledged already."""
-        if self._acknowledges:
-            return
-        with self._changed:
-            group, self._group = self._group, _Group([], [])
-            self._queued_bytes -= sum(map(len, group.lines))
-        for written in group.waiting:
-            written.set_exception(LogError(reason))
+        if not self._acknowledges:
+            self._settle(self._take_group(), LogError(reason))
 
-    def close(self, timeout_s: float) -> bool:
-        """Have everything written, then end; False if that takes longer."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify()
+    def close(self, leave: Callable[[], None], timeout_s: float) -> bool:
+        """Have everything written, then `leave` called, and end; False if that takes longer."""
+        with self._lock:
+            self._closing.set()
+        for task in (self._write_the_rest, leave, None):
+            self._tasks.put(task)
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        kept: list[bytes] = []  # acknowledged batches that could not be written yet
-        while True:
-            with self._changed:
-                self._changed.wait_for(
-                    lambda: self._tasks or self._group.lines or self._closing,
-                    WRITE_RETRY_S if kept else None,
-                )
-                if self._acknowledges:  # gather, unless there is a task or the log closes
-                    self._changed.wait_for(lambda: self._closing or self._tasks, WRITER_PAUSE_S)
-                tasks, self._tasks = self._tasks, []
-                group, self._group = self._group, _Group([], [])
-                closing = self._closing
-            for task in tasks:
-                attempt(task)
-            group = _Group(kept + group.lines, group.waiting)
-            kept = [] if not group.lines or self._write_group(group) else group.lines
-            if closing:
-                if kept and self._acknowledges:
-                    lost = sum(map(len, kept))
-                    logger.error(
-                        "%d bytes of acknowledged metrics are lost: %s", lost, self._failure
-                    )
-                self._leave()
-                return
+        for task in iter(self._tasks.get, None):
+            attempt(task)
 
-    def _write_group(self, group: _Group) -> bool:
-        """Write a group and tell all that wait for it; False if it is to be tried again."""
-        lines = b"".join(group.lines)
-        failure = self._write(lines)
-        done = failure is None or not self._acknowledges
-        with self._changed:
-            self._failure = str(failure or "")
-            if done:
-                self._queued_bytes -= len(lines)
-        for written in group.waiting:
-            if failure is None:
-                written.set_result(None)
-            else:
+    def _write_group(self) -> None:
+        """Write what has gathered, and tell all that wait for it."""
+        if self._acknowledges:
+            self._closing.wait(WRITE_RETRY_S if self._failure else WRITER_PAUSE_S)
+        group, failure = self._take_group(), None
+        try:
+            if group:
+                self._write(b"".join([lines for lines, _ in group]))
+        except LogError as error:
+            failure = error
+        self._failure = str(failure or "")
+        if failure is None or not self._acknowledges:
+            self._settle(group, failure)
+            return
+        with self._lock:
+            if not self._group:
+                self._tasks.put(self._write_group)
+            self._group[:0] = group
+
+    def _take_group(self) -> "list[tuple[bytes, Future[None] | None]]":
+        with self._lock:
+            group, self._group = self._group, []
+        return group
+
+    def _settle(
+        self, group: "list[tuple[bytes, Future[None] | None]]", failure: LogError | None
+    ) -> None:
+        """Batches are written, or refused."""
+        with self._lock:
+            self._queued_bytes -= sum([len(lines) for lines, _ in group])
+        for _, written in group:
+            if written and failure:
                 written.set_exception(failure)
-        return done
+            elif written:
+                written.set_result(None)
+
+    def _write_the_rest(self) -> None:
+        self._write_group()
+        if lost := sum([len(lines) for lines, _ in self._take_group()]):
+            logger.error("%d bytes of acknowledged metrics are lost: %s", lost, self._failure)
 
 
 class MetricLog:
@@ -1820,13 +1787,12 @@ class MetricLog:
         self.path = os.path.join(folder, LOG_NAME)
         self.error = ""
         self.on_switch: list[Callable[[int, int, int], None]] = []
-        # Guards the file and its end: error, position, _file, _recreate_error and _closed. Held
-        # across a write, so that a failed write is the last thing in the file and can be cut off.
-        self._lock = _DiskLock(clock)
-        self._recreate_error: OSError | None = None  # why a deleted file can't be made anew
+        # Guards the file and its end: error, position, _file and _closed. Held across a write, so
+        # that a failed write is the last thing in the file and can be cut off.
+        self._lock = threading.Lock()
         self._closed = False
         self._folder_fd = _own_folder(folder)
-        self._open = partial(_LogFile, self.path, self._folder_fd, write, fsync)
+        self._open = partial(_LogFile, self.path, self._folder_fd, write, fsync, clock)
         try:
             self._file = self._open()
             self.cut_bytes = self._file.cut_torn_line()
@@ -1835,9 +1801,7 @@ class MetricLog:
             raise LogError(f"can't use {self.path}: {error.strerror}") from None
         self._file.seen_bytes = self._file.size_bytes
         self.position = Position(0, self._file.size_bytes)
-        self._thread = _LogThread(
-            self._write_group, self._leave, max_queued_bytes, durability == "memory"
-        )
+        self._thread = _LogThread(self._write_lines, max_queued_bytes, durability == "memory")
 
     @property
     def size_bytes(self) -> int:
@@ -1858,85 +1822,52 @@ class MetricLog:
         Returns None if the lines are as safe as promised; at `disk`, a future that is done when
         they are, or has the LogError.
         """
-        if stall_error := self._lock.stall_error:
+        if stall_error := self._file.stall_error:
             raise LogError(stall_error)
         if self.durability != "os":
             return self._thread.enqueue(lines)
-        if not self._lock.acquire(APPEND_WAIT_S):
+        self._write_lines(lines, APPEND_WAIT_S)
+        return None
+
+    def _write_lines(self, lines: bytes, timeout_s: float = -1) -> None:
+        """Append lines to the file, if the lock is free in time."""
+        if not self._lock.acquire(timeout=timeout_s):
             raise LogError(NO_ANSWER)
         try:
             if self._closed:
                 raise LogError("the log is closed")
-            self._write_lines(lines)
+            number, size_bytes = self.position
+            self._file.append(lines, self.durability == "disk")
+            self.position = Position(number, size_bytes + len(lines))
+            self.error = ""
+        except LogError as error:
+            self.error = str(error)
+            raise
+        except Exception as error:  # a fault of ours: it costs these lines alone
+            log_unexpected(error)
+            self.error = "internal error in the log; the server's log has the details"
+            raise LogError(self.error) from None
         finally:
             self._lock.release()
-        return None
-
-    def _write_lines(self, lines: bytes) -> None:
-        """Append lines to the file, at level disk with an fsync. Raises LogError; then none of them
-        are kept. The lock is held.
-        """
-        file, (number, size_bytes) = self._file, self.position
-        failed_call = "write"
-        self._lock.start_call()
-        try:
-            if self._recreate_error is not None:
-                raise self._recreate_error
-            file.append(lines)
-            if self.durability == "disk":
-                failed_call = "sync"
-                file.torn_at = size_bytes  # after a failed fsync nobody knows what is there
-                self._lock.start_call()
-                file.sync()
-                file.torn_at = None
-        except OSError as error:
-            self.error = f"can't {failed_call} {self.path}: {error.strerror}"
-            file.try_to_cut()
-            raise LogError(self.error) from None
-        self.position = Position(number, size_bytes + len(lines))
-        self.error = ""
-
-    def _write_group(self, lines: bytes) -> LogError | None:
-        """Write the lines of some batches; returns why that failed, if it did."""
-        with self._lock:
-            try:
-                self._write_lines(lines)
-            except LogError as error:
-                return error
-            except Exception as error:
-                # A fault of ours. At level disk it costs this group alone; at level memory the
-                # group is acknowledged already, so it is kept, and tried again for ever.
-                log_unexpected(error)
-                self.error = "internal error in the log; the server's log has the details"
-                self._file.torn_at = self.position.size_bytes
-                self._file.try_to_cut()
-                return LogError(self.error)
-        return None
 
     def probe(self) -> str:
         """Why the log can't be written, or "". While it can't, each call tries again: a write that
         is taken back, and an fsync.
         """
         # at level memory the writer retries by itself
-        stall_error = self._lock.stall_error
+        stall_error = self._file.stall_error
         if stall_error or not self.error or self.durability == "memory":
             return stall_error or self.error
-        return self.error if self._thread.do_and_wait(self._try_write, STALL_S) else NO_ANSWER
+        return self.error if self._thread.do_and_wait(self._try_to_write, STALL_S) else NO_ANSWER
 
-    def _try_write(self) -> None:
+    def _try_to_write(self) -> None:
         """Set `error` to what is wrong now."""
-        failed_call = "write"
         with self._lock:
-            self._lock.start_call()
             try:
-                if self._recreate_error is not None:
-                    raise self._recreate_error
-                self._file.try_write()
-                failed_call = "sync"
-                self._file.sync()
+                self._file.try_to_write()
                 self.error = ""
-            except OSError as error:
-                self.error = f"can't {failed_call} {self.path}: {error.strerror}"
+            except LogError as error:
+                self.error = str(error)
 
     # ---- files change
 
@@ -1951,107 +1882,89 @@ class MetricLog:
         self._thread.do(self._change_file)
 
     def _change_file(self, path: str = "") -> None:
-        moved = False
+        """Move the file to `path`, if one is given, and go on in the file that has the log's name
+        then.
+        """
+        is_moved, old = False, self._file
         try:
             if path:
                 with contextlib.suppress(FileNotFoundError):  # somebody else took it away
                     os.rename(self.path, path)
-                    moved = True
+                    is_moved = True
             file = self._open()
-        except OSError as error:
-            if moved:
+            with self._lock:
+                self._switch_to(file)
+        except (OSError, LogError) as error:
+            if is_moved:
                 os.rename(path, self.path)
-            self._report(f"can't go on in a new {self.path}: {error.strerror}")
-            return
-        with self._lock:
-            old = self._file
-            if os.path.sameopenfile(file.descriptor, old.descriptor):
-                file.close()  # a line may be half written to it: it must not be cut
-                return
-            if old.is_deleted:  # nobody would find what is in it
-                file.close()
-                self._replace_deleted()
-                return
-            try:
-                file.cut_torn_line()
-            except OSError as error:
-                file.close()
-                self._report(f"can't cut a torn line off {self.path}: {error.strerror}")
-                return
-            old.try_to_cut()
-            self._switch_to(file)
-        self._sync_and_close(old)
+            with self._lock:
+                self._report(f"can't go on in a new {self.path}: {error}")
+        if old is not self._file:
+            self._sync_and_close(old)
 
     def _switch_to(self, file: _LogFile) -> None:
-        """Append to another file from now on. The lock is held."""
-        number, size_bytes = self.position.file + 1, file.size_bytes
-        for tell in self.on_switch:
-            tell(number, file.descriptor, self.position.size_bytes)
-        self._file, self._recreate_error, file.seen_bytes = file, None, size_bytes
-        self.position = Position(number, size_bytes)
+        """Append to a file from now on, unless it is the one of now: a line may be half written to
+        that, and must not be cut. The lock is held.
+        """
+        old, (number, size_bytes) = self._file, self.position
+        try:
+            if os.path.sameopenfile(file.descriptor, old.descriptor):
+                return
+            old.try_to_cut()
+            file.cut_torn_line()
+            if old.is_deleted:  # nobody would find what was appended to it since the last look
+                file.append(os.pread(old.descriptor, old.size_bytes, old.seen_bytes))
+                logger.warning("%s was deleted; the server made it anew", self.path)
+            for tell in self.on_switch:
+                tell(number + 1, file.descriptor, size_bytes)
+            self._file, file.seen_bytes = file, file.size_bytes
+            self.position = Position(number + 1, file.seen_bytes)
+        finally:
+            if self._file is not file:
+                file.close()
+
+    def _report(self, error: str) -> None:
+        """Log what goes wrong with nobody there to be told: once, not at each attempt. Where the
+        file is deleted, nothing more is acknowledged until there is another. The lock is held.
+        """
+        if self._file.is_deleted:
+            self._file.refusal = error
+        if self.error != error:
+            self.error = error
+            logger.error("%s", error)
 
     def _sync_and_close(self, file: _LogFile) -> None:
         """End a file to which nothing is appended any more."""
         try:
             file.sync()
-        except OSError as error:
-            logger.error("can't sync the file that is or was %s: %s", self.path, error.strerror)
+        except LogError as error:
+            logger.error("%s (the file that has or had this name)", error)
         file.close()
 
     def recreate_if_deleted(self) -> None:
-        """Where the file was deleted, go on in a new one, with what was appended since the last
-        look: nobody would find it in the old one. Where batches wait for a disk that does not
-        answer, refuse them: they are not written yet.
+        """Where the file was deleted, have the log go on in a new one, with what was appended since
+        the last look: nobody would find it in the old one. Where batches wait for a disk that does
+        not answer, refuse them: they are not written yet.
 
         A file that was moved needs nothing: what is appended to it is still to be found. Call this
         often: what is acknowledged between a deletion and the next look is safe from everything but
         a crash.
         """
-        if self._lock.stall_error:
+        if self._file.stall_error:
             self._thread.refuse_queued(NO_ANSWER)
-        elif self._lock.acquire(0):  # the housekeeper must not wait for a slow disk
+        elif self._lock.acquire(blocking=False):  # the housekeeper must not wait for a slow disk
             try:
-                if not self._closed:
-                    self._look_at_file()
+                file, (number, size_bytes) = self._file, self.position
+                if self._closed:
+                    return
+                if file.is_deleted:
+                    self._thread.do(self._change_file)
+                elif file.torn_at is None:
+                    file.seen_bytes, file.refusal = file.size_bytes, ""
+                    if file.seen_bytes < size_bytes:  # others have emptied it
+                        self.position = Position(number, file.seen_bytes)
             finally:
                 self._lock.release()
-
-    def _look_at_file(self) -> None:
-        """The lock is held."""
-        if self._file.is_deleted:
-            self._replace_deleted()
-        elif self._file.torn_at is None:
-            self._recreate_error = None
-            self._file.seen_bytes = seen_bytes = self._file.size_bytes
-            number, size_bytes = self.position
-            if seen_bytes < size_bytes:  # others have emptied it
-                self.position = Position(number, seen_bytes)
-
-    def _replace_deleted(self) -> None:
-        """Make a deleted file anew. The lock is held."""
-        old, file = self._file, None
-        old.try_to_cut()
-        try:
-            file = self._open()
-            file.cut_torn_line()
-            unseen = os.pread(old.descriptor, old.size_bytes, old.seen_bytes)
-            if unseen:
-                file.append(unseen)
-        except OSError as error:
-            if file is not None:
-                file.close()
-            self._recreate_error = error  # nothing more is acknowledged until it works
-            self._report(f"can't write {self.path}: {error.strerror}")
-            return
-        self._switch_to(file)
-        old.close()
-        logger.warning("%s was deleted; the server made it anew", self.path)
-
-    def _report(self, error: str) -> None:
-        """Log what goes wrong with nobody there to be told: once, not at each attempt."""
-        if self.error != error:
-            self.error = error
-            logger.error("%s", error)
 
     # ---- the end
 
@@ -2059,15 +1972,15 @@ class MetricLog:
         """Write and sync everything, then give the folder back; False if the disk does not answer
         in time.
         """
-        return self._thread.close(timeout_s)
+        return self._thread.close(self._leave, timeout_s)
 
     def _leave(self) -> None:
         """What the thread does last."""
         with self._lock:
-            self._file.try_to_cut()
-            if self._file.is_deleted:
-                self._replace_deleted()
             self._closed = True
+            self._file.try_to_cut()
+        if self._file.is_deleted:
+            self._change_file()
         self._sync_and_close(self._file)
         os.close(self._folder_fd)  # and with it the lock
 
