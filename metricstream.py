@@ -138,15 +138,13 @@ def attempt(job: Callable[[], object]) -> object:
 
 
 # ==================================================================================================
-# 1. HTTP
+# 1. Request heads
 # ==================================================================================================
 #
-# The problem: TCP delivers bytes, in pieces of any size, from anybody. The idea: a reader that
-# knows nothing of sockets. It is fed bytes and gives back whole requests, or the one error after
-# which nothing on that connection can be trusted: two parties who disagree on where a request ends
-# can be made to see different requests (request smuggling), so whatever is ambiguous is refused,
-# never repaired. What this costs: a few clients that other servers tolerate are told to mend their
-# requests.
+# The problem: two parties who disagree on what a request says, or on where it ends, can be made to
+# see different requests (request smuggling). The idea: the grammar of the RFCs as regular
+# expressions; whatever is ambiguous is refused, never repaired. What this costs: a few clients that
+# other servers tolerate are told to mend their requests.
 #
 # The names are those of RFC 9110 (semantics) and RFC 9112 (HTTP/1.1 on the wire).
 
@@ -157,7 +155,7 @@ MAX_HEADER_FIELDS = 100
 MAX_BODY_BYTES = 1024 * 1024  # as sent, and again after gzip is undone
 
 _TCHAR = rb"!#$%&'*+\-.^_`|~0-9A-Za-z"
-_REQUEST_LINE = re.compile(rb"([%b]{1,32}) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])" % _TCHAR)
+_REQUEST_LINE = re.compile(rb"([%b]{1,32}) ([\x21-\x7e]+) HTTP/([0-9]\.[0-9])" % _TCHAR)
 _FIELD_LINE = re.compile(rb"([%b]+):([^\x00-\x08\x0a-\x1f\x7f]*)" % _TCHAR)
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})((?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?)")
 _CONTENT_LENGTH = re.compile(r"[0-9]+")
@@ -202,19 +200,9 @@ class Head(NamedTuple):
     query: str  # what follows the first "?", not decoded
     host: str  # from an absolute-form target, else from Host; "" only in HTTP/1.0
     headers: dict[str, str]  # by lower-case name; repeated fields are joined with ", "
-    content_length: int  # 0 if there is no body, or if it is chunked
-    chunked: bool
-    expects_continue: bool
+    content_length: int | None  # 0 if there is no body; None if it is chunked
+    expects_continue: bool  # until it got its `100 Continue`
     persistence: bytes  # the Connection field line of the answer: KEEP, CLOSE or KEEP_1_0
-
-
-class Request(NamedTuple):
-    """A whole request: its head, and its body with the transfer coding undone and the content
-    coding not.
-    """
-
-    head: Head
-    body: bytes
 
 
 def parse_head(section: bytes) -> Head:
@@ -229,21 +217,16 @@ def parse_head(section: bytes) -> Head:
     _refuse_controls(section)  # first, so that a head gets the same error in one piece or in many
     request_line, *field_lines = section.split(b"\r\n")[:-1]
     method, target, version = _parse_request_line(request_line)
-    if len(section) - len(request_line) - 2 > MAX_HEADER_BYTES:
-        raise HTTPError(431, f"header section of more than {MAX_HEADER_BYTES} bytes")
+    _bound("header section", len(section) - len(request_line) - 2)
     headers = _parse_fields(field_lines)
     host, path, query = _parse_target(method, target, _host_field(headers, version))
-    content_length, chunked = _framing(method, version, headers)
-    expects_continue = False
-    if version == (1, 1) and "expect" in headers:  # HTTP/1.0 ignores it: RFC 9110, 10.1.1
-        expects_continue = headers["expect"].lower() == "100-continue"
-        if not expects_continue:
-            raise HTTPError(
-                417, f"unknown expectation {headers['expect'][:80]!r}; known is 100-continue"
-            )
+    content_length = _framing(method, version, headers)
+    expectation = headers.get("expect") if version == "1.1" else None  # RFC 9110, 10.1.1
+    if expectation is not None and expectation.lower() != "100-continue":
+        raise HTTPError(417, f"unknown expectation {expectation[:80]!r}; known is 100-continue")
     return Head(
         method, path, query, host, headers,
-        content_length, chunked, expects_continue, _persistence(version, headers),
+        content_length, expectation is not None, _persistence(version, headers),
     )  # fmt: skip
 
 
@@ -253,22 +236,21 @@ MEMO_HEAD_BYTES = 1024
 known_head = functools.lru_cache(maxsize=2048)(parse_head)
 
 
-def _parse_request_line(line: bytes) -> tuple[str, str, tuple[int, int]]:
+def _parse_request_line(line: bytes) -> tuple[str, str, str]:
     match = _REQUEST_LINE.fullmatch(line)
     if match is None:
         raise HTTPError(
             400,
             f"request line must be 'method SP request-target SP HTTP/1.1', found {_shown(line)}",
         )
-    method, target, major, minor = match.groups()
+    method, target, version = match.groups()
     if len(target) > MAX_TARGET_BYTES:
         raise HTTPError(414, f"request target of {len(target)} bytes; at most {MAX_TARGET_BYTES}")
-    version = (int(major), int(minor))
-    if version not in ((1, 0), (1, 1)):
+    if version not in (b"1.0", b"1.1"):
         raise HTTPError(
-            505, f"HTTP/{version[0]}.{version[1]} is not spoken here; HTTP/1.1 and HTTP/1.0 are"
+            505, f"HTTP/{version.decode()} is not spoken here; HTTP/1.1 and HTTP/1.0 are"
         )
-    return method.decode(), target.decode(), version
+    return method.decode(), target.decode(), version.decode()
 
 
 def _parse_target(method: str, target: str, host: str) -> tuple[str, str, str]:
@@ -340,60 +322,64 @@ def _fault_in_field(line: bytes) -> str:
     return "control character in the value"
 
 
-def _host_field(headers: dict[str, str], version: tuple[int, int]) -> str:
-    host = headers.get("host")
-    if host is None:
-        if version == (1, 1):
-            raise HTTPError(400, "no Host header field; HTTP/1.1 requires one")
+def _host_field(headers: dict[str, str], version: str) -> str:
+    if "host" not in headers and version == "1.0":
         return ""
-    if not _HOST.fullmatch(host):
-        raise HTTPError(400, f"invalid Host {host[:80]!r}")
-    return host
+    if "host" not in headers:
+        raise HTTPError(400, "no Host header field; HTTP/1.1 requires one")
+    if not _HOST.fullmatch(headers["host"]):
+        raise HTTPError(400, f"invalid Host {headers['host'][:80]!r}")
+    return headers["host"]
 
 
-def _framing(method: str, version: tuple[int, int], headers: dict[str, str]) -> tuple[int, bool]:
-    """(content length, chunked): where the body ends, or an error; there is no guess in between.
+def _framing(method: str, version: str, headers: dict[str, str]) -> int | None:
+    """The content length, None for a chunked body, or an error; there is no guess in between.
     RFC 9112, 6.
     """
     coding, length = headers.get("transfer-encoding"), headers.get("content-length")
     if coding is not None:
         if length is not None:
             raise HTTPError(400, "Transfer-Encoding and Content-Length exclude each other")
-        if version == (1, 0):
+        if version == "1.0":
             raise HTTPError(400, "Transfer-Encoding in HTTP/1.0")
-        codings = [name.strip(" \t").lower() for name in coding.split(",")]
+        codings, shown = _list_of(coding), repr(coding[:80])
         if "" in codings or "chunked" in codings[:-1]:
-            raise HTTPError(
-                400, f"Transfer-Encoding must be chunked, once and last, found {coding[:80]!r}"
-            )
+            raise HTTPError(400, f"Transfer-Encoding must be chunked, once and last, found {shown}")
         if codings != ["chunked"]:
-            raise HTTPError(
-                501, f"Transfer-Encoding {coding[:80]!r} is not implemented; chunked is"
-            )
-        return 0, True
+            raise HTTPError(501, f"Transfer-Encoding {shown} is not implemented; chunked is")
+        return None
     if length is None:
         if method == "POST":
             raise HTTPError(411, "POST needs Content-Length or Transfer-Encoding: chunked")
-        return 0, False
-    lengths = {part.strip(" \t") for part in length.split(",")}
-    digits = lengths.pop()
+        return 0
+    digits, *others = set(_list_of(length))
     # int() alone would also take "+5", "1_0" and digits of other scripts, and raise above 4,300
     # digits
-    if lengths or not _CONTENT_LENGTH.fullmatch(digits):
+    if others or not _CONTENT_LENGTH.fullmatch(digits):
         raise HTTPError(400, f"Content-Length must be one number in digits, found {length[:80]!r}")
     digits = digits.lstrip("0") or "0"
     if len(digits) > 18 or int(digits) > MAX_BODY_BYTES:
         raise HTTPError(413, f"body of {digits[:19]} bytes; at most {MAX_BODY_BYTES}")
-    return int(digits), False
+    return int(digits)
 
 
-def _persistence(version: tuple[int, int], headers: dict[str, str]) -> bytes:
-    options = {option.strip(" \t").lower() for option in headers.get("connection", "").split(",")}
+def _list_of(value: str) -> list[str]:
+    """The members of a field value that is a list, in lower case: RFC 9110, 5.6.1."""
+    return [member.strip(" \t").lower() for member in value.split(",")]
+
+
+def _persistence(version: str, headers: dict[str, str]) -> bytes:
+    options = _list_of(headers.get("connection", ""))
     if "close" in options:
         return CLOSE
-    if version == (1, 1):
+    if version == "1.1":
         return KEEP
     return KEEP_1_0 if "keep-alive" in options else CLOSE
+
+
+def _bound(what: str, size_bytes: int, at_most: int = MAX_HEADER_BYTES, status: int = 431) -> None:
+    if size_bytes > at_most:
+        raise HTTPError(status, f"{what} of more than {at_most} bytes")
 
 
 def _refuse_controls(received: bytes | bytearray, start: int = 0) -> None:
@@ -408,6 +394,25 @@ def _shown(received: bytes) -> str:
     obey.
     """
     return repr(received[:80])[1:] + ("…" if len(received) > 80 else "")
+
+
+# ==================================================================================================
+# 2. Requests and responses
+# ==================================================================================================
+#
+# The problem: TCP delivers bytes, in pieces of any size, from anybody. The idea: a reader that
+# knows nothing of sockets. It is fed bytes and gives back whole requests, or the one error after
+# which nothing on that connection can be trusted. Responses are encoded when they are made: most
+# are alike, and are sent many times. What it costs: a body is held in memory as a whole.
+
+
+class Request(NamedTuple):
+    """A whole request: its head, and its body with the transfer coding undone and the content
+    coding not.
+    """
+
+    head: Head
+    body: bytes
 
 
 class RequestReader:
@@ -436,17 +441,14 @@ class RequestReader:
     metricstream.HTTPError: Transfer-Encoding and Content-Length exclude each other
     """
 
-    __slots__ = (
-        "_buffer", "_scanned", "_skipped_line", "_head", "_chunks", "_continued", "_refusal",
-    )  # fmt: skip
+    __slots__ = ("_buffer", "_scanned", "_skipped_line", "_head", "_chunked_body", "_refusal")
 
     def __init__(self) -> None:
         self._buffer = bytearray()
-        self._scanned = 0  # bytes before this were searched: no line end there
+        self._scanned = 0  # bytes before this were searched: a head does not end there
         self._skipped_line = False
         self._head: Head | None = None
-        self._chunks: _ChunkedBody | None = None
-        self._continued = False  # the interim answer was given
+        self._chunked_body: Iterator[bytes | None] | None = None
         self._refusal: HTTPError | None = None  # nothing after it is read
 
     def feed(self, received: bytes) -> None:
@@ -468,13 +470,19 @@ class RequestReader:
                 head = self._head = self._read_head()
                 if head is None:
                     return None
-            body = self._read_chunked() if head.chunked else self._read_sized(head.content_length)
+            size_bytes = head.content_length
+            if size_bytes is None:
+                if self._chunked_body is None:
+                    self._chunked_body = _read_chunked(self._buffer)
+                body = next(self._chunked_body)
+            else:
+                body = _cut(self._buffer, size_bytes) if size_bytes <= len(self._buffer) else None
         except HTTPError as refusal:
             self._refusal = refusal
             raise
         if body is None:
             return None
-        self._head = self._chunks = None
+        self._head = self._chunked_body = None
         self._skipped_line = False
         return Request(head, body)
 
@@ -492,36 +500,29 @@ class RequestReader:
         """Whether `100 Continue` is due now: true once for a request that asked for it and still
         lacks its body.
         """
-        due = self._head is not None and self._head.expects_continue and not self._continued
-        self._continued = self._head is not None and (due or self._continued)
-        return due
-
-    def _cut(self, size: int) -> bytes:
-        """Remove the first `size` bytes and return them."""
-        taken = bytes(self._buffer[:size])
-        del self._buffer[:size]
-        self._scanned = 0
-        return taken
+        head = self._head
+        if head is None or not head.expects_continue:
+            return False
+        self._head = head._replace(expects_continue=False)
+        return True
 
     def _read_head(self) -> Head | None:
         # RFC 9112, 2.2: one empty line before the request line is skipped
-        if self._buffer.startswith(b"\r") and not self._skipped_line:
-            if len(self._buffer) < 2:
-                return None
-            if self._buffer.startswith(b"\r\n"):
-                self._cut(2)
-                self._skipped_line = True
+        if self._buffer.startswith(b"\r\n") and not self._skipped_line:
+            del self._buffer[:2]
+            self._scanned, self._skipped_line = 0, True
         end = self._buffer.find(b"\r\n\r\n", max(0, self._scanned - 3))
         if end < 0:
             self._check_unfinished_head()
             return None
-        section = self._cut(end + 4)[:-2]
-        self._continued = False
+        section = _cut(self._buffer, end + 4)[:-2]
+        self._scanned = 0
         return known_head(section) if len(section) <= MEMO_HEAD_BYTES else parse_head(section)
 
     def _check_unfinished_head(self) -> None:
         """Refuse at once what no further byte can mend."""
-        self._check_bytes()
+        _refuse_controls(self._buffer, max(0, self._scanned - 1))
+        self._scanned = len(self._buffer)
         if self._buffer.startswith(b"\r\n"):
             raise HTTPError(400, "more than one empty line before the request line")
         if len(self._buffer) <= MAX_REQUEST_LINE_BYTES:
@@ -529,95 +530,65 @@ class RequestReader:
         line_bytes = self._buffer.find(b"\r\n", 0, MAX_REQUEST_LINE_BYTES + 2)
         if line_bytes < 0:
             raise HTTPError(414, f"request line of more than {MAX_REQUEST_LINE_BYTES} bytes")
-        if len(self._buffer) - line_bytes > MAX_HEADER_BYTES + 4:
-            raise HTTPError(431, f"header section of more than {MAX_HEADER_BYTES} bytes")
-
-    def _check_bytes(self) -> None:
-        _refuse_controls(self._buffer, max(0, self._scanned - 1))
-        self._scanned = len(self._buffer)
-
-    def _read_line(self, what: str) -> bytes | None:
-        """The next line of a chunked body, without its CRLF."""
-        end = self._buffer.find(b"\r\n", max(0, self._scanned - 1))
-        if end < 0:
-            self._check_bytes()
-            if len(self._buffer) > MAX_HEADER_BYTES:
-                raise HTTPError(431, f"{what} of more than {MAX_HEADER_BYTES} bytes")
-            return None
-        return self._cut(end + 2)[:-2]
-
-    def _read_sized(self, size: int) -> bytes | None:
-        return self._cut(size) if size <= len(self._buffer) else None
-
-    def _read_chunked(self) -> bytes | None:
-        """Decode `chunk-size [chunk-ext] CRLF chunk-data CRLF … 0 CRLF trailers CRLF`: RFC 9112,
-        7.1.
-        """
-        chunks = self._chunks
-        if chunks is None:
-            chunks = self._chunks = _ChunkedBody()
-        while True:
-            if chunks.missing:
-                piece = self._cut(min(chunks.missing, len(self._buffer)))
-                chunks.body += piece
-                chunks.missing -= len(piece)
-                if chunks.missing:
-                    return None
-            if chunks.in_chunk:
-                closing = bytes(self._buffer[:2])
-                if not b"\r\n".startswith(closing):
-                    raise HTTPError(400, f"chunk data must end in CRLF, found {_shown(closing)}")
-                if len(closing) < 2:
-                    return None
-                self._cut(2)
-                chunks.in_chunk = False
-            line = self._read_line("trailer section" if chunks.ended else "chunk-size line")
-            if line is None:
-                return None
-            if not chunks.ended:
-                chunks.start_chunk(line)
-            elif line:
-                chunks.add_trailer(line)
-            else:
-                return bytes(chunks.body)
+        _bound("header section", len(self._buffer) - line_bytes - 4)
 
 
-class _ChunkedBody:
-    """What is known of a chunked body whose end has not come yet."""
+def _cut(buffer: bytearray, size_bytes: int) -> bytes:
+    """Remove the first bytes of a buffer and return them."""
+    taken = bytes(buffer[:size_bytes])
+    del buffer[:size_bytes]
+    return taken
 
-    __slots__ = ("body", "missing", "in_chunk", "ended", "ignored_bytes", "trailer_count")
 
-    def __init__(self) -> None:
-        self.body = bytearray()
-        self.missing = 0  # bytes of the chunk under way that have not arrived
-        self.in_chunk = False  # the CRLF behind its data is still to come
-        self.ended = False  # the last chunk was seen; trailers follow
-        self.ignored_bytes = 0  # of extensions and trailers
-        self.trailer_count = 0
-
-    def start_chunk(self, line: bytes) -> None:
+def _read_chunked(buffer: bytearray) -> Iterator[bytes | None]:
+    """Cut a chunked body from the front of a buffer, as it grows: yields None when more bytes are
+    needed, in the end the body. RFC 9112, 7.1: `chunk-size [chunk-ext] CRLF chunk-data CRLF … 0
+    CRLF trailers CRLF`.
+    """
+    body, ignored_bytes = bytearray(), 0  # of extensions and trailers
+    while True:
+        line = yield from _read_line(buffer, "chunk-size line")
         match = _CHUNK_SIZE.fullmatch(line)
         if match is None:
             raise HTTPError(400, f"chunk size must be 1 to 16 hex digits, found {_shown(line)}")
-        self._ignore(len(match[2]))
-        self.missing = int(match[1], 16)
-        self.in_chunk, self.ended = self.missing > 0, self.missing == 0
-        if len(self.body) + self.missing > MAX_BODY_BYTES:
-            raise HTTPError(413, f"chunked body of more than {MAX_BODY_BYTES} bytes")
-
-    def add_trailer(self, line: bytes) -> None:
-        self._ignore(len(line))
-        self.trailer_count += 1
-        _parse_field(line, f"trailer field {self.trailer_count}")  # and drop it
-        if self.trailer_count > MAX_HEADER_FIELDS:
+        ignored_bytes += len(match[2])
+        _bound("chunk extensions and trailers", ignored_bytes)
+        missing = int(match[1], 16)
+        if not missing:
+            break
+        _bound("chunked body", len(body) + missing, MAX_BODY_BYTES, 413)
+        while missing:
+            piece = _cut(buffer, missing)
+            body += piece
+            missing -= len(piece)
+            if missing:
+                yield None
+        while not buffer.startswith(b"\r\n"):
+            if not b"\r\n".startswith(buffer[:2]):
+                found = _shown(bytes(buffer[:2]))
+                raise HTTPError(400, f"chunk data must end in CRLF, found {found}")
+            yield None
+        del buffer[:2]
+    trailers = 0
+    while line := (yield from _read_line(buffer, "trailer section")):
+        trailers += 1
+        ignored_bytes += len(line)
+        _bound("chunk extensions and trailers", ignored_bytes)
+        _parse_field(line, f"trailer field {trailers}")  # and drop it
+        if trailers > MAX_HEADER_FIELDS:
             raise HTTPError(431, f"more than {MAX_HEADER_FIELDS} trailer fields")
+    yield bytes(body)
 
-    def _ignore(self, size: int) -> None:
-        self.ignored_bytes += size
-        if self.ignored_bytes > MAX_HEADER_BYTES:
-            raise HTTPError(
-                431, f"chunk extensions and trailers of more than {MAX_HEADER_BYTES} bytes"
-            )
+
+def _read_line(buffer: bytearray, what: str) -> Generator[None, None, bytes]:
+    """Cut a line, without its CRLF, from the front of a buffer; yields when more is needed."""
+    scanned = 0
+    while (end := buffer.find(b"\r\n", max(0, scanned - 1))) < 0:
+        _refuse_controls(buffer, max(0, scanned - 1))
+        scanned = len(buffer)
+        _bound(what, scanned)
+        yield None
+    return _cut(buffer, end + 2)[:-2]
 
 
 def decode_content(request: Request) -> bytes:
@@ -654,6 +625,9 @@ def decode_content(request: Request) -> bytes:
     except zlib.error as error:
         raise HTTPError(400, f"gzip body is broken: {error}") from None
     return bytes(content)
+
+
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 class Response:
@@ -702,9 +676,6 @@ def status_line(status: int) -> bytes:
 def date_field(second: int) -> bytes:
     """The Date field line for a Unix time in whole seconds: RFC 9110, 5.6.7."""
     return b"Date: %b\r\n" % email.utils.formatdate(second, usegmt=True).encode()
-
-
-CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 # ==================================================================================================
