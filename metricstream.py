@@ -778,31 +778,22 @@ class SlidingWindowLimiter:
                 window = stripe.older.pop(client, None)
                 if len(recent) >= self._generation:
                     recent = self._start_generation(stripe, now)
-            if window is None:
-                used = 0
-            elif isinstance(window, float):
-                used = 1 if now - window < self.window_s else 0
-            else:
+            if isinstance(window, float):  # the one request so far
+                window = deque((window,)) if now - window < self.window_s else None
+            used = 0
+            if window is not None:
                 while window and now - window[0] >= self.window_s:
                     window.popleft()
                 used = len(window)
-            allowed = used < limit
-            tally = self._tally_of(stripe.tallies, client)
-            tally[0 if allowed else 1] += 1
-            if not allowed:
-                assert window is not None  # limit is at least 1, so something was used
-                recent[client] = window
-                # the one that must leave first: not the oldest, if the limit has been lowered
-                first = window if isinstance(window, float) else window[used - limit]
-                return Decision(False, 0, self.window_s - (now - first))
-            if not used:
+            self._tally_of(stripe.tallies, client)[0 if used < limit else 1] += 1
+            if not window:
                 recent[client] = now  # 24 bytes; an empty deque alone has 760
-            elif isinstance(window, float):
-                recent[client] = deque((window, now))
             else:
-                assert window is not None
-                window.append(now)
                 recent[client] = window
+                if used >= limit:
+                    # the one that must leave first: not the oldest, if the limit has been lowered
+                    return Decision(False, 0, self.window_s - (now - window[used - limit]))
+                window.append(now)
             return Decision(True, limit - used - 1, 0.0)
 
     def _tally_of(self, tallies: dict[str, list[int]], client: str) -> list[int]:
