@@ -1030,8 +1030,7 @@ _SHORT_ESCAPES = {value: f"\\{letter}" for letter, value in _ESCAPES.items() if 
 
 
 def write_json(value: Any) -> str:
-    """The JSON text of a value made of dict, list, tuple, str, int, float, bool and None, without
-    white space.
+    """The JSON text, without white space, of dict, list, tuple, str, int, float, bool or None.
 
     >>> write_json({"text": 'a "b"\\n', "numbers": [1, 2.5, True, None]})
     '{"text":"a \\\\"b\\\\"\\\\n","numbers":[1,2.5,true,null]}'
@@ -1045,13 +1044,8 @@ def write_json(value: Any) -> str:
             raise ValueError(f"{value} has no JSON form")
         return repr(value)
     if isinstance(value, dict):
-        return (
-            "{"
-            + ",".join(
-                f"{write_json_string(name)}:{write_json(item)}" for name, item in value.items()
-            )
-            + "}"
-        )
+        members = [f"{write_json_string(name)}:{write_json(item)}" for name, item in value.items()]
+        return "{" + ",".join(members) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ",".join(map(write_json, value)) + "]"
     raise TypeError(f"{type(value).__name__} has no JSON form")
@@ -1086,6 +1080,9 @@ METRIC_FIELDS = ("name", "value", "type", "tags", "timestamp")
 UNIX_EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 END_OF_TIME_MS = 7_289_654_400_000  # 2201-01-01T00:00:00Z
 
+_UNKNOWN_FIELD = f"unknown field; known are {', '.join(METRIC_FIELDS)}"
+_BAD_NAME = f"must be a string of 1 to {MAX_NAME_LENGTH} characters without control characters"
+_KINDS = {dict: "an object", list: "an array", str: "a string", bool: "a boolean"}
 _ISO_8601 = re.compile(
     r"([0-9]{4}-[0-9]{2}-[0-9]{2})[Tt ]((?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9])"
     r"(?:[.,]([0-9]{1,9}))?([Zz]|[+-](?:[01][0-9]|2[0-3]):?[0-5][0-9])"
@@ -1110,9 +1107,9 @@ class Reason(NamedTuple):
     message: str
 
     def __str__(self) -> str:
-        place = (
-            self.field if self.index is None else f"metrics[{self.index}].{self.field}".rstrip(".")
-        )
+        place = self.field
+        if self.index is not None:
+            place = f"metrics[{self.index}].{self.field}".rstrip(".")
         return f"{place}: {self.message}" if place else self.message
 
 
@@ -1121,7 +1118,7 @@ class BatchError(ValueError):
 
     def __init__(self, reasons: list[Reason]):
         super().__init__(str(reasons[0]))
-        self.reasons = reasons
+        self.reasons = reasons[:MAX_REASONS]
 
 
 def read_batch(document: Any, now_ms: int) -> list[Sample]:
@@ -1136,18 +1133,13 @@ def read_batch(document: Any, now_ms: int) -> list[Sample]:
     """
     if not isinstance(document, dict) or "metrics" not in document:
         raise BatchError([Reason(None, "", 'body must be an object with the list "metrics"')])
-    reasons = [
-        Reason(None, _clipped(name), 'unknown field beside "metrics"')
-        for name in document
-        if name != "metrics"
-    ]
+    others = [name for name in document if name != "metrics"]
+    reasons = [Reason(None, _clipped(name), 'unknown field beside "metrics"') for name in others]
     metrics = document["metrics"]
     if not isinstance(metrics, list) or not 1 <= len(metrics) <= MAX_BATCH:
         found = f"{len(metrics)} metrics" if isinstance(metrics, list) else _kind(metrics)
-        reasons.append(
-            Reason(None, "metrics", f"must be a list of 1 to {MAX_BATCH} metrics, not {found}")
-        )
-        raise BatchError(reasons[:MAX_REASONS])
+        message = f"must be a list of 1 to {MAX_BATCH} metrics, not {found}"
+        raise BatchError([*reasons, Reason(None, "metrics", message)])
     samples = []
     for index, metric in enumerate(metrics):
         try:
@@ -1157,44 +1149,28 @@ def read_batch(document: Any, now_ms: int) -> list[Sample]:
             if len(reasons) >= MAX_REASONS:
                 break
     if reasons:
-        raise BatchError(reasons[:MAX_REASONS])
+        raise BatchError(reasons)
     return samples
 
 
 def _read_metric(metric: Any, now_ms: int, index: int = 0) -> Sample:
     if not isinstance(metric, dict):
         raise BatchError([Reason(index, "", f"must be an object, not {_kind(metric)}")])
-    faults = [
-        (_clipped(field), f"unknown field; known are {', '.join(METRIC_FIELDS)}")
-        for field in metric
-        if field not in METRIC_FIELDS
-    ]
+    faults = [(_clipped(field), _UNKNOWN_FIELD) for field in metric if field not in METRIC_FIELDS]
     name = metric.get("name")
     if not isinstance(name, str) or not 1 <= len(name) <= MAX_NAME_LENGTH or _CONTROL.search(name):
-        faults.append(
-            (
-                "name",
-                f"must be a string of 1 to {MAX_NAME_LENGTH} characters without control characters"
-                if "name" in metric
-                else "is missing",
-            )
-        )
+        faults.append(("name", _BAD_NAME if "name" in metric else "is missing"))
     value = metric.get("value", "")
     # not isinstance: bool is an int to Python
     if type(value) is not float and type(value) is not int and value is not None:
-        faults.append(
-            (
-                "value",
-                f"must be a finite number or null, not {_kind(value)}"
-                if "value" in metric
-                else "is missing",
-            )
-        )
+        bad_value = f"must be a finite number or null, not {_kind(value)}"
+        faults.append(("value", bad_value if "value" in metric else "is missing"))
     type_ = metric.get("type", "gauge")
     if type_ not in METRIC_TYPES:
         faults.append(("type", f"must be one of {', '.join(METRIC_TYPES)}"))
     tags = metric.get("tags", {})
-    faults += _faults_in_tags(tags)
+    if "tags" in metric:
+        faults += _faults_in_tags(tags)
     timestamp_ms = now_ms
     if "timestamp" in metric:
         try:
@@ -1214,15 +1190,13 @@ def _faults_in_tags(tags: Any) -> list[tuple[str, str]]:
         faults.append(("tags", f"must be at most {MAX_TAGS}, not {len(tags)}"))
     for key, value in tags.items():
         if not 1 <= len(key) <= MAX_TAG_KEY_LENGTH:
-            faults.append(
-                ("tags", f"key {_clipped(key)!a} must have 1 to {MAX_TAG_KEY_LENGTH} characters")
-            )
+            shown = ascii(_clipped(key))
+            faults.append(("tags", f"key {shown} must have 1 to {MAX_TAG_KEY_LENGTH} characters"))
         if not isinstance(value, str):
             faults.append((f"tags.{_clipped(key)}", f"must be a string, not {_kind(value)}"))
         elif len(value) > MAX_TAG_VALUE_LENGTH:
-            faults.append(
-                (f"tags.{_clipped(key)}", f"must have at most {MAX_TAG_VALUE_LENGTH} characters")
-            )
+            reason = f"must have at most {MAX_TAG_VALUE_LENGTH} characters"
+            faults.append((f"tags.{_clipped(key)}", reason))
     return faults
 
 
@@ -1238,9 +1212,7 @@ def read_iso_8601(text: str) -> tuple[int, int] | None:
         return None
     date, clock, fraction, zone = match.groups()
     try:
-        moment = datetime.datetime.fromisoformat(
-            f"{date}T{clock}{'+00:00' if zone in 'Zz' else zone}"
-        )
+        moment = datetime.datetime.fromisoformat(f"{date}T{clock}{zone.upper()}")
     except ValueError:
         raise ValueError("must be a date that the calendar has") from None
     second = (moment - UNIX_EPOCH) // datetime.timedelta(seconds=1)
@@ -1271,14 +1243,7 @@ def _read_timestamp(timestamp: Any) -> int:
 
 def _kind(value: Any) -> str:
     """What JSON calls a value."""
-    names = {
-        dict: "an object",
-        list: "an array",
-        str: "a string",
-        bool: "a boolean",
-        type(None): "null",
-    }
-    return names.get(type(value), "a number")
+    return "null" if value is None else _KINDS.get(type(value), "a number")
 
 
 def _clipped(text: str) -> str:
