@@ -158,7 +158,6 @@ _TCHAR = rb"!#$%&'*+\-.^_`|~0-9A-Za-z"
 _REQUEST_LINE = re.compile(rb"([%b]{1,32}) ([\x21-\x7e]+) HTTP/([0-9]\.[0-9])" % _TCHAR)
 _FIELD_LINE = re.compile(rb"([%b]+):([^\x00-\x08\x0a-\x1f\x7f]*)" % _TCHAR)
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})((?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?)")
-_CONTENT_LENGTH = re.compile(r"[0-9]+")
 _HOST = re.compile(
     r"(?:\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+;=-]|%[0-9A-Fa-f]{2})+)(?::[0-9]{0,5})?"
 )
@@ -178,18 +177,14 @@ KEEP, CLOSE, KEEP_1_0 = b"", b"Connection: close\r\n", b"Connection: keep-alive\
 class HTTPError(Exception):
     """A request that gets an error status.
 
-    `status` is the code, the text of the exception the reason, `fields` are further header fields
-    of the answer as (name, value), and `details` further members of its JSON body. Raised by
-    `RequestReader` it also means that the connection must be closed after the answer.
+    `status` is the code, the text of the exception the reason, and `fields` are further header
+    fields of the answer as (name, value). Raised by `RequestReader` it also means that the
+    connection must be closed after the answer.
     """
 
-    def __init__(
-        self, status: int, reason: str, *, fields: Iterable[tuple[str, str]] = (), **details: Any
-    ):
+    def __init__(self, status: int, reason: str, *, fields: Iterable[tuple[str, str]] = ()):
         super().__init__(reason)
-        self.status = status
-        self.fields = tuple(fields)
-        self.details = details
+        self.status, self.fields = status, tuple(fields)
 
 
 class Head(NamedTuple):
@@ -239,17 +234,14 @@ known_head = functools.lru_cache(maxsize=2048)(parse_head)
 def _parse_request_line(line: bytes) -> tuple[str, str, str]:
     match = _REQUEST_LINE.fullmatch(line)
     if match is None:
-        raise HTTPError(
-            400,
-            f"request line must be 'method SP request-target SP HTTP/1.1', found {_shown(line)}",
-        )
+        form = "'method SP request-target SP HTTP/1.1'"
+        raise HTTPError(400, f"request line must be {form}, found {_shown(line)}")
     method, target, version = match.groups()
     if len(target) > MAX_TARGET_BYTES:
         raise HTTPError(414, f"request target of {len(target)} bytes; at most {MAX_TARGET_BYTES}")
     if version not in (b"1.0", b"1.1"):
-        raise HTTPError(
-            505, f"HTTP/{version.decode()} is not spoken here; HTTP/1.1 and HTTP/1.0 are"
-        )
+        found = version.decode()
+        raise HTTPError(505, f"HTTP/{found} is not spoken here; HTTP/1.1 and HTTP/1.0 are")
     return method.decode(), target.decode(), version.decode()
 
 
@@ -265,10 +257,8 @@ def _parse_target(method: str, target: str, host: str) -> tuple[str, str, str]:
     if not target.startswith("/"):
         absolute = _ABSOLUTE_FORM.fullmatch(target)
         if absolute is None:
-            raise HTTPError(
-                400,
-                f"request target must start with '/' or 'http://', found {_shown(target.encode())}",
-            )
+            found = _shown(target.encode())
+            raise HTTPError(400, f"request target must start with '/' or 'http://', found {found}")
         host, rest = absolute.groups()
         if not _HOST.fullmatch(host):
             raise HTTPError(400, f"invalid authority {host[:80]!r} in the request target")
@@ -353,9 +343,8 @@ def _framing(method: str, version: str, headers: dict[str, str]) -> int | None:
             raise HTTPError(411, "POST needs Content-Length or Transfer-Encoding: chunked")
         return 0
     digits, *others = set(_list_of(length))
-    # int() alone would also take "+5", "1_0" and digits of other scripts, and raise above 4,300
-    # digits
-    if others or not _CONTENT_LENGTH.fullmatch(digits):
+    # int() alone would also take "+5" and "1_0", and raise above 4,300 digits
+    if others or not (digits.isascii() and digits.isdigit()):
         raise HTTPError(400, f"Content-Length must be one number in digits, found {length[:80]!r}")
     digits = digits.lstrip("0") or "0"
     if len(digits) > 18 or int(digits) > MAX_BODY_BYTES:
@@ -370,11 +359,9 @@ def _list_of(value: str) -> list[str]:
 
 def _persistence(version: str, headers: dict[str, str]) -> bytes:
     options = _list_of(headers.get("connection", ""))
-    if "close" in options:
+    if "close" in options or (version == "1.0" and "keep-alive" not in options):
         return CLOSE
-    if version == "1.1":
-        return KEEP
-    return KEEP_1_0 if "keep-alive" in options else CLOSE
+    return KEEP if version == "1.1" else KEEP_1_0
 
 
 def _bound(what: str, size_bytes: int, at_most: int = MAX_HEADER_BYTES, status: int = 431) -> None:
@@ -430,15 +417,6 @@ class RequestReader:
     None
     None
     /health
-
-    What two readers could understand in two ways is refused:
-
-    >>> reader = RequestReader()
-    >>> reader.feed(b"POST / HTTP/1.1\\r\\nHost: a\\r\\nContent-Length: 4\\r\\n")
-    >>> reader.feed(b"Transfer-Encoding: chunked\\r\\n\\r\\n")
-    >>> reader.next_request()
-    Traceback (most recent call last):
-    metricstream.HTTPError: Transfer-Encoding and Content-Length exclude each other
     """
 
     __slots__ = ("_buffer", "_scanned", "_skipped_line", "_head", "_chunked_body", "_refusal")
@@ -1379,7 +1357,7 @@ def read_body(body: bytes, now_ms: int) -> Batch:
 # all. The idea: lines are only ever appended, all that come together or none of them: what a failed
 # write left is cut off before anything else is written, and a tail torn by a crash at the next
 # start. So the file holds whole lines only. Each call of the disk is timed, so that others can see
-# that it hangs. What it costs: nothing but the care.
+# that it hangs. What it costs: a look at the clock for each.
 
 LOG_NAME = "metrics.jsonl"
 PROBE_BLOCK = b" " * 4096  # written to see whether writing works again
@@ -1557,6 +1535,9 @@ class Position(NamedTuple):
     size_bytes: int
 
 
+_Queued = list[tuple[bytes, "Future[None] | None"]]  # batches, and who waits for them
+
+
 class _LogThread:
     """The thread of a log: it does tasks one after the other. One of them is to write the batches
     that have gathered.
@@ -1569,10 +1550,9 @@ class _LogThread:
     def __init__(self, write: Callable[[bytes], None], max_queued_bytes: int, acknowledges: bool):
         self._write, self._max_queued_bytes = write, max_queued_bytes
         self._acknowledges = acknowledges
-        # Guards the three below. No other lock is taken under it.
+        # Guards the two below. No other lock is taken under it.
         self._lock = threading.Lock()
-        # Batches that are not written yet; while there are any, a task to write them is queued.
-        self._group: list[tuple[bytes, Future[None] | None]] = []
+        self._group: _Queued = []  # while it holds any, a task to write them is queued
         self._queued_bytes = 0  # in the group, or taken from it and not yet written
         self._failure = ""  # why the last group could not be written
         self._closing = threading.Event()
@@ -1594,12 +1574,8 @@ class _LogThread:
             self._queued_bytes += len(lines)
         return written
 
-    def do(self, task: Callable[[], None]) -> None:
-        """Have a task done. What it raises is logged."""
-        self._tasks.put(task)
-
-    def do_and_wait(self, task: Callable[[], None], timeout_s: float) -> bool:
-        """Have a task done; False if that takes longer."""
+    def do(self, task: Callable[[], None], timeout_s: float = 0.0) -> bool:
+        """Have a task done; whether it was, in that time. What it raises is logged."""
         done = threading.Event()
         self._tasks.put(task)
         self._tasks.put(done.set)
@@ -1642,14 +1618,12 @@ class _LogThread:
                 self._tasks.put(self._write_group)
             self._group[:0] = group
 
-    def _take_group(self) -> "list[tuple[bytes, Future[None] | None]]":
+    def _take_group(self) -> _Queued:
         with self._lock:
             group, self._group = self._group, []
         return group
 
-    def _settle(
-        self, group: "list[tuple[bytes, Future[None] | None]]", failure: LogError | None
-    ) -> None:
+    def _settle(self, group: _Queued, failure: LogError | None) -> None:
         """Batches are written, or refused."""
         with self._lock:
             self._queued_bytes -= sum([len(lines) for lines, _ in group])
@@ -1767,13 +1741,12 @@ class MetricLog:
             self._file.append(lines, self.durability == "disk")
             self.position = Position(number, size_bytes + len(lines))
             self.error = ""
-        except LogError as error:
+        except Exception as error:
+            if not isinstance(error, LogError):  # a fault of ours: it costs these lines alone
+                log_unexpected(error)
+                error = LogError("internal error in the log; the server's log has the details")
             self.error = str(error)
-            raise
-        except Exception as error:  # a fault of ours: it costs these lines alone
-            log_unexpected(error)
-            self.error = "internal error in the log; the server's log has the details"
-            raise LogError(self.error) from None
+            raise error from None
         finally:
             self._lock.release()
 
@@ -1785,7 +1758,7 @@ class MetricLog:
         stall_error = self._file.stall_error
         if stall_error or not self.error or self.durability == "memory":
             return stall_error or self.error
-        return self.error if self._thread.do_and_wait(self._try_to_write, STALL_S) else NO_ANSWER
+        return self.error if self._thread.do(self._try_to_write, STALL_S) else NO_ANSWER
 
     def _try_to_write(self) -> None:
         """Set `error` to what is wrong now."""
@@ -2314,7 +2287,7 @@ def error_response(error: Exception) -> Response:
     raised again.
     """
     if isinstance(error, HTTPError):
-        return json_response(error.status, {"error": str(error), **error.details}, error.fields)
+        return json_response(error.status, {"error": str(error)}, error.fields)
     if isinstance(error, JSONError):
         return json_response(400, {"error": f"body is not JSON: {error}"})
     if isinstance(error, BatchError):
