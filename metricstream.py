@@ -140,15 +140,13 @@ def attempt(job: Callable[[], object]) -> object:
 
 
 # ==================================================================================================
-# 1. HTTP
+# 1. Request heads
 # ==================================================================================================
 #
-# The problem: TCP delivers bytes, in pieces of any size, from anybody. The idea: a reader that
-# knows nothing of sockets. It is fed bytes and gives back whole requests, or the one error after
-# which nothing on that connection can be trusted: two parties who disagree on where a request ends
-# can be made to see different requests (request smuggling), so whatever is ambiguous is refused,
-# never repaired. What this costs: a few clients that other servers tolerate are told to mend their
-# requests.
+# The problem: two parties who disagree on what a request says, or on where it ends, can be made to
+# see different requests (request smuggling). The idea: the grammar of the RFCs as regular
+# expressions; whatever is ambiguous is refused, never repaired. What this costs: a few clients that
+# other servers tolerate are told to mend their requests.
 #
 # The names are those of RFC 9110 (semantics) and RFC 9112 (HTTP/1.1 on the wire).
 
@@ -159,10 +157,9 @@ MAX_HEADER_FIELDS = 100
 MAX_BODY_BYTES = 1024 * 1024  # as sent, and again after gzip is undone
 
 _TCHAR = rb"!#$%&'*+\-.^_`|~0-9A-Za-z"
-_REQUEST_LINE = re.compile(rb"([%b]{1,32}) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])" % _TCHAR)
+_REQUEST_LINE = re.compile(rb"([%b]{1,32}) ([\x21-\x7e]+) HTTP/([0-9]\.[0-9])" % _TCHAR)
 _FIELD_LINE = re.compile(rb"([%b]+):([^\x00-\x08\x0a-\x1f\x7f]*)" % _TCHAR)
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})((?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?)")
-_CONTENT_LENGTH = re.compile(r"[0-9]+")
 _HOST = re.compile(
     r"(?:\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+;=-]|%[0-9A-Fa-f]{2})+)(?::[0-9]{0,5})?"
 )
@@ -182,18 +179,14 @@ KEEP, CLOSE, KEEP_1_0 = b"", b"Connection: close\r\n", b"Connection: keep-alive\
 class HTTPError(Exception):
     """A request that gets an error status.
 
-    `status` is the code, the text of the exception the reason, `fields` are further header fields
-    of the answer as (name, value), and `details` further members of its JSON body. Raised by
-    `RequestReader` it also means that the connection must be closed after the answer.
+    `status` is the code, the text of the exception the reason, and `fields` are further header
+    fields of the answer as (name, value). Raised by `RequestReader` it also means that the
+    connection must be closed after the answer.
     """
 
-    def __init__(
-        self, status: int, reason: str, *, fields: Iterable[tuple[str, str]] = (), **details: Any
-    ):
+    def __init__(self, status: int, reason: str, *, fields: Iterable[tuple[str, str]] = ()):
         super().__init__(reason)
-        self.status = status
-        self.fields = tuple(fields)
-        self.details = details
+        self.status, self.fields = status, tuple(fields)
 
 
 class Head(NamedTuple):
@@ -204,19 +197,9 @@ class Head(NamedTuple):
     query: str  # what follows the first "?", not decoded
     host: str  # from an absolute-form target, else from Host; "" only in HTTP/1.0
     headers: dict[str, str]  # by lower-case name; repeated fields are joined with ", "
-    content_length: int  # 0 if there is no body, or if it is chunked
-    chunked: bool
-    expects_continue: bool
+    content_length: int | None  # 0 if there is no body; None if it is chunked
+    expects_continue: bool  # until it got its `100 Continue`
     persistence: bytes  # the Connection field line of the answer: KEEP, CLOSE or KEEP_1_0
-
-
-class Request(NamedTuple):
-    """A whole request: its head, and its body with the transfer coding undone and the content
-    coding not.
-    """
-
-    head: Head
-    body: bytes
 
 
 def parse_head(section: bytes) -> Head:
@@ -231,21 +214,16 @@ def parse_head(section: bytes) -> Head:
     _refuse_controls(section)  # first, so that a head gets the same error in one piece or in many
     request_line, *field_lines = section.split(b"\r\n")[:-1]
     method, target, version = _parse_request_line(request_line)
-    if len(section) - len(request_line) - 2 > MAX_HEADER_BYTES:
-        raise HTTPError(431, f"header section of more than {MAX_HEADER_BYTES} bytes")
+    _bound("header section", len(section) - len(request_line) - 2)
     headers = _parse_fields(field_lines)
     host, path, query = _parse_target(method, target, _host_field(headers, version))
-    content_length, chunked = _framing(method, version, headers)
-    expects_continue = False
-    if version == (1, 1) and "expect" in headers:  # HTTP/1.0 ignores it: RFC 9110, 10.1.1
-        expects_continue = headers["expect"].lower() == "100-continue"
-        if not expects_continue:
-            raise HTTPError(
-                417, f"unknown expectation {headers['expect'][:80]!r}; known is 100-continue"
-            )
+    content_length = _framing(method, version, headers)
+    expectation = headers.get("expect") if version == "1.1" else None  # RFC 9110, 10.1.1
+    if expectation is not None and expectation.lower() != "100-continue":
+        raise HTTPError(417, f"unknown expectation {expectation[:80]!r}; known is 100-continue")
     return Head(
         method, path, query, host, headers,
-        content_length, chunked, expects_continue, _persistence(version, headers),
+        content_length, expectation is not None, _persistence(version, headers),
     )  # fmt: skip
 
 
@@ -255,22 +233,18 @@ MEMO_HEAD_BYTES = 1024
 known_head = functools.lru_cache(maxsize=2048)(parse_head)
 
 
-def _parse_request_line(line: bytes) -> tuple[str, str, tuple[int, int]]:
+def _parse_request_line(line: bytes) -> tuple[str, str, str]:
     match = _REQUEST_LINE.fullmatch(line)
     if match is None:
-        raise HTTPError(
-            400,
-            f"request line must be 'method SP request-target SP HTTP/1.1', found {_shown(line)}",
-        )
-    method, target, major, minor = match.groups()
+        form = "'method SP request-target SP HTTP/1.1'"
+        raise HTTPError(400, f"request line must be {form}, found {_shown(line)}")
+    method, target, version = match.groups()
     if len(target) > MAX_TARGET_BYTES:
         raise HTTPError(414, f"request target of {len(target)} bytes; at most {MAX_TARGET_BYTES}")
-    version = (int(major), int(minor))
-    if version not in ((1, 0), (1, 1)):
-        raise HTTPError(
-            505, f"HTTP/{version[0]}.{version[1]} is not spoken here; HTTP/1.1 and HTTP/1.0 are"
-        )
-    return method.decode(), target.decode(), version
+    if version not in (b"1.0", b"1.1"):
+        found = version.decode()
+        raise HTTPError(505, f"HTTP/{found} is not spoken here; HTTP/1.1 and HTTP/1.0 are")
+    return method.decode(), target.decode(), version.decode()
 
 
 def _parse_target(method: str, target: str, host: str) -> tuple[str, str, str]:
@@ -285,10 +259,8 @@ def _parse_target(method: str, target: str, host: str) -> tuple[str, str, str]:
     if not target.startswith("/"):
         absolute = _ABSOLUTE_FORM.fullmatch(target)
         if absolute is None:
-            raise HTTPError(
-                400,
-                f"request target must start with '/' or 'http://', found {_shown(target.encode())}",
-            )
+            found = _shown(target.encode())
+            raise HTTPError(400, f"request target must start with '/' or 'http://', found {found}")
         host, rest = absolute.groups()
         if not _HOST.fullmatch(host):
             raise HTTPError(400, f"invalid authority {host[:80]!r} in the request target")
@@ -342,60 +314,61 @@ def _fault_in_field(line: bytes) -> str:
     return "control character in the value"
 
 
-def _host_field(headers: dict[str, str], version: tuple[int, int]) -> str:
-    host = headers.get("host")
-    if host is None:
-        if version == (1, 1):
-            raise HTTPError(400, "no Host header field; HTTP/1.1 requires one")
+def _host_field(headers: dict[str, str], version: str) -> str:
+    if "host" not in headers and version == "1.0":
         return ""
-    if not _HOST.fullmatch(host):
-        raise HTTPError(400, f"invalid Host {host[:80]!r}")
-    return host
+    if "host" not in headers:
+        raise HTTPError(400, "no Host header field; HTTP/1.1 requires one")
+    if not _HOST.fullmatch(headers["host"]):
+        raise HTTPError(400, f"invalid Host {headers['host'][:80]!r}")
+    return headers["host"]
 
 
-def _framing(method: str, version: tuple[int, int], headers: dict[str, str]) -> tuple[int, bool]:
-    """(content length, chunked): where the body ends, or an error; there is no guess in between.
+def _framing(method: str, version: str, headers: dict[str, str]) -> int | None:
+    """The content length, None for a chunked body, or an error; there is no guess in between.
     RFC 9112, 6.
     """
     coding, length = headers.get("transfer-encoding"), headers.get("content-length")
     if coding is not None:
         if length is not None:
             raise HTTPError(400, "Transfer-Encoding and Content-Length exclude each other")
-        if version == (1, 0):
+        if version == "1.0":
             raise HTTPError(400, "Transfer-Encoding in HTTP/1.0")
-        codings = [name.strip(" \t").lower() for name in coding.split(",")]
+        codings, shown = _list_of(coding), repr(coding[:80])
         if "" in codings or "chunked" in codings[:-1]:
-            raise HTTPError(
-                400, f"Transfer-Encoding must be chunked, once and last, found {coding[:80]!r}"
-            )
+            raise HTTPError(400, f"Transfer-Encoding must be chunked, once and last, found {shown}")
         if codings != ["chunked"]:
-            raise HTTPError(
-                501, f"Transfer-Encoding {coding[:80]!r} is not implemented; chunked is"
-            )
-        return 0, True
+            raise HTTPError(501, f"Transfer-Encoding {shown} is not implemented; chunked is")
+        return None
     if length is None:
         if method == "POST":
             raise HTTPError(411, "POST needs Content-Length or Transfer-Encoding: chunked")
-        return 0, False
-    lengths = {part.strip(" \t") for part in length.split(",")}
-    digits = lengths.pop()
-    # int() alone would also take "+5", "1_0" and digits of other scripts, and raise above 4,300
-    # digits
-    if lengths or not _CONTENT_LENGTH.fullmatch(digits):
+        return 0
+    digits, *others = set(_list_of(length))
+    # int() alone would also take "+5" and "1_0", and raise above 4,300 digits
+    if others or not (digits.isascii() and digits.isdigit()):
         raise HTTPError(400, f"Content-Length must be one number in digits, found {length[:80]!r}")
     digits = digits.lstrip("0") or "0"
     if len(digits) > 18 or int(digits) > MAX_BODY_BYTES:
         raise HTTPError(413, f"body of {digits[:19]} bytes; at most {MAX_BODY_BYTES}")
-    return int(digits), False
+    return int(digits)
 
 
-def _persistence(version: tuple[int, int], headers: dict[str, str]) -> bytes:
-    options = {option.strip(" \t").lower() for option in headers.get("connection", "").split(",")}
-    if "close" in options:
+def _list_of(value: str) -> list[str]:
+    """The members of a field value that is a list, in lower case: RFC 9110, 5.6.1."""
+    return [member.strip(" \t").lower() for member in value.split(",")]
+
+
+def _persistence(version: str, headers: dict[str, str]) -> bytes:
+    options = _list_of(headers.get("connection", ""))
+    if "close" in options or (version == "1.0" and "keep-alive" not in options):
         return CLOSE
-    if version == (1, 1):
-        return KEEP
-    return KEEP_1_0 if "keep-alive" in options else CLOSE
+    return KEEP if version == "1.1" else KEEP_1_0
+
+
+def _bound(what: str, size_bytes: int, at_most: int = MAX_HEADER_BYTES, status: int = 431) -> None:
+    if size_bytes > at_most:
+        raise HTTPError(status, f"{what} of more than {at_most} bytes")
 
 
 def _refuse_controls(received: bytes | bytearray, start: int = 0) -> None:
@@ -410,6 +383,25 @@ def _shown(received: bytes) -> str:
     obey.
     """
     return repr(received[:80])[1:] + ("…" if len(received) > 80 else "")
+
+
+# ==================================================================================================
+# 2. Requests and responses
+# ==================================================================================================
+#
+# The problem: TCP delivers bytes, in pieces of any size, from anybody. The idea: a reader that
+# knows nothing of sockets. It is fed bytes and gives back whole requests, or the one error after
+# which nothing on that connection can be trusted. Responses are encoded when they are made: most
+# are alike, and are sent many times. What it costs: a body is held in memory as a whole.
+
+
+class Request(NamedTuple):
+    """A whole request: its head, and its body with the transfer coding undone and the content
+    coding not.
+    """
+
+    head: Head
+    body: bytes
 
 
 class RequestReader:
@@ -427,28 +419,16 @@ class RequestReader:
     None
     None
     /health
-
-    What two readers could understand in two ways is refused:
-
-    >>> reader = RequestReader()
-    >>> reader.feed(b"POST / HTTP/1.1\\r\\nHost: a\\r\\nContent-Length: 4\\r\\n")
-    >>> reader.feed(b"Transfer-Encoding: chunked\\r\\n\\r\\n")
-    >>> reader.next_request()
-    Traceback (most recent call last):
-    metricstream.HTTPError: Transfer-Encoding and Content-Length exclude each other
     """
 
-    __slots__ = (
-        "_buffer", "_scanned", "_skipped_line", "_head", "_chunks", "_continued", "_refusal",
-    )  # fmt: skip
+    __slots__ = ("_buffer", "_scanned", "_skipped_line", "_head", "_chunked_body", "_refusal")
 
     def __init__(self) -> None:
         self._buffer = bytearray()
-        self._scanned = 0  # bytes before this were searched: no line end there
+        self._scanned = 0  # bytes before this were searched: a head does not end there
         self._skipped_line = False
         self._head: Head | None = None
-        self._chunks: _ChunkedBody | None = None
-        self._continued = False  # the interim answer was given
+        self._chunked_body: Iterator[bytes | None] | None = None
         self._refusal: HTTPError | None = None  # nothing after it is read
 
     def feed(self, received: bytes) -> None:
@@ -470,13 +450,19 @@ class RequestReader:
                 head = self._head = self._read_head()
                 if head is None:
                     return None
-            body = self._read_chunked() if head.chunked else self._read_sized(head.content_length)
+            size_bytes = head.content_length
+            if size_bytes is None:
+                if self._chunked_body is None:
+                    self._chunked_body = _read_chunked(self._buffer)
+                body = next(self._chunked_body)
+            else:
+                body = _cut(self._buffer, size_bytes) if size_bytes <= len(self._buffer) else None
         except HTTPError as refusal:
             self._refusal = refusal
             raise
         if body is None:
             return None
-        self._head = self._chunks = None
+        self._head = self._chunked_body = None
         self._skipped_line = False
         return Request(head, body)
 
@@ -512,36 +498,29 @@ class RequestReader:
         """Whether `100 Continue` is due now: true once for a request that asked for it and still
         lacks its body.
         """
-        due = self._head is not None and self._head.expects_continue and not self._continued
-        self._continued = self._head is not None and (due or self._continued)
-        return due
-
-    def _cut(self, size: int) -> bytes:
-        """Remove the first `size` bytes and return them."""
-        taken = bytes(self._buffer[:size])
-        del self._buffer[:size]
-        self._scanned = 0
-        return taken
+        head = self._head
+        if head is None or not head.expects_continue:
+            return False
+        self._head = head._replace(expects_continue=False)
+        return True
 
     def _read_head(self) -> Head | None:
         # RFC 9112, 2.2: one empty line before the request line is skipped
-        if self._buffer.startswith(b"\r") and not self._skipped_line:
-            if len(self._buffer) < 2:
-                return None
-            if self._buffer.startswith(b"\r\n"):
-                self._cut(2)
-                self._skipped_line = True
+        if self._buffer.startswith(b"\r\n") and not self._skipped_line:
+            del self._buffer[:2]
+            self._scanned, self._skipped_line = 0, True
         end = self._buffer.find(b"\r\n\r\n", max(0, self._scanned - 3))
         if end < 0:
             self._check_unfinished_head()
             return None
-        section = self._cut(end + 4)[:-2]
-        self._continued = False
+        section = _cut(self._buffer, end + 4)[:-2]
+        self._scanned = 0
         return known_head(section) if len(section) <= MEMO_HEAD_BYTES else parse_head(section)
 
     def _check_unfinished_head(self) -> None:
         """Refuse at once what no further byte can mend."""
-        self._check_bytes()
+        _refuse_controls(self._buffer, max(0, self._scanned - 1))
+        self._scanned = len(self._buffer)
         if self._buffer.startswith(b"\r\n"):
             raise HTTPError(400, "more than one empty line before the request line")
         if len(self._buffer) <= MAX_REQUEST_LINE_BYTES:
@@ -549,95 +528,65 @@ class RequestReader:
         line_bytes = self._buffer.find(b"\r\n", 0, MAX_REQUEST_LINE_BYTES + 2)
         if line_bytes < 0:
             raise HTTPError(414, f"request line of more than {MAX_REQUEST_LINE_BYTES} bytes")
-        if len(self._buffer) - line_bytes > MAX_HEADER_BYTES + 4:
-            raise HTTPError(431, f"header section of more than {MAX_HEADER_BYTES} bytes")
-
-    def _check_bytes(self) -> None:
-        _refuse_controls(self._buffer, max(0, self._scanned - 1))
-        self._scanned = len(self._buffer)
-
-    def _read_line(self, what: str) -> bytes | None:
-        """The next line of a chunked body, without its CRLF."""
-        end = self._buffer.find(b"\r\n", max(0, self._scanned - 1))
-        if end < 0:
-            self._check_bytes()
-            if len(self._buffer) > MAX_HEADER_BYTES:
-                raise HTTPError(431, f"{what} of more than {MAX_HEADER_BYTES} bytes")
-            return None
-        return self._cut(end + 2)[:-2]
-
-    def _read_sized(self, size: int) -> bytes | None:
-        return self._cut(size) if size <= len(self._buffer) else None
-
-    def _read_chunked(self) -> bytes | None:
-        """Decode `chunk-size [chunk-ext] CRLF chunk-data CRLF … 0 CRLF trailers CRLF`: RFC 9112,
-        7.1.
-        """
-        chunks = self._chunks
-        if chunks is None:
-            chunks = self._chunks = _ChunkedBody()
-        while True:
-            if chunks.missing:
-                piece = self._cut(min(chunks.missing, len(self._buffer)))
-                chunks.body += piece
-                chunks.missing -= len(piece)
-                if chunks.missing:
-                    return None
-            if chunks.in_chunk:
-                closing = bytes(self._buffer[:2])
-                if not b"\r\n".startswith(closing):
-                    raise HTTPError(400, f"chunk data must end in CRLF, found {_shown(closing)}")
-                if len(closing) < 2:
-                    return None
-                self._cut(2)
-                chunks.in_chunk = False
-            line = self._read_line("trailer section" if chunks.ended else "chunk-size line")
-            if line is None:
-                return None
-            if not chunks.ended:
-                chunks.start_chunk(line)
-            elif line:
-                chunks.add_trailer(line)
-            else:
-                return bytes(chunks.body)
+        _bound("header section", len(self._buffer) - line_bytes - 4)
 
 
-class _ChunkedBody:
-    """What is known of a chunked body whose end has not come yet."""
+def _cut(buffer: bytearray, size_bytes: int) -> bytes:
+    """Remove the first bytes of a buffer and return them."""
+    taken = bytes(buffer[:size_bytes])
+    del buffer[:size_bytes]
+    return taken
 
-    __slots__ = ("body", "missing", "in_chunk", "ended", "ignored_bytes", "trailer_count")
 
-    def __init__(self) -> None:
-        self.body = bytearray()
-        self.missing = 0  # bytes of the chunk under way that have not arrived
-        self.in_chunk = False  # the CRLF behind its data is still to come
-        self.ended = False  # the last chunk was seen; trailers follow
-        self.ignored_bytes = 0  # of extensions and trailers
-        self.trailer_count = 0
-
-    def start_chunk(self, line: bytes) -> None:
+def _read_chunked(buffer: bytearray) -> Iterator[bytes | None]:
+    """Cut a chunked body from the front of a buffer, as it grows: yields None when more bytes are
+    needed, in the end the body. RFC 9112, 7.1: `chunk-size [chunk-ext] CRLF chunk-data CRLF … 0
+    CRLF trailers CRLF`.
+    """
+    body, ignored_bytes = bytearray(), 0  # of extensions and trailers
+    while True:
+        line = yield from _read_line(buffer, "chunk-size line")
         match = _CHUNK_SIZE.fullmatch(line)
         if match is None:
             raise HTTPError(400, f"chunk size must be 1 to 16 hex digits, found {_shown(line)}")
-        self._ignore(len(match[2]))
-        self.missing = int(match[1], 16)
-        self.in_chunk, self.ended = self.missing > 0, self.missing == 0
-        if len(self.body) + self.missing > MAX_BODY_BYTES:
-            raise HTTPError(413, f"chunked body of more than {MAX_BODY_BYTES} bytes")
-
-    def add_trailer(self, line: bytes) -> None:
-        self._ignore(len(line))
-        self.trailer_count += 1
-        _parse_field(line, f"trailer field {self.trailer_count}")  # and drop it
-        if self.trailer_count > MAX_HEADER_FIELDS:
+        ignored_bytes += len(match[2])
+        _bound("chunk extensions and trailers", ignored_bytes)
+        missing = int(match[1], 16)
+        if not missing:
+            break
+        _bound("chunked body", len(body) + missing, MAX_BODY_BYTES, 413)
+        while missing:
+            piece = _cut(buffer, missing)
+            body += piece
+            missing -= len(piece)
+            if missing:
+                yield None
+        while not buffer.startswith(b"\r\n"):
+            if not b"\r\n".startswith(buffer[:2]):
+                found = _shown(bytes(buffer[:2]))
+                raise HTTPError(400, f"chunk data must end in CRLF, found {found}")
+            yield None
+        del buffer[:2]
+    trailers = 0
+    while line := (yield from _read_line(buffer, "trailer section")):
+        trailers += 1
+        ignored_bytes += len(line)
+        _bound("chunk extensions and trailers", ignored_bytes)
+        _parse_field(line, f"trailer field {trailers}")  # and drop it
+        if trailers > MAX_HEADER_FIELDS:
             raise HTTPError(431, f"more than {MAX_HEADER_FIELDS} trailer fields")
+    yield bytes(body)
 
-    def _ignore(self, size: int) -> None:
-        self.ignored_bytes += size
-        if self.ignored_bytes > MAX_HEADER_BYTES:
-            raise HTTPError(
-                431, f"chunk extensions and trailers of more than {MAX_HEADER_BYTES} bytes"
-            )
+
+def _read_line(buffer: bytearray, what: str) -> Generator[None, None, bytes]:
+    """Cut a line, without its CRLF, from the front of a buffer; yields when more is needed."""
+    scanned = 0
+    while (end := buffer.find(b"\r\n", max(0, scanned - 1))) < 0:
+        _refuse_controls(buffer, max(0, scanned - 1))
+        scanned = len(buffer)
+        _bound(what, scanned)
+        yield None
+    return _cut(buffer, end + 2)[:-2]
 
 
 def decode_content(request: Request) -> bytes:
@@ -674,6 +623,9 @@ def decode_content(request: Request) -> bytes:
     except zlib.error as error:
         raise HTTPError(400, f"gzip body is broken: {error}") from None
     return bytes(content)
+
+
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 class Response:
@@ -722,9 +674,6 @@ def status_line(status: int) -> bytes:
 def date_field(second: int) -> bytes:
     """The Date field line for a Unix time in whole seconds: RFC 9110, 5.6.7."""
     return b"Date: %b\r\n" % email.utils.formatdate(second, usegmt=True).encode()
-
-
-CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 # ==================================================================================================
@@ -827,31 +776,22 @@ class SlidingWindowLimiter:
                 window = stripe.older.pop(client, None)
                 if len(recent) >= self._generation:
                     recent = self._start_generation(stripe, now)
-            if window is None:
-                used = 0
-            elif isinstance(window, float):
-                used = 1 if now - window < self.window_s else 0
-            else:
+            if isinstance(window, float):  # the one request so far
+                window = deque((window,)) if now - window < self.window_s else None
+            used = 0
+            if window is not None:
                 while window and now - window[0] >= self.window_s:
                     window.popleft()
                 used = len(window)
-            allowed = used < limit
-            tally = self._tally_of(stripe.tallies, client)
-            tally[0 if allowed else 1] += 1
-            if not allowed:
-                assert window is not None  # limit is at least 1, so something was used
-                recent[client] = window
-                # the one that must leave first: not the oldest, if the limit has been lowered
-                first = window if isinstance(window, float) else window[used - limit]
-                return Decision(False, 0, self.window_s - (now - first))
-            if not used:
+            self._tally_of(stripe.tallies, client)[0 if used < limit else 1] += 1
+            if not window:
                 recent[client] = now  # 24 bytes; an empty deque alone has 760
-            elif isinstance(window, float):
-                recent[client] = deque((window, now))
             else:
-                assert window is not None
-                window.append(now)
                 recent[client] = window
+                if used >= limit:
+                    # the one that must leave first: not the oldest, if the limit has been lowered
+                    return Decision(False, 0, self.window_s - (now - window[used - limit]))
+                window.append(now)
             return Decision(True, limit - used - 1, 0.0)
 
     def _tally_of(self, tallies: dict[str, list[int]], client: str) -> list[int]:
@@ -1088,8 +1028,7 @@ _SHORT_ESCAPES = {value: f"\\{letter}" for letter, value in _ESCAPES.items() if 
 
 
 def write_json(value: Any) -> str:
-    """The JSON text of a value made of dict, list, tuple, str, int, float, bool and None, without
-    white space.
+    """The JSON text, without white space, of dict, list, tuple, str, int, float, bool or None.
 
     >>> write_json({"text": 'a "b"\\n', "numbers": [1, 2.5, True, None]})
     '{"text":"a \\\\"b\\\\"\\\\n","numbers":[1,2.5,true,null]}'
@@ -1103,13 +1042,8 @@ def write_json(value: Any) -> str:
             raise ValueError(f"{value} has no JSON form")
         return repr(value)
     if isinstance(value, dict):
-        return (
-            "{"
-            + ",".join(
-                f"{write_json_string(name)}:{write_json(item)}" for name, item in value.items()
-            )
-            + "}"
-        )
+        members = [f"{write_json_string(name)}:{write_json(item)}" for name, item in value.items()]
+        return "{" + ",".join(members) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ",".join(map(write_json, value)) + "]"
     raise TypeError(f"{type(value).__name__} has no JSON form")
@@ -1144,6 +1078,9 @@ METRIC_FIELDS = ("name", "value", "type", "tags", "timestamp")
 UNIX_EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 END_OF_TIME_MS = 7_289_654_400_000  # 2201-01-01T00:00:00Z
 
+_UNKNOWN_FIELD = f"unknown field; known are {', '.join(METRIC_FIELDS)}"
+_BAD_NAME = f"must be a string of 1 to {MAX_NAME_LENGTH} characters without control characters"
+_KINDS = {dict: "an object", list: "an array", str: "a string", bool: "a boolean"}
 _ISO_8601 = re.compile(
     r"([0-9]{4}-[0-9]{2}-[0-9]{2})[Tt ]((?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9])"
     r"(?:[.,]([0-9]{1,9}))?([Zz]|[+-](?:[01][0-9]|2[0-3]):?[0-5][0-9])"
@@ -1168,9 +1105,9 @@ class Reason(NamedTuple):
     message: str
 
     def __str__(self) -> str:
-        place = (
-            self.field if self.index is None else f"metrics[{self.index}].{self.field}".rstrip(".")
-        )
+        place = self.field
+        if self.index is not None:
+            place = f"metrics[{self.index}].{self.field}".rstrip(".")
         return f"{place}: {self.message}" if place else self.message
 
 
@@ -1179,7 +1116,7 @@ class BatchError(ValueError):
 
     def __init__(self, reasons: list[Reason]):
         super().__init__(str(reasons[0]))
-        self.reasons = reasons
+        self.reasons = reasons[:MAX_REASONS]
 
 
 def read_batch(document: Any, now_ms: int) -> list[Sample]:
@@ -1194,18 +1131,13 @@ def read_batch(document: Any, now_ms: int) -> list[Sample]:
     """
     if not isinstance(document, dict) or "metrics" not in document:
         raise BatchError([Reason(None, "", 'body must be an object with the list "metrics"')])
-    reasons = [
-        Reason(None, _clipped(name), 'unknown field beside "metrics"')
-        for name in document
-        if name != "metrics"
-    ]
+    others = [name for name in document if name != "metrics"]
+    reasons = [Reason(None, _clipped(name), 'unknown field beside "metrics"') for name in others]
     metrics = document["metrics"]
     if not isinstance(metrics, list) or not 1 <= len(metrics) <= MAX_BATCH:
         found = f"{len(metrics)} metrics" if isinstance(metrics, list) else _kind(metrics)
-        reasons.append(
-            Reason(None, "metrics", f"must be a list of 1 to {MAX_BATCH} metrics, not {found}")
-        )
-        raise BatchError(reasons[:MAX_REASONS])
+        message = f"must be a list of 1 to {MAX_BATCH} metrics, not {found}"
+        raise BatchError([*reasons, Reason(None, "metrics", message)])
     samples = []
     for index, metric in enumerate(metrics):
         try:
@@ -1215,44 +1147,28 @@ def read_batch(document: Any, now_ms: int) -> list[Sample]:
             if len(reasons) >= MAX_REASONS:
                 break
     if reasons:
-        raise BatchError(reasons[:MAX_REASONS])
+        raise BatchError(reasons)
     return samples
 
 
 def _read_metric(metric: Any, now_ms: int, index: int = 0) -> Sample:
     if not isinstance(metric, dict):
         raise BatchError([Reason(index, "", f"must be an object, not {_kind(metric)}")])
-    faults = [
-        (_clipped(field), f"unknown field; known are {', '.join(METRIC_FIELDS)}")
-        for field in metric
-        if field not in METRIC_FIELDS
-    ]
+    faults = [(_clipped(field), _UNKNOWN_FIELD) for field in metric if field not in METRIC_FIELDS]
     name = metric.get("name")
     if not isinstance(name, str) or not 1 <= len(name) <= MAX_NAME_LENGTH or _CONTROL.search(name):
-        faults.append(
-            (
-                "name",
-                f"must be a string of 1 to {MAX_NAME_LENGTH} characters without control characters"
-                if "name" in metric
-                else "is missing",
-            )
-        )
+        faults.append(("name", _BAD_NAME if "name" in metric else "is missing"))
     value = metric.get("value", "")
     # not isinstance: bool is an int to Python
     if type(value) is not float and type(value) is not int and value is not None:
-        faults.append(
-            (
-                "value",
-                f"must be a finite number or null, not {_kind(value)}"
-                if "value" in metric
-                else "is missing",
-            )
-        )
+        bad_value = f"must be a finite number or null, not {_kind(value)}"
+        faults.append(("value", bad_value if "value" in metric else "is missing"))
     type_ = metric.get("type", "gauge")
     if type_ not in METRIC_TYPES:
         faults.append(("type", f"must be one of {', '.join(METRIC_TYPES)}"))
     tags = metric.get("tags", {})
-    faults += _faults_in_tags(tags)
+    if "tags" in metric:
+        faults += _faults_in_tags(tags)
     timestamp_ms = now_ms
     if "timestamp" in metric:
         try:
@@ -1272,15 +1188,13 @@ def _faults_in_tags(tags: Any) -> list[tuple[str, str]]:
         faults.append(("tags", f"must be at most {MAX_TAGS}, not {len(tags)}"))
     for key, value in tags.items():
         if not 1 <= len(key) <= MAX_TAG_KEY_LENGTH:
-            faults.append(
-                ("tags", f"key {_clipped(key)!a} must have 1 to {MAX_TAG_KEY_LENGTH} characters")
-            )
+            shown = ascii(_clipped(key))
+            faults.append(("tags", f"key {shown} must have 1 to {MAX_TAG_KEY_LENGTH} characters"))
         if not isinstance(value, str):
             faults.append((f"tags.{_clipped(key)}", f"must be a string, not {_kind(value)}"))
         elif len(value) > MAX_TAG_VALUE_LENGTH:
-            faults.append(
-                (f"tags.{_clipped(key)}", f"must have at most {MAX_TAG_VALUE_LENGTH} characters")
-            )
+            reason = f"must have at most {MAX_TAG_VALUE_LENGTH} characters"
+            faults.append((f"tags.{_clipped(key)}", reason))
     return faults
 
 
@@ -1296,9 +1210,7 @@ def read_iso_8601(text: str) -> tuple[int, int] | None:
         return None
     date, clock, fraction, zone = match.groups()
     try:
-        moment = datetime.datetime.fromisoformat(
-            f"{date}T{clock}{'+00:00' if zone in 'Zz' else zone}"
-        )
+        moment = datetime.datetime.fromisoformat(f"{date}T{clock}{zone.upper()}")
     except ValueError:
         raise ValueError("must be a date that the calendar has") from None
     second = (moment - UNIX_EPOCH) // datetime.timedelta(seconds=1)
@@ -1329,14 +1241,7 @@ def _read_timestamp(timestamp: Any) -> int:
 
 def _kind(value: Any) -> str:
     """What JSON calls a value."""
-    names = {
-        dict: "an object",
-        list: "an array",
-        str: "a string",
-        bool: "a boolean",
-        type(None): "null",
-    }
-    return names.get(type(value), "a number")
+    return "null" if value is None else _KINDS.get(type(value), "a number")
 
 
 def _clipped(text: str) -> str:
@@ -1466,41 +1371,23 @@ def read_body(body: bytes, now_ms: int) -> Batch:
 
 
 # ==================================================================================================
-# 6. Log
+# 6. Log file
 # ==================================================================================================
 #
-# The problem: what was acknowledged must not be lost, disks are slow, and they fail half-way. The
-# idea: one file to which lines are only ever appended, each a JSON object that could be sent again.
-# Three levels say what a 200 promises: `memory` (queued for a writer thread), `os` (written:
-# survives the death of the process), `disk` (synced: survives loss of power). An fsync takes as
-# long for a thousand batches as for one, so at `disk` all that wait share one: group commit. What
-# it costs: at `disk`, the wait.
-#
-# The invariant: the file holds whole lines only. A write that fails part of the way is cut off
-# again before anything else is written; a tail torn by a crash is cut off at the next start.
+# The problem: a disk may be full after half a line, fail in the middle of a write, or not answer at
+# all. The idea: lines are only ever appended, all that come together or none of them: what a failed
+# write left is cut off before anything else is written, and a tail torn by a crash at the next
+# start. So the file holds whole lines only. Each call of the disk is timed, so that others can see
+# that it hangs. What it costs: a look at the clock for each.
 
-DURABILITY_LEVELS = ("memory", "os", "disk")
 LOG_NAME = "metrics.jsonl"
-MAX_QUEUED_BYTES = 64 * 1024 * 1024  # at level memory
-WRITER_PAUSE_S = 0.05  # how long the writer of level memory gathers batches for one write
-WRITE_RETRY_S = 0.5  # wait before the writer of level memory tries a failed write again
 PROBE_BLOCK = b" " * 4096  # written to see whether writing works again
-APPEND_WAIT_S = 0.5  # how long a batch waits for others that are being written
 STALL_S = 2.0  # a disk that takes longer for one call does not answer
 NO_ANSWER = "the disk does not answer"
 
 
 class LogError(Exception):
     """The log can't take or keep a batch now; nothing of it was stored."""
-
-
-class Position(NamedTuple):
-    """How far the log is acknowledged. Readers may read up to here. Nothing before it is taken
-    back, except when somebody else empties the file.
-    """
-
-    file: int  # number of the file, from 0 at the start
-    size_bytes: int
 
 
 def _own_folder(folder: str) -> int:
@@ -1514,21 +1401,18 @@ def _own_folder(folder: str) -> int:
         fcntl.flock(folder_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(folder_fd)
-        in_use = error.errno in (errno.EWOULDBLOCK, errno.EACCES)
-        raise LogError(
-            f"the data folder {folder} is in use by another server"
-            if in_use
-            else f"can't lock the data folder {folder}: {error.strerror}"
-        ) from None
+        if isinstance(error, BlockingIOError):
+            raise LogError(f"the data folder {folder} is in use by another server") from None
+        raise LogError(f"can't lock the data folder {folder}: {error.strerror}") from None
     return folder_fd
 
 
 class _LogFile:
-    """An open file to which lines are appended, all of them or none. Its methods raise OSError.
+    """An open file to which lines are appended, all of them or none.
 
     It is opened by its name, or made, in the folder `folder_fd`. To open it changes nothing in it:
     the log may have a line half written to the same file. It has no lock: the log that owns it
-    calls one method at a time.
+    calls one method at a time. Only `stall_error` may be read at any time.
     """
 
     def __init__(
@@ -1537,10 +1421,13 @@ class _LogFile:
         folder_fd: int,
         write: Callable[[int, Any], int],
         fsync: Callable[[int], None],
+        clock: Callable[[], float],
     ):
-        self._write, self._fsync = write, fsync
+        self._path, self._write, self._fsync, self._clock = path, write, fsync, clock
+        self._call_started = 0.0  # when the call under way began; 0.0: none
         self.torn_at: int | None = None  # where it is to be cut before the next write
         self.seen_bytes = 0  # its size at the last look, when it still had a name
+        self.refusal = ""  # why nothing more is appended
         # O_NONBLOCK: to open a pipe by that name must not block; for a regular file it means
         # nothing
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
@@ -1563,33 +1450,59 @@ class _LogFile:
         """Whether no folder has a name for it any more."""
         return not os.fstat(self.descriptor).st_nlink
 
-    def append(self, lines: bytes) -> None:
-        """Write all of the lines or, as far as the file shows, none."""
-        self.cut()
-        written = 0
+    @property
+    def stall_error(self) -> str:
+        """Says that the disk does not answer, or ""."""
+        started = self._call_started
+        return NO_ANSWER if started and self._clock() - started >= STALL_S else ""
+
+    def append(self, lines: bytes, durably: bool = False) -> None:
+        """Write all of the lines, and sync them if asked to; or none, as far as the file shows:
+        then raise LogError.
+        """
+        if self.refusal:
+            raise LogError(self.refusal)
+        self._call_started = self._clock()
+        written, is_kept = 0, False
         try:
+            if self.torn_at is not None:
+                self._cut(self.torn_at)
             written = self._write(self.descriptor, lines)
             while written < len(lines):  # a short write: the rest, or the error that stopped it
                 more = self._write(self.descriptor, memoryview(lines)[written:])
                 if more <= 0:
                     raise OSError(errno.EIO, "the file takes no more bytes")
                 written += more
-        except BaseException:
-            if written:
+            if durably:
+                self.sync()
+            is_kept = True
+        except OSError as error:
+            raise LogError(f"can't write {self._path}: {error.strerror}") from None
+        finally:
+            if written and not is_kept:  # after a failed fsync nobody knows what is there
                 self.torn_at = self.size_bytes - written
                 self.try_to_cut()
-            raise
+            self._call_started = 0.0
 
-    def cut(self) -> None:
-        """Cut off what should not be there, if anything."""
-        if self.torn_at is not None:
-            os.ftruncate(self.descriptor, min(self.torn_at, self.size_bytes))
-            self.torn_at = None
+    def sync(self) -> None:
+        """Wait until the disk has all of it. Raises LogError."""
+        self._call_started = self._clock()
+        try:
+            self._fsync(self.descriptor)
+        except OSError as error:
+            raise LogError(f"can't sync {self._path}: {error.strerror}") from None
+
+    def _cut(self, size_bytes: int) -> None:
+        os.ftruncate(self.descriptor, min(size_bytes, self.size_bytes))
+        self.torn_at = None
 
     def try_to_cut(self) -> None:
-        """The same; if it fails, it is tried again before the next write."""
-        with contextlib.suppress(OSError):
-            self.cut()
+        """Cut off what should not be there, if anything. If that fails, it is tried again before
+        the next write.
+        """
+        if self.torn_at is not None:
+            with contextlib.suppress(OSError):
+                self._cut(self.torn_at)
 
     def cut_torn_line(self) -> int:
         """Cut off what follows the last line end; return how many bytes that was."""
@@ -1605,191 +1518,146 @@ class _LogFile:
             os.ftruncate(self.descriptor, end)
         return size - end
 
-    def try_write(self) -> None:
-        """Write a block and cut it off again."""
-        end = self.size_bytes if self.torn_at is None else self.torn_at
-        self.append(PROBE_BLOCK)
-        self.torn_at = end
-        self.cut()
-
-    def sync(self) -> None:
-        """Wait until the disk has all of it."""
-        self._fsync(self.descriptor)
+    def try_to_write(self) -> None:
+        """Write and sync a block, and cut it off again. Raises LogError."""
+        self.append(PROBE_BLOCK, durably=True)
+        self.torn_at = self.size_bytes - len(PROBE_BLOCK)
+        self.try_to_cut()
 
     def close(self) -> None:
         """Give the descriptor back."""
         os.close(self.descriptor)
-        self.descriptor = -1
+        self.descriptor, self._call_started = -1, 0.0
 
 
-class _DiskLock:
-    """A lock that is held during calls of the disk. It knows when the disk does not answer."""
+# ==================================================================================================
+# 7. Log
+# ==================================================================================================
+#
+# The problem: what was acknowledged must not be lost, and disks are slow. The idea: three levels
+# say what a 200 promises: `memory` (queued for a writer thread), `os` (written: survives the death
+# of the process), `disk` (synced: survives loss of power). An fsync takes as long for a thousand
+# batches as for one, so at `disk` all that wait share one: group commit. What it costs: at `disk`,
+# the wait.
 
-    def __init__(self, clock: Callable[[], float]):
-        self._lock, self._clock = threading.Lock(), clock
-        # When the disk call under way began; 0.0: none. Written by the holder of the lock; to read
-        # an attribute is atomic.
-        self._call_started = 0.0
-
-    def start_call(self) -> None:
-        """A call of the disk begins now; release() ends it."""
-        self._call_started = self._clock()
-
-    @property
-    def stall_error(self) -> str:
-        """Says that the disk does not answer, or ""."""
-        started = self._call_started
-        return NO_ANSWER if started and self._clock() - started >= STALL_S else ""
-
-    def acquire(self, timeout_s: float) -> bool:
-        """Take the lock; False if it is not free in time. `with` waits for as long as it takes."""
-        return self._lock.acquire(timeout=timeout_s)
-
-    def release(self) -> None:
-        """Give the lock back."""
-        self._call_started = 0.0
-        self._lock.release()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *error: object) -> None:
-        self.release()
+DURABILITY_LEVELS = ("memory", "os", "disk")
+MAX_QUEUED_BYTES = 64 * 1024 * 1024  # of batches that wait for the log's thread
+WRITER_PAUSE_S = 0.05  # how long the writer of level memory gathers batches for one write
+WRITE_RETRY_S = 0.5  # wait before the writer of level memory tries a failed write again
+APPEND_WAIT_S = 0.5  # how long a batch waits for others that are being written
 
 
-class _Group(NamedTuple):
-    """Batches that are written together, and the futures of those that wait for it."""
+class Position(NamedTuple):
+    """How far the log is acknowledged. Readers may read up to here. Nothing before it is taken
+    back, except when somebody else empties the file.
+    """
 
-    lines: list[bytes]
-    waiting: "list[Future[None]]"
+    file: int  # number of the file, from 0 at the start
+    size_bytes: int
+
+
+_Queued = list[tuple[bytes, "Future[None] | None"]]  # batches, and who waits for them
 
 
 class _LogThread:
-    """The thread of a log: it writes what has gathered, and does tasks.
+    """The thread of a log: it does tasks one after the other. One of them is to write the batches
+    that have gathered.
 
-    `write` stores lines, or returns why it can't; `leave` is called at the end. `acknowledges` says
-    that batches are acknowledged when they are queued: then the thread gathers a while, and what
-    can't be written is kept, and tried again for ever. Otherwise each batch gets a future.
+    `write` stores lines, or raises LogError. `acknowledges` says that batches are acknowledged when
+    they are queued: then the thread gathers a while, and what can't be written is kept, and tried
+    again for ever. Otherwise each batch gets a future.
     """
 
-    def __init__(
-        self,
-        write: Callable[[bytes], LogError | None],
-        leave: Callable[[], None],
-        max_queued_bytes: int,
-        acknowledges: bool,
-    ):
-        self._write, self._leave = write, leave
-        self._max_queued_bytes, self._acknowledges = max_queued_bytes, acknowledges
-        # Guards all fields below. No other lock is taken under it.
-        self._changed = threading.Condition()
-        self._group = _Group([], [])
+    def __init__(self, write: Callable[[bytes], None], max_queued_bytes: int, acknowledges: bool):
+        self._write, self._max_queued_bytes = write, max_queued_bytes
+        self._acknowledges = acknowledges
+        # Guards the two below. No other lock is taken under it.
+        self._lock = threading.Lock()
+        self._group: _Queued = []  # while it holds any, a task to write them is queued
         self._queued_bytes = 0  # in the group, or taken from it and not yet written
         self._failure = ""  # why the last group could not be written
-        self._tasks: list[Callable[[], None]] = []
-        self._closing = False
+        self._closing = threading.Event()
+        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
 
     def enqueue(self, lines: bytes) -> "Future[None] | None":
         """Have lines written; a future that is done when they are. Raises LogError."""
-        with self._changed:
-            if self._closing:
+        written: Future[None] | None = None if self._acknowledges else Future()
+        with self._lock:
+            if self._closing.is_set():
                 raise LogError("the log is closed")
             if self._queued_bytes + len(lines) > self._max_queued_bytes:
                 raise LogError(self._failure or "the queue of the log is full")
-            if not self._group.lines:
-                self._changed.notify()
-            self._group.lines.append(lines)
+            if not self._group:
+                self._tasks.put(self._write_group)
+            self._group.append((lines, written))
             self._queued_bytes += len(lines)
-            if self._acknowledges:
-                return None
-            written: Future[None] = Future()
-            self._group.waiting.append(written)
-            return written
+        return written
 
-    def do(self, task: Callable[[], None]) -> None:
-        """Have a task done. What it raises is logged."""
-        with self._changed:
-            self._tasks.append(task)
-            self._changed.notify()
-
-    def do_and_wait(self, task: Callable[[], None], timeout_s: float) -> bool:
-        """Have a task done; False if that takes longer."""
-        done: Future[None] = Future()
-
-        def do() -> None:
-            try:
-                task()
-            finally:
-                done.set_result(None)
-
-        self.do(do)
-        try:
-            done.result(timeout_s)
-        except TimeoutError:
-            return False
-        return True
+    def do(self, task: Callable[[], None], timeout_s: float = 0.0) -> bool:
+        """Have a task done; whether it was, in that time. What it raises is logged."""
+        done = threading.Event()
+        self._tasks.put(task)
+        self._tasks.put(done.set)
+        return done.wait(timeout_s)
 
     def refuse_queued(self, reason: str) -> None:
         """Refuse the batches that wait, unless they are acknowledged already."""
-        if self._acknowledges:
-            return
-        with self._changed:
-            group, self._group = self._group, _Group([], [])
-            self._queued_bytes -= sum(map(len, group.lines))
-        for written in group.waiting:
-            written.set_exception(LogError(reason))
+        if not self._acknowledges:
+            self._settle(self._take_group(), LogError(reason))
 
-    def close(self, timeout_s: float) -> bool:
-        """Have everything written, then end; False if that takes longer."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify()
+    def close(self, leave: Callable[[], None], timeout_s: float) -> bool:
+        """Have everything written, then `leave` called, and end; False if that takes longer."""
+        with self._lock:
+            self._closing.set()
+        for task in (self._write_the_rest, leave, None):
+            self._tasks.put(task)
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        kept: list[bytes] = []  # acknowledged batches that could not be written yet
-        while True:
-            with self._changed:
-                self._changed.wait_for(
-                    lambda: self._tasks or self._group.lines or self._closing,
-                    WRITE_RETRY_S if kept else None,
-                )
-                if self._acknowledges:  # gather, unless there is a task or the log closes
-                    self._changed.wait_for(lambda: self._closing or self._tasks, WRITER_PAUSE_S)
-                tasks, self._tasks = self._tasks, []
-                group, self._group = self._group, _Group([], [])
-                closing = self._closing
-            for task in tasks:
-                attempt(task)
-            group = _Group(kept + group.lines, group.waiting)
-            kept = [] if not group.lines or self._write_group(group) else group.lines
-            if closing:
-                if kept and self._acknowledges:
-                    lost = sum(map(len, kept))
-                    logger.error(
-                        "%d bytes of acknowledged metrics are lost: %s", lost, self._failure
-                    )
-                self._leave()
-                return
+        for task in iter(self._tasks.get, None):
+            attempt(task)
 
-    def _write_group(self, group: _Group) -> bool:
-        """Write a group and tell all that wait for it; False if it is to be tried again."""
-        lines = b"".join(group.lines)
-        failure = self._write(lines)
-        done = failure is None or not self._acknowledges
-        with self._changed:
-            self._failure = str(failure or "")
-            if done:
-                self._queued_bytes -= len(lines)
-        for written in group.waiting:
-            if failure is None:
-                written.set_result(None)
-            else:
+    def _write_group(self) -> None:
+        """Write what has gathered, and tell all that wait for it."""
+        if self._acknowledges:
+            self._closing.wait(WRITE_RETRY_S if self._failure else WRITER_PAUSE_S)
+        group, failure = self._take_group(), None
+        try:
+            if group:
+                self._write(b"".join([lines for lines, _ in group]))
+        except LogError as error:
+            failure = error
+        self._failure = str(failure or "")
+        if failure is None or not self._acknowledges:
+            self._settle(group, failure)
+            return
+        with self._lock:
+            if not self._group:
+                self._tasks.put(self._write_group)
+            self._group[:0] = group
+
+    def _take_group(self) -> _Queued:
+        with self._lock:
+            group, self._group = self._group, []
+        return group
+
+    def _settle(self, group: _Queued, failure: LogError | None) -> None:
+        """Batches are written, or refused."""
+        with self._lock:
+            self._queued_bytes -= sum([len(lines) for lines, _ in group])
+        for _, written in group:
+            if written and failure:
                 written.set_exception(failure)
-        return done
+            elif written:
+                written.set_result(None)
+
+    def _write_the_rest(self) -> None:
+        self._write_group()
+        if lost := sum([len(lines) for lines, _ in self._take_group()]):
+            logger.error("%d bytes of acknowledged metrics are lost: %s", lost, self._failure)
 
 
 class MetricLog:
@@ -1841,13 +1709,12 @@ class MetricLog:
         self.path = os.path.join(folder, LOG_NAME)
         self.error = ""
         self.on_switch: list[Callable[[int, int, int], None]] = []
-        # Guards the file and its end: error, position, _file, _recreate_error and _closed. Held
-        # across a write, so that a failed write is the last thing in the file and can be cut off.
-        self._lock = _DiskLock(clock)
-        self._recreate_error: OSError | None = None  # why a deleted file can't be made anew
+        # Guards the file and its end: error, position, _file and _closed. Held across a write, so
+        # that a failed write is the last thing in the file and can be cut off.
+        self._lock = threading.Lock()
         self._closed = False
         self._folder_fd = _own_folder(folder)
-        self._open = partial(_LogFile, self.path, self._folder_fd, write, fsync)
+        self._open = partial(_LogFile, self.path, self._folder_fd, write, fsync, clock)
         try:
             self._file = self._open()
             self.cut_bytes = self._file.cut_torn_line()
@@ -1856,9 +1723,7 @@ class MetricLog:
             raise LogError(f"can't use {self.path}: {error.strerror}") from None
         self._file.seen_bytes = self._file.size_bytes
         self.position = Position(0, self._file.size_bytes)
-        self._thread = _LogThread(
-            self._write_group, self._leave, max_queued_bytes, durability == "memory"
-        )
+        self._thread = _LogThread(self._write_lines, max_queued_bytes, durability == "memory")
 
     @property
     def size_bytes(self) -> int:
@@ -1879,85 +1744,51 @@ class MetricLog:
         Returns None if the lines are as safe as promised; at `disk`, a future that is done when
         they are, or has the LogError.
         """
-        if stall_error := self._lock.stall_error:
+        if stall_error := self._file.stall_error:
             raise LogError(stall_error)
         if self.durability != "os":
             return self._thread.enqueue(lines)
-        if not self._lock.acquire(APPEND_WAIT_S):
+        self._write_lines(lines, APPEND_WAIT_S)
+        return None
+
+    def _write_lines(self, lines: bytes, timeout_s: float = -1) -> None:
+        """Append lines to the file, if the lock is free in time."""
+        if not self._lock.acquire(timeout=timeout_s):
             raise LogError(NO_ANSWER)
         try:
             if self._closed:
                 raise LogError("the log is closed")
-            self._write_lines(lines)
+            number, size_bytes = self.position
+            self._file.append(lines, self.durability == "disk")
+            self.position = Position(number, size_bytes + len(lines))
+            self.error = ""
+        except Exception as error:
+            if not isinstance(error, LogError):  # a fault of ours: it costs these lines alone
+                log_unexpected(error)
+                error = LogError("internal error in the log; the server's log has the details")
+            self.error = str(error)
+            raise error from None
         finally:
             self._lock.release()
-        return None
-
-    def _write_lines(self, lines: bytes) -> None:
-        """Append lines to the file, at level disk with an fsync. Raises LogError; then none of them
-        are kept. The lock is held.
-        """
-        file, (number, size_bytes) = self._file, self.position
-        failed_call = "write"
-        self._lock.start_call()
-        try:
-            if self._recreate_error is not None:
-                raise self._recreate_error
-            file.append(lines)
-            if self.durability == "disk":
-                failed_call = "sync"
-                file.torn_at = size_bytes  # after a failed fsync nobody knows what is there
-                self._lock.start_call()
-                file.sync()
-                file.torn_at = None
-        except OSError as error:
-            self.error = f"can't {failed_call} {self.path}: {error.strerror}"
-            file.try_to_cut()
-            raise LogError(self.error) from None
-        self.position = Position(number, size_bytes + len(lines))
-        self.error = ""
-
-    def _write_group(self, lines: bytes) -> LogError | None:
-        """Write the lines of some batches; returns why that failed, if it did."""
-        with self._lock:
-            try:
-                self._write_lines(lines)
-            except LogError as error:
-                return error
-            except Exception as error:
-                # A fault of ours. At level disk it costs this group alone; at level memory the
-                # group is acknowledged already, so it is kept, and tried again for ever.
-                log_unexpected(error)
-                self.error = "internal error in the log; the server's log has the details"
-                self._file.torn_at = self.position.size_bytes
-                self._file.try_to_cut()
-                return LogError(self.error)
-        return None
 
     def probe(self) -> str:
         """Why the log can't be written, or "". While it can't, each call tries again: a write that
         is taken back, and an fsync.
         """
         # at level memory the writer retries by itself
-        stall_error = self._lock.stall_error
+        stall_error = self._file.stall_error
         if stall_error or not self.error or self.durability == "memory":
             return stall_error or self.error
-        return self.error if self._thread.do_and_wait(self._try_write, STALL_S) else NO_ANSWER
+        return self.error if self._thread.do(self._try_to_write, STALL_S) else NO_ANSWER
 
-    def _try_write(self) -> None:
+    def _try_to_write(self) -> None:
         """Set `error` to what is wrong now."""
-        failed_call = "write"
         with self._lock:
-            self._lock.start_call()
             try:
-                if self._recreate_error is not None:
-                    raise self._recreate_error
-                self._file.try_write()
-                failed_call = "sync"
-                self._file.sync()
+                self._file.try_to_write()
                 self.error = ""
-            except OSError as error:
-                self.error = f"can't {failed_call} {self.path}: {error.strerror}"
+            except LogError as error:
+                self.error = str(error)
 
     # ---- files change
 
@@ -1972,107 +1803,89 @@ class MetricLog:
         self._thread.do(self._change_file)
 
     def _change_file(self, path: str = "") -> None:
-        moved = False
+        """Move the file to `path`, if one is given, and go on in the file that has the log's name
+        then.
+        """
+        is_moved, old = False, self._file
         try:
             if path:
                 with contextlib.suppress(FileNotFoundError):  # somebody else took it away
                     os.rename(self.path, path)
-                    moved = True
+                    is_moved = True
             file = self._open()
-        except OSError as error:
-            if moved:
+            with self._lock:
+                self._switch_to(file)
+        except (OSError, LogError) as error:
+            if is_moved:
                 os.rename(path, self.path)
-            self._report(f"can't go on in a new {self.path}: {error.strerror}")
-            return
-        with self._lock:
-            old = self._file
-            if os.path.sameopenfile(file.descriptor, old.descriptor):
-                file.close()  # a line may be half written to it: it must not be cut
-                return
-            if old.is_deleted:  # nobody would find what is in it
-                file.close()
-                self._replace_deleted()
-                return
-            try:
-                file.cut_torn_line()
-            except OSError as error:
-                file.close()
-                self._report(f"can't cut a torn line off {self.path}: {error.strerror}")
-                return
-            old.try_to_cut()
-            self._switch_to(file)
-        self._sync_and_close(old)
+            with self._lock:
+                self._report(f"can't go on in a new {self.path}: {error}")
+        if old is not self._file:
+            self._sync_and_close(old)
 
     def _switch_to(self, file: _LogFile) -> None:
-        """Append to another file from now on. The lock is held."""
-        number, size_bytes = self.position.file + 1, file.size_bytes
-        for tell in self.on_switch:
-            tell(number, file.descriptor, self.position.size_bytes)
-        self._file, self._recreate_error, file.seen_bytes = file, None, size_bytes
-        self.position = Position(number, size_bytes)
+        """Append to a file from now on, unless it is the one of now: a line may be half written to
+        that, and must not be cut. The lock is held.
+        """
+        old, (number, size_bytes) = self._file, self.position
+        try:
+            if os.path.sameopenfile(file.descriptor, old.descriptor):
+                return
+            old.try_to_cut()
+            file.cut_torn_line()
+            if old.is_deleted:  # nobody would find what was appended to it since the last look
+                file.append(os.pread(old.descriptor, old.size_bytes, old.seen_bytes))
+                logger.warning("%s was deleted; the server made it anew", self.path)
+            for tell in self.on_switch:
+                tell(number + 1, file.descriptor, size_bytes)
+            self._file, file.seen_bytes = file, file.size_bytes
+            self.position = Position(number + 1, file.seen_bytes)
+        finally:
+            if self._file is not file:
+                file.close()
+
+    def _report(self, error: str) -> None:
+        """Log what goes wrong with nobody there to be told: once, not at each attempt. Where the
+        file is deleted, nothing more is acknowledged until there is another. The lock is held.
+        """
+        if self._file.is_deleted:
+            self._file.refusal = error
+        if self.error != error:
+            self.error = error
+            logger.error("%s", error)
 
     def _sync_and_close(self, file: _LogFile) -> None:
         """End a file to which nothing is appended any more."""
         try:
             file.sync()
-        except OSError as error:
-            logger.error("can't sync the file that is or was %s: %s", self.path, error.strerror)
+        except LogError as error:
+            logger.error("%s (the file that has or had this name)", error)
         file.close()
 
     def recreate_if_deleted(self) -> None:
-        """Where the file was deleted, go on in a new one, with what was appended since the last
-        look: nobody would find it in the old one. Where batches wait for a disk that does not
-        answer, refuse them: they are not written yet.
+        """Where the file was deleted, have the log go on in a new one, with what was appended since
+        the last look: nobody would find it in the old one. Where batches wait for a disk that does
+        not answer, refuse them: they are not written yet.
 
         A file that was moved needs nothing: what is appended to it is still to be found. Call this
         often: what is acknowledged between a deletion and the next look is safe from everything but
         a crash.
         """
-        if self._lock.stall_error:
+        if self._file.stall_error:
             self._thread.refuse_queued(NO_ANSWER)
-        elif self._lock.acquire(0):  # the housekeeper must not wait for a slow disk
+        elif self._lock.acquire(blocking=False):  # the housekeeper must not wait for a slow disk
             try:
-                if not self._closed:
-                    self._look_at_file()
+                file, (number, size_bytes) = self._file, self.position
+                if self._closed:
+                    return
+                if file.is_deleted:
+                    self._thread.do(self._change_file)
+                elif file.torn_at is None:
+                    file.seen_bytes, file.refusal = file.size_bytes, ""
+                    if file.seen_bytes < size_bytes:  # others have emptied it
+                        self.position = Position(number, file.seen_bytes)
             finally:
                 self._lock.release()
-
-    def _look_at_file(self) -> None:
-        """The lock is held."""
-        if self._file.is_deleted:
-            self._replace_deleted()
-        elif self._file.torn_at is None:
-            self._recreate_error = None
-            self._file.seen_bytes = seen_bytes = self._file.size_bytes
-            number, size_bytes = self.position
-            if seen_bytes < size_bytes:  # others have emptied it
-                self.position = Position(number, seen_bytes)
-
-    def _replace_deleted(self) -> None:
-        """Make a deleted file anew. The lock is held."""
-        old, file = self._file, None
-        old.try_to_cut()
-        try:
-            file = self._open()
-            file.cut_torn_line()
-            unseen = os.pread(old.descriptor, old.size_bytes, old.seen_bytes)
-            if unseen:
-                file.append(unseen)
-        except OSError as error:
-            if file is not None:
-                file.close()
-            self._recreate_error = error  # nothing more is acknowledged until it works
-            self._report(f"can't write {self.path}: {error.strerror}")
-            return
-        self._switch_to(file)
-        old.close()
-        logger.warning("%s was deleted; the server made it anew", self.path)
-
-    def _report(self, error: str) -> None:
-        """Log what goes wrong with nobody there to be told: once, not at each attempt."""
-        if self.error != error:
-            self.error = error
-            logger.error("%s", error)
 
     # ---- the end
 
@@ -2080,15 +1893,15 @@ class MetricLog:
         """Write and sync everything, then give the folder back; False if the disk does not answer
         in time.
         """
-        return self._thread.close(timeout_s)
+        return self._thread.close(self._leave, timeout_s)
 
     def _leave(self) -> None:
         """What the thread does last."""
         with self._lock:
-            self._file.try_to_cut()
-            if self._file.is_deleted:
-                self._replace_deleted()
             self._closed = True
+            self._file.try_to_cut()
+        if self._file.is_deleted:
+            self._change_file()
         self._sync_and_close(self._file)
         os.close(self._folder_fd)  # and with it the lock
 
@@ -2512,7 +2325,7 @@ def error_response(error: Exception) -> Response:
     raised again.
     """
     if isinstance(error, HTTPError):
-        return json_response(error.status, {"error": str(error), **error.details}, error.fields)
+        return json_response(error.status, {"error": str(error)}, error.fields)
     if isinstance(error, JSONError):
         return json_response(400, {"error": f"body is not JSON: {error}"})
     if isinstance(error, BatchError):

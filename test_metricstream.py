@@ -878,7 +878,7 @@ def random_fast_body(rng: random.Random) -> bytes:
 
 
 # ==================================================================================================
-# HTTP
+# Request heads
 # ==================================================================================================
 
 
@@ -3739,10 +3739,12 @@ def test_without_room_for_a_new_log_nothing_more_is_acknowledged(tmp_path):
     log.append(b"first\n")
     disk.plan = [3, FULL]  # while the new file is being filled
     log.recreate_if_deleted()
+    eventually(lambda: log.error)
     with pytest.raises(LogError, match="No space left"):
         log.append(b"second\n")
     assert "No space left" in log.error
     log.recreate_if_deleted()
+    eventually(lambda: log.position.file == 1)
     log.append(b"third\n")
     log.close()
     assert lines_of(tmp_path) == ["first", "third"] and not log.error
@@ -3753,6 +3755,7 @@ def test_a_log_whose_folder_was_deleted_takes_nothing_more(tmp_path):
     os.unlink(log.path)
     os.rmdir(tmp_path / "data")
     log.recreate_if_deleted()
+    eventually(lambda: log.error)
     with pytest.raises(LogError, match="No such file"):
         log.append(b"line\n")
     log.close()
