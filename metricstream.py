@@ -5228,7 +5228,7 @@ def encode_values(values: "array[float]") -> bytes:
     scale, integers = scaled
     deltas = list(map(operator.sub, integers[1:], integers))
     # what is spread less packs better: 0.21 µs a value instead of 0.29 for packing both
-    if deltas and max(deltas) - min(deltas) < max(integers) - min(integers):
+    if deltas and max(deltas) - min(deltas) < round((max(values) - min(values)) * scale):
         return struct.pack("<BIq", _DELTAS, scale, integers[0]) + _pack(deltas)
     return struct.pack("<BI", _PLAIN, scale) + _pack(integers)
 
@@ -5236,18 +5236,19 @@ def encode_values(values: "array[float]") -> bytes:
 def _scaled(values: "array[float]", raw: bytes) -> tuple[int, list[int]] | None:
     """(scale, integers) whose quotients are the values, to the bit; None: there are none."""
     probe = values[:_PROBED]
-    least, most = min(values), max(values)
-    if not -(2**52) <= least <= most <= 2**52 or any(map(math.isnan, values)):
-        return None
+    largest = math.nan if math.isnan(sum(values)) else max(max(values), -min(values))
     for scale in _SCALES:
+        if not largest * scale < 2**52:
+            return None
         if all(round(value * scale) / scale == value for value in probe):
             # `map` all the way: 0.10 µs a value, 0.17 with comprehensions
-            scaled = values if scale == 1 else map(operator.mul, values, itertools.repeat(scale))
-            integers = list(map(round, scaled))
-            quotients = array("d", map(operator.truediv, integers, itertools.repeat(scale)))
-            # of the bits: -0.0 equals 0.0
-            exact = _little_endian(quotients).tobytes() == raw
-            if exact and min(integers) > -(2**53) and max(integers) < 2**53:
+            if scale == 1:
+                integers = list(map(int, values))
+                quotients = array("d", integers)
+            else:
+                integers = list(map(round, map(operator.mul, values, itertools.repeat(scale))))
+                quotients = array("d", map(operator.truediv, integers, itertools.repeat(scale)))
+            if _little_endian(quotients).tobytes() == raw:  # the bits: -0.0 equals 0.0
                 return scale, integers
     return None
 
