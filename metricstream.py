@@ -5174,7 +5174,7 @@ def encode_values(values: "array[float]") -> bytes:
     scale, integers = scaled
     deltas = list(map(operator.sub, integers[1:], integers))
     # what is spread less packs better: 0.21 µs a value instead of 0.29 for packing both
-    if deltas and max(deltas) - min(deltas) < max(integers) - min(integers):
+    if deltas and max(deltas) - min(deltas) < round((max(values) - min(values)) * scale):
         return struct.pack("<BIq", _DELTAS, scale, integers[0]) + _pack(deltas)
     return struct.pack("<BI", _PLAIN, scale) + _pack(integers)
 
@@ -5182,18 +5182,19 @@ def encode_values(values: "array[float]") -> bytes:
 def _scaled(values: "array[float]", raw: bytes) -> tuple[int, list[int]] | None:
     """(scale, integers) whose quotients are the values, to the bit; None: there are none."""
     probe = values[:_PROBED]
-    least, most = min(values), max(values)
-    if not -(2**52) <= least <= most <= 2**52 or any(map(math.isnan, values)):
-        return None
+    largest = math.nan if math.isnan(sum(values)) else max(max(values), -min(values))
     for scale in _SCALES:
+        if not largest * scale < 2**52:
+            return None
         if all(round(value * scale) / scale == value for value in probe):
             # `map` all the way: 0.10 µs a value, 0.17 with comprehensions
-            scaled = values if scale == 1 else map(operator.mul, values, itertools.repeat(scale))
-            integers = list(map(round, scaled))
-            quotients = array("d", map(operator.truediv, integers, itertools.repeat(scale)))
-            # of the bits: -0.0 equals 0.0
-            exact = _little_endian(quotients).tobytes() == raw
-            if exact and min(integers) > -(2**53) and max(integers) < 2**53:
+            if scale == 1:
+                integers = list(map(int, values))
+                quotients = array("d", integers)
+            else:
+                integers = list(map(round, map(operator.mul, values, itertools.repeat(scale))))
+                quotients = array("d", map(operator.truediv, integers, itertools.repeat(scale)))
+            if _little_endian(quotients).tobytes() == raw:  # the bits: -0.0 equals 0.0
                 return scale, integers
     return None
 
@@ -5325,18 +5326,24 @@ def concatenated(code: str, parts: Sequence[Any]) -> Any:
 # The problem: what was pushed lately changes all the time, and is asked for most. The idea: series
 # that one client pushes together share their times, so a push of a hundred metrics is one row: one
 # time, one sequence number, a hundred values at the end of a plain array. Rows that have become a
-# thousand are sealed into chunks. Samples come in one way only, as lines of the log; the lines of
-# a batch that came before are recognized as a whole, and cost a comparison. What it costs: 0.6 µs
+# thousand are sealed into chunks. Samples come in one way only, as lines of the log. One regular
+# expression cuts the values out of them; what is left of a batch is, but for the time, the same
+# bytes as when it came before, so it is recognized by one comparison. What it costs: 0.5 to 0.8 µs
 # a line, and a series that is pushed now with these and now with those stands in several groups.
 
+# No number of these is too large for a float.
+_VALUE_FIELD = (
+    rb'"value":(-?(?:[1-9][0-9]{0,300}+|0)(?:\.[0-9]++)?'
+    rb"(?:e[-+]?(?:30[0-7]|[0-2]?[0-9]{1,2}))?|null)"
+)
 # Possessive quantifiers: a line that does not match is given up at once, 0.4 µs instead of 0.6.
 _LOG_LINE = re.compile(
     rb'\{"timestamp":"([0-9T:-]{17}[0-5][0-9]\.[0-9]{3}Z)",'
-    rb'"name":"([^"\\\n]++(?:\\.[^"\\\n]*+)*+)","value":'
-    rb"(-?(?:0|[1-9][0-9]{0,300}+)(?:\.[0-9]++)?(?:e[-+]?(?:[0-2]?[0-9]{1,2}|30[0-7]))?|null)"
-    rb'(,"type":[^\n]*+)\n'
+    rb'"name":"([^"\\\n]++(?:\\.[^"\\\n]*+)*+)",' + _VALUE_FIELD + rb'(,"type":[^\n]*+)\n'
 )
-_LineKey = tuple[bytes, bytes]  # the name of a line, and all that stands behind its value
+_VALUE = re.compile(_VALUE_FIELD + rb',"type":"')
+_STAMP = re.compile(rb'\{"timestamp":"([0-9T:-]{17}[0-5][0-9]\.[0-9]{3}Z)"')
+_STAMP_BYTES = len('{"timestamp":"2025-09-17T13:45:23.123Z"')
 
 
 @functools.lru_cache(maxsize=1024)
@@ -5351,6 +5358,14 @@ def _line_time_ms(text: bytes) -> int | None:
     """The time of a line in milliseconds; None: the calendar has no such."""
     minute_ms = _minute_ms(text[:17])  # 0.4 µs instead of 5 for the whole time
     return None if minute_ms is None else minute_ms + int(text[17:19] + text[20:23])
+
+
+@functools.lru_cache(maxsize=1024)
+def _stamp_ms(stamp: bytes) -> int:
+    """The time of a line that begins so; -1: no line of the log does."""
+    match = _STAMP.fullmatch(stamp)
+    time_ms = _line_time_ms(match[1]) if match else None
+    return -1 if time_ms is None else time_ms
 
 
 def _floats(values: Iterable[bytes]) -> list[float]:
@@ -5373,18 +5388,17 @@ class RowGroup:
         self.chunks: list[list[Chunk]] = []  # sealed ones, each time a chunk for each series
         self.ascending = True  # whether the times ascend
 
-    def append(self, time_ms: int, sequence: int, values: Iterable[float]) -> None:
+    def append(self, time_ms: int, sequence: int, values: list[float]) -> None:
         """Add a row. Of rows of the same time the later one wins."""
         times = self.times
-        if times:
-            last_ms = times[-1]
-            if time_ms == last_ms:
-                del times[-1], self.sequence[-1], self.values[-len(self.series) :]
-            elif time_ms < last_ms:
+        if times and time_ms <= times[-1]:
+            if time_ms == times[-1]:
+                del times[-1], self.sequence[-1], self.values[-len(values) :]
+            else:
                 self.ascending = False
         times.append(time_ms)
         self.sequence.append(sequence)
-        self.values.extend(values)
+        self.values.fromlist(values)  # 0.06 µs a value instead of 0.1
 
     def sort(self) -> None:
         """Bring rows into the order of their times; of the same time the last one stays."""
@@ -5401,10 +5415,34 @@ class RowGroup:
 
 
 class _Layout(NamedTuple):
-    """The lines of a batch that may come again, all but their values."""
+    """The lines of a batch that may come again, all but their times and values."""
 
-    keys: list[_LineKey]
+    text: bytes  # with b"\1" for each stamp and b"\0" for each value
+    last_at: int  # where the key of the last line begins, in lines with stamps
+    last_key: bytes
+    width: int  # lines
     group: RowGroup
+    lasts: list[int] | None  # the last line of each series, where some have several
+
+    def row(self, values: list[float], at: int) -> list[float]:
+        """The row of a batch, whose values begin there."""
+        row = values[at : at + self.width]
+        return row if self.lasts is None else [row[last] for last in self.lasts]
+
+
+class _UnknownLine(NamedTuple):
+    """A line that is in no known layout."""
+
+    time_ms: int
+    key: bytes  # the line without its stamp, with b"\0" for its value
+    series: int
+    value: float
+
+
+def _with_values(line: bytes, values: Iterable[bytes]) -> bytes:
+    for value in values:
+        line = line.replace(b"\0", b'"value":%b,"type":"' % value, 1)
+    return line
 
 
 class Memtable:
@@ -5433,119 +5471,102 @@ class Memtable:
         self._columns = 0
         self._full: dict[RowGroup, None] = {}  # groups with rows to seal
         self._seen: set[int] = set()  # hashes of rows that came once
-        self._layouts: dict[_LineKey, list[_Layout]] = {}  # by the first line, the longest first
+        self._layouts: dict[bytes, list[_Layout]] = {}  # by the first key, the longest first
         self._layout_count = 0
-        self._numbers: dict[_LineKey, int] = {}  # series by the text of a line; -1: no metric
+        self._numbers: dict[bytes, int] = {}  # of series, by the keys of lines
+        self._unknown: list[_UnknownLine] = []  # of one time, and not added yet
 
     # ---- lines come in
 
     def add_lines(self, lines: bytes) -> int:
         """Add whole lines of the log; returns how many of them were metrics."""
-        rows_before = len(self.unreadable)
-        found = _LOG_LINE.findall(lines)
-        count = lines.count(b"\n")
-        if len(found) == count:
-            self._add_found(found)
-        else:  # some are not as the log writes them
-            found = []
-            for line in lines.splitlines(keepends=True):
-                if match := _LOG_LINE.fullmatch(line):
-                    found.append(match.groups())
-                else:
-                    self._add_found(found)
-                    found = []
-                    self._add_odd_line(line)
-            self._add_found(found)
-        return count - (len(self.unreadable) - rows_before)
-
-    def _add_odd_line(self, line: bytes) -> None:
-        """A line that is not as the log writes it: a metric all the same, or nothing."""
-        try:
-            sample = _read_metric(parse_json(line), 0)
-            usual = _LOG_LINE.findall(log_line(sample).encode())
-            if not usual:  # a number such as 1.7e308
-                number = self._number(sample)
-                value = STALE if sample.value is None else float(sample.value)
-                self._push(self._single(number), sample.timestamp_ms, (value,))
-            self._add_found(usual)
-        except ValueError:
-            self.unreadable.append(line)
-
-    def _add_found(self, found: list[tuple[bytes, bytes, bytes, bytes]]) -> None:
-        for time_text, run in itertools.groupby(found, operator.itemgetter(0)):
-            _, names, values, rests = zip(*run)
-            time_ms = _line_time_ms(time_text)
-            if time_ms is None:
-                self.unreadable += [time_text] * len(names)
-            else:
-                self._add_run(time_ms, list(zip(names, rests)), _floats(values))
-
-    def _add_run(self, time_ms: int, keys: list[_LineKey], values: list[float]) -> None:
-        """Add lines of one time: rows of known layouts, and what stands between them."""
-        at = known = 0  # up to `known` all is added
-        while at < len(keys):
-            for layout in self._layouts.get(keys[at], ()):
-                end = at + len(layout.keys)
-                if keys[at:end] == layout.keys:
-                    if known < at:
-                        self._add_batches(time_ms, keys[known:at], values[known:at])
-                    self._push(layout.group, time_ms, values[at:end])
-                    at = known = end
+        unreadable_before = len(self.unreadable)
+        pieces = _VALUE.split(lines.replace(b"\0", b"\1"))  # a damaged file may hold NULs
+        text, value_texts = b"\0".join(pieces[::2]), pieces[1::2]
+        values = _floats(value_texts)
+        start = at = 0  # of the next line: in the text, and among the values
+        while start < len(text):
+            stamp = text[start : start + _STAMP_BYTES]
+            end = text.index(b"\n", start) + 1
+            key = text[start + _STAMP_BYTES : end]
+            time_ms = _stamp_ms(stamp)
+            if self._unknown and self._unknown[0].time_ms != time_ms:
+                self._end_unknown()
+            for layout in self._layouts.get(key, ()) if time_ms >= 0 else ():
+                # its last line first: 0.2 µs instead of 5 for a long batch that is another one
+                if not text.startswith(layout.last_key, start + layout.last_at):
+                    continue
+                batch = layout.text.replace(b"\1", stamp)
+                if text.startswith(batch, start):
+                    self._end_unknown()
+                    self._push(layout.group, time_ms, layout.row(values, at))
+                    start, at = start + len(batch), at + layout.width
                     break
             else:
-                at += 1
-        if known < at:
-            self._add_batches(time_ms, keys[known:], values[known:])
+                next_at = at + key.count(b"\0")
+                series = self._numbers.get(key) if time_ms >= 0 else None
+                if series is None:
+                    line = _with_values(text[start:end], value_texts[at:next_at])
+                    self._add_new_line(line, key)
+                else:
+                    self._unknown.append(_UnknownLine(time_ms, key, series, values[at]))
+                start, at = end, next_at
+        self._end_unknown()
+        return lines.count(b"\n") - (len(self.unreadable) - unreadable_before)
 
-    def _add_batches(self, time_ms: int, keys: list[_LineKey], values: list[float]) -> None:
+    def _add_new_line(self, line: bytes, key: bytes) -> None:
+        """Add a line whose key is not known, or which is not as the log writes it."""
+        try:
+            sample = _read_metric(parse_json(line), 0)
+        except ValueError:
+            self.unreadable.append(line)
+            return
+        series = self._number(sample)
+        value = STALE if sample.value is None else float(sample.value)
+        if b"\0" in key and log_line(sample).encode() == line:
+            if len(self._numbers) > 2 * len(self.index) + 65_536:  # series by several texts each
+                self._numbers.clear()
+            self._numbers[key] = series
+            self._unknown.append(_UnknownLine(sample.timestamp_ms, key, series, value))
+        else:
+            self._end_unknown()
+            self._push(self._single(series), sample.timestamp_ms, [value])
+
+    def _end_unknown(self) -> None:
+        if self._unknown:
+            unknown, self._unknown = self._unknown, []
+            self._add_unknown(unknown)
+
+    def _add_unknown(self, lines: list[_UnknownLine]) -> None:
         """Add lines of one time that may be of one batch; or of several, that begin with the same
         metric.
         """
-        if len(keys) <= MAX_BATCH and self._add_row(time_ms, keys, values):
+        time_ms = lines[0].time_ms
+        lasts = {line.series: at for at, line in enumerate(lines)}
+        group = self._group(tuple(lasts)) if len(lines) <= MAX_BATCH else None
+        if group is not None:
+            self._push(group, time_ms, [lines[at].value for at in lasts.values()])
+            self._remember(lines, group, list(lasts.values()))
             return
-        first = keys[0][0]
-        starts = [at for at, (name, _) in enumerate(keys) if name == first]
-        for start, end in zip(starts, [*starts[1:], len(keys)]):
-            if not self._add_row(time_ms, keys[start:end], values[start:end]):
-                for number, value in self._row(keys[start:end], values[start:end]).items():
-                    self._push(self._single(number), time_ms, (value,))
+        name = lines[0].key.partition(b"\0")[0]
+        starts = [at for at, line in enumerate(lines) if line.key.startswith(name)]
+        if len(starts) > 1:
+            for start, end in itertools.pairwise([*starts, len(lines)]):
+                self._add_unknown(lines[start:end])
+        else:
+            for series, at in lasts.items():
+                self._push(self._single(series), time_ms, [lines[at].value])
 
-    def _row(self, keys: list[_LineKey], values: list[float]) -> dict[int, float]:
-        """Values by series; of one that stands there twice, the last."""
-        numbers = self._numbers
-        row = {numbers[key] if key in numbers else self._number_of_line(key): value
-               for key, value in zip(keys, values)}  # fmt: skip
-        if -1 in row:
-            self.unreadable += [b" ".join(key) for key in keys if self._numbers[key] < 0]
-            del row[-1]
-        return row
-
-    def _add_row(self, time_ms: int, keys: list[_LineKey], values: list[float]) -> bool:
-        """Add lines as a row of their group, if they have one; whether they have."""
-        row = self._row(keys, values)
-        group = self._group(tuple(row)) if row else None
-        if group is None:
-            return not row
-        self._push(group, time_ms, row.values())
-        if len(row) == len(keys) and self._layout_count < self.MAX_LAYOUTS:
+    def _remember(self, lines: list[_UnknownLine], group: RowGroup, lasts: list[int]) -> None:
+        layouts = self._layouts.setdefault(lines[0].key, [])
+        text, last_key = b"".join([b"\1" + line.key for line in lines]), lines[-1].key
+        known = any(layout.text == text for layout in layouts)  # it is twice in these lines
+        if not known and self._layout_count < self.MAX_LAYOUTS:
             self._layout_count += 1
-            layouts = self._layouts.setdefault(keys[0], [])
-            layouts.append(_Layout(keys, group))
-            layouts.sort(key=lambda layout: -len(layout.keys))
-        return True
-
-    def _number_of_line(self, key: _LineKey) -> int:
-        if key in self._numbers:
-            return self._numbers[key]
-        if len(self._numbers) > 2 * len(self.index) + 65_536:  # series by more than one text each
-            self._numbers.clear()
-        try:
-            metric = parse_json(b'{"name":"%b","value":0%b' % key)
-            number = self._number(_read_metric(metric, 0))
-        except ValueError:
-            number = -1
-        self._numbers[key] = number
-        return number
+            last_at = len(text) + len(lines) * (_STAMP_BYTES - 1) - len(last_key)
+            repeated = lasts if len(lasts) < len(lines) else None
+            layouts.append(_Layout(text, last_at, last_key, len(lines), group, repeated))
+            layouts.sort(key=lambda layout: -layout.width)
 
     def _number(self, sample: Sample) -> int:
         number = self.index.number(series_labels(sample.name, sample.tags))
@@ -5577,7 +5598,7 @@ class Memtable:
         assert group is not None  # a series may always stand alone
         return group
 
-    def _push(self, group: RowGroup, time_ms: int, values: Iterable[float]) -> None:
+    def _push(self, group: RowGroup, time_ms: int, values: list[float]) -> None:
         self.rows += 1
         group.append(time_ms, self.rows, values)
         if time_ms > self.last_ms:
@@ -5982,7 +6003,6 @@ RETENTION_S = 30 * 86_400
 CLOCK_DOUBT_S = 3600.0  # a step of the clock is believed after so long
 READ_BYTES = 256 * 1024  # the log is read in pieces of so many
 MAX_INDEXED_SERIES = 1_000_000  # of blocks whose indexes are in memory
-_STAMP_BYTES = len('{"timestamp":"2025-09-17T13:45:23.123Z"')
 _SEGMENT_NAME = re.compile(r"metrics\.([0-9]{8})\.jsonl")
 _EVER = END_OF_TIME_MS  # no sample is so late
 
@@ -9538,7 +9558,7 @@ def _points_json(template: str, values: "array[float]") -> str:
 # within a budget of work; what takes more begins anew in a fork, which is a snapshot of all memory
 # for the price of a page table. The operating system does the rest: a late query is killed, its
 # memory is limited, several run on several cores. What it costs: 3 to 10 ms for each fork, and the
-# log is read once more, 0.6 µs a line.
+# log is read once more, 0.5 to 0.8 µs a line.
 #
 #     front ── frames of fixed size, each with a descriptor ──► store     a question's socket, a log
 #           ◄── lines of JSON: what it does, what it logs ────

@@ -5651,6 +5651,45 @@ def test_a_line_that_is_no_metric_takes_no_other_along(line):
     assert len(table.unreadable) == 1 and len(table.index) == 1
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_lines_of_known_batches_are_read_as_each_line_is_by_itself(seed):
+    """Batches come again, in part, with series twice, between lines of others and damaged ones."""
+    rng = random.Random(seed)
+    tags = [{}, {"host": "a"}, {"value": "1", "type": "gauge", "name": "x"}, {"é": '"value":1,"type":"'}]
+    series = [(f"m{n}", rng.choice(tags)) for n in range(8)]
+    batches = [rng.choices(series, k=rng.randint(1, 6)) for _ in range(5)]
+    lines, expected, broken = [], {}, 0
+    for _ in range(300):
+        time_ms = NOW_MS + rng.randrange(20)
+        for name, tags_ in rng.choice(batches)[: rng.choice((2, 9, 9, 9))]:
+            value = rng.choice((None, 0, -1, 1e300, 1.7e308, rng.random(), rng.randrange(10**12)))
+            line = metricstream.log_line(Sample(name, value, "gauge", tags_, time_ms))
+            fate = rng.random()
+            if fate < 0.02:
+                line = line.replace(rng.choice('"{:,'), rng.choice('\0\1x'), 1)
+                broken += 1
+            elif fate < 0.04:  # JSON all the same
+                line = line.replace('"value":', '"value": ', 1) if fate < 0.03 else line[:-1] + " \n"
+            if fate >= 0.02:
+                labels = metricstream.series_labels(name, tags_)
+                value = metricstream.STALE if value is None else float(value)
+                expected.setdefault(labels, {})[time_ms] = struct.pack("<d", value)
+            lines.append(line.encode())
+    table, read, start = metricstream.Memtable(), 0, 0
+    while start < len(lines):
+        end = start + rng.randint(1, 200)
+        read += table.add_lines(b"".join(lines[start:end]))
+        start = end
+    assert (read, len(table.unreadable)) == (len(lines) - broken, broken)
+    found = {}
+    for number, chunks in table.chunks(range(len(table.index)), 0, 2 * NOW_MS, metricstream.Budget()):
+        found[table.index.labels[number]] = {
+            time_ms: struct.pack("<d", value) for chunk in chunks
+            for time_ms, value in zip(chunk.decoded_times({}), chunk.decoded_values())
+        }  # fmt: skip
+    assert found == expected
+
+
 def test_extreme_numbers_of_the_log_are_read_to_the_bit():
     values = [1.7976931348623157e308, 5e-324, -1e22, 10**300, -0.0, 123456.789]
     table = metricstream.Memtable()
@@ -14632,6 +14671,9 @@ WORST_INPUTS: dict[str, list[tuple[str, str, str]]] = {
         ('{"timestamp":"' + LOG_TIME + '","name":"a","value":1,"type":', "}", ""),
         ("", '{"timestamp":"' + LOG_TIME + '","name":"a","value":1,"type":\n', ""),
     ],
+    "_VALUE": [("", '"value":', ""), ('"value":', "1", ""), ('"value":0.', "1", ""), ("", '"value":1', ""),
+               ("", '"value":null,"type":', "")],
+    "_STAMP": [('{"timestamp":"', "1", ""), ("", '{"timestamp":"', "")],
     "_TOKEN": [("", "1", "_"), ("", "1_", "_"), ("1.", "1", "_"), ("1e", "1", "x"), ("0x", "f", "_"),
                ("", "1h", "x"), ("", "1m", "1"), ("", "a", "."), ('"', "a", ""), ('"', "\\", ""),
                ("'", "\\'", ""), ("`", "a", ""), ("#", "a", "\n"), ("", " ", "x")],
