@@ -2510,10 +2510,6 @@ class Service:
             else:
                 self._routes[path] = table
 
-    def has_route(self, path: str) -> bool:
-        """Whether a path has a route of its own."""
-        return path in self._routes
-
     def ingest(self, request: Request, client: str) -> Answer:
         """The pipeline of `POST /metrics`: allowed? → JSON → batch → log (durable) → Response."""
         refuse_other_origins(request.head, self._allowed_hosts)
@@ -17508,156 +17504,143 @@ EMPTY_WATCHER = {
 
 
 # ==================================================================================================
-# 49. Dashboard
+# 49. Saved dashboards
+# ==================================================================================================
+#
+# The problem: a view that was worth arranging is worth keeping and sharing. The idea: JSON files
+# in a folder, which people write, or save from the page, and keep under version control. A file is
+# checked whole before the page sees it, its queries too: a broken one is named with its fault, and
+# the others are drawn all the same.
+
+MAX_DASHBOARD_BYTES = 1024 * 1024
+
+
+class DashboardError(ValueError):
+    """A saved dashboard that can't be drawn: which member of it, and what is wrong."""
+
+
+def _is_texts(value: Any) -> bool:
+    texts = value if isinstance(value, list) else [value]
+    return all(isinstance(text, str) for text in texts)
+
+
+# What a member of an object must be, in words, and whether a value is that.
+_MEMBER_KINDS: dict[str, Callable[[Any], bool]] = {
+    "a string": lambda value: isinstance(value, str),
+    "an array": lambda value: isinstance(value, list),
+    "a string or an array of strings": _is_texts,
+    "letters, digits and '_'": lambda value: (
+        isinstance(value, str) and re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", value) is not None
+    ),
+    "a whole number from 1 to 12": lambda value: type(value) is int and 1 <= value <= 12,
+}
+# The members of each object: what each must be, and what it is where it is missing.
+_Members = dict[str, tuple[str, Any]]
+_DASHBOARD: _Members = {
+    "title": ("a string", None),
+    "variables": ("an array", []),
+    "panels": ("an array", None),
+}
+_VARIABLE: _Members = {
+    "name": ("letters, digits and '_'", None),
+    "tag": ("a string", None),
+    "metric": ("a string", ""),  # whose tag it is; "": of any
+}
+_PANEL: _Members = {
+    "title": ("a string", None),
+    "query": ("a string or an array of strings", None),
+    "unit": ("a string", ""),
+    "legend": ("a string or an array of strings", []),  # with {{tag}}
+    "width": ("a whole number from 1 to 12", 6),  # in twelfths of the page
+}
+
+
+def _checked(value: Any, place: str, members: _Members) -> dict[str, Any]:
+    """An object with all of its members; `place` is where it stands in the document."""
+    if not isinstance(value, dict):
+        raise DashboardError(f"{place.rstrip('.') or 'the document'} must be an object")
+    for name in value:
+        if name not in members:
+            known = ", ".join(members)
+            raise DashboardError(f"{place}{name[:80]}: unknown member; known are {known}")
+    found = {name: value.get(name, missing) for name, (_, missing) in members.items()}
+    for name, (must_be, _) in members.items():
+        if not _MEMBER_KINDS[must_be](found[name]):
+            raise DashboardError(f"{place}{name}: must be {must_be}")
+    return found
+
+
+def read_dashboard(text: str | bytes) -> dict[str, Any]:
+    """A saved dashboard, with what it leaves out. Raises JSONError or DashboardError.
+
+    >>> text = '{"title": "Host", "panels": [{"title": "Load", "query": "load1"}]}'
+    >>> read_dashboard(text)["panels"]
+    [{'title': 'Load', 'query': ['load1'], 'unit': '', 'legend': [], 'width': 6}]
+    >>> read_dashboard(text.replace('"load1"', '"load1", "width": 13'))
+    Traceback (most recent call last):
+    metricstream.DashboardError: panels[0].width: must be a whole number from 1 to 12
+    """
+    dashboard = _checked(parse_json(text), "", _DASHBOARD)
+    for name, members in (("variables", _VARIABLE), ("panels", _PANEL)):
+        dashboard[name] = [
+            _checked(item, f"{name}[{number}].", members)
+            for number, item in enumerate(dashboard[name])
+        ]
+    values = {"window": "5m", "step": "1m"}
+    values |= {variable["name"]: "x" for variable in dashboard["variables"]}
+    for number, panel in enumerate(dashboard["panels"]):
+        for name in ("query", "legend"):
+            if isinstance(panel[name], str):
+                panel[name] = [panel[name]]
+        for query in panel["query"]:
+            # As the page does it.
+            filled = re.sub(r"\$([A-Za-z0-9_]+)", lambda name: values.get(name[1], name[0]), query)
+            try:
+                parse_query(filled)
+            except QueryError as error:
+                raise DashboardError(f"panels[{number}].query: {error}") from None
+    return dashboard
+
+
+def read_dashboards(folder: str) -> dict[str, Any]:
+    """The saved dashboards of a folder as it is now, and what can't be read and why."""
+    dashboards, faults = [], []
+    for file in sorted(file for file in os.listdir(folder) if file.endswith(".json")):
+        try:
+            with open(os.path.join(folder, file), "rb") as opened:
+                text = opened.read(MAX_DASHBOARD_BYTES + 1)
+            if len(text) > MAX_DASHBOARD_BYTES:
+                raise DashboardError(f"more than {MAX_DASHBOARD_BYTES} bytes")
+            dashboards.append({"file": file, **read_dashboard(text)})
+        except OSError as error:
+            faults.append({"file": file, "error": error.strerror or str(error)})
+        except (DashboardError, JSONError) as error:
+            faults.append({"file": file, "error": str(error)})
+    return {"dashboards": dashboards, "faults": faults}
+
+
+# ==================================================================================================
+# 50. Dashboard: queries
 # ==================================================================================================
 #
 # The problem: whoever pushed something wants to look at it without installing anything. The idea:
 # one document, with its style and script in it, at `/`. It asks the query API like any client and
-# has no rights of its own. Each metric is drawn without a query: its type decides how. What it
-# costs: 20 KB once for a browser, and no framework that keeps elements and state together.
+# has no rights of its own. What it costs: 20 KB once for a browser, and no framework that keeps
+# elements and state together.
 #
-# Names and tags are the text of strangers. The page makes elements and sets their text; it never
-# makes markup of text, and its Content-Security-Policy forbids the browser to do so: it runs this
-# script alone, takes this style alone, and talks to this server alone.
+# The script comes in three chapters. This one is what is asked: the state, all of it in the URL;
+# the metrics, each drawn without a query, since its type and name decide how; and the series of a
+# panel, on a grid of times with NaN where nothing was pushed.
 
-PAGE = r"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>MetricStream</title>
-<link rel="icon" href="data:image/svg+xml,%ICON%">
-<style>%STYLE%</style>
-</head>
-<body>
-<header>
-  <a class="brand" href="#"><svg width="22" height="22" viewBox="0 0 16 16" aria-hidden="true">
-    <path d="M1 11 5 5l4 6 6-9" fill="none" stroke="currentColor" stroke-width="2"/>
-  </svg>MetricStream</a>
-  <nav aria-label="Views" id="views"></nav>
-  <form class="row space" id="time"></form>
-</header>
-<p class="notice" id="notice" role="alert" hidden></p>
-<main id="main"><noscript>The page is drawn by a script.</noscript></main>
-<div class="spoken" id="spoken" role="status"></div>
-<script>%SCRIPT%</script>
-</body>
-</html>
-"""
-
-STYLE = r"""
-:root {
-  color-scheme: light dark;
-  --page: #f5f6f8; --card: #fff; --line: #d9dde3; --grid: #e8ebef; --field: #7b8494;
-  --text: #1b2230; --muted: #596273; --accent: #1d5fc4; --bad: #b42318; --warn: #8a5300;
-  --shade: #d92d2026;
-  --series-0: #1f6fd0; --series-1: #c2410c; --series-2: #15803d; --series-3: #9333ea;
-  --series-4: #a16207; --series-5: #be185d; --series-6: #0e7490; --series-7: #4b5563;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --page: #12151a; --card: #1a1e25; --line: #323843; --grid: #262b34; --field: #7f8999;
-    --text: #e7eaf0; --muted: #a0a9b8; --accent: #8ab4f8; --bad: #ff9a8f; --warn: #f5c26b;
-    --shade: #ff6b5e2e;
-    --series-0: #6ea8fe; --series-1: #fb923c; --series-2: #4ade80; --series-3: #c99bff;
-    --series-4: #facc15; --series-5: #f583bd; --series-6: #22d3ee; --series-7: #cbd5e1;
-  }
-}
-* { box-sizing: border-box; }
-[hidden] { display: none !important; }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; border-radius: 4px; }
-body {
-  margin: 0; background: var(--page); color: var(--text); overflow-y: scroll;
-  font: 15px/1.5 system-ui, sans-serif;
-}
-header, main { max-width: 1280px; margin: 0 auto; padding: .75rem 1.25rem; }
-main { min-height: 80vh; padding-bottom: 4rem; }
-header, .row { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem 1rem; }
-.row { margin: 0 0 .75rem; }
-.space { margin: 0 0 0 auto; }
-h1, h2, h3 { font-weight: 600; margin: 0; min-width: 0; overflow-wrap: anywhere; }
-h1 { font-size: 1.4rem; }
-h2 { font-size: 1.05rem; }
-h3 { font-size: .95rem; }
-main > h2 { margin: 2rem 0 .75rem; }
-h3, .meta { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-ul { list-style: none; margin: 0; padding: 0; }
-a { color: var(--accent); text-decoration: none; }
-a:hover { text-decoration: underline; }
-.brand { font-weight: 650; color: var(--text); display: flex; gap: .5rem; align-items: center; }
-nav a { padding: .25rem .6rem; border-radius: 6px; color: var(--muted); }
-nav a[aria-current] { background: var(--card); color: var(--text); font-weight: 600; }
-label { color: var(--muted); font-size: .9rem; }
-button, select, input, textarea {
-  font: inherit; font-size: .9rem; color: var(--text); background: var(--card);
-  border: 1px solid var(--field); border-radius: 6px; padding: .25rem .6rem; max-width: 100%;
-}
-button { cursor: pointer; }
-button:hover { border-color: var(--accent); }
-button[aria-pressed=true] { background: var(--accent); color: var(--card); }
-textarea { width: 100%; resize: vertical; display: block; padding: .5rem .75rem; }
-textarea, pre { font: .85rem/1.5 ui-monospace, monospace; }
-pre { background: var(--card); border-radius: 8px; padding: .75rem; white-space: pre-wrap; }
-.example { user-select: all; }
-.cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(290px, 1fr)); }
-.panels { display: grid; gap: 1rem; grid-template-columns: repeat(12, minmax(0, 1fr)); }
-.card, .tip, .options { background: var(--card); border: 1px solid var(--line); }
-.card, .tip, .options { border-radius: 8px; }
-.card { padding: .75rem .9rem; min-width: 0; }
-.top { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 .75rem; }
-.top { align-items: baseline; }
-.value { font-weight: 600; font-size: .9rem; white-space: nowrap; }
-.meta { color: var(--muted); font-size: .82rem; margin: .25rem 0; min-height: 1.5em; }
-.error { color: var(--bad); white-space: pre-wrap; overflow-wrap: anywhere; }
-.notice { background: var(--bad); color: var(--card); margin: 0; padding: .5rem 1.25rem; }
-.chart { position: relative; height: 150px; margin-top: .4rem; touch-action: pan-y; }
-.chart.medium { height: 220px; }
-.chart.large { height: 340px; }
-.chart canvas { position: absolute; width: 100%; height: 100%; }
-.slow { opacity: .45; }
-.cursor, .selection { position: absolute; top: 8px; bottom: 22px; left: 0; pointer-events: none; }
-.cursor { width: 1px; background: var(--muted); }
-.selection { background: var(--accent); opacity: .2; }
-.tip { position: absolute; top: 4px; left: 0; z-index: 2; pointer-events: none; max-width: 75%; }
-.tip { padding: .3rem .5rem; font-size: .8rem; box-shadow: 0 2px 8px #0003; }
-.tip div, td button { display: flex; gap: .5rem; align-items: center; }
-.tip span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-.tip b { margin-left: auto; white-space: nowrap; }
-i { flex: none; width: 24px; border-top: 3px solid; }
-.scroll { overflow: auto; max-height: 26rem; margin-bottom: .75rem; }
-table { border-collapse: collapse; width: 100%; font-size: .85rem; }
-th, td { text-align: right; padding: .2rem .6rem; white-space: nowrap; }
-td, .value, .tip b { font-variant-numeric: tabular-nums; }
-th:first-child, td:first-child { text-align: left; }
-tr { border-bottom: 1px solid var(--grid); }
-th button, td button { border-color: transparent; background: none; padding: .1rem .3rem; }
-th button { font-weight: 600; padding: 0; }
-.query { position: relative; margin-bottom: .75rem; }
-.options { position: absolute; z-index: 3; width: 100%; max-height: 16rem; overflow: auto; }
-.options li { padding: .2rem .75rem; cursor: pointer; overflow-wrap: anywhere; }
-.options li[aria-selected=true] { background: var(--accent); color: var(--card); }
-.firing, .pending { color: var(--warn); font-weight: 600; }
-.firing { color: var(--bad); }
-.spoken { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
-@media (max-width: 700px) {
-  .panels > * { grid-column: 1 / -1 !important; }
-  header, main { padding: .5rem .75rem; }
-  .space { margin: 0; }
-}
-@media (prefers-reduced-motion: no-preference) { .chart canvas { transition: opacity .2s; } }
-@media print {
-  nav, form, button, .notice { display: none !important; }
-  .card { break-inside: avoid; }
-}
-"""
-
-_STATE_SCRIPT = r"""
+_QUERY_SCRIPT = r"""
 "use strict";
 
 // ---- State: what is looked at. All of it is in the URL, behind the "#". ----
 
-const SINGLE = {view: "metrics", name: "", range: "1h", refresh: "15", search: "", all: ""};
-const SEVERAL = ["by", "only", "q"];
+const FRESH = { // what a new view begins with
+  view: "metrics", name: "", search: "", all: "", by: [], only: [], q: [], variables: new Map(),
+};
+const DEFAULTS = {...FRESH, range: "1h", refresh: "15"};
 const RANGES = {
   "5m": "5 minutes", "15m": "15 minutes", "1h": "1 hour", "6h": "6 hours", "24h": "24 hours",
   "7d": "7 days", "30d": "30 days",
@@ -17668,33 +17651,32 @@ const UNIT_SECONDS = {s: 1, m: 60, h: 3600, d: 86400};
 let state = readState();
 
 function readState() {
-  const fields = new URLSearchParams(location.hash.slice(1)), read = {variables: new Map()};
-  for (const name in SINGLE) read[name] = fields.get(name) ?? SINGLE[name];
-  for (const name of SEVERAL) read[name] = fields.getAll(name);
-  for (const [name, value] of fields) {
-    if (name.startsWith("$")) read.variables.set(name.slice(1), value);
+  const fields = new URLSearchParams(location.hash.slice(1)), read = {...DEFAULTS};
+  for (const name of Object.keys(DEFAULTS).filter((name) => fields.has(name))) {
+    read[name] = Array.isArray(DEFAULTS[name]) ? fields.getAll(name) : fields.get(name);
   }
+  const variables = [...fields].filter(([name]) => name.startsWith("$"));
+  read.variables = new Map(variables.map(([name, value]) => [name.slice(1), value]));
   return read;
 }
 
 function hashOf(changes) {
-  const fields = new URLSearchParams(), wanted = {...state, ...changes};
-  for (const name in SINGLE) if (wanted[name] !== SINGLE[name]) fields.set(name, wanted[name]);
-  for (const name of SEVERAL) for (const value of wanted[name]) fields.append(name, value);
-  for (const [name, value] of wanted.variables) fields.set("$" + name, value);
+  const fields = new URLSearchParams(), {variables, ...wanted} = {...state, ...changes};
+  for (const name in wanted) {
+    if (wanted[name] === DEFAULTS[name]) continue;
+    for (const value of [wanted[name]].flat()) fields.append(name, value);
+  }
+  for (const [name, value] of variables) fields.set("$" + name, value);
   return "#" + fields;
 }
 
 // Another view, with nothing of this one but the time.
-function linkTo(view, changes = {}) {
-  const fresh = {name: "", search: "", all: "", by: [], only: [], q: [], variables: new Map()};
-  return hashOf({...fresh, view, ...changes});
-}
+const linkTo = (view, changes) => hashOf({...FRESH, view, ...changes});
 
 // A change that "back" undoes, and Escape if it is one of the time.
 function go(changes) {
   history.pushState({isOfTime: "range" in changes}, "", hashOf(changes));
-  render();
+  dispatchEvent(new Event("popstate"));
 }
 
 // A change too small for that.
@@ -17710,31 +17692,21 @@ function timeRange() {
   const [, count, unit] = /^(\d{1,4})([smhd])$/.exec(state.range) ?? [null, 1, "h"];
   return [now - count * UNIT_SECONDS[unit], now];
 }
-"""
 
-_ASK_SCRIPT = r"""
-// ---- Asking: four requests at a time ----
-
-const MAX_ASKING = 4;
-const waiting = [];
-let asking = 0;
+// ---- Asking ----
 
 class Refusal extends Error {}
 
-// The answer of the API to parameters; `signal` takes the question back.
-async function ask(path, parameters, signal, options) {
-  if (asking < MAX_ASKING) asking++;
-  else await new Promise((resolve) => waiting.push(resolve));
-  try {
-    const body = parameters && new URLSearchParams(parameters);
-    return await answerOf(path, options ?? {method: body ? "POST" : "GET", body, signal});
-  } finally {
-    if (waiting.length) waiting.shift()();
-    else asking--;
-  }
+// What may happen to a question; any other error is a fault of this script.
+const isExpected = (error) => error instanceof Refusal || error.name === "AbortError";
+
+// The answer of the API; parameters are sent as a form, and `signal` takes the question back.
+function ask(path, parameters, signal) {
+  const body = parameters && new URLSearchParams(parameters);
+  return request(path, {method: body ? "POST" : "GET", body, signal});
 }
 
-async function answerOf(path, options) {
+async function request(path, options) {
   let answer, value;
   try {
     answer = await fetch("api/" + path, options);
@@ -17753,13 +17725,24 @@ function setNotice(text) {
   const notice = document.getElementById("notice");
   if (notice.textContent !== text) notice.textContent = text;
   notice.hidden = !text;
-  if (text) schedule();
 }
 
-// What may happen to a question; any other error is a fault of this script.
-const isExpected = (error) => error instanceof Refusal || error.name === "AbortError";
+const MAX_READING = 4; // panels: the first are drawn before the last are asked for
+const waiting = [];
+let reading = 0;
 
-// ---- Metrics: their names, types, units, and how often they are pushed ----
+async function inTurn(read) {
+  if (reading < MAX_READING) reading++;
+  else await new Promise((resolve) => waiting.push(resolve));
+  try {
+    return await read();
+  } finally {
+    if (waiting.length) waiting.shift()();
+    else reading--;
+  }
+}
+
+// ---- Metrics: their names, types and units, and how they are drawn ----
 
 const WORDS = %WORDS%; // of the query language
 let catalogue = null;
@@ -17811,39 +17794,65 @@ function panelOf(metric, by = []) {
   } else if (kind === "counter") {
     panel.query = [grouped("sum", rate)];
     panel.unit += "/s";
-  } else {
-    panel.query = [grouped("avg", selector)];
-    panel.low = grouped("min", `min_over_time(${selector}[$step])`);
-    panel.high = grouped("max", `max_over_time(${selector}[$step])`);
-  }
+  } else panel.query = [grouped("avg", selector)];
   return panel;
 }
 
 const intervals = new Map();
 
-// When a metric was last pushed, and the usual time between two pushes of a series, in seconds.
-async function pushesOf(name, signal) {
-  const [from, to] = timeRange(), selector = selectorOf(name), known = intervals.get(name);
-  const latest = {query: `max(timestamp(${selector}))`, time: to, lookback_delta: to - from};
-  const [found] = (await ask("v1/query", latest, signal)).result;
-  const last = found ? Number(found.value[1]) : NaN;
-  if (!found || known?.until > to) return {last, interval: known?.interval ?? 0};
+// The usual time between two pushes of a series, in seconds; 0 where it isn't known.
+async function intervalOf(name, signal) {
+  const [, time] = timeRange(), known = intervals.get(name);
+  if (known?.until > time) return known.interval;
   let gaps = [];
   for (const window of ["10m", "1d"]) {
-    if (gaps.length > 1) break;
-    const samples = {query: `${selector}[${window}]`, time: last, limit: 1};
+    const samples = {query: `${selectorOf(name)}[${window}]`, time, limit: 1};
     const [{values} = {values: []}] = (await ask("v1/query", samples, signal)).result;
-    gaps = values.slice(1).map(([time], i) => time - values[i][0]);
+    gaps = values.slice(1).map(([later], i) => later - values[i][0]);
+    if (gaps.length > 1) break;
   }
   const interval = gaps.sort((a, b) => a - b)[gaps.length >> 1] ?? 0; // the median
-  intervals.set(name, {interval, until: to + (gaps.length > 1 ? 300 : 0)});
-  return {last, interval};
+  intervals.set(name, {interval, until: time + (gaps.length > 1 ? 300 : 0)});
+  return interval;
 }
 
-// ---- Series: what a panel asks for, on a grid of times; NaN where nothing was pushed ----
+async function lastPush(name, signal) {
+  const [from, time] = timeRange(), query = `max(timestamp(${selectorOf(name)}))`;
+  const latest = await ask("v1/query", {query, time, lookback_delta: time - from}, signal);
+  return Number(latest.result[0]?.value[1] ?? NaN);
+}
+
+// ---- Alerts ----
+
+let alertingRules = [], alertsRead;
+
+async function readAlerts(signal) {
+  const {groups} = await ask("v1/rules?type=alert", null, signal);
+  alertingRules = groups.flatMap(({rules}) => rules);
+}
+
+// What fires, then what pends.
+function activeAlerts() {
+  const all = alertingRules.flatMap(({alerts}) => alerts ?? []);
+  return ["firing", "pending"].flatMap((which) => all.filter(({state}) => state === which));
+}
+
+// The times in which an alert fired whose rule reads a metric, as [from, to].
+async function firingTimes(metric, {start, end, step}, signal) {
+  await alertsRead;
+  const names = alertingRules.filter(({query}) => query.split(/[^\w:]+/).includes(metric))
+    .map(({name}) => `ALERTS{alertname=${JSON.stringify(name)},alertstate="firing"}`);
+  if (!names.length) return [];
+  const asked = {query: `count(${names.join(" or ")})`, start, end, step};
+  const {result: [found]} = await ask("v1/query_range", asked, signal);
+  return found?.values.map(([time]) => [time - step, time]) ?? [];
+}
+
+// ---- Series of a panel ----
 
 const MAX_SERIES = 1000; // of an answer
 const MAX_DRAWN = 20;
+const MAX_STEPS = 300; // of a series: fewer than a chart has columns of pixels, or nearly so
 const STEPS = [
   1, 2, 5, 10, 15, 20, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200, 86400,
 ];
@@ -17852,35 +17861,37 @@ function stepFrom(least) {
   return STEPS.find((step) => step >= least) ?? Math.ceil(least / 86400) * 86400;
 }
 
-async function readPanel(panel, variables, signal) {
-  const {query, metric = metricIn(query)} = panel, [from, to] = timeRange();
-  const pushes = metric ? await pushesOf(metric, signal) : {last: NaN, interval: 0};
-  const {interval} = pushes, step = stepFrom(Math.max(interval * 0.99, (to - from) / 300));
+// {start, end, step, last push, series, shades}
+async function readPanel({query, metric = metricIn(query), legend, isCard}, variables, signal) {
+  const [from, to] = timeRange(), interval = metric ? await intervalOf(metric, signal) : 0;
+  const step = stepFrom(Math.max(interval * 0.99, (to - from) / MAX_STEPS));
   // A rate needs samples up to its time; a sample is drawn at the next step behind it.
   const round = query.some((text) => text.includes("$window")) ? Math.floor : Math.ceil;
   const start = Math.floor(from / step) * step;
   const grid = {start, end: Math.max(round(to / step) * step, start + step), step};
   // Not the usual lookback of five minutes: a client that died ends its line.
   const asked = {...grid, lookback_delta: Math.max(step, 2 * interval)};
-  asked.limit = panel.isCard ? MAX_DRAWN : MAX_SERIES;
+  asked.limit = isCard ? MAX_DRAWN : MAX_SERIES;
   const window = Math.ceil(Math.max(4 * interval, step + interval, 4)) + "s";
   const known = new Map([...variables, ["window", window], ["step", step + "s"]]);
-  const read = async (text, index) => {
+  const valuesOf = async (text) => {
     const filled = text.replace(/\$(\w+)/g, (all, name) => known.get(name) ?? all);
     const {resultType, result} = await ask("v1/query_range", {...asked, query: filled}, signal);
-    return resultType === "matrix" ? result.map((one) => ({tags: one.metric, query: text,
-      template: panel.legend?.[index], values: onGrid(one.values, grid)})) : [];
+    return resultType !== "matrix" ? [] : result.map(({metric: tags, values}) => (
+      {tags, values: onGrid(values, grid)}));
   };
-  const spans = interval && step > 1.5 * interval; // several samples a step
-  const [shades, lows, highs, ...found] = await Promise.all([
+  const seriesOf = async (text, index) => {
+    const bands = interval && step > 1.5 * interval ? bandOf(text) : []; // several samples a step
+    const [series, lows = [], highs = []] = await Promise.all([text, ...bands].map(valuesOf));
+    addBands(series, lows, highs);
+    return series.map((one) => ({...one, query: text, template: legend?.[index]}));
+  };
+  const [last, shades, ...found] = await Promise.all([
+    metric ? lastPush(metric, signal) : NaN,
     metric ? firingTimes(metric, grid, signal) : [],
-    ...[panel.low, panel.high].map((text) => text && spans ? read(text) : []),
-    ...query.map(read),
+    ...query.map(seriesOf),
   ]);
-  const series = found.flat();
-  addBands(series, lows, highs);
-  nameSeries(series);
-  return {...grid, ...pushes, series, shades};
+  return {...grid, last, shades, series: nameSeries(found.flat())};
 }
 
 function metricIn(query) {
@@ -17895,7 +17906,16 @@ function onGrid(values, {start, end, step}) {
   return points;
 }
 
-// The least and the greatest sample of each step.
+const BANDED = /^(avg by \([^()]*\) )?\(?([\w:]*(?:\{[^{}]*\})?)\)?$/;
+
+// For a selector, or an average of one: the least and the greatest sample of each step.
+function bandOf(text) {
+  const [, by = "", selector = ""] = BANDED.exec(text) ?? [];
+  if (!/^[A-Za-z_:{]/.test(selector) || WORDS.includes(selector.toLowerCase())) return [];
+  return ["min", "max"].map((operator) => (
+    by.replace("avg", operator) + `(${operator}_over_time(${selector}[$step]))`));
+}
+
 function addBands(series, lows, highs) {
   const keyOf = ({tags}) => JSON.stringify({...tags, __name__: ""});
   const low = new Map(lows.map((one) => [keyOf(one), one.values]));
@@ -17903,24 +17923,36 @@ function addBands(series, lows, highs) {
   for (const one of series) [one.low, one.high] = [low.get(keyOf(one)), high.get(keyOf(one))];
 }
 
-// Names by the template, else by the tags in which the series differ.
+const LINES = [["solid", []], ["dashed", [7, 3]], ["dotted", [2, 2]]]; // as CSS, as a canvas
+
+// Names by the template, else by the tags in which the series differ; lines by their order.
 function nameSeries(series) {
   const isShared = ([tag, value]) => series.every(({tags}) => tags[tag] === value);
   const shared = new Map(Object.entries(series[0]?.tags ?? {}).filter(isShared));
   const seen = new Set();
-  series.forEach((one, index) => {
-    const all = Object.entries(one.tags), differing = all.filter(([tag]) => !shared.has(tag));
+  return series.map(({tags, template, query, ...rest}, index) => {
+    const all = Object.entries(tags), differing = all.filter(([tag]) => !shared.has(tag));
     const texts = (differing.length ? differing : all).map(
       ([tag, value]) => tag === "__name__" ? value : `${tag}=${value}`);
-    const template = one.template?.replace(/\{\{(.+?)\}\}/g, (_, tag) => one.tags[tag] ?? "");
-    const name = template || texts.join(", ") || one.query;
-    one.name = seen.has(name) ? `${name} (${one.query})` : name;
+    const filled = template?.replace(/\{\{(.+?)\}\}/g, (_, tag) => tags[tag] ?? "");
+    const short = filled || texts.join(", ") || query;
+    const name = seen.has(short) ? `${short} (${query})` : short;
     seen.add(name);
-    one.color = `--series-${index % 8}`;
-    [one.border, one.dash] = LINES[index % LINES.length];
+    const [border, dash] = LINES[index % LINES.length];
+    return {...rest, name, color: `--series-${index % 8}`, border, dash};
   });
 }
 """
+
+
+# ==================================================================================================
+# 51. Dashboard: charts
+# ==================================================================================================
+#
+# A chart is a picture on a canvas, drawn anew only when its values or its size change; cursor, tip
+# and selection are elements moved over it (uPlot's way), and one cursor runs over all charts. What
+# a canvas lacks is added: a name that says the last values, and arrow keys whose values are read
+# out.
 
 _CHART_SCRIPT = r"""
 // ---- Values and times as text ----
@@ -17930,7 +17962,8 @@ const BYTES = [[2 ** 40, "TiB"], [2 ** 30, "GiB"], [2 ** 20, "MiB"], [1024, "KiB
 const POWERS = [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"], [1, ""]];
 
 function scaled(value, sizes, digits = 4) {
-  const found = sizes.find(([least]) => Math.abs(value) >= least) ?? sizes.at(-1);
+  const rounded = Math.abs(Number(value.toPrecision(digits))); // 999.99 ms are 1 s
+  const found = sizes.find(([least]) => rounded >= least) ?? sizes.at(-1);
   const [size, name] = value ? found : sizes.find(([one]) => one === 1);
   return `${Number((value / size).toPrecision(digits))} ${name}`;
 }
@@ -17939,18 +17972,20 @@ function format(value, unit = "") {
   if (!Number.isFinite(value)) return Number.isNaN(value) ? "–" : String(value);
   const [, base, rate = ""] = /^(.*?)(\/s)?$/.exec(unit);
   if (base === "B") return scaled(value, BYTES) + rate;
-  if (base === "ratio") return format(value * 100, "%");
-  if (base === "%") return Number(value.toPrecision(4)) + " %";
+  if (base === "ratio") return format(value * 100, "%" + rate);
+  if (base === "%") return Number(value.toPrecision(4)) + " %" + rate;
   if (base === "s" && !rate) return scaled(value, TIMES);
   if (base === "ms" && !rate) return scaled(value / 1000, TIMES);
   return (scaled(value, POWERS) + base).trim() + rate;
 }
 
-function textOfTime(time, options) {
-  return new Date(time * 1000).toLocaleString([], {hourCycle: "h23", ...options});
-}
+// A formatter is made once: that takes longer than all its uses in a picture.
+const clock = (options) => new Intl.DateTimeFormat([], {hourCycle: "h23", ...options});
+const EXACT = clock({dateStyle: "medium", timeStyle: "medium"});
+const exactTime = (time) => EXACT.format(time * 1000);
 
-const exactTime = (time) => textOfTime(time, {dateStyle: "medium", timeStyle: "medium"});
+// What local clocks are behind UTC at a time, in seconds.
+const zoneAt = (time) => new Date(time * 1000).getTimezoneOffset() * 60;
 
 // ---- Scales: where the ticks are ----
 
@@ -17963,15 +17998,17 @@ function valueTicks(low, high, unit) {
   return ticks;
 }
 
+// [time, text] at round times of local clocks.
 function timeTicks(from, to, width) {
   const step = stepFrom((to - from) / (width / 80)), ticks = [];
-  const zone = new Date(from * 1000).getTimezoneOffset() * 60;
-  const first = Math.ceil((from - zone) / step) * step + zone;
-  for (let time = first; time <= to; time += step) ticks.push(time);
-  const day = {day: "numeric", month: "short"}, clock = {hour: "2-digit", minute: "2-digit"};
-  if (step < 60) clock.second = "2-digit";
-  const parts = step >= 86400 ? day : to - from > 90000 ? {...day, ...clock} : clock;
-  return ticks.map((time) => [time, textOfTime(time, parts)]);
+  const day = {day: "numeric", month: "short"}, time = {hour: "2-digit", minute: "2-digit"};
+  if (step < 60) time.second = "2-digit";
+  const text = clock(step >= 86400 ? day : to - from > 90000 ? {...day, ...time} : time);
+  for (let local = Math.ceil((from - zoneAt(from)) / step) * step; ; local += step) {
+    const at = local + zoneAt(local + zoneAt(from));
+    if (at > to) return ticks;
+    ticks.push([at, text.format(at * 1000)]);
+  }
 }
 
 // ---- Elements ----
@@ -17987,6 +18024,23 @@ function el(tag, properties = {}, ...children) {
   return element;
 }
 
+function selectOf(id, texts, chosen, onchange) {
+  return el("select", {id, onchange}, ...texts.map(([value, text]) => (
+    el("option", {value, selected: value === chosen}, text))));
+}
+
+let focusedId = ""; // of what had the focus when it was replaced
+
+// Elements that are made anew get the focus back, also where they come with a later answer.
+function replace(parent, ...children) {
+  focusedId = document.activeElement.id || focusedId;
+  parent.replaceChildren(...children);
+  const again = document.getElementById(focusedId);
+  if (!again) return;
+  if (again !== document.activeElement) again.focus();
+  focusedId = "";
+}
+
 function speak(text) {
   document.getElementById("spoken").textContent = text;
 }
@@ -17999,29 +18053,34 @@ function sampleOf({color, border}) {
   return sample;
 }
 
-// ---- Chart: a picture on a canvas; the cursor is an element moved over it ----
+function tableOf(name, heads, rows) {
+  return el("table", {ariaLabel: name}, el("thead", {}, el("tr", {}, ...heads)),
+    el("tbody", {}, ...rows));
+}
 
-const LINES = [["solid", []], ["dashed", [7, 3]], ["dotted", [2, 2]]];
+// ---- Chart ----
+
 const LEFT = 64, RIGHT = 8, TOP = 8, BOTTOM = 22; // margins, in pixels
-const KEYS = "Arrow keys move a cursor, t shows a table";
-const charts = new Set();
+const STYLES = getComputedStyle(document.documentElement);
+const EVENTS = ["pointermove", "pointerdown", "pointerup", "pointercancel", "pointerleave", "blur",
+  "keydown"];
 let cursorTime;
 
 class Chart {
-  constructor(size) {
+  constructor(panel, size) {
+    this.panel = panel;
     this.canvas = el("canvas", {ariaHidden: "true"});
     this.cursor = el("div", {className: "cursor", hidden: true});
     this.selection = el("div", {className: "selection", hidden: true});
     this.tip = el("div", {className: "tip", hidden: true});
-    this.root = el("div", {
-      className: `chart ${size}`, tabIndex: 0, role: "application", ariaRoleDescription: "chart",
-      ariaDescription: KEYS, onpointermove: (event) => this.move(event),
-      onpointerdown: (event) => this.press(event), onpointerup: (event) => this.release(event),
-      onpointercancel: () => this.unselect(), onpointerleave: hideCursors, onblur: hideCursors,
-      onkeydown: (event) => this.type(event),
+    this.root = el("div", {className: `chart ${size}`, tabIndex: 0, role: "application",
+      ariaRoleDescription: "chart", ariaDescription: "Arrow keys move a cursor, t shows a table",
     }, this.canvas, this.selection, this.cursor, this.tip);
-    new ResizeObserver(() => this.draw()).observe(this.root);
-    charts.add(this);
+    for (const type of EVENTS) this.root.addEventListener(type, this);
+    new ResizeObserver(([{contentRect: {width, height}}]) => {
+      Object.assign(this, {width, height, floor: height - BOTTOM});
+      this.draw();
+    }).observe(this.root);
   }
 
   show(picture, series, unit) {
@@ -18044,32 +18103,31 @@ class Chart {
   }
 
   draw() {
-    const {clientWidth: width, clientHeight: height} = this.root, scale = devicePixelRatio;
-    if (!this.picture || !width) return;
-    Object.assign(this, {width, height, floor: height - BOTTOM});
-    Object.assign(this.canvas, {width: width * scale, height: height * scale});
-    const pen = this.canvas.getContext("2d"), styles = getComputedStyle(document.documentElement);
-    const colorOf = (name) => styles.getPropertyValue(name);
+    const {picture, canvas, width, height} = this, scale = devicePixelRatio;
+    if (!picture || !width) return;
+    Object.assign(canvas, {width: width * scale, height: height * scale});
+    const pen = canvas.getContext("2d");
     pen.scale(scale, scale);
-    this.drawScales(pen, colorOf);
+    this.drawScales(pen);
     pen.rect(LEFT, 0, width, height);
     pen.clip();
+    pen.lineJoin = "round";
     for (const one of this.series) {
-      pen.strokeStyle = pen.fillStyle = colorOf(one.color);
+      pen.strokeStyle = pen.fillStyle = STYLES.getPropertyValue(one.color);
       if (one.low && one.high) this.drawBand(pen, one);
       this.drawLine(pen, one);
     }
   }
 
-  drawScales(pen, colorOf) {
+  drawScales(pen) {
     const ticks = this.fit(), {start, end, shades} = this.picture;
     pen.font = "11px system-ui, sans-serif";
-    pen.fillStyle = colorOf("--shade");
+    pen.fillStyle = STYLES.getPropertyValue("--shade");
     for (const [from, to] of shades) {
       pen.fillRect(this.x(from), TOP, this.x(to) - this.x(from), this.floor - TOP);
     }
-    pen.strokeStyle = colorOf("--grid");
-    pen.fillStyle = colorOf("--muted");
+    pen.strokeStyle = STYLES.getPropertyValue("--grid");
+    pen.fillStyle = STYLES.getPropertyValue("--muted");
     pen.textAlign = "right";
     for (const value of ticks) {
       const y = Math.round(this.y(value)) + 0.5;
@@ -18077,21 +18135,15 @@ class Chart {
       pen.fillText(format(value, this.unit), LEFT - 6, y + 4);
     }
     pen.textAlign = "center";
-    for (const [time, label] of timeTicks(start, end, this.width - LEFT)) {
-      const x = this.x(time), half = pen.measureText(label).width / 2;
-      if (x + half <= this.width) pen.fillText(label, x, this.height - 6);
+    for (const [time, text] of timeTicks(start, end, this.width - LEFT)) {
+      const x = this.x(time), half = pen.measureText(text).width / 2;
+      if (x + half <= this.width) pen.fillText(text, x, this.height - 6);
     }
   }
 
   // Sets the scale of the values; returns its ticks.
   fit() {
-    let low = Infinity, high = -Infinity;
-    const lists = this.series.flatMap((one) => [one.values, one.low ?? [], one.high ?? []]);
-    for (const value of lists.flat()) {
-      if (!Number.isFinite(value)) continue;
-      low = Math.min(low, value);
-      high = Math.max(high, value);
-    }
+    let [low, high] = extremes(this.series);
     if (low > high || low === 0 && high === 0) [low, high] = [0, 1];
     if (low > 0 && low < high / 2) low = 0;
     const room = low === high ? Math.abs(low) / 4 : 0;
@@ -18135,7 +18187,7 @@ class Chart {
     this.cursor.style.transform = `translateX(${this.x(at)}px)`;
     const found = this.series.filter(({values}) => !Number.isNaN(values[index] ?? NaN));
     const texts = found.map(({values}) => format(values[index], this.unit));
-    this.onpoint(this.series.length === 1 ? texts[0] ?? "–" : null);
+    this.panel.setValue(this.series.length === 1 ? texts[0] ?? "–" : null);
     if (hasTip) this.showTip(at, found, texts);
     const pairs = found.map(({name}, i) => `${name} ${texts[i]}`).slice(0, MAX_DRAWN);
     return `${exactTime(at)}: ${pairs.join("; ") || "no value"}`;
@@ -18150,9 +18202,16 @@ class Chart {
     this.tip.style.transform = `translateX(${Math.max(0, left)}px)`;
   }
 
-  move(event) {
-    if (!this.picture) return;
-    const x = event.clientX - this.root.getBoundingClientRect().left, from = this.pressedAt;
+  handleEvent(event) {
+    if (this.picture) this[event.type](event);
+  }
+
+  xOf(event) {
+    return event.clientX - this.root.getBoundingClientRect().left;
+  }
+
+  pointermove(event) {
+    const x = this.xOf(event), from = this.pressedAt;
     pointAll(this.timeAt(x), this);
     if (from === undefined || Math.abs(x - from) < 5) return;
     this.selection.hidden = false;
@@ -18161,55 +18220,88 @@ class Chart {
     this.selected = [from, x].sort((a, b) => a - b).map((edge) => Math.round(this.timeAt(edge)));
   }
 
-  press(event) {
-    if (event.button || !this.picture) return;
-    this.pressedAt = event.clientX - this.root.getBoundingClientRect().left;
+  pointerdown(event) {
+    if (event.button) return;
+    this.pressedAt = this.xOf(event);
     this.root.setPointerCapture(event.pointerId);
   }
 
-  release() {
+  pointerup() {
     const {selected} = this;
-    this.unselect();
+    this.pointercancel();
     if (selected?.[1] > selected?.[0]) go({range: selected.join("-")});
   }
 
-  unselect() {
+  pointercancel() {
     this.selection.hidden = true;
     this.pressedAt = this.selected = undefined;
   }
 
-  type(event) {
-    if (!this.picture || event.ctrlKey || event.metaKey || event.altKey) return;
+  pointerleave() {
+    hideCursors();
+  }
+
+  blur() {
+    hideCursors();
+  }
+
+  keydown(event) {
     const {start, step, end} = this.picture, stride = step * (event.shiftKey ? 10 : 1);
-    const now = cursorTime ?? end, steps = {
+    const now = cursorTime ?? end, times = {
       ArrowLeft: now - stride, ArrowRight: now + stride, Home: start, End: end,
     };
-    if (event.key === "t") this.ontable();
-    if (!(event.key in steps)) return;
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    if (event.key === "t") this.panel.toggleTable();
+    if (!(event.key in times)) return;
     event.preventDefault();
-    speak(pointAll(Math.min(end, Math.max(start, steps[event.key])), this));
+    speak(pointAll(Math.min(end, Math.max(start, times[event.key])), this));
   }
 }
 
-// One cursor runs over all charts.
+// The least and the greatest finite value of some series, bands included.
+function extremes(series) {
+  let low = Infinity, high = -Infinity;
+  for (const {values, low: lows = values, high: highs = values} of series) {
+    for (const list of [values, lows, highs]) {
+      for (const value of list) {
+        if (!Number.isFinite(value)) continue;
+        if (value < low) low = value;
+        if (value > high) high = value;
+      }
+    }
+  }
+  return [low, high];
+}
+
+const panels = () => [...document.querySelectorAll(".chart")].map((root) => root.panel);
+
+// One cursor runs over all charts; returns what stands below it on one of them.
 function pointAll(time, chosen) {
   cursorTime = time;
-  const shown = [...charts].filter((chart) => chart.picture);
-  return shown.map((chart) => chart.point(time, chart === chosen))[shown.indexOf(chosen)];
+  for (const {chart, isInView} of panels()) {
+    if (isInView && chart.picture && chart !== chosen) chart.point(time, false);
+  }
+  return chosen.point(time, true);
 }
 
 function hideCursors() {
   cursorTime = undefined;
-  for (const chart of charts) {
-    chart.cursor.hidden = chart.tip.hidden = true;
-    chart.onpoint(null);
+  for (const {chart: {cursor, tip, panel}} of panels()) {
+    cursor.hidden = tip.hidden = true;
+    panel.setValue(null);
   }
 }
 """
 
-_PANEL_SCRIPT = r"""
-// ---- Panels: a chart with its title, legend and table; it asks while it is in view ----
 
+# ==================================================================================================
+# 52. Dashboard: panels
+# ==================================================================================================
+#
+# A panel is a chart with its title, its current value, a legend and a table. It asks while it is
+# in view, cancels when it leaves, and keeps the old picture until it has a new one.
+
+_PANEL_SCRIPT = r"""
 const sight = new IntersectionObserver((entries) => {
   for (const {target: {panel}, isIntersecting} of entries) {
     panel.isInView = isIntersecting;
@@ -18218,15 +18310,11 @@ const sight = new IntersectionObserver((entries) => {
   }
 }, {rootMargin: "200px"});
 
-const panelsShown = () => [...charts].map((chart) => chart.panel);
-
 class Panel {
   constructor(spec, size = "", variables = new Map()) {
     Object.assign(this, {spec, variables, current: "", sorted: "", sign: 1});
-    this.chart = Object.assign(new Chart(size), {panel: this,
-      ontable: () => this.toggleTable(),
-      onpoint: (text) => { this.value.textContent = text ?? this.current; }});
-    this.value = el("span", {className: "value"});
+    this.chart = new Chart(this, size);
+    this.value = el("b");
     this.meta = el("p", {className: "meta"});
     this.legend = el("div", {className: "scroll"});
     this.table = el("div", {className: "scroll", hidden: true, tabIndex: 0, role: "region",
@@ -18235,12 +18323,11 @@ class Panel {
       "Table");
     const tools = [this.legend, el("div", {className: "row"}, this.button,
       el("button", {onclick: () => this.download()}, "Download CSV"))];
-    const title = spec.isCard ? el("h3", {title: spec.title}, this.link = el("a", {}, spec.title))
-      : el("h2", {}, spec.title);
+    this.link = el("a", {}, spec.title);
     this.root = el(spec.isCard ? "li" : "section", {className: "card"},
-      el("div", {className: "top"}, title, this.value), this.chart.root, this.meta,
+      el("h2", {title: spec.title}, this.link), this.value, this.chart.root, this.meta,
       ...(spec.isCard ? [] : tools), this.table);
-    this.root.panel = this;
+    this.chart.root.panel = this.root.panel = this;
     this.describe("not read yet");
     sight.observe(this.root);
   }
@@ -18249,11 +18336,9 @@ class Panel {
     this.chart.root.ariaLabel = `${this.spec.title}: ${text}`;
   }
 
-  remove() {
-    this.cancel();
-    sight.unobserve(this.root);
-    charts.delete(this.chart);
-    this.root.remove();
+  // The value under the cursor; null: the current one.
+  setValue(text) {
+    this.value.textContent = text ?? this.current;
   }
 
   cancel() {
@@ -18267,10 +18352,11 @@ class Panel {
     const asked = this.asked = new AbortController(), {classList} = this.chart.canvas;
     const dim = setTimeout(() => classList.add("slow"), 400);
     try {
-      this.picture = await readPanel(this.spec, this.variables, asked.signal);
+      const {spec, variables} = this;
+      this.picture = await inTurn(() => readPanel(spec, variables, asked.signal));
       this.show();
       classList.remove("slow");
-      this.spec.onanswer?.(null);
+      spec.onanswer?.(null);
     } catch (error) {
       if (!isExpected(error)) throw error;
       if (error instanceof Refusal) this.showRefusal(error);
@@ -18278,12 +18364,6 @@ class Panel {
       clearTimeout(dim);
       if (this.asked === asked) this.asked = null;
     }
-  }
-
-  showOld(picture) {
-    this.picture = picture;
-    this.show();
-    this.chart.canvas.classList.add("slow");
   }
 
   showRefusal(error) {
@@ -18300,10 +18380,9 @@ class Panel {
     this.series = state.all && !isCard ? candidates : candidates.slice(0, MAX_DRAWN);
     this.chart.show(this.picture, this.series, unit ?? "");
     const lasts = this.series.map(({values}) => values.findLast(Number.isFinite) ?? NaN);
-    const known = lasts.filter(Number.isFinite);
-    const extremes = [Math.min(...known), Math.max(...known)].map((value) => format(value, unit));
-    this.current = known.length ? [...new Set(extremes)].join(" – ") : "–";
-    this.value.textContent = this.current;
+    const range = extremes([{values: lasts}]).map((value) => format(value, unit));
+    this.current = lasts.some(Number.isFinite) ? [...new Set(range)].join(" – ") : "–";
+    this.setValue(null);
     this.describe(`last value ${this.series.slice(0, 5).map(({name}, i) => (
       `${name} ${format(lasts[i], unit)}`)).join("; ") || "none"}`);
     const count = `${spec.count ?? series.length} series`;
@@ -18316,32 +18395,32 @@ class Panel {
   }
 
   showLegend() {
-    const {series} = this.picture, {unit} = this.spec, {sorted, sign} = this;
+    const {series} = this.picture, {unit, title} = this.spec, {sorted, sign} = this;
     const listed = (state.all ? series : series.slice(0, MAX_DRAWN)).map((one) => (
-      {one, series: one.name, ...summaryOf(one.values)}));
+      {one, series: one.name, ...summaryOf(one)}));
     if (sorted) listed.sort((a, b) => a[sorted] < b[sorted] ? -sign : sign);
     const names = ["series", "last", "min", "max", "mean"];
     const heads = names.map((name) => el("th", {scope: "col",
       ariaSort: name !== sorted ? "none" : sign > 0 ? "ascending" : "descending"},
-    el("button", {onclick: () => this.sortBy(name)}, name)));
+    el("button", {id: `${title}: by ${name}`, onclick: () => this.sortBy(name)}, name)));
     const rows = listed.map((row) => el("tr", {}, el("td", {}, this.choiceOf(row.one)),
       ...names.slice(1).map((name) => el("td", {}, format(row[name], unit)))));
     const hidden = series.length - listed.length;
     const more = hidden ? [`${hidden} more series are not drawn. `,
       el("button", {onclick: () => go({all: "1"})}, "Show all")] : [];
-    const focused = [...this.legend.querySelectorAll("button")].indexOf(document.activeElement);
-    this.legend.replaceChildren(tableOf(`Series of ${this.spec.title}`, heads, rows), ...more);
-    this.legend.querySelectorAll("button")[focused]?.focus();
+    replace(this.legend, tableOf(`Series of ${title}`, heads, rows), ...more);
   }
 
   // A click isolates a series; further clicks add others, or take them away.
   choiceOf({name, color, border}) {
     const isChosen = state.only.includes(name);
     const only = isChosen ? state.only.filter((other) => other !== name) : [...state.only, name];
-    return el("button", {ariaPressed: String(isChosen), onclick: () => {
+    const choose = () => {
       adjust({only});
-      for (const panel of panelsShown()) if (panel.picture) panel.show();
-    }}, sampleOf({color, border}), name);
+      for (const panel of panels()) if (panel.picture) panel.show();
+    };
+    return el("button", {id: `${this.spec.title}: ${name}`, ariaPressed: String(isChosen),
+      onclick: choose}, sampleOf({color, border}), name);
   }
 
   sortBy(name) {
@@ -18370,7 +18449,7 @@ class Panel {
   showTable() {
     if (!this.picture) return;
     const heads = ["time", ...this.series.map(({name}) => name)];
-    const rows = this.rows().reverse().slice(0, 500).map(([time, ...values]) => el("tr", {},
+    const rows = this.rows().reverse().map(([time, ...values]) => el("tr", {},
       ...[exactTime(time), ...values.map((value) => format(value, this.spec.unit))]
         .map((text) => el("td", {}, text))));
     this.table.replaceChildren(tableOf(`Values of ${this.spec.title}`,
@@ -18388,16 +18467,10 @@ class Panel {
   }
 }
 
-function tableOf(name, heads, rows) {
-  return el("table", {ariaLabel: name}, el("thead", {}, el("tr", {}, ...heads)),
-    el("tbody", {}, ...rows));
-}
-
-function summaryOf(values) {
-  const known = values.filter(Number.isFinite), sum = known.reduce((a, b) => a + b, 0);
+function summaryOf(series) {
+  const known = series.values.filter(Number.isFinite), [min, max] = extremes([series]);
   if (!known.length) return {last: NaN, min: NaN, max: NaN, mean: NaN};
-  const [min, max] = [Math.min(...known), Math.max(...known)];
-  return {last: known.at(-1), min, max, mean: sum / known.length};
+  return {last: known.at(-1), min, max, mean: known.reduce((a, b) => a + b) / known.length};
 }
 
 function save(name, type, text) {
@@ -18406,136 +18479,7 @@ function save(name, type, text) {
   URL.revokeObjectURL(href);
 }
 
-// What is shown, as a file for --dashboards.
-function saveDashboard() {
-  const title = document.querySelector("h1").textContent, {variables = []} = shown;
-  const panels = panelsShown().filter(({root}) => !root.hidden).map(({spec}) => {
-    const {title: name, query, unit, legend, width} = spec;
-    return {title: name, query, unit, legend, width};
-  });
-  save(`${title}.json`, "application/json", JSON.stringify({title, variables, panels}, null, 2));
-}
-"""
-
-_VIEWS_SCRIPT = r"""
-// ---- Views: each gives its elements, and how they are brought up to date ----
-
-const EXAMPLE = `curl ${new URL("metrics", location.href)} -H 'Content-Type: application/json' \\
-  -d '{"metrics":[{"name":"cpu_usage","value":75.5,"tags":{"host":"web1"}}]}'`;
-const isOwn = (name) => name.startsWith("metricstream_");
-
-function titleRow(title, ...tools) {
-  const space = el("span", {className: "space"});
-  return el("div", {className: "row"}, el("h1", {}, title), space, ...tools);
-}
-
-const saveButton = () => el("button", {onclick: saveDashboard}, "Save as dashboard");
-
-// All metrics, without a query.
-function metricsView() {
-  const cards = new Map(), lists = [0, 1].map(() => el("ul", {className: "cards"}));
-  const found = el("span", {className: "meta", role: "status"});
-  const pushed = el("h2", {className: "spoken"}, "Pushed"), own = el("h2", {}, "This server");
-  const search = el("input", {type: "search", value: state.search, oninput: () => {
-    adjust({search: search.value});
-    filter();
-  }});
-  const empty = el("section", {}, el("h2", {}, "No metrics yet"),
-    el("p", {}, "Send the first one, and it appears here by itself:"),
-    el("pre", {className: "example", tabIndex: 0}, EXAMPLE));
-  function filter() {
-    const words = state.search.toLowerCase().split(/\s+/);
-    for (const [name, {root}] of cards) {
-      root.hidden = !words.every((word) => name.toLowerCase().includes(word));
-    }
-    const count = [...cards.values()].filter(({root}) => !root.hidden).length;
-    found.textContent = `${count} of ${cards.size} metrics`;
-    own.hidden = ![...lists[1].children].some(({hidden}) => !hidden);
-  }
-  function update() {
-    for (const [name, card] of cards) {
-      if (catalogue.has(name)) continue;
-      card.remove();
-      cards.delete(name);
-    }
-    for (const list of lists) list.next = list.firstElementChild;
-    for (const [name, metric] of catalogue) { // in the order of the names, as the cards are
-      const list = lists[Number(isOwn(name))];
-      const card = cards.get(name) ?? new Panel({...panelOf(metric), isCard: true});
-      cards.set(name, card);
-      card.spec.count = metric.count;
-      card.link.href = linkTo("metric", {name});
-      if (card.root === list.next) list.next = list.next.nextElementSibling;
-      else list.insertBefore(card.root, list.next);
-    }
-    empty.hidden = [...catalogue.keys()].some((name) => !isOwn(name));
-    filter();
-  }
-  update();
-  const tools = [el("label", {}, "Search ", search), found, saveButton()];
-  const nodes = [titleRow("Metrics", ...tools), empty, pushed, lists[0], own, lists[1]];
-  return {nodes, update};
-}
-
-// One metric, large, by the tags that are chosen.
-function metricView() {
-  const {name, by} = state, metric = catalogue.get(name) ?? {name};
-  const panel = new Panel(panelOf(metric, by), "large");
-  const tags = el("div", {className: "row", role: "group", ariaLabel: "Group by"});
-  const before = focused;
-  let known;
-  async function update(signal) {
-    const names = await ask("v1/labels", {"match[]": selectorOf(name)}, signal);
-    query.href = linkTo("query", {q: panel.spec.query}); // with the time of now
-    if (String(names) === known) return;
-    known = String(names);
-    const buttons = names.filter((tag) => tag !== "__name__").map((tag, index) => {
-      const isChosen = by.includes(tag);
-      const chosen = isChosen ? by.filter((other) => other !== tag) : [...by, tag];
-      return el("button", {id: `by-${index}`, ariaPressed: String(isChosen),
-        onclick: () => go({by: chosen, only: []})}, tag);
-    });
-    const nodes = buttons.length ? ["Group by", ...buttons] : [];
-    keepFocus(() => tags.replaceChildren(...nodes), before);
-  }
-  const query = el("a", {href: ""}, "Open as a query");
-  return {nodes: [titleRow(name, query, saveButton()), tags, panel.root], update};
-}
-
-let lastPicture = null; // of the query before: it stays until the next one is answered
-
-// Queries that share a graph.
-function queryView() {
-  const q = state.q.filter((text) => text.trim()), texts = state.q.length ? state.q : [""];
-  const read = () => fields.map(({value}) => value);
-  const run = () => go({q: read(), only: []});
-  const fields = texts.map((text, index) => queryField(text, index, run));
-  const refusal = el("pre", {className: "error", role: "alert", hidden: true});
-  const onanswer = (error) => {
-    refusal.hidden = !error;
-    refusal.textContent = error ? placeOf(error.message, q) : "";
-    if (!error) lastPicture = panel.picture;
-  };
-  const panel = new Panel({title: "Result", query: q, onanswer}, "large");
-  panel.root.hidden = !q.length;
-  if (lastPicture) panel.showOld(lastPicture);
-  const rows = fields.map((field, index) => {
-    const label = el("label", {htmlFor: field.id}, index ? `Query ${index + 1}` : "Query");
-    return el("div", {className: "query"}, label, field, field.options);
-  });
-  const tools = el("div", {className: "row"}, el("button", {onclick: run}, "Run"),
-    el("button", {onclick: () => go({q: [...read(), ""]})}, "Add a query"),
-    el("span", {className: "meta"}, "Enter runs, Shift+Enter begins a line"));
-  return {nodes: [titleRow("Query", saveButton()), ...rows, tools, refusal, panel.root]};
-}
-
-// An error, the line of the query where it is, and a mark at its column.
-function placeOf(message, queries) {
-  const [, line, column] = /^(\d+):(\d+):/.exec(message) ?? [];
-  const text = queries.map((query) => query.split("\n")[line - 1])
-    .find((row) => row?.length >= column - 1);
-  return text === undefined ? message : `${message}\n\n${text}\n${" ".repeat(column - 1)}^`;
-}
+// ---- A field for a query, with completions ----
 
 function queryField(text, index, run) {
   const id = `query-${index}`, list = `${id}-options`;
@@ -18609,44 +18553,184 @@ async function completions(before) {
   }
   return {word, names: [...catalogue.keys()].map(selectorOf).concat(WORDS)};
 }
+"""
+
+
+# ==================================================================================================
+# 53. Dashboard: views
+# ==================================================================================================
+#
+# A view is a function that makes its elements once and tells how they are brought up to date:
+# all metrics, one metric, queries, saved dashboards, alerts. One loop asks for what is common to
+# all of them, the catalogue and the alerts, then updates the view and its panels.
+
+_VIEWS_SCRIPT = r"""
+// ---- Metrics ----
+
+const MAX_CARDS = 100; // at first; it keeps a page of 10,000 metrics small
+const EXAMPLE = `curl ${new URL("metrics", location.href)} -H 'Content-Type: application/json' \\
+  -d '{"metrics":[{"name":"cpu_usage","value":75.5,"tags":{"host":"web1"}}]}'`;
+const isOwn = (name) => /^(metricstream_|prometheus_rule_|ALERTS(_FOR_STATE)?$)/.test(name);
+
+function titleRow(title, ...tools) {
+  const space = el("span", {className: "space"});
+  return el("div", {className: "row"}, el("h1", {}, title), space, ...tools);
+}
+
+const saveButton = () => el("button", {onclick: saveDashboard}, "Save as dashboard");
+
+// What is shown, as a file for --dashboards.
+function saveDashboard() {
+  const title = document.querySelector("h1").textContent, {variables = []} = shown;
+  const specs = panels().map(({spec: {title, query, unit, legend, width}}) => (
+    {title, query, unit, legend, width}));
+  const text = JSON.stringify({title, variables, panels: specs}, null, 2);
+  save(`${title}.json`, "application/json", text);
+}
+
+// All metrics, without a query.
+function metricsView() {
+  const cards = new Map(), lists = [0, 1].map(() => el("ul", {className: "cards"}));
+  const found = el("span", {className: "meta", role: "status"});
+  const own = el("h2", {}, "This server");
+  const search = el("input", {type: "search", value: state.search, oninput: () => {
+    adjust({search: search.value});
+    update();
+  }});
+  const empty = el("section", {}, el("h2", {}, "No metrics yet"),
+    el("p", {}, "Send the first one, and it appears here by itself:"),
+    el("pre", {className: "example", tabIndex: 0}, EXAMPLE));
+  let limit = MAX_CARDS;
+  const more = el("button", {onclick: () => {
+    limit += MAX_CARDS;
+    update();
+  }}, "Show more");
+  function cardOf(name) {
+    const metric = catalogue.get(name);
+    const card = cards.get(name) ?? new Panel({...panelOf(metric), isCard: true});
+    cards.set(name, card);
+    card.spec.count = metric.count;
+    card.link.href = linkTo("metric", {name});
+    return card.root;
+  }
+  function update() {
+    const words = state.search.toLowerCase().split(/\s+/), names = [...catalogue.keys()];
+    const matching = names.filter((name) => (
+      words.every((word) => name.toLowerCase().includes(word))));
+    const groups = [matching.filter((name) => !isOwn(name)), matching.filter(isOwn)];
+    groups.forEach((group, i) => arrange(lists[i], group.slice(0, limit).map(cardOf)));
+    found.textContent = `${matching.length} of ${names.length} metrics`;
+    more.hidden = groups.every(({length}) => length <= limit);
+    own.hidden = !groups[1].length;
+    empty.hidden = !names.every(isOwn);
+  }
+  update();
+  const tools = [el("label", {}, "Search ", search), found, saveButton()];
+  const nodes = [titleRow("Metrics", ...tools), empty, lists[0], own, lists[1], more];
+  return {nodes, update};
+}
+
+// Makes elements the children of another. Those in their place are not touched: focus stays.
+function arrange(parent, wanted) {
+  const kept = new Set(wanted);
+  for (const child of [...parent.children]) if (!kept.has(child)) child.remove();
+  wanted.forEach((child, i) => {
+    if (parent.children[i] !== child) parent.insertBefore(child, parent.children[i] ?? null);
+  });
+}
+
+// One metric, large, by the tags that are chosen.
+function metricView() {
+  const {name, by} = state, metric = catalogue.get(name) ?? {name};
+  const panel = new Panel(panelOf(metric, by), "large");
+  const tags = el("div", {className: "row", role: "group", ariaLabel: "Group by"});
+  const query = el("a", {href: ""}, "Open as a query");
+  async function update(signal) {
+    query.href = linkTo("query", {q: panel.spec.query}); // with the time of now
+    const names = await ask("v1/labels", {"match[]": selectorOf(name)}, signal);
+    const buttons = names.filter((tag) => tag !== "__name__").map((tag) => {
+      const isChosen = by.includes(tag);
+      const chosen = isChosen ? by.filter((other) => other !== tag) : [...by, tag];
+      return el("button", {id: `by ${tag}`, ariaPressed: String(isChosen),
+        onclick: () => go({by: chosen, only: []})}, tag);
+    });
+    replace(tags, ...(buttons.length ? ["Group by", ...buttons] : []));
+  }
+  return {nodes: [titleRow(name, query, saveButton()), tags, panel.root], update};
+}
+
+// ---- Query ----
+
+let result = null; // its picture stays until the next query is answered
+
+// Queries that share a graph.
+function queryView() {
+  const q = state.q.filter((text) => text.trim()), texts = state.q.length ? state.q : [""];
+  const read = () => fields.map(({value}) => value);
+  const run = () => go({q: read(), only: []});
+  const fields = texts.map((text, index) => queryField(text, index, run));
+  const refusal = el("pre", {className: "error", role: "alert", hidden: true});
+  const onanswer = (error) => {
+    refusal.hidden = !error;
+    refusal.textContent = error ? placeOf(error.message, q) : "";
+    result.root.style.visibility = result.picture ? "" : "hidden";
+  };
+  result ??= new Panel({title: "Result"}, "large");
+  Object.assign(result.spec, {query: q, onanswer});
+  result.root.hidden = !q.length;
+  const rows = fields.map((field, index) => {
+    const label = el("label", {htmlFor: field.id}, index ? `Query ${index + 1}` : "Query");
+    return el("div", {className: "query"}, label, field, field.options);
+  });
+  const tools = el("div", {className: "row"}, el("button", {onclick: run}, "Run"),
+    el("button", {onclick: () => go({q: [...read(), ""]})}, "Add a query"),
+    el("span", {className: "meta"}, "Enter runs, Shift+Enter begins a line"));
+  return {nodes: [titleRow("Query", saveButton()), ...rows, tools, refusal, result.root]};
+}
+
+// An error, the line of the query where it is, and a mark at its column.
+function placeOf(message, queries) {
+  const [, line, column] = /^(\d+):(\d+):/.exec(message) ?? [];
+  const text = queries.map((query) => query.split("\n")[line - 1])
+    .find((row) => row?.length >= column - 1);
+  return text === undefined ? message : `${message}\n\n${text}\n${" ".repeat(column - 1)}^`;
+}
 
 // ---- Dashboards: the files of --dashboards ----
 
 function dashboardsView() {
-  const list = el("ul"), faults = el("ul");
+  const list = el("ul"), faults = el("ul"), none = el("p", {hidden: true}, "None yet. Start the "
+    + "server with --dashboards DIR, and put there what “Save as dashboard” gives.");
   async function update(signal) {
     const {dashboards, faults: found} = await ask("dashboards", null, signal);
-    const none = "None yet. Start the server with --dashboards DIR, and put there what "
-      + "“Save as dashboard” gives.";
-    const links = dashboards.map(({file, title}) => el("li", {},
-      el("a", {href: linkTo("dashboard", {name: file})}, title), ` (${file})`));
-    list.replaceChildren(...(links.length ? links : [el("li", {}, none)]));
+    none.hidden = dashboards.length;
+    replace(list, ...dashboards.map(({file, title}) => el("li", {},
+      el("a", {id: file, href: linkTo("dashboard", {name: file})}, title), ` (${file})`)));
     faults.replaceChildren(...found.map(({file, error}) => (
       el("li", {className: "error"}, `${file}: ${error}`))));
   }
-  return {nodes: [titleRow("Dashboards"), list, faults], update};
+  return {nodes: [titleRow("Dashboards"), none, list, faults], update};
 }
 
 function dashboardView() {
   const title = titleRow(state.name, saveButton()), body = el("div", {className: "panels"});
-  const before = focused;
-  const view = {nodes: [title, body], update: async (signal) => {
+  const choices = el("div", {className: "row"}), view = {nodes: [title, choices, body], update};
+  async function update(signal) {
     if (body.childElementCount) return;
     const {dashboards} = await ask("dashboards", null, signal), variables = new Map();
     const dashboard = dashboards.find(({file}) => file === state.name);
     if (!dashboard) return body.replaceChildren("There is no such dashboard.");
     view.variables = dashboard.variables;
-    const choices = await Promise.all(view.variables.map((one) => variableChoice(one, signal)));
-    for (const {name, value} of choices) variables.set(name, quoted(value).slice(1, -1));
+    const found = await Promise.all(view.variables.map((one) => variableChoice(one, signal)));
+    for (const {name, value} of found) variables.set(name, quoted(value).slice(1, -1));
     title.firstChild.textContent = dashboard.title;
-    keepFocus(() => title.firstChild.after(...choices.map((choice) => (
-      el("label", {}, `${choice.name} `, choice)))), before);
+    replace(choices, ...found.map((choice) => el("label", {}, `${choice.name} `, choice)));
     for (const spec of dashboard.panels) {
       const panel = new Panel(spec, "medium", variables);
       panel.root.style.gridColumn = `span ${spec.width}`;
       body.append(panel.root);
     }
-  }};
+  }
   return view;
 }
 
@@ -18656,77 +18740,60 @@ async function variableChoice({name, tag, metric}, signal) {
   const values = await ask(`v1/label/${encodeURIComponent(tag)}/values`, match, signal);
   const value = state.variables.get(name) ?? values[0] ?? "";
   const texts = values.includes(value) ? values : [value, ...values];
-  const choice = el("select", {id: `variable-${name}`, name, onchange: () => {
+  const choice = selectOf(`variable-${name}`, texts.map((text) => [text, text]), value, () => {
     go({variables: new Map(state.variables).set(name, choice.value)});
-  }}, ...texts.map((text) => el("option", {selected: text === value}, text)));
-  return choice;
+  });
+  return Object.assign(choice, {name});
 }
 
 // ---- Alerts: what fires and what pends; silences, as Alertmanager's API has them ----
 
-let alerts = null; // where there is no alerting
-let isAlerting, silences = [], alertingRules = [];
-
-async function readAlerts(signal) {
-  isAlerting ??= (await ask("dashboards", null, signal)).alerting;
-  if (!isAlerting) return;
-  try {
-    const [found, {groups}, all] = await Promise.all(
-      ["v1/alerts", "v1/rules?type=alert", "v2/silences"].map((path) => ask(path, null, signal)));
-    alerts = found.alerts.sort((a, b) => a.state < b.state ? -1 : 1);
-    alertingRules = groups.flatMap(({rules}) => rules);
-    silences = all.filter(({status}) => status.state === "active");
-  } catch (error) {
-    if (error.status !== 404) throw error;
-  }
-}
-
-// The times in which an alert fired whose rule reads a metric, as [from, to].
-async function firingTimes(metric, {start, end, step}, signal) {
-  const names = alertingRules.filter(({query}) => query.split(/[^\w:]+/).includes(metric))
-    .map(({name}) => `ALERTS{alertname=${JSON.stringify(name)},alertstate="firing"}`);
-  if (!names.length) return [];
-  const asked = {query: `count(${names.join(" or ")})`, start, end, step};
-  const {result: [found]} = await ask("v1/query_range", asked, signal);
-  return found?.values.map(([time]) => [time - step, time]) ?? [];
-}
-
+const SILENCES = {1: "1 hour", 2: "2 hours", 8: "8 hours", 24: "1 day"};
 function isMatched({name, value, isRegex, isEqual = true}, labels) {
   const label = labels[name] ?? "";
   return isEqual === (isRegex ? new RegExp(`^(?:${value})$`, "s").test(label) : label === value);
 }
 
-const silenceOf = ({labels}) => silences.find(({matchers}) => (
-  matchers.every((matcher) => isMatched(matcher, labels))));
-
 function alertsView() {
   const list = el("ul"), none = el("p", {}, "Nothing fires, and nothing pends.");
-  function update() {
-    none.hidden = alerts?.length > 0;
-    keepFocus(() => list.replaceChildren(...(alerts ?? []).map(alertItem)));
+  const hours = selectOf("hours", Object.entries(SILENCES), "2");
+  const choice = el("label", {}, "Silence for ", hours);
+  let silences = []; // null: a real Alertmanager has them
+  async function update(signal) {
+    try {
+      silences &&= await ask("v2/silences", null, signal);
+    } catch (error) {
+      if (error.status !== 404) throw error;
+      silences = null;
+    }
+    const alerts = activeAlerts();
+    none.hidden = alerts.length;
+    choice.hidden = !silences || !alerts.length;
+    replace(list, ...alerts.map((alert, index) => alertItem(alert, index, silences, hours)));
   }
-  return {nodes: [titleRow("Alerts"), none, list], update};
+  return {nodes: [titleRow("Alerts", choice), none, list], update};
 }
 
-function alertItem(alert, index) {
-  const {labels, annotations, state: condition, activeAt} = alert, silence = silenceOf(alert);
+function alertItem({labels, annotations, state: condition, activeAt}, index, silences, hours) {
   const {alertname, ...rest} = labels, date = (text) => exactTime(Date.parse(text) / 1000);
   const tags = Object.entries(rest).map((pair) => pair.join("=")).join(", ");
+  const silence = silences?.find(({matchers, status}) => status.state === "active"
+    && matchers.every((matcher) => isMatched(matcher, labels)));
   const [text, write] = silence
     ? ["End the silence", () => writeSilence("DELETE", `silence/${silence.id}`)]
-    : ["Silence for 2 hours", () => writeSilence("POST", "silences", twoHours(labels))];
+    : ["Silence", () => writeSilence("POST", "silences", silenceOf(labels, hours.value))];
   return el("li", {className: "card row"}, el("div", {}, el("h2", {}, alertname),
     el("span", {className: condition}, condition), ` since ${date(activeAt)}`,
     silence ? `, silenced until ${date(silence.endsAt)}` : "",
     ...Object.values(annotations).map((annotation) => el("div", {}, annotation)),
     el("div", {className: "meta"}, tags)),
-  el("button", {id: `silence-${index}`, className: "space", onclick: write}, text));
+  silences ? el("button", {id: `silence ${index}`, className: "space", onclick: write}, text) : "");
 }
 
-function twoHours(labels) {
+function silenceOf(labels, hours) {
   const now = Date.now(), matchers = Object.entries(labels).map(([name, value]) => (
     {name, value, isRegex: false, isEqual: true}));
-  return {matchers, startsAt: new Date(now), endsAt: new Date(now + 7200e3),
+  return {matchers, startsAt: new Date(now), endsAt: new Date(now + hours * 3600e3),
     createdBy: "dashboard", comment: "from the dashboard"};
 }
 
@@ -18736,7 +18803,7 @@ async function writeSilence(method, path, silence) {
   const body = silence && JSON.stringify(silence);
   if (key) headers.Authorization = `Bearer ${key}`;
   try {
-    await ask("v2/" + path, null, null, {method, headers, body});
+    await request("v2/" + path, {method, headers, body});
   } catch (error) {
     if (error.status !== 401) return alert(error.message);
     const given = prompt("The key of a listed client, kept in this tab alone:") ?? "";
@@ -18746,56 +18813,45 @@ async function writeSilence(method, path, silence) {
   refresh();
 }
 
-// ---- The page: time, views, and the loop that brings them up to date ----
+// ---- The loop ----
 
 const VIEWS = {
   metrics: metricsView, metric: metricView, query: queryView, dashboards: dashboardsView,
   dashboard: dashboardView, alerts: alertsView,
 };
+const PARENTS = {metric: "metrics", dashboard: "dashboards"};
 let shown = null; // the view
 let updating = null;
-let timer;
-let focused = ""; // the id of what was focused before the view was made
-
-// Elements that are made anew get the focus back.
-function keepFocus(change, id = document.activeElement.id) {
-  change();
-  if (id) document.getElementById(id)?.focus();
-}
+let refreshedAt = 0;
 
 function showTime() {
-  const isCustom = !(state.range in RANGES);
-  const select = (id, names, chosen, onchange) => el("select", {id, onchange},
-    ...Object.entries(names).map(([value, text]) => (
-      el("option", {value, selected: value === chosen}, text))));
-  const now = timeRange().map(Math.round), chosen = isCustom ? "custom" : state.range;
-  const range = select("range", {...RANGES, custom: "Custom"}, chosen,
+  const isCustom = !(state.range in RANGES), now = timeRange().map(Math.round);
+  const ranges = Object.entries({...RANGES, custom: "Custom"});
+  const range = selectOf("range", ranges, isCustom ? "custom" : state.range,
     () => go({range: range.value === "custom" ? now.join("-") : range.value}));
-  const pace = select("refresh", REFRESHES, state.refresh, () => {
+  const pace = selectOf("refresh", Object.entries(REFRESHES), state.refresh, () => {
     adjust({refresh: pace.value});
     refresh();
   });
-  const zone = new Date().getTimezoneOffset() * 60;
   const [from, to] = now.map((time) => el("input", {type: "datetime-local", step: 1,
-    value: new Date((time - zone) * 1000).toISOString().slice(0, 19)}));
+    value: new Date((time - zoneAt(time)) * 1000).toISOString().slice(0, 19)}));
   const form = document.getElementById("time");
   form.onsubmit = (event) => {
     event.preventDefault();
-    if (isCustom) go({range: [from, to].map(({value}) => Date.parse(value) / 1000).join("-")});
+    go({range: [from, to].map(({value}) => Date.parse(value) / 1000).join("-")});
   };
   const label = (text, field) => el("label", {}, `${text} `, field);
-  const custom = [label("From", from), label("To", to), el("button", {}, "Show")];
-  form.replaceChildren(...(isCustom ? custom : []), label("Time", range), label("Refresh", pace));
+  const custom = isCustom ? [label("From", from), label("To", to), el("button", {}, "Show")] : [];
+  replace(form, ...custom, label("Time", range), label("Refresh", pace));
 }
 
 function showViews() {
-  const names = {metrics: "Metrics", query: "Query", dashboards: "Dashboards"};
-  if (alerts) names.alerts = "Alerts";
-  const current = {metric: "metrics", dashboard: "dashboards"}[state.view] ?? state.view;
-  const links = Object.entries(names).map(([view, name]) => el("a", {id: `to-${view}`,
+  const names = {metrics: "Metrics", query: "Query", dashboards: "Dashboards", alerts: "Alerts"};
+  const current = PARENTS[state.view] ?? state.view;
+  const links = Object.entries(names).map(([view, name]) => el("a", {id: `to ${view}`,
     href: linkTo(view), ariaCurrent: view === current ? "page" : null}, name));
-  keepFocus(() => document.getElementById("views").replaceChildren(...links));
-  const firing = alerts?.filter((alert) => alert.state === "firing").length;
+  replace(document.getElementById("views"), ...links);
+  const firing = activeAlerts().filter((alert) => alert.state === "firing").length;
   const title = `${state.name || names[current]} · MetricStream`;
   document.title = firing ? `(${firing}) ${title}` : title;
 }
@@ -18804,70 +18860,195 @@ const keyOfView = () => hashOf({range: "", refresh: "", search: "", only: []});
 
 // Shows the view of the URL. Where only the time has changed, the pictures stay and ask anew.
 function render() {
-  focused = document.activeElement.id;
   state = readState();
   if (!Object.hasOwn(VIEWS, state.view)) state.view = "metrics";
   updating?.abort();
   updating = null;
-  const isSame = shown?.key === keyOfView();
-  for (const panel of panelsShown()) {
-    if (isSame) panel.cancel();
-    else panel.remove();
-  }
-  if (!isSame) shown = null;
-  keepFocus(() => {
-    showTime();
-    build();
-  });
+  for (const panel of panels()) panel.cancel();
+  showTime();
+  showViews();
+  build();
   refresh();
 }
 
 // Waits for the catalogue: the types of the metrics decide how they are drawn.
 function build() {
-  if (shown || !catalogue) return;
+  if (!catalogue || shown?.key === keyOfView()) return;
   shown = Object.assign(VIEWS[state.view](), {key: keyOfView()});
-  document.getElementById("main").replaceChildren(...shown.nodes);
+  replace(document.getElementById("main"), ...shown.nodes);
 }
 
 async function refresh() {
   if (document.hidden || updating) return;
-  const mine = updating = new AbortController(), {signal} = mine;
+  const {signal} = updating = new AbortController();
+  refreshedAt = Date.now();
   try {
-    await Promise.all([readCatalogue(signal), readAlerts(signal)]);
-    build();
-    showViews();
+    alertsRead = readAlerts(signal).then(showViews);
+    await Promise.all([alertsRead, readCatalogue(signal).then(build)]);
+    for (const panel of panels()) panel.refresh();
     await shown.update?.(signal);
-    for (const panel of panelsShown()) panel.refresh();
   } catch (error) {
     if (!isExpected(error)) throw error;
     if (error.status) setNotice(error.message);
   } finally {
-    if (updating === mine) updating = null;
-    schedule();
+    if (!signal.aborted) updating = null;
   }
 }
 
-function schedule() {
-  clearTimeout(timer);
+setInterval(() => {
   const pause = document.getElementById("notice").hidden ? Number(state.refresh) : 2;
-  if (pause >= 1) timer = setTimeout(refresh, pause * 1000);
-}
-
+  if (pause && Date.now() - refreshedAt > pause * 1000) refresh();
+}, 500);
 addEventListener("popstate", render);
 document.addEventListener("visibilitychange", refresh);
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape" && history.state?.isOfTime) history.back();
 });
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
-  for (const chart of charts) chart.draw();
-});
+for (const query of ["(prefers-color-scheme: dark)", "print"]) {
+  matchMedia(query).addEventListener("change", () => {
+    for (const {chart} of panels()) chart.draw();
+  });
+}
 render();
 
 //# sourceURL=dashboard.js
 """
 
-SCRIPT = _STATE_SCRIPT + _ASK_SCRIPT + _CHART_SCRIPT + _PANEL_SCRIPT + _VIEWS_SCRIPT
 
+# ==================================================================================================
+# 54. Dashboard: page
+# ==================================================================================================
+#
+# The document that holds the script, and how it is served. Names and tags are the text of
+# strangers. The page makes elements and sets their text; it never makes markup of text, and its
+# Content-Security-Policy forbids the browser to do so: it runs this script alone, takes this style
+# alone, and talks to this server alone.
+
+PAGE = r"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>MetricStream</title>
+<link rel="icon" href="%ICON%">
+<style>%STYLE%</style>
+</head>
+<body>
+<header>
+  <a class="brand" href="#"><img src="%ICON%" alt="" width="22" height="22">MetricStream</a>
+  <nav aria-label="Views" id="views"></nav>
+  <form class="row space" id="time"></form>
+</header>
+<p class="notice" id="notice" role="alert" hidden></p>
+<main id="main"><noscript>The page is drawn by a script.</noscript></main>
+<div class="spoken" id="spoken" role="status"></div>
+<script>%SCRIPT%</script>
+</body>
+</html>
+"""
+
+STYLE = r"""
+:root {
+  color-scheme: light dark;
+  --page: #f5f6f8; --card: #fff; --line: #d9dde3; --grid: #e8ebef; --field: #7b8494;
+  --text: #1b2230; --muted: #596273; --accent: #1d5fc4; --bad: #b42318; --warn: #8a5300;
+  --shade: #d92d2026;
+  --series-0: #1f6fd0; --series-1: #c2410c; --series-2: #15803d; --series-3: #9333ea;
+  --series-4: #a16207; --series-5: #be185d; --series-6: #0e7490; --series-7: #4b5563;
+}
+@media screen and (prefers-color-scheme: dark) {
+  :root {
+    --page: #12151a; --card: #1a1e25; --line: #323843; --grid: #262b34; --field: #7f8999;
+    --text: #e7eaf0; --muted: #a0a9b8; --accent: #8ab4f8; --bad: #ff9a8f; --warn: #f5c26b;
+    --shade: #ff6b5e2e;
+    --series-0: #6ea8fe; --series-1: #fb923c; --series-2: #4ade80; --series-3: #c99bff;
+    --series-4: #facc15; --series-5: #f583bd; --series-6: #22d3ee; --series-7: #cbd5e1;
+  }
+}
+* { box-sizing: border-box; }
+[hidden] { display: none !important; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; border-radius: 4px; }
+body {
+  margin: 0; background: var(--page); color: var(--text); overflow-y: scroll;
+  font: 15px/1.5 system-ui, sans-serif;
+}
+header, main { max-width: 1280px; margin: 0 auto; padding: .75rem 1.25rem; }
+main { min-height: 80vh; padding-bottom: 4rem; }
+header, .row { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem 1rem; }
+.row { margin: 0 0 .75rem; }
+.space { margin: 0 0 0 auto; }
+h1, h2 { font-weight: 600; margin: 0; min-width: 0; overflow-wrap: anywhere; }
+h1 { font-size: 1.4rem; }
+h2 { font-size: 1rem; }
+main > h2 { margin: 2rem 0 .75rem; }
+.cards h2, .meta, .tip span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+ul { list-style: none; margin: 0; padding: 0; }
+a { text-decoration: none; }
+a[href] { color: var(--accent); }
+a[href]:hover { text-decoration: underline; }
+a.brand { font-weight: 650; color: var(--text); display: flex; gap: .5rem; align-items: center; }
+nav a[href] { padding: .25rem .6rem; border-radius: 6px; color: var(--muted); }
+nav a[aria-current] { background: var(--card); color: var(--text); font-weight: 600; }
+label, .meta { color: var(--muted); font-size: .85rem; }
+button, select, input, textarea {
+  font: inherit; font-size: .9rem; color: var(--text); background: var(--card);
+  border: 1px solid var(--field); border-radius: 6px; padding: .25rem .6rem; max-width: 100%;
+}
+button { cursor: pointer; }
+button:hover { border-color: var(--accent); }
+textarea { width: 100%; resize: vertical; display: block; }
+textarea, pre { font: .85rem/1.5 ui-monospace, monospace; padding: .5rem .75rem; }
+pre { background: var(--card); border-radius: 8px; white-space: pre-wrap; }
+.example { user-select: all; }
+.cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(290px, 1fr)); }
+.panels { display: grid; gap: 1rem; grid-template-columns: repeat(12, minmax(0, 1fr)); }
+.card, .tip, .options {
+  background: var(--card); border: 1px solid var(--line); border-radius: 8px; min-width: 0;
+}
+.card { padding: .75rem .9rem; }
+.meta { margin: .25rem 0; min-height: 1.5em; }
+.error { color: var(--bad); white-space: pre-wrap; overflow-wrap: anywhere; }
+.notice { background: var(--bad); color: var(--card); margin: 0; padding: .5rem 1.25rem; }
+.chart { position: relative; height: 150px; margin-top: .4rem; touch-action: pan-y; }
+.medium { height: 220px; }
+.large { height: 340px; }
+.chart > * { position: absolute; left: 0; pointer-events: none; }
+canvas { width: 100%; height: 100%; }
+.slow { opacity: .45; }
+.cursor, .selection { top: 8px; bottom: 22px; background: var(--accent); opacity: .2; }
+.cursor { width: 1px; background: var(--muted); opacity: 1; }
+.tip { top: 4px; max-width: 75%; padding: .3rem .5rem; font-size: .8rem; }
+.tip div, td button { display: flex; gap: .5rem; align-items: center; }
+.tip b { margin-left: auto; white-space: nowrap; }
+i { flex: none; width: 24px; border-top: 3px solid; }
+.scroll { overflow: auto; max-height: 26rem; margin-bottom: .75rem; }
+table { border-collapse: collapse; width: 100%; font-size: .85rem; }
+th, td { text-align: right; padding: .2rem .6rem; white-space: nowrap; }
+td, b { font-variant-numeric: tabular-nums; }
+th:first-child, td:first-child { text-align: left; }
+tr { border-bottom: 1px solid var(--grid); }
+table button { border-color: transparent; background: none; padding: .1rem .3rem; }
+th button { font-weight: 600; padding: 0; }
+[aria-pressed=true], [aria-selected=true] { background: var(--accent); color: var(--card); }
+.query { position: relative; margin-bottom: .75rem; }
+.options { position: absolute; z-index: 3; width: 100%; max-height: 16rem; overflow: auto; }
+.options li { padding: .2rem .75rem; cursor: pointer; overflow-wrap: anywhere; }
+.firing, .pending { color: var(--warn); font-weight: 600; }
+.firing { color: var(--bad); }
+.spoken { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+@media (max-width: 700px) {
+  .panels > * { grid-column: 1 / -1 !important; }
+  header, main { padding: .5rem .75rem; }
+  .space { margin: 0; }
+}
+@media (prefers-reduced-motion: no-preference) { canvas { transition: opacity .2s; } }
+@media print {
+  nav, form, label, button, .notice { display: none !important; }
+  .card { break-inside: avoid; }
+}
+"""
+
+SCRIPT = _QUERY_SCRIPT + _CHART_SCRIPT + _PANEL_SCRIPT + _VIEWS_SCRIPT
 
 ICON = (
     "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'>"
@@ -18881,7 +19062,9 @@ _QUERY_WORDS = {
 def dashboard_page() -> str:
     """The page: one document, style and script within it."""
     script = SCRIPT.replace("%WORDS%", write_json(sorted(_QUERY_WORDS)))
-    page = PAGE.replace("%ICON%", urllib.parse.quote(ICON))
+    # Lines of comments are for the readers of this file: 1.5 KB of 20, zipped.
+    script = re.sub(r"(?m)^ *// .*\n", "", script)
+    page = PAGE.replace("%ICON%", f"data:image/svg+xml,{urllib.parse.quote(ICON)}")
     return page.replace("%STYLE%", STYLE).replace("%SCRIPT%", script)
 
 
@@ -18947,134 +19130,8 @@ def show_graph(request: Request, client: str) -> Answer:
     return Answer(Response(302, b"", fields=[("Location", f"./{place}")]))
 
 
-# ---- saved dashboards ----
-
-MAX_DASHBOARD_BYTES = 1024 * 1024
-
-
-class DashboardError(ValueError):
-    """A saved dashboard that can't be drawn: which member of it, and what is wrong."""
-
-
-def read_dashboard(text: str | bytes) -> dict[str, Any]:
-    """A saved dashboard, with what it leaves out. Raises JSONError or DashboardError.
-
-    >>> text = '{"title": "Host", "panels": [{"title": "Load", "query": "load1"}]}'
-    >>> read_dashboard(text)["panels"]
-    [{'title': 'Load', 'query': ['load1'], 'unit': '', 'legend': [], 'width': 6}]
-    >>> read_dashboard(text.replace('"load1"', '"load1", "width": 13'))
-    Traceback (most recent call last):
-    metricstream.DashboardError: panels[0].width: must be a whole number from 1 to 12
-    """
-    dashboard = _members(parse_json(text), "", _DASHBOARD)
-    for name, members in (("variables", _VARIABLE), ("panels", _PANEL)):
-        dashboard[name] = [
-            _members(item, f"{name}[{number}].", members)
-            for number, item in enumerate(dashboard[name])
-        ]
-    known = {"window": "5m", "step": "1m"}
-    known |= {variable["name"]: "x" for variable in dashboard["variables"]}
-    for number, panel in enumerate(dashboard["panels"]):
-        for name in ("query", "legend"):
-            if isinstance(panel[name], str):
-                panel[name] = [panel[name]]
-        for query in panel["query"]:
-            # As the page does it.
-            filled = re.sub(
-                r"\$([A-Za-z0-9_]+)", lambda match: known.get(match[1], match[0]), query
-            )
-            try:
-                parse_query(filled)
-            except QueryError as error:
-                raise DashboardError(f"panels[{number}].query: {error}") from None
-    return dashboard
-
-
-class _Member(NamedTuple):
-    """What a member of an object must be, and what it is where it is missing."""
-
-    must_be: str
-    holds: Callable[[Any], bool]
-    missing: Any = None
-
-
-def _members(value: Any, place: str, members: dict[str, _Member]) -> dict[str, Any]:
-    """The members of an object, all of them."""
-    if not isinstance(value, dict):
-        raise DashboardError(f"{place.rstrip('.') or 'the document'} must be an object")
-    for name in value:
-        if name not in members:
-            known = ", ".join(members)
-            raise DashboardError(f"{place}{name[:80]}: unknown member; known are {known}")
-    found = {name: value.get(name, member.missing) for name, member in members.items()}
-    for name, member in members.items():
-        if not member.holds(found[name]):
-            raise DashboardError(f"{place}{name}: must be {member.must_be}")
-    return found
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list)
-
-
-def _is_texts(value: Any) -> bool:
-    return _is_text(value) or (_is_list(value) and all(map(_is_text, value)))
-
-
-def _is_name(value: Any) -> bool:
-    return _is_text(value) and re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", value) is not None
-
-
-def _is_width(value: Any) -> bool:
-    return type(value) is int and 1 <= value <= 12
-
-
-_DASHBOARD = {
-    "title": _Member("a string", _is_text),
-    "variables": _Member("an array", _is_list, []),
-    "panels": _Member("an array", _is_list),
-}
-_VARIABLE = {
-    "name": _Member("letters, digits and '_'", _is_name),
-    "tag": _Member("a string", _is_text),
-    "metric": _Member("a string", _is_text, ""),  # whose tag it is; "": of any
-}
-_PANEL = {
-    "title": _Member("a string", _is_text),
-    "query": _Member("a string or an array of strings", _is_texts),
-    "unit": _Member("a string", _is_text, ""),
-    "legend": _Member("a string or an array of strings", _is_texts, []),  # with {{tag}}
-    "width": _Member("a whole number from 1 to 12", _is_width, 6),  # in twelfths of the page
-}
-
-
-def read_dashboards(folder: str) -> dict[str, Any]:
-    """The saved dashboards of a folder as it is now, and what can't be read and why."""
-    dashboards, faults = [], []
-    for file in sorted(file for file in os.listdir(folder) if file.endswith(".json")):
-        try:
-            with open(os.path.join(folder, file), "rb") as opened:
-                text = opened.read(MAX_DASHBOARD_BYTES + 1)
-            if len(text) > MAX_DASHBOARD_BYTES:
-                raise DashboardError(f"more than {MAX_DASHBOARD_BYTES} bytes")
-            dashboards.append({"file": file, **read_dashboard(text)})
-        except OSError as error:
-            faults.append({"file": file, "error": error.strerror or str(error)})
-        except (DashboardError, JSONError) as error:
-            faults.append({"file": file, "error": str(error)})
-    return {"dashboards": dashboards, "faults": faults}
-
-
-def dashboard_routes(
-    folder: str | None, is_alerting: Callable[[], bool]
-) -> dict[str, dict[str, Handler]]:
-    """The routes of the page, and of the dashboards in a folder, if there is one. `is_alerting`
-    says whether the page has alerts to ask for.
-    """
+def dashboard_routes(folder: str | None) -> dict[str, dict[str, Handler]]:
+    """The routes of the page, and of the dashboards in a folder, if there is one."""
 
     def show_dashboards(request: Request, client: str) -> Answer:
         """`GET /api/dashboards`"""
@@ -19082,7 +19139,7 @@ def dashboard_routes(
             saved = read_dashboards(folder) if folder else {"dashboards": [], "faults": []}
         except OSError as error:
             raise unavailable(f"can't read the dashboards: {error.strerror}") from None
-        return Answer(json_response(200, {**saved, "alerting": is_alerting()}))
+        return Answer(json_response(200, saved))
 
     return {
         "/": {"GET": show_page},
@@ -20568,8 +20625,7 @@ def _service(
         limiter = SlidingWindowLimiter(options.rate_limit, stripes=options.stripes)
     hosts = [options.host, *options.allowed_host]
     service = Service(log, limiter, statistics, clients=clients, allowed_hosts=hosts)
-    alerting = partial(service.has_route, "/api/v1/alerts")
-    service.add_routes(dashboard_routes(options.dashboards, alerting))
+    service.add_routes(dashboard_routes(options.dashboards))
     return service
 
 

@@ -12600,7 +12600,7 @@ def test_files_of_the_watcher_that_can_not_be_used_are_told_before_anything_runs
 
 
 # ==================================================================================================
-# Dashboard
+# Saved dashboards
 # ==================================================================================================
 
 PAGE_LIMIT_BYTES = 20_000
@@ -12617,7 +12617,7 @@ HOST_DASHBOARD = {
 
 def page_of(folder: Path, **headers: str) -> Answer:
     service = a_service(folder / str(len(list(folder.iterdir()))))
-    service.add_routes(metricstream.dashboard_routes(None, lambda: False))
+    service.add_routes(metricstream.dashboard_routes(None))
     reader = RequestReader()
     fields = [f"{name.replace('_', '-')}: {value}".encode() for name, value in headers.items()]
     reader.feed(get(b"/", *fields))
@@ -12637,7 +12637,7 @@ def test_the_page_is_one_small_document_that_refers_to_nothing_else(tmp_path):
     assert answer.headers["Content-Encoding"] == "gzip"
     assert set(re.findall(r"https?://[^\s'\"]+", page)) == set()
     icon = f"data:image/svg+xml,{urllib.parse.quote(metricstream.ICON)}"
-    assert re.findall(r'(?:src|href)="([^"]*)"', page) == [icon, "#"] and "url(" not in page
+    assert re.findall(r'(?:src|href)="([^"]*)"', page) == [icon, "#", icon] and "url(" not in page
     assert "innerHTML" not in page and "%STYLE%" not in page and "%" + "SCRIPT%" not in page
 
 
@@ -13044,12 +13044,12 @@ def test_a_query_is_completed_with_names_tags_and_values(browser, pushed):
 def test_hostile_names_and_tags_stay_text(browser, pushed):
     browser.open(pushed.port, "search=script")
     assert browser.wait_for_chart(f"{HOSTILE}: last").endswith("x" * 1000 + " 2")
-    assert HOSTILE in browser.text("h3")
+    assert HOSTILE in browser.text(".cards h2")
     browser.open(pushed.port, "view=metric&" + urllib.parse.urlencode({"name": HOSTILE, "by": HOSTILE}))
     browser.wait_for_text(f"{HOSTILE}={HOSTILE}", "table")
     browser.open(pushed.port, "view=query&" + urllib.parse.urlencode({"q": HOSTILE}))
     browser.wait_for_text("parse error", "pre")
-    assert browser.js("return document.querySelectorAll('img').length") == 0
+    assert browser.js("return document.querySelectorAll('img:not(.brand img), [onerror]').length") == 0
     assert "MetricStream" in browser.js("return document.title")
     assert [entry for entry in browser.complaints() if "400 (Bad Request)" not in entry] == []
 
@@ -13156,7 +13156,7 @@ def test_alerts_are_shown_and_silenced_with_a_key_that_is_asked_for_once(browser
     rule = {"name": "HighLoad", "type": "alerting", "query": "sum(load1) > 3"}
     with running(tmp_path) as started:
         started.service.add_routes({
-            **metricstream.dashboard_routes(None, lambda: True),
+            **metricstream.dashboard_routes(None),
             "/api/v1/query": (query := answer(vector)) | {"POST": query["GET"]},
             "/api/v1/query_range": {"GET": over_time, "POST": over_time},
             "/api/v1/labels": (labels := answer(lambda: {"data": []})) | {"POST": labels["GET"]},
