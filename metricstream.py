@@ -479,7 +479,7 @@ class RequestReader:
             head = known_head(received[:end])
         except HTTPError:  # it will be told in the order of what arrived
             return None
-        if head.chunked or head.content_length != len(received) - end - 2:
+        if head.content_length != len(received) - end - 2:  # None, where it is chunked
             return None
         self._skipped_line = False
         return Request(head, received[end + 2 :])
@@ -677,7 +677,7 @@ def date_field(second: int) -> bytes:
 
 
 # ==================================================================================================
-# 2. Rate limiting
+# 3. Rate limiting
 # ==================================================================================================
 #
 # The problem: one client must not use up the server for the others, and a fixed window (so many a
@@ -840,7 +840,7 @@ class SlidingWindowLimiter:
 
 
 # ==================================================================================================
-# 3. JSON
+# 4. JSON
 # ==================================================================================================
 #
 # The problem: text from strangers is to become values, exactly as RFC 8259 says or not at all. The
@@ -1059,7 +1059,7 @@ def _escaped(match: re.Match[str]) -> str:
 
 
 # ==================================================================================================
-# 4. Metrics
+# 5. Metrics
 # ==================================================================================================
 #
 # The problem: a batch is stored whole or not at all, and a client that sent a bad one must be able
@@ -1249,7 +1249,7 @@ def _clipped(text: str) -> str:
 
 
 # ==================================================================================================
-# 5. Log lines
+# 6. Log lines
 # ==================================================================================================
 #
 # The problem: what came as JSON is to be kept as lines that could be sent again. The idea: the
@@ -1371,7 +1371,7 @@ def read_body(body: bytes, now_ms: int) -> Batch:
 
 
 # ==================================================================================================
-# 6. Log file
+# 7. Log file
 # ==================================================================================================
 #
 # The problem: a disk may be full after half a line, fail in the middle of a write, or not answer at
@@ -1531,7 +1531,7 @@ class _LogFile:
 
 
 # ==================================================================================================
-# 7. Log
+# 8. Log
 # ==================================================================================================
 #
 # The problem: what was acknowledged must not be lost, and disks are slow. The idea: three levels
@@ -1907,7 +1907,7 @@ class MetricLog:
 
 
 # ==================================================================================================
-# 7. Statistics
+# 9. Statistics
 # ==================================================================================================
 #
 # The problem: to say how the server is doing without slowing it down. The idea: every request
@@ -2237,7 +2237,7 @@ def limiter_summary(limiter: SlidingWindowLimiter) -> str:
 
 
 # ==================================================================================================
-# 8. Service
+# 10. Service
 # ==================================================================================================
 #
 # The problem: a request passes through six chapters, each of which may refuse it. The idea: a
@@ -2751,7 +2751,7 @@ def prefers_text(accept: str) -> bool:
 
 
 # ==================================================================================================
-# 9. Connections
+# 11. Connections
 # ==================================================================================================
 #
 # The problem: ten thousand connections, most of them idle, some slow, some hostile, and a request
@@ -3162,7 +3162,7 @@ class Connections:
 
 
 # ==================================================================================================
-# 10. Turns
+# 12. Turns
 # ==================================================================================================
 #
 # The problem: a thread that waits for one client serves no other. The idea: a turn is what is done
@@ -3491,7 +3491,7 @@ class Turns:
 
 
 # ==================================================================================================
-# 11. Server
+# 13. Server
 # ==================================================================================================
 #
 # The problem: which threads give the connections their turns, and how many? The plain way is
@@ -3946,7 +3946,7 @@ def fit_connections(wanted: int) -> int:
 
 
 # ==================================================================================================
-# 12. Classes of characters
+# 14. Classes of characters
 # ==================================================================================================
 #
 # A class is what one place in a regular expression matches: a set of the 1,114,112 characters. The
@@ -4048,7 +4048,7 @@ def _folded(borders: _Class) -> _Class:
 
 
 # ==================================================================================================
-# 13. Patterns
+# 15. Patterns
 # ==================================================================================================
 #
 # The text of a regular expression becomes a program for Thompson's machine: instructions that match
@@ -4460,7 +4460,7 @@ class _Compiler:
 
 
 # ==================================================================================================
-# 14. Regular expressions
+# 16. Regular expressions
 # ==================================================================================================
 #
 # The problem: anybody may send a regular expression. `re` tries one way through it after the other,
@@ -4866,7 +4866,7 @@ def expand(template: str, groups: Sequence[str | None], names: dict[str, int]) -
 
 
 # ==================================================================================================
-# 15. Series
+# 17. Series
 # ==================================================================================================
 #
 # A series is all samples of one metric with the same tags, and is known by its labels: the tags,
@@ -5045,7 +5045,7 @@ def _intersection(chosen: Sequence[int], posting: Sequence[int], budget: Budget)
 
 
 # ==================================================================================================
-# 16. Chunks
+# 18. Chunks
 # ==================================================================================================
 #
 # A chunk is up to 1,024 samples of one series as few bytes. The problem: series compress well, as
@@ -5316,7 +5316,7 @@ def concatenated(code: str, parts: Sequence[Any]) -> Any:
 
 
 # ==================================================================================================
-# 17. Memtable
+# 19. Memtable
 # ==================================================================================================
 #
 # The problem: what was pushed lately changes all the time, and is asked for most. The idea: series
@@ -5659,7 +5659,7 @@ class Memtable:
 
 
 # ==================================================================================================
-# 18. Blocks
+# 20. Blocks
 # ==================================================================================================
 #
 # A memtable that is no longer pushed to becomes a block: a file that never changes. The problem: a
@@ -5977,7 +5977,7 @@ class Block:
 
 
 # ==================================================================================================
-# 19. Store
+# 21. Store
 # ==================================================================================================
 #
 # The idea is that of a log-structured merge tree. Lines of the log go into a memtable. From time to
@@ -6659,7 +6659,7 @@ class Store:
 
 
 # ==================================================================================================
-# 20. Query language
+# 22. Query language
 # ==================================================================================================
 #
 # The problem: PromQL is the language that Grafana and every Prometheus client speak. The idea: text
@@ -6912,7 +6912,7 @@ COMPARE: dict[str, Callable[[float, float], bool]] = {
 
 
 # ==================================================================================================
-# 21. Query text
+# 23. Query text
 # ==================================================================================================
 #
 # Numbers, durations and strings as PromQL writes them, read and written; and a tree as text, on one
@@ -7227,7 +7227,7 @@ def _matching_text(matching: Matching) -> str:
 
 
 # ==================================================================================================
-# 22. Query tokens
+# 24. Query tokens
 # ==================================================================================================
 #
 # The words that a query is made of, and how far a parser has read them. A colon is the one that
@@ -7345,7 +7345,7 @@ class _Tokens:
 
 
 # ==================================================================================================
-# 23. Query parser
+# 25. Query parser
 # ==================================================================================================
 #
 # Recursive descent with precedence climbing: each rule of the grammar is one function over the
@@ -7726,7 +7726,7 @@ def _check_type(tokens: _Tokens, node: Node, expected: str, where: str) -> None:
 
 
 # ==================================================================================================
-# 23. Query functions
+# 26. Query functions
 # ==================================================================================================
 #
 # What the functions and aggregations of PromQL compute: floats in, a float out. They know nothing
@@ -8005,7 +8005,7 @@ def _clamped(value: float, least: float, most: float) -> float | None:
 
 
 # ==================================================================================================
-# 24. Columns
+# 27. Columns
 # ==================================================================================================
 #
 # The problem: to evaluate a tree for hundreds of steps of a graph at once, without numpy. The idea:
@@ -8184,7 +8184,7 @@ class _Ranges(NamedTuple):
 
 
 # ==================================================================================================
-# 25. Range functions
+# 28. Range functions
 # ==================================================================================================
 #
 # What functions make of the windows of a range vector. All but the values is shared by series with
@@ -8465,7 +8465,7 @@ def _predictions(limits: _Limits, steps: Sequence[int], ahead_s: Sequence[float]
 
 
 # ==================================================================================================
-# 26. Aggregation
+# 29. Aggregation
 # ==================================================================================================
 #
 # Columns become groups by their labels, and the columns of a group are aggregated row by row: what
@@ -8578,7 +8578,7 @@ def _value_counts(
 
 
 # ==================================================================================================
-# 27. Vector matching
+# 30. Vector matching
 # ==================================================================================================
 #
 # The operators between two vectors: series of both sides find each other by their labels, step by
@@ -8726,7 +8726,7 @@ def _result_labels(node: Binary, many: dict[str, str], one: dict[str, str]) -> d
 
 
 # ==================================================================================================
-# 28. Evaluation
+# 31. Evaluation
 # ==================================================================================================
 #
 # The tree is walked once: each node gives its columns, for all steps at once. A subquery is
@@ -8948,7 +8948,7 @@ _Evaluate = Callable[[_Evaluator, tuple[Node, ...]], list[Column]]
 
 
 # ==================================================================================================
-# 29. Functions of PromQL
+# 32. Functions of PromQL
 # ==================================================================================================
 #
 # A function of PromQL takes nodes and makes columns: most evaluate their arguments and apply a
@@ -9267,7 +9267,7 @@ _FUNCTIONS: dict[str, _Evaluate] = {
 
 
 # ==================================================================================================
-# 30. Query engine
+# 33. Query engine
 # ==================================================================================================
 #
 # The engine evaluates a text at one time or over a range. It needs no store, only a function that
@@ -9407,7 +9407,7 @@ def _matrix(series: Iterable[Series]) -> MatrixResult:
 
 
 # ==================================================================================================
-# 26. Query API
+# 34. Query API
 # ==================================================================================================
 #
 # What the engine can do, as Prometheus's HTTP API offers it: Grafana and other clients speak it.
@@ -9768,7 +9768,7 @@ def _points_json(template: str, values: "array[float]") -> str:
 
 
 # ==================================================================================================
-# 27. Store process
+# 35. Store process
 # ==================================================================================================
 #
 # The problem: whoever holds the interpreter lock stops everybody, and a query, a sealed chunk or a
@@ -10379,7 +10379,7 @@ def only_one(path: str, flags: int) -> Iterator[None]:
 
 
 # ==================================================================================================
-# 28. Store client
+# 36. Store client
 # ==================================================================================================
 #
 # The front's end of the store process. A follower is a process that follows the log; the front
@@ -10725,7 +10725,7 @@ _STORE_STATISTICS = (
 
 
 # ==================================================================================================
-# 29. Scalars of YAML
+# 37. Scalars of YAML
 # ==================================================================================================
 #
 # The problem: rule files are YAML, the standard library reads none, and all of YAML is far more
@@ -10988,7 +10988,7 @@ def _block_scalar(src: YamlDocument, position: int, indent: int) -> tuple[YamlSc
 
 
 # ==================================================================================================
-# 30. YAML
+# 38. YAML
 # ==================================================================================================
 #
 # Maps and lists in block and flow style, anchors, aliases and merges. What is left out (tags,
@@ -11269,7 +11269,7 @@ def _flow_comma(src: YamlDocument, position: int, bracket: str) -> int:
 
 
 # ==================================================================================================
-# 31. Fields
+# 39. Fields
 # ==================================================================================================
 #
 # The problem: whoever writes a file wants to know everything that is wrong with it, and where. The
@@ -11381,7 +11381,7 @@ def _read_duration_ms(text: str) -> int:
 
 
 # ==================================================================================================
-# 32. Rule files
+# 40. Rule files
 # ==================================================================================================
 #
 # The problem: rules are written for Prometheus, and a fault in an expression should be known before
@@ -11567,7 +11567,7 @@ class _RuleReader(FieldReader):
 
 
 # ==================================================================================================
-# 33. Values of templates
+# 41. Values of templates
 # ==================================================================================================
 #
 # The problem: what a template prints must not differ by a character from what Go prints. The idea:
@@ -11788,7 +11788,7 @@ _METHODS = {datetime.datetime: _TIME_METHODS, datetime.timedelta: _DURATION_METH
 
 
 # ==================================================================================================
-# 34. Formats of templates
+# 42. Formats of templates
 # ==================================================================================================
 #
 # What `printf` and `print` write, for every verb, flag and kind of value: Go's fmt package once
@@ -12152,7 +12152,7 @@ def _printed(*values: Any) -> str:
 
 
 # ==================================================================================================
-# 35. Functions of templates
+# 43. Functions of templates
 # ==================================================================================================
 #
 # What every template may call: the functions that Go has. A function is a row with the types of its
@@ -12319,7 +12319,7 @@ _GO_FUNCTIONS = {
 
 
 # ==================================================================================================
-# 36. Functions of alerts
+# 44. Functions of alerts
 # ==================================================================================================
 #
 # The functions that Prometheus adds for rules, and those that Alertmanager adds for notifications.
@@ -12641,7 +12641,7 @@ NOTIFICATION_FUNCTIONS = _COMMON_FUNCTIONS | {
 
 
 # ==================================================================================================
-# 37. Template items
+# 45. Template items
 # ==================================================================================================
 #
 # The problem: labels and annotations of alerts, and what is sent to a webhook, are templates of
@@ -12824,7 +12824,7 @@ def _number_value(text: str) -> int | float:
 
 
 # ==================================================================================================
-# 38. Template parser
+# 46. Template parser
 # ==================================================================================================
 #
 # Items become a tree, and the next chapter walks over the tree. What `text` holds in a node is what
@@ -13208,7 +13208,7 @@ def _is_blank(statements: list[_Statement]) -> bool:
 
 
 # ==================================================================================================
-# 39. Templates
+# 47. Templates
 # ==================================================================================================
 #
 # A walk over the tree prints, and each step is Go's. What a label holds is printed and never read
@@ -13565,7 +13565,7 @@ class _TemplateRun:
 
 
 # ==================================================================================================
-# 40. Alerting
+# 48. Alerting
 # ==================================================================================================
 #
 # The problem: whether something is wrong is asked again and again, and what was found must neither
@@ -14208,7 +14208,7 @@ def _page_of(groups: list[dict[str, Any]], limit_text: str, token: str) -> dict[
 
 
 # ==================================================================================================
-# 41. Rule tests
+# 49. Rule tests
 # ==================================================================================================
 #
 # The problem: a rule that was never seen to fire is a guess. The idea: evaluate rules as the
@@ -14732,7 +14732,7 @@ def firing_bar(times: Iterable[tuple[int, int]], start_ms: int, end_ms: int) -> 
 
 
 # ==================================================================================================
-# 42. Alerts and routes
+# 50. Alerts and routes
 # ==================================================================================================
 #
 # The problem: hundreds of alerts fire at once, and each is for somebody else. The idea is that of
@@ -14871,7 +14871,7 @@ def route_key(parent_key: str | None, matchers: Iterable[Matcher]) -> str:
 
 
 # ==================================================================================================
-# 43. Notification configuration
+# 51. Notification configuration
 # ==================================================================================================
 #
 # The problem: who is told what stands in a file, credentials included, and people have such files
@@ -15369,7 +15369,7 @@ class _ConfigReader(FieldReader):
 
 
 # ==================================================================================================
-# 44. Notification
+# 52. Notification
 # ==================================================================================================
 #
 # The problem: each firing and each resolve is told once, although alerts come in again every
@@ -15916,7 +15916,7 @@ def _merged(old: Alert, new: Alert, now: float) -> Alert:
 
 
 # ==================================================================================================
-# 45. Receivers
+# 53. Receivers
 # ==================================================================================================
 #
 # The problem: a notification has to reach a service that may be slow, gone or wrong about what it
@@ -16388,7 +16388,7 @@ _CLIENT_STATISTICS: tuple[tuple[str, str, str, Callable[[_Queue], float]], ...] 
 
 
 # ==================================================================================================
-# 46. Alertmanager API
+# 54. Alertmanager API
 # ==================================================================================================
 #
 # The problem: people silence alerts with amtool, look at them in Grafana, and another Prometheus
@@ -16731,7 +16731,7 @@ def _silence_json(silence: Silence, now: float) -> dict[str, Any]:
 
 
 # ==================================================================================================
-# 47. Watcher process
+# 55. Watcher process
 # ==================================================================================================
 #
 # The problem: 200 heavy rules must not slow a POST, a receiver that hangs must not hold up a rule,
@@ -17405,7 +17405,7 @@ def watch_main(arguments: list[str]) -> int:
 
 
 # ==================================================================================================
-# 48. Watcher client
+# 56. Watcher client
 # ==================================================================================================
 #
 # The front's end of the watcher: it gives the watcher connections to this server, hands over what
@@ -17504,7 +17504,7 @@ EMPTY_WATCHER = {
 
 
 # ==================================================================================================
-# 49. Saved dashboards
+# 57. Saved dashboards
 # ==================================================================================================
 #
 # The problem: a view that was worth arranging is worth keeping and sharing. The idea: JSON files
@@ -17620,7 +17620,7 @@ def read_dashboards(folder: str) -> dict[str, Any]:
 
 
 # ==================================================================================================
-# 50. Dashboard: queries
+# 58. Dashboard: queries
 # ==================================================================================================
 #
 # The problem: whoever pushed something wants to look at it without installing anything. The idea:
@@ -17946,7 +17946,7 @@ function nameSeries(series) {
 
 
 # ==================================================================================================
-# 51. Dashboard: charts
+# 59. Dashboard: charts
 # ==================================================================================================
 #
 # A chart is a picture on a canvas, drawn anew only when its values or its size change; cursor, tip
@@ -18295,7 +18295,7 @@ function hideCursors() {
 
 
 # ==================================================================================================
-# 52. Dashboard: panels
+# 60. Dashboard: panels
 # ==================================================================================================
 #
 # A panel is a chart with its title, its current value, a legend and a table. It asks while it is
@@ -18557,7 +18557,7 @@ async function completions(before) {
 
 
 # ==================================================================================================
-# 53. Dashboard: views
+# 61. Dashboard: views
 # ==================================================================================================
 #
 # A view is a function that makes its elements once and tells how they are brought up to date:
@@ -18916,7 +18916,7 @@ render();
 
 
 # ==================================================================================================
-# 54. Dashboard: page
+# 62. Dashboard: page
 # ==================================================================================================
 #
 # The document that holds the script, and how it is served. Names and tags are the text of
@@ -19155,7 +19155,7 @@ def dashboard_routes(folder: str | None) -> dict[str, dict[str, Handler]]:
 
 
 # ==================================================================================================
-# 50. Remote write
+# 63. Remote write
 # ==================================================================================================
 #
 # The problem: who outgrows one machine has an engine for many, and it wants samples in a protocol
@@ -19513,7 +19513,7 @@ def _retry_after_s(text: str) -> float | None:
 
 
 # ==================================================================================================
-# 51. Sender process
+# 64. Sender process
 # ==================================================================================================
 #
 # The problem: every sample of the log is to reach a receiver, whatever dies in between and however
@@ -20047,7 +20047,7 @@ class AgentSegments:
 
 
 # ==================================================================================================
-# 52. Options
+# 65. Options
 # ==================================================================================================
 #
 # What a user can choose, with its default and the sentence that `--help` prints: a part of the
@@ -20232,7 +20232,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
 
 
 # ==================================================================================================
-# 53. Commands
+# 66. Commands
 # ==================================================================================================
 #
 # What is asked without a server: the store of a folder, rule files, unit tests of rules, a test
@@ -20459,7 +20459,7 @@ def test_notify_main(arguments: list[str]) -> int:
 
 
 # ==================================================================================================
-# 54. Starting
+# 67. Starting
 # ==================================================================================================
 #
 # Options become objects, each made of those before it; one line says what is running, and a signal
