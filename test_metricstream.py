@@ -4525,7 +4525,7 @@ def test_posts_on_parked_connections_beside_a_hung_write_stop_nobody(tmp_path):
 
 @pytest.mark.skipif(not hasattr(metricstream.select, "epoll"), reason="has no epoll")
 @pytest.mark.parametrize("plan, status, lines", [
-    ([], 200, 20), ([FULL, FULL], 503, 0), ([RuntimeError("a fault of ours")] * 2, 500, 0),
+    ([], 200, 20), ([FULL, FULL], 503, 0), ([RuntimeError("a fault of ours")] * 2, 503, 0),
     ([100, FULL, 100, FULL], 503, 0),
 ])  # fmt: skip
 def test_batches_of_a_round_are_written_at_once_and_share_what_becomes_of_it(
@@ -14700,7 +14700,6 @@ WORST_INPUTS: dict[str, list[tuple[str, str, str]]] = {
     "_FIELD_LINE": [("", "a", ""), ("a:", " ", "\0"), ("", "a:", "\n"), ("", ":", "\x7f")],
     "_CHUNK_SIZE": [("", "f", "g"), ("1", " ", "x"), ("1", " \t;", "\0"), ("1;", ";", "\n"),
                     ("1", "; ", "\0")],
-    "_CONTENT_LENGTH": [("", "1", "x")],
     "_HOST": [("[", "0:", ""), ("[", "::1.", "]x"), ("", "a", "/"), ("", "%41", "%4"),
               ("", "a:", "1"),
               ("", "%", ""), ("a:", "1", "x"), ("", "%41a", ":x")],
