@@ -898,10 +898,10 @@ def _value(text: str, position: int, depth: int) -> tuple[Any, int]:
     first = text[position]
     if first == '"':
         return _string(text, position)
-    if first == "{":
-        return _object(text, position, depth + 1)
-    if first == "[":
-        return _array(text, position, depth + 1)
+    if first in "{[":
+        if depth == MAX_JSON_DEPTH:
+            raise JSONError(f"nesting deeper than {MAX_JSON_DEPTH}", text, position)
+        return (_object if first == "{" else _array)(text, position, depth + 1)
     if first in _LITERALS:
         word, value = _LITERALS[first]
         if text.startswith(word, position):
@@ -910,8 +910,6 @@ def _value(text: str, position: int, depth: int) -> tuple[Any, int]:
 
 
 def _object(text: str, position: int, depth: int) -> tuple[dict[str, Any], int]:
-    if depth > MAX_JSON_DEPTH:
-        raise JSONError(f"nesting deeper than {MAX_JSON_DEPTH}", text, position)
     members: dict[str, Any] = {}
     position = _skip_space(text, position + 1)
     if text[position] == "}":
@@ -933,8 +931,6 @@ def _object(text: str, position: int, depth: int) -> tuple[dict[str, Any], int]:
 
 
 def _array(text: str, position: int, depth: int) -> tuple[list[Any], int]:
-    if depth > MAX_JSON_DEPTH:
-        raise JSONError(f"nesting deeper than {MAX_JSON_DEPTH}", text, position)
     items: list[Any] = []
     position = _skip_space(text, position + 1)
     if text[position] == "]":
