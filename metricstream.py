@@ -427,7 +427,7 @@ class RequestReader:
         self._skipped_line = False
         self._head: Head | None = None
         self._chunked_body: Iterator[bytes | None] | None = None
-        self._refusal: HTTPError | None = None  # nothing after it is read
+        self._refusal: tuple[int, str] | None = None  # nothing after it is read
 
     def feed(self, received: bytes) -> None:
         """Take bytes as they arrived."""
@@ -439,7 +439,7 @@ class RequestReader:
         Raises HTTPError: the end of the connection. Whatever follows, it is raised again.
         """
         if self._refusal is not None:
-            raise self._refusal
+            raise HTTPError(*self._refusal)
         try:
             head = self._head
             if head is None:
@@ -456,7 +456,8 @@ class RequestReader:
             else:
                 body = _cut(self._buffer, size_bytes) if size_bytes <= len(self._buffer) else None
         except HTTPError as refusal:
-            self._refusal = refusal
+            # not the exception: its traceback leads back here, and a cycle keeps its body for long
+            self._refusal = refusal.status, str(refusal)
             raise
         if body is None:
             return None

@@ -1507,6 +1507,24 @@ def test_an_idle_connection_holds_nothing_of_its_last_request():
         tracemalloc.stop()
 
 
+def test_a_refused_request_leaves_nothing_for_the_collector_of_garbage():
+    raw = chunked(in_chunks(b" " * 1_000_000, 50_000)[:-5] + b"XX\r\n")
+    tracemalloc.start()
+    gc.disable()
+    try:
+        for _ in range(2):
+            reader = RequestReader()
+            reader.feed(raw)
+            for _ in range(2):
+                with contextlib.suppress(HTTPError):
+                    assert reader.next_request()
+            del reader
+            assert tracemalloc.get_traced_memory()[0] < 50_000
+    finally:
+        gc.enable()
+        tracemalloc.stop()
+
+
 # ---- the same over a socket, and what only a server shows ----
 
 
