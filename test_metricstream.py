@@ -3629,6 +3629,34 @@ def test_the_writer_of_level_memory_keeps_what_the_disk_refuses(tmp_path, monkey
     assert lines_of(tmp_path) == ["first", "second"]
 
 
+def test_a_file_that_level_memory_cannot_write_may_be_moved_away(tmp_path, monkeypatch):
+    monkeypatch.setattr(metricstream, "WRITE_RETRY_S", 0.01)
+
+    def write(fd: int, octets: bytes) -> int:
+        if os.fstat(fd).st_ino == full:
+            raise FULL
+        return os.write(fd, octets)
+
+    log = MetricLog(str(tmp_path), "memory", write=write)
+    full = os.stat(log.path).st_ino
+    log.append(b"first\n")
+    eventually(lambda: log.error)
+    os.rename(log.path, tmp_path / "moved")
+    log.reopen()
+    log.append(b"second\n")
+    eventually(lambda: log.position == (1, 13))
+    log.close()
+    assert lines_of(tmp_path) == ["first", "second"] and not log.error
+
+
+def test_what_level_memory_loses_at_the_end_is_said(tmp_path, caplog):
+    disk = Disk(*[FULL] * 1000)
+    log = MetricLog(str(tmp_path), "memory", write=disk.write)
+    log.append(b"first\n")
+    assert log.close() and lines_of(tmp_path) == []
+    assert "6 bytes of acknowledged metrics are lost" in caplog.text
+
+
 @pytest.mark.parametrize("durability", LEVELS)
 def test_a_moved_log_is_reopened_and_nothing_of_either_file_is_lost(tmp_path, durability):
     log = MetricLog(str(tmp_path), durability)
