@@ -429,7 +429,7 @@ class RequestReader:
         self._skipped_line = False
         self._head: Head | None = None
         self._chunked_body: Iterator[bytes | None] | None = None
-        self._refusal: HTTPError | None = None  # nothing after it is read
+        self._refusal: tuple[int, str] | None = None  # nothing after it is read
 
     def feed(self, received: bytes) -> None:
         """Take bytes as they arrived."""
@@ -441,7 +441,7 @@ class RequestReader:
         Raises HTTPError: the end of the connection. Whatever follows, it is raised again.
         """
         if self._refusal is not None:
-            raise self._refusal
+            raise HTTPError(*self._refusal)
         try:
             head = self._head
             if head is None:
@@ -458,7 +458,8 @@ class RequestReader:
             else:
                 body = _cut(self._buffer, size_bytes) if size_bytes <= len(self._buffer) else None
         except HTTPError as refusal:
-            self._refusal = refusal
+            # not the exception: its traceback leads back here, and a cycle keeps its body for long
+            self._refusal = refusal.status, str(refusal)
             raise
         if body is None:
             return None
@@ -918,10 +919,10 @@ def _value(text: str, position: int, depth: int) -> tuple[Any, int]:
     first = text[position]
     if first == '"':
         return _string(text, position)
-    if first == "{":
-        return _object(text, position, depth + 1)
-    if first == "[":
-        return _array(text, position, depth + 1)
+    if first in "{[":
+        if depth == MAX_JSON_DEPTH:
+            raise JSONError(f"nesting deeper than {MAX_JSON_DEPTH}", text, position)
+        return (_object if first == "{" else _array)(text, position, depth + 1)
     if first in _LITERALS:
         word, value = _LITERALS[first]
         if text.startswith(word, position):
@@ -930,8 +931,6 @@ def _value(text: str, position: int, depth: int) -> tuple[Any, int]:
 
 
 def _object(text: str, position: int, depth: int) -> tuple[dict[str, Any], int]:
-    if depth > MAX_JSON_DEPTH:
-        raise JSONError(f"nesting deeper than {MAX_JSON_DEPTH}", text, position)
     members: dict[str, Any] = {}
     position = _skip_space(text, position + 1)
     if text[position] == "}":
@@ -953,8 +952,6 @@ def _object(text: str, position: int, depth: int) -> tuple[dict[str, Any], int]:
 
 
 def _array(text: str, position: int, depth: int) -> tuple[list[Any], int]:
-    if depth > MAX_JSON_DEPTH:
-        raise JSONError(f"nesting deeper than {MAX_JSON_DEPTH}", text, position)
     items: list[Any] = []
     position = _skip_space(text, position + 1)
     if text[position] == "]":

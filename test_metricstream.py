@@ -1335,6 +1335,11 @@ ODD_BUT_VALID: list[tuple[str, bytes, dict[str, object], int, bool]] = [
 ]  # fmt: skip
 
 
+# ==================================================================================================
+# Requests and responses
+# ==================================================================================================
+
+
 # ---- the reader alone: octets in, requests out ----
 
 
@@ -1533,6 +1538,24 @@ def test_an_idle_connection_holds_nothing_of_its_last_request():
         assert reader.next_request() is not None
         assert tracemalloc.get_traced_memory()[0] < 50_000
     finally:
+        tracemalloc.stop()
+
+
+def test_a_refused_request_leaves_nothing_for_the_collector_of_garbage():
+    raw = chunked(in_chunks(b" " * 1_000_000, 50_000)[:-5] + b"XX\r\n")
+    tracemalloc.start()
+    gc.disable()
+    try:
+        for _ in range(2):
+            reader = RequestReader()
+            reader.feed(raw)
+            for _ in range(2):
+                with contextlib.suppress(HTTPError):
+                    assert reader.next_request()
+            del reader
+            assert tracemalloc.get_traced_memory()[0] < 50_000
+    finally:
+        gc.enable()
         tracemalloc.stop()
 
 
@@ -3633,6 +3656,34 @@ def test_the_writer_of_level_memory_keeps_what_the_disk_refuses(tmp_path, monkey
     eventually(lambda: not disk.plan and not log.error)
     log.close()
     assert lines_of(tmp_path) == ["first", "second"]
+
+
+def test_a_file_that_level_memory_cannot_write_may_be_moved_away(tmp_path, monkeypatch):
+    monkeypatch.setattr(metricstream, "WRITE_RETRY_S", 0.01)
+
+    def write(fd: int, octets: bytes) -> int:
+        if os.fstat(fd).st_ino == full:
+            raise FULL
+        return os.write(fd, octets)
+
+    log = MetricLog(str(tmp_path), "memory", write=write)
+    full = os.stat(log.path).st_ino
+    log.append(b"first\n")
+    eventually(lambda: log.error)
+    os.rename(log.path, tmp_path / "moved")
+    log.reopen()
+    log.append(b"second\n")
+    eventually(lambda: log.position == (1, 13))
+    log.close()
+    assert lines_of(tmp_path) == ["first", "second"] and not log.error
+
+
+def test_what_level_memory_loses_at_the_end_is_said(tmp_path, caplog):
+    disk = Disk(*[FULL] * 1000)
+    log = MetricLog(str(tmp_path), "memory", write=disk.write)
+    log.append(b"first\n")
+    assert log.close() and lines_of(tmp_path) == []
+    assert "6 bytes of acknowledged metrics are lost" in caplog.text
 
 
 @pytest.mark.parametrize("durability", LEVELS)
