@@ -9514,7 +9514,7 @@ def _unescaped_name(name: str) -> str:
 
 
 _JSON_ESCAPE = re.compile(r"\\(?:u(d[89a-f][0-9a-f]{2})|.)")
-_ODD_NUMBER = re.compile('"([^"]*[en][^"]*)"')  # as `repr` writes 1e+16, inf and nan
+_ODD_NUMBER = re.compile('"([^"en]*[en][^"]*)"')  # as `repr` writes 1e+16, inf and nan
 
 
 def _utf_8(json: str) -> bytes:
@@ -9614,7 +9614,10 @@ OWN_METRICS_S = 15.0
 
 _FRAME = struct.Struct("<4sIqd")  # what; file of the log, bytes of it; when, by time.monotonic
 _QUESTION, _POSITION, _SWITCH, _OWN, _STOP = b"ask.", b"pos.", b"file", b"own.", b"stop"
-_LENGTHS = struct.Struct("<II")  # of the path and the form of a question
+# Of a question: the bytes of its path and of its form, and whether its answer may be gzipped.
+_LENGTHS = struct.Struct("<II?")
+GZIP_BYTES = 4096  # less is not worth it
+GZIP_WORK = 0.1  # units of a Budget a byte: level 1 takes 8 ns
 
 
 class Frame(NamedTuple):
@@ -9659,23 +9662,24 @@ class StoreOptions(NamedTuple):
 class Question:
     """A request to the query API that waits for its answer."""
 
-    __slots__ = ("socket", "position", "arrived", "path", "form", "deadline")
+    __slots__ = ("socket", "position", "arrived", "path", "form", "takes_gzip", "deadline")
 
     def __init__(self, sock: socket.socket, position: Position, arrived: float):
         """Read a question that was written whole before its socket was sent. Raises OSError."""
         self.socket, self.position, self.arrived = sock, position, arrived
         sock.setblocking(False)
         received = b""
-        lengths = (0, _LENGTHS.size)
+        path_end = whole = _LENGTHS.size
         files: list[int] = []
-        while len(received) < _LENGTHS.size + sum(lengths):
+        while len(received) < whole:
             piece, descriptors, _, _ = socket.recv_fds(sock, MAX_FORM_BYTES, 1)
             files += descriptors
             if not piece:
                 raise OSError(errno.EPIPE, "the question is not whole")
             received += piece
-            lengths = _LENGTHS.unpack_from(received)
-        path_end = _LENGTHS.size + lengths[0]
+            path_bytes, form_bytes, self.takes_gzip = _LENGTHS.unpack_from(received)
+            path_end = _LENGTHS.size + path_bytes
+            whole = path_end + form_bytes
         self.path = received[_LENGTHS.size : path_end].decode()
         self.form = received[path_end:].decode()
         for descriptor in files:  # a long form
@@ -9889,6 +9893,7 @@ class StoreProcess:
         signal.setitimer(signal.ITIMER_REAL, INLINE_S)
         try:
             status, body = self.api.answer(question.path, question.form, budget)
+            budget.spend(question.takes_gzip * GZIP_WORK * len(body))
         except OverBudgetError:
             self._heavy.append(question)
         except Exception as error:
@@ -10003,7 +10008,7 @@ class StoreProcess:
         self._send(question, *self.api.error("unavailable", reason))
 
     def _send(self, question: Question, status: int, body: bytes) -> None:
-        self._sending[question.socket] = memoryview(_relayed(status, body))
+        self._sending[question.socket] = memoryview(_relayed(question, status, body))
         self._send_more(question.socket)
 
     def _send_more(self, sock: socket.socket) -> None:
@@ -10106,10 +10111,11 @@ class _Child:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
         if not status:
             status, body = api.error("execution", str(SampleLimitError()))
+        answer = _relayed(question, status, body)
         self._deadline = math.inf  # the rest is up to the reader; a front that goes closes it
         self._tell(sending=True)
         question.socket.setblocking(True)
-        question.socket.sendall(_relayed(status, body))
+        question.socket.sendall(answer)
         return 0
 
     def maintain(self, store: Store) -> int:
@@ -10135,12 +10141,35 @@ def _address_space() -> int:
         return 1 << 30
 
 
-def _relayed(status: int, body: bytes) -> bytes:
+def _relayed(question: Question, status: int, body: bytes) -> bytes:
     """An answer as the front relays it."""
-    fields = b"Content-Type: application/json; charset=utf-8\r\n"
+    fields = b"Content-Type: application/json; charset=utf-8\r\nVary: Accept-Encoding\r\n"
     if status == 503:
         fields += b"Retry-After: %d\r\n" % RETRY_AFTER_S
+    if question.takes_gzip and len(body) > GZIP_BYTES:
+        body = gzip.compress(body, 1, mtime=0)  # 40 % of the size; level 6 takes 6 times as long
+        fields += b"Content-Encoding: gzip\r\n"
     return RELAY_HEAD.pack(status, len(fields), len(body)) + fields + body
+
+
+_GZIP_CODING = re.compile(r"(?:^|[\s,])gzip(?![\w-]|\s*;\s*q=0(?:\.0*)?\s*(?:,|$))", re.IGNORECASE)
+_LOOPBACK_HOST = re.compile(r"(?:localhost|127\.[0-9.]+|\[::1\])(?::[0-9]*)?", re.IGNORECASE)
+
+
+def accepts_gzip(headers: dict[str, str]) -> bool:
+    """Whether Accept-Encoding (RFC 9110, 12.5.3) names gzip.
+
+    >>> [accepts_gzip({"accept-encoding": text}) for text in ("br, gzip", "gzip;q=0, br", "gzip2")]
+    [True, False, False]
+    """
+    return _GZIP_CODING.search(headers.get("accept-encoding", "")) is not None
+
+
+def pays_gzip(head: Head) -> bool:
+    """Whether a client accepts gzip and is elsewhere, which the address that it asked for tells: on
+    loopback, bytes cost less than the work.
+    """
+    return accepts_gzip(head.headers) and not _LOOPBACK_HOST.fullmatch(head.host)
 
 
 def begin_following(arguments: list[str]) -> tuple[socket.socket, dict[str, Any]]:
@@ -10250,8 +10279,9 @@ class Follower:
         """It does its work: where it dies it is started anew at once."""
         self._backoff_s = 0.0
 
-    def ask(self, path: bytes, form: bytes, max_bytes: int = MAX_FORM_BYTES) -> Answer:
+    def ask(self, head: Head, path: bytes, form: bytes, max_bytes: int = MAX_FORM_BYTES) -> Answer:
         """Hand a question over; its answer comes from the process. Raises HTTPError."""
+        gzips = pays_gzip(head)
         if len(form) + len(path) > max_bytes:
             raise HTTPError(413, f"parameters of more than {max_bytes} bytes")
         mine, theirs = socket.socketpair()
@@ -10260,12 +10290,12 @@ class Follower:
                 mine.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * MAX_FORM_BYTES)
                 mine.setblocking(False)
                 if len(form) + len(path) <= MAX_FORM_BYTES:
-                    mine.sendall(_LENGTHS.pack(len(path), len(form)) + path + form)
+                    mine.sendall(_LENGTHS.pack(len(path), len(form), gzips) + path + form)
                 else:  # no socket is sure to have room for it, but a file without a name has
                     with tempfile.TemporaryFile(buffering=0) as file:
                         file.write(form)
                         file.seek(0)
-                        question = _LENGTHS.pack(len(path), 0) + path
+                        question = _LENGTHS.pack(len(path), 0, gzips) + path
                         socket.send_fds(mine, [question], [file.fileno()])
                 self.send(_QUESTION, self._log.position, theirs.fileno())
             except OSError as error:
@@ -10487,7 +10517,7 @@ class StoreClient:
             form.decode()
         except UnicodeDecodeError:
             raise HTTPError(400, "the form is not UTF-8") from None
-        return self.follower.ask(head.path.encode(), form)
+        return self.follower.ask(head, head.path.encode(), form)
 
     def send_own_metrics(self) -> None:
         """Store the server's own numbers as series."""
@@ -17144,7 +17174,7 @@ class Watcher:
             try:
                 async with asyncio.timeout(SENDING_S):
                     loop = asyncio.get_running_loop()
-                    await loop.sock_sendall(sock, _relayed(status, body))
+                    await loop.sock_sendall(sock, _relayed(question, status, body))
             except (OSError, TimeoutError) as error:
                 logger.debug("an answer was not read: %s", error)
 
@@ -17283,7 +17313,7 @@ class WatcherClient:
         except UnicodeDecodeError:
             raise HTTPError(400, "the body is not UTF-8") from None
         path = f"{method} {head.path}?{head.query}".encode()
-        return self.follower.ask(path, body, len(path) + MAX_BODY_BYTES)
+        return self.follower.ask(head, path, body, len(path) + MAX_BODY_BYTES)
 
     def reload(self) -> None:
         """Have the files read again."""
@@ -18730,14 +18760,10 @@ def _page_responses(zipped: bool) -> tuple[str, Response, Response]:
     return etag, whole, Response(304, body, "text/html; charset=utf-8", fields)
 
 
-_TAKES_GZIP = re.compile(r"(?:^|[\s,])gzip(?!\s*;\s*q=0(?:\.0*)?\s*(?:,|$))", re.IGNORECASE)
-
-
 def show_page(request: Request, client: str) -> Answer:
     """`GET /`: the page, or 304 where the browser has it (RFC 9110, 13.1.2)."""
     headers = request.head.headers
-    zipped = _TAKES_GZIP.search(headers.get("accept-encoding", "")) is not None
-    etag, whole, known = _page_responses(zipped)
+    etag, whole, known = _page_responses(accepts_gzip(headers))
     return Answer(known if etag in headers.get("if-none-match", "") else whole)
 
 
