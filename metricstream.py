@@ -6721,7 +6721,6 @@ MAX_SAMPLES = 50_000_000
 MAX_DURATION_MS = 2**63 // 10**6  # 292 years, what Go's durations hold
 MAX_TIME_MS = 2**63 - 2**45  # ranges and offsets fit behind it; later times are taken for this one
 MAX_RECURSION = 5_000  # frames: 600 calls, or 2,400 operators in a row
-MAX_LINE = 100  # format_query breaks longer lines
 
 SCALAR, STRING, VECTOR, RANGE = "scalar", "string", "instant vector", "range vector"
 
@@ -6958,22 +6957,15 @@ COMPARE: dict[str, Callable[[float, float], bool]] = {
 # them.
 
 _DURATION_UNITS = {
-    "ms": 1,
-    "s": 1_000,
-    "m": 60_000,
-    "h": 3_600_000,
-    "d": 86_400_000,
-    "w": 7 * 86_400_000,
-    "y": 365 * 86_400_000,
-}
-_DURATION = re.compile(
-    r"(?:[0-9]+y)?(?:[0-9]+w)?(?:[0-9]+d)?(?:[0-9]+h)?(?:[0-9]+m)?(?:[0-9]+s)?(?:[0-9]+ms)?"
-)
-_DURATION_PART = re.compile(r"([0-9]+)(ms|[smhdwy])")
+    "y": 365 * 86_400_000, "w": 7 * 86_400_000, "d": 86_400_000, "h": 3_600_000, "m": 60_000,
+    "s": 1_000, "ms": 1,
+}  # fmt: skip
+_DURATION = re.compile("".join(rf"(?:([0-9]+){unit})?" for unit in _DURATION_UNITS))
 GO_FLOAT = re.compile(
     r"[-+]?(?:(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|(?i:inf|infinity))|(?i:nan)"
 )
 PLAIN_NAME = re.compile(r"[A-Za-z_:][A-Za-z0-9_:]*")
+MAX_LINE = 100  # format_query breaks longer lines
 _NEVER_LABELS = frozenset({"inf", "nan", "without"})  # of an aggregation or a matching
 _STRING_ESCAPE = re.compile(
     r"\\(?:x([0-9A-Fa-f]{2})|([0-7]{3})|u([0-9A-Fa-f]{4})|U([0-9A-Fa-f]{8})|(.))", re.DOTALL
@@ -6994,20 +6986,20 @@ def parse_duration_ms(text: str) -> int:
     >>> parse_duration_ms("1h30m"), parse_duration_ms("1w2d"), parse_duration_ms("250ms")
     (5400000, 777600000, 250)
     """
-    if not text or not _DURATION.fullmatch(text):
+    match = _DURATION.fullmatch(text)
+    if not text or match is None:
         raise ValueError(f"not a duration such as 5m or 1h30m: {text!r}")
-    parts = _DURATION_PART.findall(text[:100])  # longer ones are out of range anyway
-    duration_ms = sum(int(n) * _DURATION_UNITS[unit] for n, unit in parts)
-    if len(text) > 100 or duration_ms > MAX_DURATION_MS:
+    lengths = zip(match.groups("0"), _DURATION_UNITS.values())
+    if len(text) > 100 or (ms := sum(int(n) * unit_ms for n, unit_ms in lengths)) > MAX_DURATION_MS:
         raise ValueError("duration out of range")
-    return duration_ms
+    return ms
 
 
 def _duration_text(duration_ms: int) -> str:
     if not duration_ms:
         return "0s"
     pieces, rest = ["-"] if duration_ms < 0 else [], abs(duration_ms)
-    for unit, length in reversed(_DURATION_UNITS.items()):
+    for unit, length in _DURATION_UNITS.items():
         if rest >= length and (unit not in "wy" or rest % length == 0):
             pieces.append(f"{rest // length}{unit}")
             rest %= length
@@ -7252,11 +7244,7 @@ def _selector_text(node: Selector) -> str:
 
 
 def _matching_text(matching: Matching) -> str:
-    """A matching as it stands behind an operator.
-
-    >>> _matching_text(Matching(True, ("host",), "group_left", ("os",)))
-    ' on (host) group_left (os)'
-    """
+    """A matching as it stands behind an operator: ` on (host) group_left (os)`."""
     if not (matching.on or matching.labels or matching.group):
         return ""
     text = f" {'on' if matching.on else 'ignoring'} ({_label_list(matching.labels)})"
@@ -9231,8 +9219,7 @@ MAX_POINTS = 11_000  # steps of a range query
 MAX_PARAMETERS = 1_000
 MAX_QUERY_BYTES = 64 * 1024  # they take up to 0.3 s to parse
 _API_STATUS = {
-    "bad_data": 400, "execution": 422, "timeout": 503, "not_found": 404, "unavailable": 503,
-    "internal": 500,
+    "bad_data": 400, "execution": 422, "internal": 500, "timeout": 503, "unavailable": 503,
 }  # fmt: skip
 _RFC_3339 = re.compile(
     r"([0-9]{4})-([0-9]{2})-([0-9]{2})T([0-9]{1,2}):([0-9]{2}):([0-9]{2}(?:[.,][0-9]+)?)"
@@ -9330,14 +9317,9 @@ class QueryAPI:
     """
 
     def __init__(
-        self,
-        store: Store,
-        *,
-        timeout_s: float = QUERY_TIMEOUT_S,
-        max_samples: int = MAX_SAMPLES,
-        clock: Callable[[], float] = time.time,
-        version: str = "",
-    ):
+        self, store: Store, *, timeout_s: float = QUERY_TIMEOUT_S, max_samples: int = MAX_SAMPLES,
+        clock: Callable[[], float] = time.time, version: str = "",
+    ):  # fmt: skip
         self._store, self._clock, self._version = store, clock, version
         self._timeout_s = timeout_s
         self._engine = Engine(store.select, max_samples=max_samples)
@@ -9423,13 +9405,8 @@ class QueryAPI:
 
     def _metadata(self, form: _Parameters, budget: Budget) -> str:
         types, metric = self._store.types(budget), form.text("metric")
-        names = sorted(types) if not metric else [metric] if metric in types else []
-        return write_json(
-            {
-                name: [{"type": types[name], "help": "", "unit": ""}]
-                for name in names[: form.limit()]
-            }
-        )
+        names = [name for name in sorted(types) if metric in ("", name)][: form.limit()]
+        return write_json({name: [{"type": types[name], "help": "", "unit": ""}] for name in names})
 
     def _build_info(self, form: _Parameters, budget: Budget) -> str:
         facts = ("revision", "branch", "buildUser", "buildDate", "goVersion")
@@ -9548,6 +9525,8 @@ def result_json(result: Result, limit: int | None = None, budget: Budget | None 
 
 
 def _time_json(time_ms: int) -> str:
+    if time_ms % 1000 == 0:
+        return str(time_ms // 1000)
     return f"{time_ms / 1000:.3f}".rstrip("0").rstrip(".")
 
 
@@ -9559,8 +9538,7 @@ def _matrix_json(matrix: list[Series], budget: Budget) -> str:
         budget.spend(20 + 4 * len(times_ms))
         if times_ms != times:
             times = times_ms
-            texts = [_time_json(t) if t % 1000 else str(t // 1000) for t in times]
-            template = "[" + ',"%r"],['.join(texts) + ',"%r"]'
+            template = "[" + ',"%r"],['.join(map(_time_json, times)) + ',"%r"]'
         points = _points_json(template, values)
         pieces.append(f'{{"metric":{write_json(labels)},"values":[{points}]}}')
     return ",".join(pieces)
