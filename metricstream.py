@@ -6973,8 +6973,9 @@ _STRING_ESCAPE = re.compile(
 _LETTER_ESCAPES = {
     "a": "\a", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v", "\\": "\\",
 }  # fmt: skip
-_GO_ESCAPES = {character: f"\\{letter}" for letter, character in _LETTER_ESCAPES.items()}
-_GO_ESCAPES['"'] = '\\"'
+_GO_ESCAPES = {'"': '\\"'} | {
+    character: f"\\{letter}" for letter, character in _LETTER_ESCAPES.items()
+}
 
 
 # ---- durations and numbers ----
