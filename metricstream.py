@@ -6720,7 +6720,7 @@ SUBQUERY_STEP_MS = 60_000  # the step of a subquery that names none
 MAX_SAMPLES = 50_000_000
 MAX_DURATION_MS = 2**63 // 10**6  # 292 years, what Go's durations hold
 MAX_TIME_MS = 2**63 - 2**45  # ranges and offsets fit behind it; later times are taken for this one
-MAX_RECURSION = 5_000  # frames: 600 calls, or 2,400 operators in a row
+MAX_RECURSION = 5_000  # frames: 990 calls, or 2,400 operators in a row
 
 SCALAR, STRING, VECTOR, RANGE = "scalar", "string", "instant vector", "range vector"
 
@@ -9492,7 +9492,7 @@ def _unescaped_name(name: str) -> str:
 
 
 _JSON_ESCAPE = re.compile(r"\\(?:u(d[89a-f][0-9a-f]{2})|.)")
-_ODD_NUMBER = re.compile('"([^"en]*[en][^"]*)"')  # as `repr` writes 1e+16, inf and nan
+_EXPONENT = re.compile('"([^"e]*e[^"]*)"')  # a number with one, as `repr` writes it
 
 
 def _utf_8(json: str) -> bytes:
@@ -9554,8 +9554,10 @@ def _points_json(template: str, values: "array[float]") -> str:
     if whole and struct.pack("=d", -0.0) not in values.tobytes():  # %d would lose its sign
         return template.replace("%r", "%d") % numbers
     text = (template % numbers).replace('.0"', '"')
-    if "e" in text or "n" in text:
-        text = _ODD_NUMBER.sub(lambda match: f'"{format_value(float(match[1]))}"', text)
+    if "n" in text:
+        text = text.replace("nan", "NaN").replace('"inf', '"+Inf').replace("-inf", "-Inf")
+    if "e" in text:
+        text = _EXPONENT.sub(lambda match: f'"{format_value(float(match[1]))}"', text)
     return text
 
 
