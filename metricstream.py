@@ -6679,8 +6679,7 @@ SUBQUERY_STEP_MS = 60_000  # the step of a subquery that names none
 MAX_SAMPLES = 50_000_000
 MAX_DURATION_MS = 2**63 // 10**6  # 292 years, what Go's durations hold
 MAX_TIME_MS = 2**63 - 2**45  # ranges and offsets fit behind it; later times are taken for this one
-MAX_RECURSION = 5_000  # frames: 600 calls, or 2,400 operators in a row
-MAX_LINE = 100  # format_query breaks longer lines
+MAX_RECURSION = 5_000  # frames: 990 calls, or 2,400 operators in a row
 
 SCALAR, STRING, VECTOR, RANGE = "scalar", "string", "instant vector", "range vector"
 
@@ -6917,22 +6916,15 @@ COMPARE: dict[str, Callable[[float, float], bool]] = {
 # them.
 
 _DURATION_UNITS = {
-    "ms": 1,
-    "s": 1_000,
-    "m": 60_000,
-    "h": 3_600_000,
-    "d": 86_400_000,
-    "w": 7 * 86_400_000,
-    "y": 365 * 86_400_000,
-}
-_DURATION = re.compile(
-    r"(?:[0-9]+y)?(?:[0-9]+w)?(?:[0-9]+d)?(?:[0-9]+h)?(?:[0-9]+m)?(?:[0-9]+s)?(?:[0-9]+ms)?"
-)
-_DURATION_PART = re.compile(r"([0-9]+)(ms|[smhdwy])")
+    "y": 365 * 86_400_000, "w": 7 * 86_400_000, "d": 86_400_000, "h": 3_600_000, "m": 60_000,
+    "s": 1_000, "ms": 1,
+}  # fmt: skip
+_DURATION = re.compile("".join(rf"(?:([0-9]+){unit})?" for unit in _DURATION_UNITS))
 GO_FLOAT = re.compile(
     r"[-+]?(?:(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|(?i:inf|infinity))|(?i:nan)"
 )
 PLAIN_NAME = re.compile(r"[A-Za-z_:][A-Za-z0-9_:]*")
+MAX_LINE = 100  # format_query breaks longer lines
 _NEVER_LABELS = frozenset({"inf", "nan", "without"})  # of an aggregation or a matching
 _STRING_ESCAPE = re.compile(
     r"\\(?:x([0-9A-Fa-f]{2})|([0-7]{3})|u([0-9A-Fa-f]{4})|U([0-9A-Fa-f]{8})|(.))", re.DOTALL
@@ -6952,20 +6944,20 @@ def parse_duration_ms(text: str) -> int:
     >>> parse_duration_ms("1h30m"), parse_duration_ms("1w2d"), parse_duration_ms("250ms")
     (5400000, 777600000, 250)
     """
-    if not text or not _DURATION.fullmatch(text):
+    match = _DURATION.fullmatch(text)
+    if not text or match is None:
         raise ValueError(f"not a duration such as 5m or 1h30m: {text!r}")
-    parts = _DURATION_PART.findall(text[:100])  # longer ones are out of range anyway
-    duration_ms = sum(int(n) * _DURATION_UNITS[unit] for n, unit in parts)
-    if len(text) > 100 or duration_ms > MAX_DURATION_MS:
+    lengths = zip(match.groups("0"), _DURATION_UNITS.values())
+    if len(text) > 100 or (ms := sum(int(n) * unit_ms for n, unit_ms in lengths)) > MAX_DURATION_MS:
         raise ValueError("duration out of range")
-    return duration_ms
+    return ms
 
 
 def _duration_text(duration_ms: int) -> str:
     if not duration_ms:
         return "0s"
     pieces, rest = ["-"] if duration_ms < 0 else [], abs(duration_ms)
-    for unit, length in reversed(_DURATION_UNITS.items()):
+    for unit, length in _DURATION_UNITS.items():
         if rest >= length and (unit not in "wy" or rest % length == 0):
             pieces.append(f"{rest // length}{unit}")
             rest %= length
@@ -7210,11 +7202,7 @@ def _selector_text(node: Selector) -> str:
 
 
 def _matching_text(matching: Matching) -> str:
-    """A matching as it stands behind an operator.
-
-    >>> _matching_text(Matching(True, ("host",), "group_left", ("os",)))
-    ' on (host) group_left (os)'
-    """
+    """A matching as it stands behind an operator: ` on (host) group_left (os)`."""
     if not (matching.on or matching.labels or matching.group):
         return ""
     text = f" {'on' if matching.on else 'ignoring'} ({_label_list(matching.labels)})"
@@ -9414,8 +9402,7 @@ MAX_POINTS = 11_000  # steps of a range query
 MAX_PARAMETERS = 1_000
 MAX_QUERY_BYTES = 64 * 1024  # they take up to 0.3 s to parse
 _API_STATUS = {
-    "bad_data": 400, "execution": 422, "timeout": 503, "not_found": 404, "unavailable": 503,
-    "internal": 500,
+    "bad_data": 400, "execution": 422, "internal": 500, "timeout": 503, "unavailable": 503,
 }  # fmt: skip
 _RFC_3339 = re.compile(
     r"([0-9]{4})-([0-9]{2})-([0-9]{2})T([0-9]{1,2}):([0-9]{2}):([0-9]{2}(?:[.,][0-9]+)?)"
@@ -9513,14 +9500,9 @@ class QueryAPI:
     """
 
     def __init__(
-        self,
-        store: Store,
-        *,
-        timeout_s: float = QUERY_TIMEOUT_S,
-        max_samples: int = MAX_SAMPLES,
-        clock: Callable[[], float] = time.time,
-        version: str = "",
-    ):
+        self, store: Store, *, timeout_s: float = QUERY_TIMEOUT_S, max_samples: int = MAX_SAMPLES,
+        clock: Callable[[], float] = time.time, version: str = "",
+    ):  # fmt: skip
         self._store, self._clock, self._version = store, clock, version
         self._timeout_s = timeout_s
         self._engine = Engine(store.select, max_samples=max_samples)
@@ -9606,13 +9588,8 @@ class QueryAPI:
 
     def _metadata(self, form: _Parameters, budget: Budget) -> str:
         types, metric = self._store.types(budget), form.text("metric")
-        names = sorted(types) if not metric else [metric] if metric in types else []
-        return write_json(
-            {
-                name: [{"type": types[name], "help": "", "unit": ""}]
-                for name in names[: form.limit()]
-            }
-        )
+        names = [name for name in sorted(types) if metric in ("", name)][: form.limit()]
+        return write_json({name: [{"type": types[name], "help": "", "unit": ""}] for name in names})
 
     def _build_info(self, form: _Parameters, budget: Budget) -> str:
         facts = ("revision", "branch", "buildUser", "buildDate", "goVersion")
@@ -9697,7 +9674,7 @@ def _unescaped_name(name: str) -> str:
 
 
 _JSON_ESCAPE = re.compile(r"\\(?:u(d[89a-f][0-9a-f]{2})|.)")
-_ODD_NUMBER = re.compile('"([^"]*[en][^"]*)"')  # as `repr` writes 1e+16, inf and nan
+_EXPONENT = re.compile('"([^"e]*e[^"]*)"')  # a number with one, as `repr` writes it
 
 
 def _utf_8(json: str) -> bytes:
@@ -9731,6 +9708,8 @@ def result_json(result: Result, limit: int | None = None, budget: Budget | None 
 
 
 def _time_json(time_ms: int) -> str:
+    if time_ms % 1000 == 0:
+        return str(time_ms // 1000)
     return f"{time_ms / 1000:.3f}".rstrip("0").rstrip(".")
 
 
@@ -9742,8 +9721,7 @@ def _matrix_json(matrix: list[Series], budget: Budget) -> str:
         budget.spend(20 + 4 * len(times_ms))
         if times_ms != times:
             times = times_ms
-            texts = [_time_json(t) if t % 1000 else str(t // 1000) for t in times]
-            template = "[" + ',"%r"],['.join(texts) + ',"%r"]'
+            template = "[" + ',"%r"],['.join(map(_time_json, times)) + ',"%r"]'
         points = _points_json(template, values)
         pieces.append(f'{{"metric":{write_json(labels)},"values":[{points}]}}')
     return ",".join(pieces)
@@ -9758,8 +9736,10 @@ def _points_json(template: str, values: "array[float]") -> str:
     if whole and struct.pack("=d", -0.0) not in values.tobytes():  # %d would lose its sign
         return template.replace("%r", "%d") % numbers
     text = (template % numbers).replace('.0"', '"')
-    if "e" in text or "n" in text:
-        text = _ODD_NUMBER.sub(lambda match: f'"{format_value(float(match[1]))}"', text)
+    if "n" in text:
+        text = text.replace("nan", "NaN").replace('"inf', '"+Inf').replace("-inf", "-Inf")
+    if "e" in text:
+        text = _EXPONENT.sub(lambda match: f'"{format_value(float(match[1]))}"', text)
     return text
 
 
@@ -9797,7 +9777,10 @@ OWN_METRICS_S = 15.0
 
 _FRAME = struct.Struct("<4sIqd")  # what; file of the log, bytes of it; when, by time.monotonic
 _QUESTION, _POSITION, _SWITCH, _OWN, _STOP = b"ask.", b"pos.", b"file", b"own.", b"stop"
-_LENGTHS = struct.Struct("<II")  # of the path and the form of a question
+# Of a question: the bytes of its path and of its form, and whether its answer may be gzipped.
+_LENGTHS = struct.Struct("<II?")
+GZIP_BYTES = 4096  # less is not worth it
+GZIP_WORK = 0.1  # units of a Budget a byte: level 1 takes 8 ns
 
 
 class Frame(NamedTuple):
@@ -9842,23 +9825,24 @@ class StoreOptions(NamedTuple):
 class Question:
     """A request to the query API that waits for its answer."""
 
-    __slots__ = ("socket", "position", "arrived", "path", "form", "deadline")
+    __slots__ = ("socket", "position", "arrived", "path", "form", "takes_gzip", "deadline")
 
     def __init__(self, sock: socket.socket, position: Position, arrived: float):
         """Read a question that was written whole before its socket was sent. Raises OSError."""
         self.socket, self.position, self.arrived = sock, position, arrived
         sock.setblocking(False)
         received = b""
-        lengths = (0, _LENGTHS.size)
+        path_end = whole = _LENGTHS.size
         files: list[int] = []
-        while len(received) < _LENGTHS.size + sum(lengths):
+        while len(received) < whole:
             piece, descriptors, _, _ = socket.recv_fds(sock, MAX_FORM_BYTES, 1)
             files += descriptors
             if not piece:
                 raise OSError(errno.EPIPE, "the question is not whole")
             received += piece
-            lengths = _LENGTHS.unpack_from(received)
-        path_end = _LENGTHS.size + lengths[0]
+            path_bytes, form_bytes, self.takes_gzip = _LENGTHS.unpack_from(received)
+            path_end = _LENGTHS.size + path_bytes
+            whole = path_end + form_bytes
         self.path = received[_LENGTHS.size : path_end].decode()
         self.form = received[path_end:].decode()
         for descriptor in files:  # a long form
@@ -10072,6 +10056,7 @@ class StoreProcess:
         signal.setitimer(signal.ITIMER_REAL, INLINE_S)
         try:
             status, body = self.api.answer(question.path, question.form, budget)
+            budget.spend(question.takes_gzip * GZIP_WORK * len(body))
         except OverBudgetError:
             self._heavy.append(question)
         except Exception as error:
@@ -10186,7 +10171,7 @@ class StoreProcess:
         self._send(question, *self.api.error("unavailable", reason))
 
     def _send(self, question: Question, status: int, body: bytes) -> None:
-        self._sending[question.socket] = memoryview(_relayed(status, body))
+        self._sending[question.socket] = memoryview(_relayed(question, status, body))
         self._send_more(question.socket)
 
     def _send_more(self, sock: socket.socket) -> None:
@@ -10289,10 +10274,11 @@ class _Child:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
         if not status:
             status, body = api.error("execution", str(SampleLimitError()))
+        answer = _relayed(question, status, body)
         self._deadline = math.inf  # the rest is up to the reader; a front that goes closes it
         self._tell(sending=True)
         question.socket.setblocking(True)
-        question.socket.sendall(_relayed(status, body))
+        question.socket.sendall(answer)
         return 0
 
     def maintain(self, store: Store) -> int:
@@ -10318,12 +10304,35 @@ def _address_space() -> int:
         return 1 << 30
 
 
-def _relayed(status: int, body: bytes) -> bytes:
+def _relayed(question: Question, status: int, body: bytes) -> bytes:
     """An answer as the front relays it."""
-    fields = b"Content-Type: application/json; charset=utf-8\r\n"
+    fields = b"Content-Type: application/json; charset=utf-8\r\nVary: Accept-Encoding\r\n"
     if status == 503:
         fields += b"Retry-After: %d\r\n" % RETRY_AFTER_S
+    if question.takes_gzip and len(body) > GZIP_BYTES:
+        body = gzip.compress(body, 1, mtime=0)  # 40 % of the size; level 6 takes 6 times as long
+        fields += b"Content-Encoding: gzip\r\n"
     return RELAY_HEAD.pack(status, len(fields), len(body)) + fields + body
+
+
+_GZIP_CODING = re.compile(r"(?:^|[\s,])gzip(?![\w-]|\s*;\s*q=0(?:\.0*)?\s*(?:,|$))", re.IGNORECASE)
+_LOOPBACK_HOST = re.compile(r"(?:localhost|127\.[0-9.]+|\[::1\])(?::[0-9]*)?", re.IGNORECASE)
+
+
+def accepts_gzip(headers: dict[str, str]) -> bool:
+    """Whether Accept-Encoding (RFC 9110, 12.5.3) names gzip.
+
+    >>> [accepts_gzip({"accept-encoding": text}) for text in ("br, gzip", "gzip;q=0, br", "gzip2")]
+    [True, False, False]
+    """
+    return _GZIP_CODING.search(headers.get("accept-encoding", "")) is not None
+
+
+def pays_gzip(head: Head) -> bool:
+    """Whether a client accepts gzip and is elsewhere, which the address that it asked for tells: on
+    loopback, bytes cost less than the work.
+    """
+    return accepts_gzip(head.headers) and not _LOOPBACK_HOST.fullmatch(head.host)
 
 
 def begin_following(arguments: list[str]) -> tuple[socket.socket, dict[str, Any]]:
@@ -10433,8 +10442,9 @@ class Follower:
         """It does its work: where it dies it is started anew at once."""
         self._backoff_s = 0.0
 
-    def ask(self, path: bytes, form: bytes, max_bytes: int = MAX_FORM_BYTES) -> Answer:
+    def ask(self, head: Head, path: bytes, form: bytes, max_bytes: int = MAX_FORM_BYTES) -> Answer:
         """Hand a question over; its answer comes from the process. Raises HTTPError."""
+        gzips = pays_gzip(head)
         if len(form) + len(path) > max_bytes:
             raise HTTPError(413, f"parameters of more than {max_bytes} bytes")
         mine, theirs = socket.socketpair()
@@ -10443,12 +10453,12 @@ class Follower:
                 mine.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * MAX_FORM_BYTES)
                 mine.setblocking(False)
                 if len(form) + len(path) <= MAX_FORM_BYTES:
-                    mine.sendall(_LENGTHS.pack(len(path), len(form)) + path + form)
+                    mine.sendall(_LENGTHS.pack(len(path), len(form), gzips) + path + form)
                 else:  # no socket is sure to have room for it, but a file without a name has
                     with tempfile.TemporaryFile(buffering=0) as file:
                         file.write(form)
                         file.seek(0)
-                        question = _LENGTHS.pack(len(path), 0) + path
+                        question = _LENGTHS.pack(len(path), 0, gzips) + path
                         socket.send_fds(mine, [question], [file.fileno()])
                 self.send(_QUESTION, self._log.position, theirs.fileno())
             except OSError as error:
@@ -10670,7 +10680,7 @@ class StoreClient:
             form.decode()
         except UnicodeDecodeError:
             raise HTTPError(400, "the form is not UTF-8") from None
-        return self.follower.ask(head.path.encode(), form)
+        return self.follower.ask(head, head.path.encode(), form)
 
     def send_own_metrics(self) -> None:
         """Store the server's own numbers as series."""
@@ -17327,7 +17337,7 @@ class Watcher:
             try:
                 async with asyncio.timeout(SENDING_S):
                     loop = asyncio.get_running_loop()
-                    await loop.sock_sendall(sock, _relayed(status, body))
+                    await loop.sock_sendall(sock, _relayed(question, status, body))
             except (OSError, TimeoutError) as error:
                 logger.debug("an answer was not read: %s", error)
 
@@ -17466,7 +17476,7 @@ class WatcherClient:
         except UnicodeDecodeError:
             raise HTTPError(400, "the body is not UTF-8") from None
         path = f"{method} {head.path}?{head.query}".encode()
-        return self.follower.ask(path, body, len(path) + MAX_BODY_BYTES)
+        return self.follower.ask(head, path, body, len(path) + MAX_BODY_BYTES)
 
     def reload(self) -> None:
         """Have the files read again."""
@@ -19100,14 +19110,10 @@ def _page_responses(zipped: bool) -> tuple[str, Response, Response]:
     return etag, whole, Response(304, body, "text/html; charset=utf-8", fields)
 
 
-_TAKES_GZIP = re.compile(r"(?:^|[\s,])gzip(?!\s*;\s*q=0(?:\.0*)?\s*(?:,|$))", re.IGNORECASE)
-
-
 def show_page(request: Request, client: str) -> Answer:
     """`GET /`: the page, or 304 where the browser has it (RFC 9110, 13.1.2)."""
     headers = request.head.headers
-    zipped = _TAKES_GZIP.search(headers.get("accept-encoding", "")) is not None
-    etag, whole, known = _page_responses(zipped)
+    etag, whole, known = _page_responses(accepts_gzip(headers))
     return Answer(known if etag in headers.get("if-none-match", "") else whole)
 
 
