@@ -19083,102 +19083,76 @@ def _retry_after_s(text: str) -> float | None:
 
 
 # ==================================================================================================
-# 50. Sender process
+# 50. Log reader
 # ==================================================================================================
 #
 # The problem: every sample of the log is to reach a receiver, whatever dies in between and however
-# long the receiver is away; and nothing that takes batches in may wait for it. The idea: the log is
-# the queue. A process of its own, the sender, follows the log as the store does; a request holds
-# what one piece of the log holds, and a small file, the checkpoint, says how far the receiver has
-# taken it. The end of a piece is noted before it is sent: after a crash the very same request goes
-# out again, and a receiver that has it refuses it, or keeps the same samples once more. Nothing is
-# copied into another queue, so a backlog costs no memory. Each receiver has a sender of its own.
-# What it costs: at least once, not exactly once; and parts of the log stay until they are taken, or
-# until the backlog is too long.
-#
-# A sender may end at any step. So an alarm, whatever the sender waits for, hears the front, says
-# how it is, and ends the process when the front is gone.
+# long the receiver is away. The idea: the log is the queue. A request holds what one piece of the
+# log holds, and a small file, the checkpoint, says how far the receiver has taken it. The end of a
+# piece is noted before it is sent: after a crash the very same request goes out again, and a
+# receiver that has it refuses it, or keeps the same samples once more. Nothing is copied into
+# another queue, so a backlog costs no memory. What it costs: at least once, not exactly once; and
+# parts of the log stay until they are taken.
 
 PIECE_BYTES = 2 * 1024 * 1024  # of the log in one request: 10,000 lines of 200 bytes
-GATHER_S = 1.0  # an idle sender sends what came in so long
-LOOK_S = 0.25  # how often the alarm rings
-SENDER_FIRST_RETRY_S, SENDER_LONGEST_RETRY_S = (
-    0.03,
-    5.0,
-)  # waits between attempts: doubled, and a little random
-SPLIT_REQUESTS = 64  # at most so many to find which samples a receiver refuses
-COMPLAINT_S = 60.0  # a receiver is not complained of again before
-METADATA_S = 60.0  # how often types are sent
-BACKLOG_BYTES = 10 * 1024**3
-KEPT_FILES = 16  # of the log, for a sender that dies
 CHECKED_BYTES = 256  # by so many a file is known again
-AGENT_SEGMENT_BYTES = 64 * 1024 * 1024
 
 
-class SenderOptions(NamedTuple):
-    """What a sender process is told at its start."""
+class LogReader(FollowedLog):
+    """The log as a receiver takes it: from its checkpoint on, of which a file at `path` tells.
 
-    folder: str
-    url: str
-    headers: Sequence[str] = ()
-    ca: str | None = None
-    external_labels: Sequence[tuple[str, str]] = ()
-    names: str = "underscore"
-    backlog_bytes: int = BACKLOG_BYTES
-
-    @property
-    def checkpoint(self) -> str:
-        """The path of the receiver's checkpoint. A new password is no new receiver."""
-        parts = urllib.parse.urlsplit(self.url)
-        identity = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
-        digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
-        return os.path.join(self.folder, f"remote-write-{digest}.json")
-
-
-class _GivenUp(Exception):
-    """What was being sent is left behind: the backlog is too long."""
-
-
-class _Stopped(Exception):
-    """The front said stop, and there is no time for more attempts."""
-
-
-class LogReader:
-    """Reads what a receiver has not taken of the log, and notes how far it has.
-
-    Its files are the segments behind the checkpoint, then the file that is followed and all after
-    it. `piece_bytes` is how much is read at once.
+    Its files are the segments behind the checkpoint, then those that the front tells of.
+    `piece_bytes` is how much is read at once.
     """
 
-    def __init__(self, folder: str, path: str, log: FollowedLog, piece_bytes: int = PIECE_BYTES):
-        self._folder, self._path, self._log = folder, path, log
-        self._piece_bytes = piece_bytes
+    def __init__(self, folder: str, path: str, piece_bytes: int = PIECE_BYTES):
+        super().__init__(piece_bytes)
+        self._folder, self._path = folder, path
         self.checkpoint = Checkpoint.read(path)
-        self._older: deque[tuple[str, int]] = deque()  # files before the followed one: path, size
-        self._tail, self._size = log.tail, 0  # the size of an older file
+        self._older: deque[str] = deque()  # paths of files before those that the front told of
         self._repeat_to = 0  # the end of a request that was under way when a sender ended
 
     def begin(self) -> None:
         """Find where to go on; the front has told of the files that it has open."""
-        log = self._log
-        log.next_file()
         taken = range(1, self.checkpoint.segment + 1)
-        while not log.is_in_last_file and segment_of(self._folder, log.tail.descriptor)[0] in taken:
-            os.close(log.next_file())
-        paths = self._segments_before(log.descriptors)
+        while len(self._next) > 1 and segment_of(self._folder, self._next[0][1])[0] in taken:
+            os.close(self._next.popleft()[1])
+        descriptors = [descriptor for _, descriptor in list(self._next)]
+        paths = self._segments_before(descriptors)
         if paths and self._is_known(paths[0]):
             pass
-        elif any(map(self._is_known, log.descriptors)):
+        elif any(map(self._is_known, descriptors)):
             paths = []
-            while not self._is_known(log.tail.descriptor):
-                os.close(log.next_file())
+            while not self._is_known(self._next[0][1]):
+                os.close(self._next.popleft()[1])
         else:
             paths = self._with_renamed(paths)
-        self._older.extend((path, os.stat(path).st_size) for path in paths)
-        self._open()
-        self._tail.position = self.checkpoint.offset
+        self._read_first(paths)
+        self.next_file()
+        self.tail.position = self.checkpoint.offset
         if self.checkpoint.end > self.checkpoint.offset:
             self._repeat_to = self.checkpoint.end
+
+    def _read_first(self, paths: list[str]) -> None:
+        """Put older files before those that the front told of."""
+        ends = [0, *(os.stat(path).st_size for path in paths)]
+        first, descriptor = self._next.popleft()
+        self._next.appendleft((first._replace(size_bytes=ends.pop()), descriptor))
+        for number, end in enumerate(reversed(ends), 2):
+            self._next.appendleft((Position(-number, end), -1))
+        self._older.extend(paths)
+
+    def next_file(self) -> int:
+        if self._older:
+            # Opened only now: there may be more of them than a process may have open.
+            path, flags = self._older.popleft(), os.O_RDONLY | os.O_CLOEXEC
+            try:
+                descriptor = os.open(path, flags)
+            except FileNotFoundError:
+                logger.error("%s is gone before it was sent", path)
+                descriptor = os.open(os.devnull, flags)
+            self._next[0] = (self._next[0][0], descriptor)
+        return super().next_file()
 
     def _segments_before(self, descriptors: list[int]) -> list[str]:
         """Segments behind the checkpoint, and before files that are open already."""
@@ -19217,79 +19191,101 @@ class LogReader:
         self.checkpoint = Checkpoint(self.checkpoint.segment)
         return paths
 
-    def _open(self) -> None:
-        """Go on with the next of the older files, or with the followed one."""
-        while self._older:
-            path, self._size = self._older.popleft()
-            try:
-                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            except FileNotFoundError:
-                logger.error("%s is gone before it was sent", path)
-                continue
-            self._tail = LogTail(descriptor, piece_bytes=self._piece_bytes)
-            return
-        self._tail = self._log.tail
-
-    @property
-    def _limit(self) -> int:
-        """How far the file may be read."""
-        return self._log.limit if self._tail is self._log.tail else self._size
-
     def read(self) -> bytes:
-        """The next lines, which `is_taken` is to follow; b"" where there are none for now."""
+        """The next lines, which `note` is to follow; b"" where there are none for now."""
         end, self._repeat_to = self._repeat_to, 0
-        if lines := self._tail.read(min(end, self._limit)):
-            return lines
-        while True:
-            if lines := self._tail.read(self._limit):
-                return lines
-            if self._tail is self._log.tail and not self._log.has_next_file:
-                return b""
-            self._next_file()
+        lines = self.tail.read(min(end, self.limit)) or self.tail.read(self.limit)
+        while not lines and self.has_next_file:
+            self._leave_file()
+            lines = self.tail.read(self.limit)
+        return lines
 
     def note(self, lines: bytes, is_taken: bool) -> None:
         """Note that the lines that were read are being sent, or are taken."""
-        end = self._tail.position
+        end = self.tail.position
         offset = end if is_taken else end - len(lines)
-        check = self._check(self._tail.descriptor, end)
+        check = self._check(self.tail.descriptor, end)
         self._write(Checkpoint(self.checkpoint.segment, offset, end, check))
 
     def _write(self, checkpoint: Checkpoint) -> None:
         checkpoint.write(self._path)
         self.checkpoint = checkpoint
 
-    def _next_file(self) -> None:
-        number, _ = segment_of(self._folder, self._tail.descriptor)
-        segment = number or self.checkpoint.segment
-        followed = self._tail is self._log.tail
-        os.close(self._log.next_file() if followed else self._tail.descriptor)
-        self._write(Checkpoint(segment))
-        self._open()
-
-    @property
-    def file(self) -> int:
-        """The number of the followed file that is read now; -1 before there is any."""
-        return self._log.file if self._tail is self._log.tail else -1
+    def _leave_file(self) -> None:
+        segment, _ = segment_of(self._folder, self.tail.descriptor)
+        os.close(self.next_file())
+        self._write(Checkpoint(segment or self.checkpoint.segment))
 
     @property
     def pending_bytes(self) -> int:
         """How much of the log the receiver has not taken."""
-        total = self._log.left_bytes + sum(size for _, size in self._older)
-        if self._tail is not self._log.tail:
-            total += self._size
-        return max(0, total - self.checkpoint.offset)
+        return max(0, self.left_bytes - self.checkpoint.offset)
 
     def give_up(self) -> int:
         """Leave what is left of the oldest file behind, if it grows no more; how many lines it
         was.
         """
-        if self._tail is self._log.tail and self._log.is_in_last_file:
+        if self.is_in_last_file:
             return 0
-        file, lost = LogTail(self._tail.descriptor, self.checkpoint.offset), 0
-        while lines := file.read(self._limit):
+        rest, lost = LogTail(self.tail.descriptor, self.checkpoint.offset), 0
+        while lines := rest.read(self.limit):
             lost += lines.count(b"\n")
-        self._next_file()
+        self._leave_file()
         return lost
+
+
+# ==================================================================================================
+# 51. Sender process
+# ==================================================================================================
+#
+# The problem: nothing that takes batches in may wait for a receiver. The idea: a process of its
+# own, the sender, follows the log as the store does, and sends what it reads. Each receiver has a
+# sender of its own. What it costs: parts of the log stay until they are taken, or until the backlog
+# is too long.
+#
+# A sender may end at any step. So an alarm, whatever the sender waits for, hears the front, says
+# how it is, and ends the process when the front is gone.
+
+GATHER_S = 1.0  # an idle sender sends what came in so long
+LOOK_S = 0.25  # how often the alarm rings
+# Waits between attempts: doubled, and a little random.
+SENDER_FIRST_RETRY_S, SENDER_LONGEST_RETRY_S = 0.03, 5.0
+SPLIT_REQUESTS = 64  # at most so many to find which samples a receiver refuses
+COMPLAINT_S = 60.0  # a receiver is not complained of again before
+METADATA_S = 60.0  # how often types are sent
+BACKLOG_BYTES = 10 * 1024**3
+KEPT_FILES = 16  # of the log, for a sender that dies
+AGENT_SEGMENT_BYTES = 64 * 1024 * 1024
+_NEWEST_READ = "highest_timestamp_in_seconds"
+_NEWEST_TAKEN = "queue_highest_sent_timestamp_seconds"
+
+
+class SenderOptions(NamedTuple):
+    """What a sender process is told at its start."""
+
+    folder: str
+    url: str
+    headers: Sequence[str] = ()
+    ca: str | None = None
+    external_labels: Sequence[tuple[str, str]] = ()
+    names: str = "underscore"
+    backlog_bytes: int = BACKLOG_BYTES
+
+    @property
+    def checkpoint(self) -> str:
+        """The path of the receiver's checkpoint. A new password is no new receiver."""
+        parts = urllib.parse.urlsplit(self.url)
+        identity = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+        digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
+        return os.path.join(self.folder, f"remote-write-{digest}.json")
+
+
+class _GivenUp(Exception):
+    """What was being sent is left behind: the backlog is too long."""
+
+
+class _Stopped(Exception):
+    """The front said stop, and there is no time for more attempts."""
 
 
 class Sender:
@@ -19300,8 +19296,7 @@ class Sender:
         control.setblocking(False)
         self._receiver = Receiver(options.url, options.headers, options.ca)
         self._encoder = WriteRequestEncoder(dict(options.external_labels), options.names)
-        self._log = FollowedLog(PIECE_BYTES)
-        self._reader = LogReader(options.folder, options.checkpoint, self._log)
+        self._log = LogReader(options.folder, options.checkpoint)
         self._stopping = self._has_begun = False
         self._said: deque[str] = deque()  # lines for the front; the alarm sends them
         self._unsent = b""
@@ -19319,7 +19314,7 @@ class Sender:
         self._look()
         while not self._has_begun:
             self._pause(LOOK_S)
-        self._reader.begin()
+        self._log.begin()
         with contextlib.suppress(_Stopped):
             while True:
                 size = self._send_piece()
@@ -19366,14 +19361,14 @@ class Sender:
             self._unsent = self._unsent[self._control.send(self._unsent) :]
 
     def _status(self) -> dict[str, Any]:
-        pending_bytes = self._reader.pending_bytes
+        pending_bytes = self._log.pending_bytes
         return {
             "error": self._error,
-            "file": self._reader.file,
+            "file": self._log.file,
             "pending_bytes": pending_bytes,
             "samples_pending": math.ceil(pending_bytes / self._line_bytes),
-            "highest_s": self._newest_ms / 1000,
-            "highest_sent_s": self._newest_taken_ms / 1000,
+            _NEWEST_READ: self._newest_ms / 1000,
+            _NEWEST_TAKEN: self._newest_taken_ms / 1000,
             "counts": dict(self._counts),
         }
 
@@ -19394,15 +19389,15 @@ class Sender:
 
     def _send_piece(self) -> int:
         """Send the next piece of the log; how many bytes it had."""
-        known = self._reader.checkpoint
+        known = self._log.checkpoint
         self._maybe_taken = known.end > known.offset  # a sender ended before it had the answer
         try:
             self._give_up_beyond_backlog()
-            lines = self._reader.read()
+            lines = self._log.read()
             if lines:
-                self._reader.note(lines, is_taken=False)
+                self._log.note(lines, is_taken=False)
                 self._deliver(lines)
-                self._reader.note(lines, is_taken=True)
+                self._log.note(lines, is_taken=True)
                 self._send_metadata()
         except _GivenUp:
             return PIECE_BYTES
@@ -19464,9 +19459,9 @@ class Sender:
                 raise _Stopped
 
     def _give_up_beyond_backlog(self) -> None:
-        if self._reader.pending_bytes <= self._options.backlog_bytes:
+        if self._log.pending_bytes <= self._options.backlog_bytes:
             return
-        if lost := self._reader.give_up():
+        if lost := self._log.give_up():
             self._counts["samples_dropped_total"] += lost
             message = "%d samples are not sent to %s: the backlog is too long"
             logger.error(message, lost, self._receiver.name)
@@ -19533,29 +19528,19 @@ class SenderClient:
         return f"{behind}; {self._status['error']}" if self._status["error"] else behind
 
 
-# Number of a sender, its name behind "remote_storage_", type and help.
+# Numbers of a sender: each has a name behind "remote_storage_", a type and a help.
 _SENDER_STATISTICS = (
-    ("samples_total", "", "counter", "Samples that the receiver has taken."),
-    ("samples_failed_total", "", "counter", "Samples that the receiver refused."),
-    ("samples_retried_total", "", "counter", "Samples of requests that were sent again."),
-    ("samples_dropped_total", "", "counter", "Samples given up, as the backlog was too long."),
-    ("samples_pending", "", "gauge", "About how many samples wait to be sent."),
-    ("pending_bytes", "", "gauge", "How much of the log waits to be sent."),
-    (
-        "highest_s",
-        "highest_timestamp_in_seconds",
-        "gauge",
-        "The newest time of a sample that was read from the log.",
-    ),
-    (
-        "highest_sent_s",
-        "queue_highest_sent_timestamp_seconds",
-        "gauge",
-        "The newest time of a sample that the receiver has taken.",
-    ),
-    ("bytes_total", "", "counter", "Bytes of requests that the receiver has answered."),
-    ("sent_batch_duration_seconds_sum", "", "counter", "Time spent on requests."),
-    ("sent_batch_duration_seconds_count", "", "counter", "Requests, those sent again included."),
+    ("samples_total", "counter", "Samples that the receiver has taken."),
+    ("samples_failed_total", "counter", "Samples that the receiver refused."),
+    ("samples_retried_total", "counter", "Samples of requests that were sent again."),
+    ("samples_dropped_total", "counter", "Samples given up, as the backlog was too long."),
+    ("samples_pending", "gauge", "About how many samples wait to be sent."),
+    ("pending_bytes", "gauge", "How much of the log waits to be sent."),
+    (_NEWEST_READ, "gauge", "The newest time of a sample that was read from the log."),
+    (_NEWEST_TAKEN, "gauge", "The newest time of a sample that the receiver has taken."),
+    ("bytes_total", "counter", "Bytes of requests that the receiver has answered."),
+    ("sent_batch_duration_seconds_sum", "counter", "Time spent on requests."),
+    ("sent_batch_duration_seconds_count", "counter", "Requests, those sent again included."),
 )
 
 
@@ -19568,8 +19553,8 @@ def add_senders(service: Service, targets: Iterable[SenderOptions]) -> list[Foll
     def numbers(key: str) -> Callable[[], dict[str, float]]:
         return lambda: {client.name: client.number(key) for client in clients}
 
-    for key, own_name, type_, help_ in _SENDER_STATISTICS:
-        name = f"remote_storage_{own_name or key}"
+    for key, type_, help_ in _SENDER_STATISTICS:
+        name = f"remote_storage_{key}"
         service.statistics.add(name, type_, help_, numbers(key), f"prometheus_{name}", "url")
     service.health_facts.append(
         lambda: {"remote_write": {client.name: client.state for client in clients}}

@@ -13210,11 +13210,8 @@ def test_retry_after_is_seconds_or_a_date(text, wait_s):
 
 
 # ==================================================================================================
-# Sender process
+# Log reader
 # ==================================================================================================
-
-
-# ---- the log is read, whatever becomes of its files ----
 
 
 class Crash(Exception):
@@ -13242,15 +13239,14 @@ class ReaderUnderTest:
 
     def switch(self, file: int, descriptor: int, size: int) -> None:
         self.files.append((metricstream.Position(file, size), os.dup(descriptor)))
-        self.followed.begin_file(metricstream.Position(file, size), os.dup(descriptor))
+        self.reader.begin_file(metricstream.Position(file, size), os.dup(descriptor))
 
     def start_reader(self) -> None:
-        self.followed = metricstream.FollowedLog(500)
+        self.reader = metricstream.LogReader(str(self.folder), self.path, 500)
         for number, (position, descriptor) in enumerate(self.files):
             begun = position if number else position._replace(size_bytes=0)
-            self.followed.begin_file(begun, os.dup(descriptor))
-        self.followed.acknowledge(self.log.position)
-        self.reader = metricstream.LogReader(str(self.folder), self.path, self.followed, 500)
+            self.reader.begin_file(begun, os.dup(descriptor))
+        self.reader.acknowledge(self.log.position)
         self.reader.begin()
 
     def append(self) -> None:
@@ -13297,7 +13293,7 @@ class ReaderUnderTest:
             if may_crash and self.rng.random() < 0.2:
                 raise Crash
 
-        self.followed.acknowledge(self.log.position)
+        self.reader.acknowledge(self.log.position)
         step()
         lines = self.reader.read()
         if self.sent is not None and lines:
@@ -13369,7 +13365,7 @@ def test_the_oldest_files_are_given_up_and_never_the_one_that_grows(tmp_path):
         under.append()
         under.rotate()
     under.append()
-    under.followed.acknowledge(under.log.position)
+    under.reader.acknowledge(under.log.position)
     total = len(under.acknowledged)
     lost = [under.reader.give_up() for _ in range(4)]
     assert all(lost[:3]) and lost[3] == 0 and under.reader.checkpoint.segment == 3
@@ -13406,7 +13402,9 @@ def test_a_store_keeps_what_others_have_not_taken_of_the_log(tmp_path):
     under.close()
 
 
-# ---- a receiver that does what it is told ----
+# ==================================================================================================
+# Sender process
+# ==================================================================================================
 
 
 class FakeReceiver(http.server.ThreadingHTTPServer):
