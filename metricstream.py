@@ -3943,206 +3943,193 @@ def fit_connections(wanted: int) -> int:
 
 
 # ==================================================================================================
-# 14. Classes of characters
-# ==================================================================================================
-#
-# A class is what one place in a regular expression matches: a set of the 1,114,112 characters. The
-# idea: it is kept as the borders of its ranges, so that to unite, to complement and to look into it
-# take as long as it has ranges. Names of classes are those of Unicode, POSIX and Perl.
-
-# Ascending borders: the class begins at each even one and has ended at each odd one.
-_Class = tuple[int, ...]
-_NO_CHARACTER: _Class = ()
-_ANY_CHARACTER: _Class = (0, sys.maxunicode + 1)
-_NO_LINE_END: _Class = (0, 0x0A, 0x0B, sys.maxunicode + 1)
-
-
-def _is_in(character: int, borders: _Class) -> bool:
-    return bisect_right(borders, character) & 1 == 1
-
-
-def _ranges(borders: _Class) -> Iterator[tuple[int, int]]:
-    return zip(borders[::2], borders[1::2])
-
-
-def _union(ranges: Iterable[tuple[int, int]]) -> _Class:
-    borders: list[int] = []
-    for start, end in sorted(ranges):
-        if borders and start <= borders[-1]:
-            borders[-1] = max(borders[-1], end)
-        else:
-            borders += start, end
-    return tuple(borders)
-
-
-def _complement(borders: _Class) -> _Class:
-    inner = borders[1:] if borders[:1] == (0,) else (0, *borders)
-    end = sys.maxunicode + 1
-    return inner[:-1] if inner[-1:] == (end,) else (*inner, end)
-
-
-def _named(ends: str) -> _Class:
-    """The class whose ranges have these first and last characters.
-
-    >>> _named("09AF")
-    (48, 58, 65, 71)
-    """
-    return _union((ord(first), ord(last) + 1) for first, last in zip(ends[::2], ends[1::2]))
-
-
-_POSIX_CLASSES = {
-    "alnum": _named("09AZaz"), "alpha": _named("AZaz"), "ascii": _named("\0\x7f"),
-    "blank": _named("\t\t  "), "cntrl": _named("\0\x1f\x7f\x7f"), "digit": _named("09"),
-    "graph": _named("!~"), "lower": _named("az"), "print": _named(" ~"),
-    "punct": _named("!/:@[`{~"), "space": _named("\t\r  "), "upper": _named("AZ"),
-    "word": _named("09AZ__az"), "xdigit": _named("09AFaf"),
-}  # fmt: skip
-_WORD = _POSIX_CLASSES["word"]
-_PERL_CLASSES = {"d": _named("09"), "s": _named("\t\n\f\r  "), "w": _WORD}
-
-
-@functools.cache
-def _categories() -> dict[str, _Class]:
-    """The general categories of Unicode, as `Lu` and `L`, and `Any`; 0.1 s when first called."""
-    ranges: dict[str, list[tuple[int, int]]] = {}
-    start = 0
-    for name, run in itertools.groupby(map(unicodedata.category, map(chr, range(0x110000)))):
-        end = start + len(list(run))
-        # Go has no category of what is not assigned
-        if name != "Cn":
-            for key in (name, name[0]):
-                ranges.setdefault(key, []).append((start, end))
-        start = end
-    return {"Any": _ANY_CHARACTER, **{name: _union(runs) for name, runs in ranges.items()}}
-
-
-@functools.cache
-def _cases() -> tuple[list[int], dict[int, set[int]]]:
-    """All letters that have cases, ascending; and each with those it equals under `(?i)`.
-
-    This is Unicode's simple case folding, one letter to one letter: K, k and the Kelvin sign are
-    equal, s and the long s; ß is not ss. The Turkish letters without and with a dot stand alone.
-    """
-    equal: dict[int, set[int]] = {}
-    for code in range(0x41, 0x1E944):
-        letter = chr(code)
-        for other in (letter.lower(), letter.upper(), letter.title()):
-            if other != letter and len(other) == 1 and code not in (0x130, 0x131):
-                both = equal.get(code, {code}) | equal.get(ord(other), {ord(other)})
-                equal.update(dict.fromkeys(both, both))
-    return sorted(equal), equal
-
-
-@functools.lru_cache(256)
-def _folded(borders: _Class) -> _Class:
-    """The class with all letters that equal one of it."""
-    letters, equal = _cases()
-    ranges = list(_ranges(borders))
-    for start, end in _ranges(borders):
-        for code in letters[bisect_left(letters, start) : bisect_left(letters, end)]:
-            ranges += ((other, other + 1) for other in equal[code])
-    return _union(ranges)
-
-
-# ==================================================================================================
-# 15. Patterns
+# 14. Patterns
 # ==================================================================================================
 #
 # The text of a regular expression becomes a program for Thompson's machine: instructions that match
-# a character, branch, or note a place. Syntax and errors are those of Go's regexp/syntax, which
-# Prometheus uses, with "s" set: a dot also matches a line end. Not here: classes of scripts, as
-# \p{Greek}, of which Python has no table. What it costs: counted repetitions are copies, so the
-# size of a program is bounded.
+# a character, branch, or note a place. Where one goes on is relative to its own place. So the parts
+# of a program are plain lists: a sequence is their sum, and x{1000} is 1,000 copies of x. What it
+# costs: a short pattern can be a large program, so its size is bounded.
+#
+# Syntax and errors are those of Go's regexp/syntax, which Prometheus uses, with "s" set: a dot also
+# matches a line end. Not here: classes of scripts, as \p{Greek}, of which Python has no table.
 
 MAX_REGEX_CHARACTERS = 100_000
-MAX_REGEX_SIZE = 200_000  # instructions, and borders of classes
+MAX_REGEX_SIZE = 200_000  # instructions
 MAX_REGEX_REPEAT = 1_000  # copies of what is innermost in nested counted repetitions
 MAX_REGEX_DEPTH = 1_000  # of groups
-
-# What an instruction does, and its argument. Where it goes on is relative to its own place: so a
-# repeated part of a program is copied as it is.
-_Instruction = tuple[str, Any]
-_CHARACTER = "character"  # matches one of a class
-_BRANCH = "branch"  # goes on in several places, the preferred one first
-_JUMP = "jump"
-_SAVE = "save"  # notes the place in the text: 2n where group n begins, 2n + 1 where it ends
-_ASSERT = "assert"  # holds between two characters
-
-_NUMBER_OF_REPEAT = "(?:0|[1-9][0-9]*)"
-_REPEAT = re.compile(
-    rf"[*+?]|\{{(?P<least>{_NUMBER_OF_REPEAT})(?P<range>,(?P<most>{_NUMBER_OF_REPEAT})?)?\}}"
-)
-_GROUP_NAME = re.compile(r"\(\?P?<(?P<name>[^>]*)>")
-_ESCAPED = re.compile(
-    r"\\(?:(?P<octal>0[0-7]{0,2}|[1-7][0-7]{1,2})|x\{0*(?P<hex>[0-9A-Fa-f]{1,6})\}"
-    r"|x(?P<byte>[0-9A-Fa-f]{2})|(?P<control>[afnrtv])|(?P<itself>[^0-9A-Za-z\x80-\U0010ffff]))"
-)
-_BAD_ESCAPE = re.compile(r"\\(?:x(?:\{[0-9A-Fa-f]*.?|.{1,2})?|.)", re.DOTALL)
-_RANGE = re.compile(r"-[^\]]", re.DOTALL)
-_CONTROLS = dict(zip("afnrtv", b"\a\f\n\r\t\v"))
-_SIMPLE_ASSERTIONS = frozenset("AbBz")
 
 
 def _refused(reason: str, excerpt: str) -> ValueError:
     return ValueError(f"error parsing regexp: {reason}: `{excerpt}`")
 
 
-def _read_escape(pattern: str, place: int) -> tuple[int, int]:
-    """The character that an escape stands for, and where it ends."""
-    match = _ESCAPED.match(pattern, place)
-    code = 0
-    if match:
-        kind = match.lastgroup or ""
-        base = {"octal": 8, "hex": 16, "byte": 16}.get(kind)
-        text = match[kind]
-        code = int(text, base) if base else _CONTROLS.get(text, ord(text))
-    if match is None or code > sys.maxunicode:
-        bad = _BAD_ESCAPE.match(pattern, place)
-        if bad is None:
-            raise _refused("trailing backslash at end of expression", "")
-        raise _refused("invalid escape sequence", bad[0])
-    return code, match.end()
+# -- classes of characters --
 
 
-def _read_named_class(pattern: str, place: int) -> tuple[_Class, bool, int] | None:
-    r"""A class as \d, \pL or \P{Lu}, whether it is negated, and where it ends; None: no such."""
-    kind = pattern[place + 1 : place + 2]
-    if pattern[place] != "\\" or kind.lower() not in ("p", *_PERL_CLASSES):
-        return None
-    if kind not in "pP":
-        return _PERL_CLASSES[kind.lower()], kind.isupper(), place + 2
-    end = place + 3
-    if pattern[place + 2 : end] == "{":
-        end = pattern.find("}", place) + 1 or len(pattern)
-    name = pattern[place + 2 : end].removeprefix("{").removesuffix("}")
-    borders = _categories().get(name.removeprefix("^"))
-    if borders is None:
-        raise _refused("invalid character class range", pattern[place:end])
-    return borders, (kind == "P") != name.startswith("^"), end
+@functools.cache
+def _cases() -> dict[str, str]:
+    """All letters that have cases, each with those it equals under `(?i)`; 0.1 s when first called.
+
+    This is Unicode's simple case folding, one letter to one letter: K, k and the Kelvin sign are
+    equal, s and the long s; ß is not ss. The Turkish letters without and with a dot stand alone.
+    """
+    equal = defaultdict[str, str](str)
+    for letter in map(chr, range(0x1E944)):
+        if letter not in "İı":
+            lower = letter.upper().lower()
+            equal[lower if len(lower) == 1 else letter.lower()] += letter
+    return {letter: all_equal for all_equal in equal.values() for letter in all_equal}
 
 
-def _read_posix_class(pattern: str, place: int) -> tuple[_Class, bool, int] | None:
-    """The same for a class as [:alpha:] or [:^alpha:]."""
-    end = pattern.find(":]", place + 2) if pattern.startswith("[:", place) else -1
-    if end < 0:
-        return None
-    name = pattern[place + 2 : end]
-    borders = _POSIX_CLASSES.get(name.removeprefix("^"))
-    if borders is None:
-        raise _refused("invalid character class range", pattern[place : end + 2])
-    return borders, name.startswith("^"), end + 2
+@dataclasses.dataclass(frozen=True, eq=False, slots=True)
+class _Class:
+    """A set of characters: those of some ranges, categories and other classes; or all but these."""
+
+    borders: tuple[int, ...] = ()  # ascending: where a range begins, and where it has ended
+    categories: tuple[str, ...] = ()  # of Unicode; "L" stands for all that begin so
+    inner: Iterable["_Class"] = ()
+    negated: bool = False
+    any_case: bool = False
+
+    def has(self, character: str) -> bool:
+        equal = _cases().get(character, character) if self.any_case else character
+        return self.negated != any(
+            bisect_right(self.borders, ord(letter)) & 1
+            or unicodedata.category(letter).startswith(self.categories)
+            or any(inner.has(letter) for inner in self.inner)
+            for letter in equal
+        )
 
 
-def _repeat_counts(match: re.Match[str]) -> tuple[int, int | None]:
+def _borders(ends: str) -> tuple[int, ...]:
+    """The borders of the ranges that have these first and last characters.
+
+    >>> _borders("09AF")
+    (48, 58, 65, 71)
+    """
+    borders: list[int] = []
+    for first, last in sorted(zip(ends[::2], ends[1::2])):
+        if borders and ord(first) <= borders[-1]:
+            borders[-1] = max(borders[-1], ord(last) + 1)
+        else:
+            borders += ord(first), ord(last) + 1
+    return tuple(borders)
+
+
+_ANY_CHARACTER = _Class(negated=True)
+_NO_LINE_END = _Class(_borders("\n\n"), negated=True)
+_NAMED_RANGES = {
+    r"\d": "09", r"\s": "\t\n\f\r  ", r"\w": "09AZ__az", r"\pAny": "\0\U0010ffff",
+    "[:alnum:]": "09AZaz", "[:alpha:]": "AZaz", "[:ascii:]": "\0\x7f", "[:blank:]": "\t\t  ",
+    "[:cntrl:]": "\0\x1f\x7f\x7f", "[:digit:]": "09", "[:graph:]": "!~", "[:lower:]": "az",
+    "[:print:]": " ~", "[:punct:]": "!/:@[`{~", "[:space:]": "\t\r  ", "[:upper:]": "AZ",
+    "[:word:]": "09AZ__az", "[:xdigit:]": "09AFaf",
+}  # fmt: skip
+_CATEGORY = re.compile("C[cfos]?|L[lmotu]?|M[cen]?|N[dlo]?|P[cdefios]?|S[ckmo]?|Z[lps]?")
+_NAMED_CLASS = re.compile(
+    r"\\(?P<letter>[dDsSwW]|[pP](?:\{(?P<long>[^}]*)(?:\}|\Z)|(?P<short>.?)))"
+    r"|\[:(?P<posix>.*?):\]",
+    re.DOTALL,
+)
+
+
+@functools.cache
+def _named_class(text: str, any_case: bool) -> _Class:
+    r"""The class that is written as \d, \pL, \P{^Lu} or [:alpha:]. Raises ValueError."""
+    match = _NAMED_CLASS.fullmatch(text)
+    assert match is not None
+    letter = (match["letter"] or "")[:1]
+    name = match["long"] or match["short"] or match["posix"] or ""
+    negated = letter.isupper() != name.startswith("^")
+    name = name.removeprefix("^")
+    ends = _NAMED_RANGES.get(rf"\{letter.lower()}{name}" if letter else f"[:{name}:]")
+    if ends:
+        return _Class(_borders(ends), negated=negated, any_case=any_case)
+    if letter not in ("p", "P") or not _CATEGORY.fullmatch(name):
+        raise _refused("invalid character class range", text)
+    # in Go, C is without what is not assigned
+    categories = ("Cc", "Cf", "Co", "Cs") if name == "C" else (name,)
+    return _Class((), categories, negated=negated, any_case=any_case)
+
+
+# -- programs --
+
+_Program = list[tuple[str, Any]]  # instructions: what each does, and its argument
+_CHARACTER = "character"  # matches one of a string or class, and goes on with the next instruction
+_BRANCH = "branch"  # goes on at these distances, the preferred one first
+_SAVE = "save"  # notes the place in the text: 2n where group n begins, 2n + 1 where it ends
+_ASSERT = "assert"  # goes on if it holds between two characters
+
+
+def _either(alternatives: list[_Program]) -> _Program:
+    if len(alternatives) == 1:
+        return alternatives[0]
+    starts = list(itertools.accumulate((len(each) + 1 for each in alternatives), initial=1))
+    program: _Program = [(_BRANCH, tuple(starts[:-1]))]
+    for alternative in alternatives:
+        program += alternative
+        # from behind each alternative to the end
+        program.append((_BRANCH, (starts[-1] - len(program),)))
+    return program
+
+
+class _Atom(NamedTuple):
+    """A part of a pattern that a repetition may follow."""
+
+    program: _Program
+    nullable: bool  # whether it may match nothing
+    repeats: int = 1  # the largest product of nested counts in it
+
+
+def _repeated(atom: _Atom, least: int, most: int | None, lazy: bool) -> _Program:
+    def branch(*distances: int) -> tuple[str, Any]:
+        return _BRANCH, distances[::-1] if lazy else distances
+
+    body = atom.program
+    if most is None and least == 0 and not atom.nullable:
+        return [branch(1, len(body) + 2), *body, (_BRANCH, (-len(body) - 1,))]
+    if most is None:
+        # x* is (x+)? here, as in Go: the loop above would prefer no x to an empty one
+        program = [*body * max(least, 1), branch(-len(body), 1)]
+        return program if least else [branch(1, len(program) + 1), *program]
+    # x{0,3} is (x(x(x)?)?)?
+    program = body * least
+    for left in range(most - least, 0, -1):
+        program += [branch(1, left * (len(body) + 1)), *body]
+    return program
+
+
+# -- syntax --
+
+_COUNT = "(?:0|[1-9][0-9]*)"
+_REPETITION = re.compile(
+    rf"(?P<operator>[*+?]|\{{(?P<least>{_COUNT})(?P<range>,(?P<most>{_COUNT})?)?\}})(?P<lazy>\??)"
+)
+_GROUP = re.compile(
+    r"\((?:(?!\?)|\?P?<(?P<name>[^>]*)>|\?(?P<set>[imsU]*)(?:-(?P<clear>[imsU]+))?(?P<end>[:)]))"
+)
+_BAD_FLAGS = re.compile(r"\(\?[imsU]*(?:-[imsU]*)?.?", re.DOTALL)
+_ESCAPED = re.compile(
+    r"\\(?:(?P<octal>0[0-7]{0,2}|[1-7][0-7]{1,2})|x\{0*(?P<hex>[0-9A-Fa-f]{1,6})\}"
+    r"|x(?P<byte>[0-9A-Fa-f]{2})|(?P<control>[afnrtv])|(?P<itself>[^0-9A-Za-z\x80-\U0010ffff]))"
+)
+_BAD_ESCAPE = re.compile(r"\\(?:x(?:\{[0-9A-Fa-f]*.?|.{1,2})?|.)", re.DOTALL)
+_IS_RANGE = re.compile(r"-[^\]]", re.DOTALL)
+_CONTROLS = dict(zip("afnrtv", b"\a\f\n\r\t\v"))
+
+
+def _counts(repetition: re.Match[str]) -> tuple[int, int | None]:
     """How often it repeats: at least, and at most; None: without end."""
-    if not match["least"]:
-        return {"*": (0, None), "+": (1, None), "?": (0, 1)}[match[0]]
-    if max(len(match["least"]), len(match["most"] or "")) > 4:
-        raise _refused("invalid repeat count", match[0])
-    least = int(match["least"])
-    most = int(match["most"]) if match["most"] else None if match["range"] else least
+    operator = repetition["operator"]
+    if operator in "*+?":
+        return int(operator == "+"), 1 if operator == "?" else None
+    # five digits are too many already
+    least = int(repetition["least"][:5])
+    most = int(repetition["most"][:5]) if repetition["most"] else None
+    most = most if repetition["range"] else least
     if max(least, most or 0) > MAX_REGEX_REPEAT or (most is not None and most < least):
-        raise _refused("invalid repeat count", match[0])
+        raise _refused("invalid repeat count", operator)
     return least, most
 
 
@@ -4150,314 +4137,212 @@ def _repeat_counts(match: re.Match[str]) -> tuple[int, int | None]:
 class _OpenGroup:
     """A group whose end has not been read yet; the outermost is the whole pattern."""
 
-    atom: int  # where its program begins
-    start: int  # and that of its first alternative
     flags: frozenset[str]  # in force before it, and after it again
     slot: int | None  # None: it captures nothing
-    others: list[int] = dataclasses.field(default_factory=list)  # where other alternatives begin
-    repeats: int = 1  # the largest product of nested counts
-    nullable: bool = True  # whether the alternative, as far as it was read, may match nothing
-    other_nullable: bool = False  # whether one before it may
+    alternatives: list[list[_Atom]] = dataclasses.field(default_factory=lambda: [[]])
+
+    def atom(self) -> _Atom:
+        sequences: list[_Program] = []
+        for atoms in self.alternatives:
+            # nothing is copied: 1,000 groups in each other would cost 1 s
+            sequences.append(atoms[0].program if atoms else [])
+            for atom in atoms[1:]:
+                sequences[-1] += atom.program
+        program = _either(sequences)
+        if self.slot is not None:
+            program.insert(0, (_SAVE, self.slot))
+            program.append((_SAVE, self.slot + 1))
+        nullable = any(all(atom.nullable for atom in atoms) for atoms in self.alternatives)
+        repeats = (atom.repeats for atoms in self.alternatives for atom in atoms)
+        return _Atom(program, nullable, max(repeats, default=1))
 
 
-class _Compiler:
-    """Reads a pattern from left to right and writes its program in one go, without a tree.
-
-    Nothing here is recursive, so that no nesting can exhaust the stack. What the last atom needs
-    in front of it, as for `*` or `|`, is inserted when it is known.
-    """
+class _PatternParser:
+    """Reads a pattern from left to right. Nothing is recursive: no nesting exhausts the stack."""
 
     def __init__(self, pattern: str) -> None:
         self.pattern = pattern
         self.place = 0
-        # what stands for the beginning of the text; no character matches it
-        self.code: list[_Instruction] = [(_CHARACTER, _NO_CHARACTER)]
         self.flags = frozenset("s")
-        self.groups = [_OpenGroup(1, 1, self.flags, None)]
+        self.groups = [_OpenGroup(self.flags, None)]
         self.names: dict[str, int] = {}
         self.captures = 1
-        self.last_posix_end = pattern.rfind(":]")
-        self.atom: int | None = None  # where the program of the last atom begins
-        self.repeats = 1  # the largest product of nested counts in it
-        self.nullable = True  # whether it may match nothing
+        self.size = 0
         self.repeated = (0, 0)  # where the last repetition operator stands
-        self.borders = 0
+        self.last_posix_end = pattern.rfind(":]")
 
-    def compile(self) -> list[_Instruction]:
+    def parse(self) -> _Program:
         if surrogate := _SURROGATE.search(self.pattern):
             raise _refused("invalid UTF-8", self.pattern[surrogate.start() :])
         while self.place < len(self.pattern):
-            character = self.pattern[self.place]
-            read = self.OPERATORS.get(character)
-            if read:
-                read(self)
-            else:
-                self.place += 1
-                self.add_letter(ord(character))
-            if len(self.code) > MAX_REGEX_SIZE:
-                raise self.too_large()
+            self.read(self.pattern[self.place])
         if len(self.groups) > 1:
             raise _refused("missing closing )", self.pattern)
-        self.end_group()
-        return [*self.code, (_CHARACTER, _NO_CHARACTER)]
+        return self.groups[0].atom().program
 
-    def too_large(self) -> ValueError:
-        return _refused("expression too large", self.pattern[:64])
+    def read(self, first: str) -> None:
+        """Read the next atom, operator or parenthesis."""
+        match first:
+            case "*" | "+" | "?" | "{":
+                self.read_repetition()
+            case "(":
+                self.open_group()
+            case ")":
+                self.close_group()
+            case "|":
+                self.place += 1
+                self.grow(2)
+                self.groups[-1].alternatives.append([])
+            case ".":
+                self.place += 1
+                self.add(_CHARACTER, _ANY_CHARACTER if "s" in self.flags else _NO_LINE_END)
+            case "^" | "$":
+                self.place += 1
+                self.add(_ASSERT, first if "m" in self.flags else {"^": "A", "$": "z"}[first])
+            case "[":
+                self.add(_CHARACTER, self.bracketed_class())
+            case "\\":
+                self.read_backslash()
+            case _:
+                self.add_letter(self.character())
 
-    # -- atoms --
+    def grow(self, size: int) -> None:
+        self.size += size
+        if self.size > MAX_REGEX_SIZE:
+            raise _refused("expression too large", self.pattern[:64])
 
-    def add(self, *instruction: Any) -> None:
-        self.begin_atom(len(self.code), nullable=instruction[0] == _ASSERT)
-        self.code.append((instruction[0], instruction[1]))
+    def add(self, operation: str, argument: Any) -> None:
+        self.grow(1)
+        atoms = self.groups[-1].alternatives[-1]
+        atoms.append(_Atom([(operation, argument)], nullable=operation == _ASSERT))
 
-    def begin_atom(self, start: int | None, nullable: bool = True) -> None:
-        group = self.groups[-1]
-        group.repeats = max(group.repeats, self.repeats)
-        group.nullable = group.nullable and self.nullable
-        self.atom, self.repeats, self.nullable = start, 1, nullable
-
-    def add_letter(self, code: int) -> None:
-        self.add(_CHARACTER, self.folded((code, code + 1)))
-
-    def folded(self, borders: _Class) -> _Class:
-        if "i" not in self.flags:
-            return borders
-        folded = _folded(borders)
-        return self.counted(folded, len(folded))
-
-    def counted(self, borders: _Class, work: int) -> _Class:
-        if work > 8:
-            self.borders += work
-            if self.borders > MAX_REGEX_SIZE:
-                raise self.too_large()
-        return borders
-
-    def read_dot(self) -> None:
-        self.place += 1
-        self.add(_CHARACTER, _ANY_CHARACTER if "s" in self.flags else _NO_LINE_END)
-
-    def read_caret(self) -> None:
-        self.place += 1
-        self.add(_ASSERT, "^" if "m" in self.flags else "A")
-
-    def read_dollar(self) -> None:
-        self.place += 1
-        self.add(_ASSERT, "$" if "m" in self.flags else "z")
+    def add_letter(self, letter: str) -> None:
+        self.add(_CHARACTER, _cases().get(letter, letter) if "i" in self.flags else letter)
 
     def read_backslash(self) -> None:
         kind = self.pattern[self.place + 1 : self.place + 2]
-        if kind in _SIMPLE_ASSERTIONS:
+        if kind and kind in "AbBz":
             self.place += 2
             self.add(_ASSERT, kind)
         elif kind == "Q":
             literal, _, _ = self.pattern[self.place + 2 :].partition(r"\E")
             self.place += 4 + len(literal)
-            for character in literal:
-                self.add_letter(ord(character))
-        elif named := _read_named_class(self.pattern, self.place):
-            self.add(_CHARACTER, self.named_class(*named))
+            for letter in literal:
+                self.add_letter(letter)
+        elif named := self.named_class():
+            self.add(_CHARACTER, named)
         else:
-            code, self.place = _read_escape(self.pattern, self.place)
-            self.add_letter(code)
+            self.add_letter(self.character())
 
-    # -- classes --
+    def character(self) -> str:
+        """The next character, which may be escaped."""
+        start = self.place
+        if self.pattern[start] != "\\":
+            self.place += 1
+            return self.pattern[start]
+        match = _ESCAPED.match(self.pattern, start)
+        if match:
+            self.place = match.end()
+            kind = match.lastgroup or ""
+            base = {"octal": 8, "hex": 16, "byte": 16}.get(kind)
+            code = int(match[kind], base) if base else _CONTROLS.get(match[kind], ord(match[kind]))
+            if code <= sys.maxunicode:
+                return chr(code)
+        bad = _BAD_ESCAPE.match(self.pattern, start)
+        if bad is None:
+            raise _refused("trailing backslash at end of expression", "")
+        raise _refused("invalid escape sequence", bad[0])
 
-    def named_class(self, borders: _Class, negated: bool, end: int) -> _Class:
-        self.place = end
-        borders = self.folded(borders)
-        return _complement(borders) if negated else borders
+    def named_class(self) -> _Class | None:
+        """The next class if it has a name."""
+        match = _NAMED_CLASS.match(self.pattern, self.place)
+        if match is None:
+            return None
+        self.place = match.end()
+        return _named_class(match[0], "i" in self.flags)
 
-    def read_class(self) -> None:
+    def bracketed_class(self) -> _Class:
         start = self.place
         negated = self.pattern.startswith("^", start + 1)
         self.place += 2 if negated else 1
-        first, ranges = self.place, list[tuple[int, int]]()
-        while self.place == first or not self.pattern.startswith("]", self.place):
+        ends, inner = list[str](), dict[_Class, None]()
+        # a bracket that comes first is one of the class
+        while not (ends or inner) or not self.pattern.startswith("]", self.place):
             if self.place >= len(self.pattern):
                 raise _refused("missing closing ]", self.pattern[start:])
-            named = _read_named_class(self.pattern, self.place)
-            if named is None and self.place < self.last_posix_end:
-                named = _read_posix_class(self.pattern, self.place)
-            if named:
-                ranges += _ranges(self.named_class(*named))
+            may_have_name = self.pattern[self.place] == "\\" or self.place < self.last_posix_end
+            if may_have_name and (named := self.named_class()):
+                inner[named] = None
                 continue
-            least_at = self.place
-            most = least = self.class_character(start)
-            if _RANGE.match(self.pattern, self.place):
+            at = self.place
+            least = most = self.character()
+            if _IS_RANGE.match(self.pattern, self.place):
                 self.place += 1
-                most = self.class_character(start)
-                if most < least:
-                    raise _refused(
-                        "invalid character class range", self.pattern[least_at : self.place]
-                    )
-            ranges += _ranges(self.folded((least, most + 1)))
+                most = self.character()
+            if most < least:
+                raise _refused("invalid character class range", self.pattern[at : self.place])
+            ends += least, most
         self.place += 1
-        borders_of_all = self.counted(_union(ranges), len(ranges))
-        self.add(_CHARACTER, _complement(borders_of_all) if negated else borders_of_all)
-
-    def class_character(self, class_start: int) -> int:
-        if self.place >= len(self.pattern):
-            raise _refused("missing closing ]", self.pattern[class_start:])
-        if self.pattern[self.place] == "\\":
-            code, self.place = _read_escape(self.pattern, self.place)
-            return code
-        self.place += 1
-        return ord(self.pattern[self.place - 1])
-
-    # -- repetitions --
+        return _Class(_borders("".join(ends)), (), tuple(inner), negated, "i" in self.flags)
 
     def read_repetition(self) -> None:
-        start = self.place
-        match = _REPEAT.match(self.pattern, start)
+        match = _REPETITION.match(self.pattern, self.place)
         if match is None:
-            self.place += 1
-            self.add_letter(ord("{"))
+            # a brace that holds no count
+            self.add_letter(self.character())
             return
-        least, most = _repeat_counts(match)
-        lazy = self.pattern.startswith("?", match.end())
-        self.place = match.end() + lazy
-        text = self.pattern[start : self.place]
+        least, most = _counts(match)
+        start, self.place = match.span()
         if self.repeated[1] == start > 0:
             whole = self.pattern[self.repeated[0] : self.place]
             raise _refused("invalid nested repetition operator", whole)
-        if self.atom is None:
-            raise _refused("missing argument to repetition operator", text)
-        if match["least"]:
-            self.repeats = (
-                1 if most == 0 else self.repeats * max(1, least if most is None else most)
-            )
-            if self.repeats > MAX_REGEX_REPEAT and max(least, most or 0) >= 2:
-                raise _refused("invalid repeat count", text)
-        self.repeated = start, self.place
-        self.repeat(self.atom, least, most, lazy != ("U" in self.flags))
-        self.nullable = self.nullable or least == 0
+        self.repeated = match.span()
+        atoms = self.groups[-1].alternatives[-1]
+        if not atoms:
+            raise _refused("missing argument to repetition operator", match[0])
+        atom = atoms.pop()
+        count = max(least, most or 0)
+        repeats = 1 if most == 0 else atom.repeats * max(1, count)
+        if count > 1 and repeats > MAX_REGEX_REPEAT:
+            raise _refused("invalid repeat count", match[0])
+        self.grow(max(count, 1) * (len(atom.program) + 1))
+        program = _repeated(atom, least, most, bool(match["lazy"]) != ("U" in self.flags))
+        atoms.append(_Atom(program, atom.nullable or least == 0, repeats))
 
-    def repeat(self, start: int, least: int, most: int | None, lazy: bool) -> None:
-        body = self.code[start:]
-        if max(least, most or 1) * (len(body) + 1) > MAX_REGEX_SIZE:
-            raise self.too_large()
-        del self.code[start:]
-
-        def branch(*offsets: int) -> _Instruction:
-            return _BRANCH, offsets[::-1] if lazy else offsets
-
-        self.code += body * least
-        if most is None and least == 0 and not self.nullable:
-            self.code += [branch(1, len(body) + 2), *body, (_JUMP, -len(body) - 1)]
-            return
-        if most is None:
-            if least == 0:
-                # (x+)?, as Go does it: or the preferred way would be to match nothing first
-                self.code += [branch(1, len(body) + 2), *body]
-            self.code.append(branch(-len(body), 1))
-            return
-        # x{0,3} as (x(x(x)?)?)?
-        for left in range(most - least, 0, -1):
-            self.code += [branch(1, left * (len(body) + 1)), *body]
-
-    # -- groups and alternatives --
-
-    def open_group(self, flags: frozenset[str], slot: int | None) -> None:
-        if len(self.groups) > MAX_REGEX_DEPTH:
-            raise _refused("expression nests too deeply", self.pattern)
-        atom = len(self.code)
-        self.begin_atom(atom)
-        if slot is not None:
-            self.code.append((_SAVE, slot))
-        self.groups.append(_OpenGroup(atom, len(self.code), self.flags, slot))
-        self.atom, self.flags = None, flags
-
-    def open_capture(self) -> None:
-        self.open_group(self.flags, 2 * self.captures)
-        self.captures += 1
-
-    def read_parenthesis(self) -> None:
-        if not self.pattern.startswith("(?", self.place):
-            self.place += 1
-            self.open_capture()
-        elif self.pattern.startswith(("(?P<", "(?<"), self.place):
-            match = _GROUP_NAME.match(self.pattern, self.place)
-            if match is None:
+    def open_group(self) -> None:
+        match = _GROUP.match(self.pattern, self.place)
+        if match is None:
+            if self.pattern.startswith(("(?P<", "(?<"), self.place):
                 raise _refused("invalid named capture", self.pattern[self.place :])
-            name = match["name"]
+            bad = next(_BAD_FLAGS.finditer(self.pattern, self.place))[0]
+            raise _refused("invalid or unsupported Perl syntax", bad)
+        self.place = match.end()
+        name, end = match.group("name", "end")
+        if name is not None:
             if not re.fullmatch("[A-Za-z0-9_]+", name):
                 raise _refused("invalid named capture", match[0])
             self.names.setdefault(name, self.captures)
-            self.place = match.end()
-            self.open_capture()
+        if end != ")":
+            self.groups.append(_OpenGroup(self.flags, None if end else 2 * self.captures))
+        if end:
+            self.flags = (self.flags | set(match["set"])) - set(match["clear"] or "")
         else:
-            self.read_flags()
-
-    def read_flags(self) -> None:
-        start = self.place
-        set_flags, cleared, target = set(self.flags), False, False
-        self.place += 2
-        while self.place < len(self.pattern):
-            character = self.pattern[self.place]
-            self.place += 1
-            if character in "imsU":
-                target = True
-                (set_flags.discard if cleared else set_flags.add)(character)
-            elif character == "-" and not cleared:
-                cleared, target = True, False
-            elif character in ":)" and (target or not cleared):
-                if character == ":":
-                    self.open_group(frozenset(set_flags), None)
-                else:
-                    self.flags = frozenset(set_flags)
-                return
-            else:
-                break
-        raise _refused("invalid or unsupported Perl syntax", self.pattern[start : self.place])
-
-    def read_bar(self) -> None:
-        self.place += 1
-        # where it jumps to is known when the group ends
-        self.code.append((_JUMP, 0))
-        self.begin_atom(None)
-        group = self.groups[-1]
-        group.others.append(len(self.code))
-        group.nullable, group.other_nullable = True, group.other_nullable or group.nullable
+            self.captures += 1
+        if len(self.groups) > MAX_REGEX_DEPTH + 1:
+            raise _refused("expression nests too deeply", self.pattern)
 
     def close_group(self) -> None:
         if len(self.groups) == 1:
             raise _refused("unexpected )", self.pattern)
         self.place += 1
-        group = self.end_group()
-        if group.slot is not None:
-            self.code.append((_SAVE, group.slot + 1))
-        self.atom, self.repeats, self.flags = group.atom, group.repeats, group.flags
-        self.nullable = group.nullable or group.other_nullable
-
-    def end_group(self) -> _OpenGroup:
-        self.begin_atom(None)
+        self.grow(3)
         group = self.groups.pop()
-        starts = [group.start, *group.others]
-        ends = [*(start - 1 for start in group.others), len(self.code)]
-        alternatives = [self.code[start:end] for start, end in zip(starts, ends)]
-        if len(starts) > 1 and all(
-            len(alternative) == 1 and alternative[0][0] == _CHARACTER
-            for alternative in alternatives
-        ):
-            # x|y is [xy]: fewer places to be in
-            ranges = [pair for ((_, borders),) in alternatives for pair in _ranges(borders)]
-            self.code[group.start :] = [(_CHARACTER, self.counted(_union(ranges), len(ranges)))]
-        elif len(starts) > 1:
-            for end in ends[:-1]:
-                self.code[end] = (_JUMP, len(self.code) - end)
-            offsets = tuple(start + 1 - group.start for start in starts)
-            self.code.insert(group.start, (_BRANCH, offsets))
-        return group
-
-    OPERATORS: ClassVar[dict[str, Callable[["_Compiler"], None]]] = {
-        ".": read_dot, "^": read_caret, "$": read_dollar, "\\": read_backslash, "[": read_class,
-        "*": read_repetition, "+": read_repetition, "?": read_repetition, "{": read_repetition,
-        "(": read_parenthesis, "|": read_bar, ")": close_group,
-    }  # fmt: skip
+        self.flags = group.flags
+        self.groups[-1].alternatives[-1].append(group.atom())
 
 
 # ==================================================================================================
-# 16. Regular expressions
+# 15. Regular expressions
 # ==================================================================================================
 #
 # The problem: anybody may send a regular expression. `re` tries one way through it after the other,
@@ -4476,46 +4361,46 @@ class _Compiler:
 #   a|b|c                               0.02 µs  0.07 µs
 #   [a-z]+[0-9]+, .*(.*ingester.*).*    0.70 µs  0.09 to 0.28 µs
 #   the groups of ([a-z]+)-([a-z]+)-([0-9]+), 5 µs
-# 60 values of 1,001 characters: .*.*.*! 2 ms; (x|.){1,900}y 8 ms; .{300}a.* 110 ms.
-# (?i)(ab|AB)*c on 1,000 characters: 24 ms when letters are first folded, then less than 1 ms.
+# 60 values of 1,001 characters: .*.*.*! 2 ms; (x|.){1,900}y 20 ms; .{300}a.* 120 ms.
 #
 # Sources: Cox, Regular Expression Matching Can Be Simple And Fast (2007), Regular Expression
 # Matching in the Wild (2010); the syntax page of RE2.
 
-MAX_REGEX_EDGES = 1 << 23  # what may branch times what may match: (a?b?){1000}
+MAX_REGEX_EDGES = 1 << 23  # what may branch times what may match: (a?b?c?){1000}
 MAX_AUTOMATON_BYTES = 1 << 20
 KEPT_REGEX_CHARACTERS = 2_048  # a longer pattern is not kept for the next call
 
-# What stands on one side of a place in the text, as far as assertions ask for it.
-_EDGE, _LINE_END, _WORD_CHARACTER_KIND, _OTHER = range(4)
+# Whether an assertion holds between two neighbours. Of each kind of characters that assertions can
+# tell apart, one stands for all; nothing, for an end of the text.
+_HOLDS: dict[str, Callable[[str, str], bool]] = {
+    "A": lambda before, after: before == "",
+    "z": lambda before, after: after == "",
+    "^": lambda before, after: before in ("", "\n"),
+    "$": lambda before, after: after in ("", "\n"),
+    "b": lambda before, after: (before == "w") != (after == "w"),
+    "B": lambda before, after: (before == "w") == (after == "w"),
+}
 
 
-def _holds(assertion: str, before: int, after: int) -> bool:
-    match assertion:
-        case "A":
-            return before == _EDGE
-        case "z":
-            return after == _EDGE
-        case "^":
-            return before in (_EDGE, _LINE_END)
-        case "$":
-            return after in (_EDGE, _LINE_END)
-    at_border = (before == _WORD_CHARACTER_KIND) != (after == _WORD_CHARACTER_KIND)
-    return at_border == (assertion == "b")
+def _neighbour(character: str) -> str:
+    if character in ("", "\n"):
+        return character
+    return "w" if character == "_" or (character.isascii() and character.isalnum()) else "-"
 
 
-def _bits(numbers: Iterable[int], size: int) -> int:
-    octets = bytearray(size // 8 + 1)
+def _bits(numbers: Sequence[int]) -> int:
+    # one by one, 100,000 of them would cost 0.2 s
+    octets = bytearray(max(numbers, default=0) // 8 + 1)
     for number in numbers:
         octets[number >> 3] |= 1 << (number & 7)
     return int.from_bytes(octets, "little")
 
 
 class _Edges(NamedTuple):
-    """What may follow each character instruction; they are numbered, and sets of them are bits."""
+    """What may follow each leaf, between two kinds of characters."""
 
-    by_next: int  # those that the next number may follow
-    others: tuple[tuple[int, int], ...]  # (what may follow else, all those that it may follow)
+    by_next: int  # the leaves that the next one may follow
+    others: list[tuple[int, int]]  # (leaves that may follow else, all those that they may follow)
 
 
 class _State(dict[str, "_State"]):
@@ -4524,74 +4409,74 @@ class _State(dict[str, "_State"]):
     An empty string stands for the beginning of the text.
     """
 
-    __slots__ = ("ahead", "automaton", "before", "kind", "walks")
+    __slots__ = ("ahead", "automaton", "before", "first", "walks")
 
-    def __init__(self, automaton: "_Automaton", ahead: int, kind: int) -> None:
+    def __init__(self, automaton: "_Automaton", ahead: int, first: str) -> None:
         self.automaton = automaton
-        self.ahead = ahead  # the instructions that match its first character, and all else follows
-        self.kind = kind  # of its first character
-        self.before: dict[int, int] = {}  # kind of a character before it → what may match that
-        self.walks: dict[tuple[int, int], tuple[int, tuple[int, ...]]] = {}
+        self.ahead = ahead  # the leaves that match its first character, and all else follows
+        self.first = first  # the kind of its first character
+        self.before: dict[str, int] = {}  # kind of a character before it → what may match that
+        self.walks: dict[tuple[int, str], tuple[int, list[int]]] = {}
 
     def __missing__(self, character: str) -> "_State":
         return self.automaton.step(self, character)
 
-    def forget(self) -> None:
-        self.clear()
-        self.before.clear()
-        self.walks.clear()
-
 
 class _Automaton:
-    """Runs a program over texts, from their ends, in time linear in their lengths."""
+    """Runs a program over texts, from their ends, in time linear in their lengths.
 
-    def __init__(self, code: list[_Instruction]) -> None:
-        self.code = code
-        self.leaves = [place for place, (op, _) in enumerate(code) if op == _CHARACTER]
+    A leaf is an instruction that matches a character. Leaves are numbered, and sets of them are
+    bits. The first one matches the beginning of a text, the last one its end.
+    """
+
+    def __init__(self, program: _Program) -> None:
+        self.program = program = [(_CHARACTER, ""), *program, (_CHARACTER, "")]
+        self.leaves = [place for place, (op, _) in enumerate(program) if op == _CHARACTER]
         self.number = {place: number for number, place in enumerate(self.leaves)}
-        self.asserts = any(op == _ASSERT for op, _ in code)
-        branches = sum(op == _BRANCH for op, _ in code)
+        self.asserts = any(op == _ASSERT for op, _ in program)
+        branches = sum(op == _BRANCH and len(distances) > 1 for op, distances in program)
         # with assertions there are edges for each kind of neighbours
         if branches * len(self.leaves) * (4 if self.asserts else 1) > MAX_REGEX_EDGES:
             raise ValueError("error parsing regexp: expression too large")
-        self.places: dict[_Class, list[int]] = {}
+        self.letters = defaultdict[str, list[int]](list)
+        self.classes = defaultdict[_Class, list[int]](list)
         for number, place in enumerate(self.leaves):
-            self.places.setdefault(code[place][1], []).append(number)
-        self.wide = [
-            item for item in self.places.items() if len(item[0]) != 2 or item[0][1] - item[0][0] > 1
-        ]
+            matched = program[place][1]
+            if isinstance(matched, _Class):
+                self.classes[matched].append(number)
+            else:
+                for letter in matched:
+                    self.letters[letter].append(number)
         # Kept: they are bounded by the program, and made again slowly.
-        self.edges: dict[tuple[int, int], _Edges] = {}
+        self.edges: dict[tuple[str, str], _Edges] = {}
         self.work = 0  # steps that were not remembered
-        self.end = _State(self, 1 << (len(self.leaves) - 1), _EDGE)
+        self.end = _State(self, 1 << (len(self.leaves) - 1), "")
+        self.states = {(self.end.ahead, ""): self.end}
         self.forget()
 
     def forget(self) -> None:
-        for state in getattr(self, "states", {}).values():
-            state.forget()
-        self.end.forget()
-        self.states = {(self.end.ahead, _EDGE): self.end}
+        # states refer to each other: without this they would wait for the garbage collector
+        for state in self.states.values():
+            state.clear()
+        self.states = {(self.end.ahead, ""): self.end}
         self.masks = {"": 1}
         self.size_bytes = 0
 
-    def kind(self, character: str) -> int:
-        if not character or not self.asserts:
-            return _EDGE
-        if character == "\n":
-            return _LINE_END
-        return _WORD_CHARACTER_KIND if _is_in(ord(character), _WORD) else _OTHER
+    def matches(self, text: str) -> bool:
+        end = functools.reduce(operator.getitem, reversed(text), self.end)
+        return end[""].ahead != 0
 
     def step(self, state: _State, character: str) -> _State:
         """The state after one more character, which is remembered."""
         if self.size_bytes > MAX_AUTOMATON_BYTES:
             self.forget()
-        kind = self.kind(character)
+        kind = _neighbour(character) if self.asserts else ""
         before = state.before.get(kind)
         if before is None:
             before = state.before[kind] = self.followed_by(state, kind)
         mask = self.masks.get(character)
         if mask is None:
-            mask = self.masks[character] = self.mask(ord(character))
+            mask = self.masks[character] = self.mask(character)
         ahead = before & mask
         following = self.states.get((ahead, kind))
         if following is None:
@@ -4602,117 +4487,103 @@ class _Automaton:
         self.work += 1
         return following
 
-    def mask(self, code: int) -> int:
-        """The instructions that match a character."""
-        numbers = list(self.places.get((code, code + 1), ()))
-        for borders, places in self.wide:
-            if _is_in(code, borders):
-                numbers += places
+    def mask(self, character: str) -> int:
+        """The leaves that match a character."""
+        numbers = list(self.letters.get(character, ()))
+        for matched, its_numbers in self.classes.items():
+            if matched.has(character):
+                numbers += its_numbers
         self.size_bytes += 100 + len(self.leaves) // 8
-        self.work += len(self.wide)
-        return _bits(numbers, len(self.leaves))
+        self.work += len(self.classes)
+        return _bits(numbers)
 
-    def followed_by(self, state: _State, before: int) -> int:
-        """The instructions after which one of those that are ahead may come."""
-        edges = self.edges.get((before, state.kind))
+    def followed_by(self, state: _State, before: str) -> int:
+        """The leaves after which one of those that are ahead may come."""
+        edges = self.edges.get((before, state.first))
         if edges is None:
-            edges = self.edges[before, state.kind] = self.edges_between(before, state.kind)
+            edges = self.edges[before, state.first] = self.edges_between(before, state.first)
         self.work += len(edges.others)
         found = (state.ahead >> 1) & edges.by_next
-        for following, numbers in edges.others:
+        for following, leaves in edges.others:
             if following & state.ahead:
-                found |= numbers
+                found |= leaves
         return found
 
-    def edges_between(self, before: int, after: int) -> _Edges:
-        """What may follow what between a character of one kind and one of another."""
-        code, number = self.code, self.number
-        reach = dict[int, int]()
+    def onward(self, place: int, before: str, after: str) -> Sequence[int]:
+        """Where an instruction that is no leaf goes on."""
+        op, argument = self.program[place]
+        if op == _BRANCH:
+            return [place + distance for distance in argument]
+        return () if op == _ASSERT and not _HOLDS[argument](before, after) else (place + 1,)
+
+    def edges_between(self, before: str, after: str) -> _Edges:
+        number = self.number
+        reach: dict[int, int] = {}  # by the place of an instruction that is no leaf
 
         def reached(place: int) -> int:
             return 1 << number[place] if place in number else reach.get(place, 0)
 
-        inner = [place for place in range(len(code) - 1, -1, -1) if place not in number]
+        inner = [place for place in range(len(self.program) - 1, -1, -1) if place not in number]
         # From the end on, all that is ahead is known. The second time also what a loop goes back
         # to; after one way back, another one reaches nothing new.
         for place in inner * 2:
-            op, argument = code[place]
-            if op == _BRANCH:
-                targets = 0
-                for offset in argument:
-                    targets |= reached(place + offset)
-                reach[place] = targets
-            elif op == _JUMP:
-                reach[place] = reached(place + argument)
-                if argument < 0:
-                    # the branch that it goes back to may leave the loop, to here
-                    reach[place] |= reached(place + 1)
-            elif op == _SAVE or _holds(argument, before, after):
-                reach[place] = reached(place + 1)
+            onward = [*self.onward(place, before, after)]
+            if onward and onward[0] < place:
+                # a loop can be left where it begins again
+                onward.append(place + 1)
+            targets = [reached(each) for each in onward]
+            # a single one is not copied: 33,000 groups in a row would take 70 MB more
+            reach[place] = functools.reduce(operator.or_, targets) if targets else 0
         by_next: list[int] = []
-        others: dict[int, list[int]] = {}
-        for index, place in enumerate(self.leaves[:-1]):
+        others = defaultdict[int, list[int]](list)
+        for leaf, place in enumerate(self.leaves[:-1]):
             if place + 1 in number:
-                by_next.append(index)
+                by_next.append(leaf)
                 continue
-            following, next_bit = reached(place + 1), 1 << (index + 1)
+            following, next_bit = reached(place + 1), 2 << leaf
             if following & next_bit:
-                by_next.append(index)
+                by_next.append(leaf)
                 following ^= next_bit
             if following:
-                others.setdefault(following, []).append(index)
-        size = len(self.leaves)
-        self.work += 2 * len(inner) + size
-        return _Edges(
-            _bits(by_next, size),
-            tuple((following, _bits(numbers, size)) for following, numbers in others.items()),
-        )
+                others[following].append(leaf)
+        self.work += 2 * len(inner) + len(self.leaves)
+        return _Edges(_bits(by_next), [(leaves, _bits(them)) for leaves, them in others.items()])
 
-    def matches(self, text: str) -> bool:
-        end = functools.reduce(operator.getitem, reversed(text), self.end)
-        return end[""].ahead != 0
-
-    def walk(self, state: _State, number: int, before: int) -> tuple[int, tuple[int, ...]]:
-        """The preferred way from one instruction to the next that can succeed, and what it saves.
+    def walk(self, state: _State, leaf: int, before: str) -> tuple[int, list[int]]:
+        """The preferred way from one leaf to the next that can succeed, and what it saves.
 
         This is the choice of a backtracking search, and of Pike's simulation: the first way, of
         all that succeed. A place that was reached on a preferred way is not looked at again.
         """
-        ways: list[tuple[int, tuple[int, ...]]] = [(self.leaves[number] + 1, ())]
+        ways: list[tuple[int, list[int]]] = [(self.leaves[leaf] + 1, [])]
         seen = set[int]()
         while True:
             place, saved = ways.pop()
             if place in seen:
                 continue
             seen.add(place)
-            op, argument = self.code[place]
+            op, argument = self.program[place]
             if op == _CHARACTER:
                 if state.ahead >> self.number[place] & 1:
                     break
-            elif op == _BRANCH:
-                ways += ((place + offset, saved) for offset in reversed(argument))
-            elif op == _JUMP:
-                ways.append((place + argument, saved))
-            elif op == _SAVE:
-                ways.append((place + 1, (*saved, argument)))
-            elif _holds(argument, before, state.kind):
-                ways.append((place + 1, saved))
+                continue
+            if op == _SAVE:
+                saved = [*saved, argument]
+            ways += ((each, saved) for each in reversed(self.onward(place, before, state.first)))
         self.work += len(seen)
         self.size_bytes += 300
-        found = state.walks[number, before] = self.number[place], saved
+        found = state.walks[leaf, before] = self.number[place], saved
         return found
 
-    def saves(self, text: str) -> dict[int, int] | None:
-        """Where each group begins and ends, by slot; None if the text does not match."""
+    def saves(self, text: str) -> dict[int, int]:
+        """Where each group of a text that matches begins and ends, by slot."""
         states = list(itertools.accumulate(reversed(text), operator.getitem, initial=self.end))
-        if not states[-1][""].ahead:
-            return None
         places: dict[int, int] = {}
-        number, before = 0, _EDGE
+        leaf, before = 0, ""
         for place, state in enumerate(reversed(states)):
-            step = state.walks.get((number, before)) or self.walk(state, number, before)
-            number, before = step[0], state.kind
-            for slot in step[1]:
+            leaf, saved = state.walks.get((leaf, before)) or self.walk(state, leaf, before)
+            before = state.first
+            for slot in saved:
                 places[slot] = place
         return places
 
@@ -4739,11 +4610,8 @@ def _without_automaton(pattern: str) -> Callable[[str], bool] | None:
     match = _AROUND_LITERAL.fullmatch(pattern)
     if match is None:
         return None
+    before, after = match.group("before", "after")
     literal = _BACKSLASH.sub(r"\1", match["literal"])
-    before, after = match["before"], match["after"]
-    if not literal:
-        only = f"{before or ''}{after or ''}"
-        return (lambda text: True) if only == ".*" else bool if only == ".+" else None
     start, end = int(before == ".+"), -1 if after == ".+" else None
     if before and after:
         return lambda text: text.find(literal, start, end) >= 0
@@ -4775,9 +4643,9 @@ class Regex:
 
     def _automaton(self) -> _Automaton:
         if self._made is None:
-            compiler = _Compiler(self.pattern)
-            self._made = _Automaton(compiler.compile())
-            self.names, self._captures = compiler.names, compiler.captures
+            parser = _PatternParser(self.pattern)
+            self._made = _Automaton(parser.parse())
+            self.names, self._captures = parser.names, parser.captures
         return self._made
 
     @property
@@ -4789,14 +4657,10 @@ class Regex:
         if not self.matches(text):
             return None
         places = self._automaton().saves(text)
-        if places is None:
-            return None
+        slots = range(2, 2 * self._captures, 2)
         return [
             text,
-            *(
-                text[places[2 * group] : places[2 * group + 1]] if 2 * group + 1 in places else None
-                for group in range(1, self._captures)
-            ),
+            *(text[places[n] : places[n + 1]] if n + 1 in places else None for n in slots),
         ]
 
 
@@ -4825,7 +4689,9 @@ def _new_regex(pattern: str) -> Regex:
 
 _kept_regex = functools.lru_cache(32)(_new_regex)
 
-_TEMPLATE_NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
+# Letters, decimal digits and "_". The numerals that are left out are no digits: $1² is ${1}².
+_REFERENCE_NAME = r"[^\W\xb2\xb3\xb9\xbc-\xbe\u2070-\u2089\u2150-\u218b\u2460-\u24ff]+"
+_REFERENCE = re.compile(rf"\$(?:\$|({_REFERENCE_NAME})|\{{({_REFERENCE_NAME})\}})")
 
 
 def expand(template: str, groups: Sequence[str | None], names: dict[str, int]) -> str:
@@ -4837,33 +4703,22 @@ def expand(template: str, groups: Sequence[str | None], names: dict[str, int]) -
     >>> expand("$1-${n}$$", ["ab", "a", "b"], {"n": 2})
     'a-b$'
     """
-    first, *pieces = template.split("$")
-    written, escaped = [first], False
-    for piece in pieces:
-        if escaped:
-            written.append(piece)
-            escaped = False
-            continue
-        brace = piece.startswith("{")
-        end = start = int(brace)
-        while end < len(piece) and (
-            piece[end] == "_" or piece[end].isalpha() or piece[end].isdecimal()
-        ):
-            end += 1
-        name = piece[start:end]
-        if not name or (brace and not piece.startswith("}", end)):
-            written += "$", piece
-            # of two dollar signs in a row, the first makes the second one plain
-            escaped = not piece
-            continue
-        number = int(name) if _TEMPLATE_NUMBER.fullmatch(name) else names.get(name, len(groups))
-        value = groups[number] if number < len(groups) else None
-        written += value or "", piece[end + brace :]
-    return "".join(written)
+
+    def value(reference: re.Match[str]) -> str:
+        name = reference[1] or reference[2]
+        if name is None:
+            return "$"
+        if re.fullmatch("0|[1-9][0-9]{0,8}", name):
+            number = int(name)
+        else:
+            number = names.get(name, len(groups))
+        return groups[number] or "" if number < len(groups) else ""
+
+    return _REFERENCE.sub(value, template)
 
 
 # ==================================================================================================
-# 17. Series
+# 16. Series
 # ==================================================================================================
 #
 # A series is all samples of one metric with the same tags, and is known by its labels: the tags,
@@ -5042,7 +4897,7 @@ def _intersection(chosen: Sequence[int], posting: Sequence[int], budget: Budget)
 
 
 # ==================================================================================================
-# 18. Chunks
+# 17. Chunks
 # ==================================================================================================
 #
 # A chunk is up to 1,024 samples of one series as few bytes. The problem: series compress well, as
@@ -5313,7 +5168,7 @@ def concatenated(code: str, parts: Sequence[Any]) -> Any:
 
 
 # ==================================================================================================
-# 19. Memtable
+# 18. Memtable
 # ==================================================================================================
 #
 # The problem: what was pushed lately changes all the time, and is asked for most. The idea: series
@@ -5656,7 +5511,7 @@ class Memtable:
 
 
 # ==================================================================================================
-# 20. Blocks
+# 19. Blocks
 # ==================================================================================================
 #
 # A memtable that is no longer pushed to becomes a block: a file that never changes. The problem: a
@@ -5974,7 +5829,7 @@ class Block:
 
 
 # ==================================================================================================
-# 21. Store
+# 20. Store
 # ==================================================================================================
 #
 # The idea is that of a log-structured merge tree. Lines of the log go into a memtable. From time to
@@ -6656,7 +6511,7 @@ class Store:
 
 
 # ==================================================================================================
-# 22. Query language
+# 21. Query language
 # ==================================================================================================
 #
 # The problem: PromQL is the language that Grafana and every Prometheus client speak. The idea: text
@@ -6908,7 +6763,7 @@ COMPARE: dict[str, Callable[[float, float], bool]] = {
 
 
 # ==================================================================================================
-# 23. Query text
+# 22. Query text
 # ==================================================================================================
 #
 # Numbers, durations and strings as PromQL writes them, read and written; and a tree as text, on one
@@ -7211,7 +7066,7 @@ def _matching_text(matching: Matching) -> str:
 
 
 # ==================================================================================================
-# 24. Query tokens
+# 23. Query tokens
 # ==================================================================================================
 #
 # The words that a query is made of, and how far a parser has read them. A colon is the one that
@@ -7329,7 +7184,7 @@ class _Tokens:
 
 
 # ==================================================================================================
-# 25. Query parser
+# 24. Query parser
 # ==================================================================================================
 #
 # Recursive descent with precedence climbing: each rule of the grammar is one function over the
@@ -7710,7 +7565,7 @@ def _check_type(tokens: _Tokens, node: Node, expected: str, where: str) -> None:
 
 
 # ==================================================================================================
-# 26. Query functions
+# 25. Query functions
 # ==================================================================================================
 #
 # What the functions and aggregations of PromQL compute: floats in, a float out. They know nothing
@@ -7989,7 +7844,7 @@ def _clamped(value: float, least: float, most: float) -> float | None:
 
 
 # ==================================================================================================
-# 27. Columns
+# 26. Columns
 # ==================================================================================================
 #
 # The problem: to evaluate a tree for hundreds of steps of a graph at once, without numpy. The idea:
@@ -8168,7 +8023,7 @@ class _Ranges(NamedTuple):
 
 
 # ==================================================================================================
-# 28. Range functions
+# 27. Range functions
 # ==================================================================================================
 #
 # What functions make of the windows of a range vector. All but the values is shared by series with
@@ -8449,7 +8304,7 @@ def _predictions(limits: _Limits, steps: Sequence[int], ahead_s: Sequence[float]
 
 
 # ==================================================================================================
-# 29. Aggregation
+# 28. Aggregation
 # ==================================================================================================
 #
 # Columns become groups by their labels, and the columns of a group are aggregated row by row: what
@@ -8562,7 +8417,7 @@ def _value_counts(
 
 
 # ==================================================================================================
-# 30. Vector matching
+# 29. Vector matching
 # ==================================================================================================
 #
 # The operators between two vectors: series of both sides find each other by their labels, step by
@@ -8710,7 +8565,7 @@ def _result_labels(node: Binary, many: dict[str, str], one: dict[str, str]) -> d
 
 
 # ==================================================================================================
-# 31. Evaluation
+# 30. Evaluation
 # ==================================================================================================
 #
 # The tree is walked once: each node gives its columns, for all steps at once. A subquery is
@@ -8932,7 +8787,7 @@ _Evaluate = Callable[[_Evaluator, tuple[Node, ...]], list[Column]]
 
 
 # ==================================================================================================
-# 32. Functions of PromQL
+# 31. Functions of PromQL
 # ==================================================================================================
 #
 # A function of PromQL takes nodes and makes columns: most evaluate their arguments and apply a
@@ -9251,7 +9106,7 @@ _FUNCTIONS: dict[str, _Evaluate] = {
 
 
 # ==================================================================================================
-# 33. Query engine
+# 32. Query engine
 # ==================================================================================================
 #
 # The engine evaluates a text at one time or over a range. It needs no store, only a function that
@@ -9391,7 +9246,7 @@ def _matrix(series: Iterable[Series]) -> MatrixResult:
 
 
 # ==================================================================================================
-# 34. Query API
+# 33. Query API
 # ==================================================================================================
 #
 # What the engine can do, as Prometheus's HTTP API offers it: Grafana and other clients speak it.
@@ -9744,7 +9599,7 @@ def _points_json(template: str, values: "array[float]") -> str:
 
 
 # ==================================================================================================
-# 35. Store process
+# 34. Store process
 # ==================================================================================================
 #
 # The problem: whoever holds the interpreter lock stops everybody, and a query, a sealed chunk or a
@@ -10384,7 +10239,7 @@ def only_one(path: str, flags: int) -> Iterator[None]:
 
 
 # ==================================================================================================
-# 36. Store client
+# 35. Store client
 # ==================================================================================================
 #
 # The front's end of the store process. A follower is a process that follows the log; the front
@@ -10731,7 +10586,7 @@ _STORE_STATISTICS = (
 
 
 # ==================================================================================================
-# 37. Scalars of YAML
+# 36. Scalars of YAML
 # ==================================================================================================
 #
 # The problem: rule files are YAML, the standard library reads none, and all of YAML is far more
@@ -10994,7 +10849,7 @@ def _block_scalar(src: YamlDocument, position: int, indent: int) -> tuple[YamlSc
 
 
 # ==================================================================================================
-# 38. YAML
+# 37. YAML
 # ==================================================================================================
 #
 # Maps and lists in block and flow style, anchors, aliases and merges. What is left out (tags,
@@ -11275,7 +11130,7 @@ def _flow_comma(src: YamlDocument, position: int, bracket: str) -> int:
 
 
 # ==================================================================================================
-# 39. Fields
+# 38. Fields
 # ==================================================================================================
 #
 # The problem: whoever writes a file wants to know everything that is wrong with it, and where. The
@@ -11387,7 +11242,7 @@ def _read_duration_ms(text: str) -> int:
 
 
 # ==================================================================================================
-# 40. Rule files
+# 39. Rule files
 # ==================================================================================================
 #
 # The problem: rules are written for Prometheus, and a fault in an expression should be known before
@@ -11573,7 +11428,7 @@ class _RuleReader(FieldReader):
 
 
 # ==================================================================================================
-# 41. Values of templates
+# 40. Values of templates
 # ==================================================================================================
 #
 # The problem: what a template prints must not differ by a character from what Go prints. The idea:
@@ -11794,7 +11649,7 @@ _METHODS = {datetime.datetime: _TIME_METHODS, datetime.timedelta: _DURATION_METH
 
 
 # ==================================================================================================
-# 42. Formats of templates
+# 41. Formats of templates
 # ==================================================================================================
 #
 # What `printf` and `print` write, for every verb, flag and kind of value: Go's fmt package once
@@ -12158,7 +12013,7 @@ def _printed(*values: Any) -> str:
 
 
 # ==================================================================================================
-# 43. Functions of templates
+# 42. Functions of templates
 # ==================================================================================================
 #
 # What every template may call: the functions that Go has. A function is a row with the types of its
@@ -12325,7 +12180,7 @@ _GO_FUNCTIONS = {
 
 
 # ==================================================================================================
-# 44. Functions of alerts
+# 43. Functions of alerts
 # ==================================================================================================
 #
 # The functions that Prometheus adds for rules, and those that Alertmanager adds for notifications.
@@ -12647,7 +12502,7 @@ NOTIFICATION_FUNCTIONS = _COMMON_FUNCTIONS | {
 
 
 # ==================================================================================================
-# 45. Template items
+# 44. Template items
 # ==================================================================================================
 #
 # The problem: labels and annotations of alerts, and what is sent to a webhook, are templates of
@@ -12830,7 +12685,7 @@ def _number_value(text: str) -> int | float:
 
 
 # ==================================================================================================
-# 46. Template parser
+# 45. Template parser
 # ==================================================================================================
 #
 # Items become a tree, and the next chapter walks over the tree. What `text` holds in a node is what
@@ -13214,7 +13069,7 @@ def _is_blank(statements: list[_Statement]) -> bool:
 
 
 # ==================================================================================================
-# 47. Templates
+# 46. Templates
 # ==================================================================================================
 #
 # A walk over the tree prints, and each step is Go's. What a label holds is printed and never read
@@ -13571,7 +13426,7 @@ class _TemplateRun:
 
 
 # ==================================================================================================
-# 48. Alerting
+# 47. Alerting
 # ==================================================================================================
 #
 # The problem: whether something is wrong is asked again and again, and what was found must neither
@@ -14214,7 +14069,7 @@ def _page_of(groups: list[dict[str, Any]], limit_text: str, token: str) -> dict[
 
 
 # ==================================================================================================
-# 49. Rule tests
+# 48. Rule tests
 # ==================================================================================================
 #
 # The problem: a rule that was never seen to fire is a guess. The idea: evaluate rules as the
@@ -14738,7 +14593,7 @@ def firing_bar(times: Iterable[tuple[int, int]], start_ms: int, end_ms: int) -> 
 
 
 # ==================================================================================================
-# 50. Alerts and routes
+# 49. Alerts and routes
 # ==================================================================================================
 #
 # The problem: hundreds of alerts fire at once, and each is for somebody else. The idea is that of
@@ -14877,7 +14732,7 @@ def route_key(parent_key: str | None, matchers: Iterable[Matcher]) -> str:
 
 
 # ==================================================================================================
-# 51. Notification configuration
+# 50. Notification configuration
 # ==================================================================================================
 #
 # The problem: who is told what stands in a file, credentials included, and people have such files
@@ -15375,7 +15230,7 @@ class _ConfigReader(FieldReader):
 
 
 # ==================================================================================================
-# 52. Notification
+# 51. Notification
 # ==================================================================================================
 #
 # The problem: each firing and each resolve is told once, although alerts come in again every
@@ -15922,7 +15777,7 @@ def _merged(old: Alert, new: Alert, now: float) -> Alert:
 
 
 # ==================================================================================================
-# 53. Receivers
+# 52. Receivers
 # ==================================================================================================
 #
 # The problem: a notification has to reach a service that may be slow, gone or wrong about what it
@@ -16394,7 +16249,7 @@ _CLIENT_STATISTICS: tuple[tuple[str, str, str, Callable[[_Queue], float]], ...] 
 
 
 # ==================================================================================================
-# 54. Alertmanager API
+# 53. Alertmanager API
 # ==================================================================================================
 #
 # The problem: people silence alerts with amtool, look at them in Grafana, and another Prometheus
@@ -16737,7 +16592,7 @@ def _silence_json(silence: Silence, now: float) -> dict[str, Any]:
 
 
 # ==================================================================================================
-# 55. Watcher process
+# 54. Watcher process
 # ==================================================================================================
 #
 # The problem: 200 heavy rules must not slow a POST, a receiver that hangs must not hold up a rule,
@@ -17411,7 +17266,7 @@ def watch_main(arguments: list[str]) -> int:
 
 
 # ==================================================================================================
-# 56. Watcher client
+# 55. Watcher client
 # ==================================================================================================
 #
 # The front's end of the watcher: it gives the watcher connections to this server, hands over what
@@ -17510,7 +17365,7 @@ EMPTY_WATCHER = {
 
 
 # ==================================================================================================
-# 57. Saved dashboards
+# 56. Saved dashboards
 # ==================================================================================================
 #
 # The problem: a view that was worth arranging is worth keeping and sharing. The idea: JSON files
@@ -17626,7 +17481,7 @@ def read_dashboards(folder: str) -> dict[str, Any]:
 
 
 # ==================================================================================================
-# 58. Dashboard: queries
+# 57. Dashboard: queries
 # ==================================================================================================
 #
 # The problem: whoever pushed something wants to look at it without installing anything. The idea:
@@ -17952,7 +17807,7 @@ function nameSeries(series) {
 
 
 # ==================================================================================================
-# 59. Dashboard: charts
+# 58. Dashboard: charts
 # ==================================================================================================
 #
 # A chart is a picture on a canvas, drawn anew only when its values or its size change; cursor, tip
@@ -18301,7 +18156,7 @@ function hideCursors() {
 
 
 # ==================================================================================================
-# 60. Dashboard: panels
+# 59. Dashboard: panels
 # ==================================================================================================
 #
 # A panel is a chart with its title, its current value, a legend and a table. It asks while it is
@@ -18563,7 +18418,7 @@ async function completions(before) {
 
 
 # ==================================================================================================
-# 61. Dashboard: views
+# 60. Dashboard: views
 # ==================================================================================================
 #
 # A view is a function that makes its elements once and tells how they are brought up to date:
@@ -18922,7 +18777,7 @@ render();
 
 
 # ==================================================================================================
-# 62. Dashboard: page
+# 61. Dashboard: page
 # ==================================================================================================
 #
 # The document that holds the script, and how it is served. Names and tags are the text of
@@ -19157,7 +19012,7 @@ def dashboard_routes(folder: str | None) -> dict[str, dict[str, Handler]]:
 
 
 # ==================================================================================================
-# 63. Remote write
+# 62. Remote write
 # ==================================================================================================
 #
 # The problem: who outgrows one machine has an engine for many, and it wants samples in a protocol
@@ -19515,102 +19370,76 @@ def _retry_after_s(text: str) -> float | None:
 
 
 # ==================================================================================================
-# 64. Sender process
+# 63. Log reader
 # ==================================================================================================
 #
 # The problem: every sample of the log is to reach a receiver, whatever dies in between and however
-# long the receiver is away; and nothing that takes batches in may wait for it. The idea: the log is
-# the queue. A process of its own, the sender, follows the log as the store does; a request holds
-# what one piece of the log holds, and a small file, the checkpoint, says how far the receiver has
-# taken it. The end of a piece is noted before it is sent: after a crash the very same request goes
-# out again, and a receiver that has it refuses it, or keeps the same samples once more. Nothing is
-# copied into another queue, so a backlog costs no memory. Each receiver has a sender of its own.
-# What it costs: at least once, not exactly once; and parts of the log stay until they are taken, or
-# until the backlog is too long.
-#
-# A sender may end at any step. So an alarm, whatever the sender waits for, hears the front, says
-# how it is, and ends the process when the front is gone.
+# long the receiver is away. The idea: the log is the queue. A request holds what one piece of the
+# log holds, and a small file, the checkpoint, says how far the receiver has taken it. The end of a
+# piece is noted before it is sent: after a crash the very same request goes out again, and a
+# receiver that has it refuses it, or keeps the same samples once more. Nothing is copied into
+# another queue, so a backlog costs no memory. What it costs: at least once, not exactly once; and
+# parts of the log stay until they are taken.
 
 PIECE_BYTES = 2 * 1024 * 1024  # of the log in one request: 10,000 lines of 200 bytes
-GATHER_S = 1.0  # an idle sender sends what came in so long
-LOOK_S = 0.25  # how often the alarm rings
-SENDER_FIRST_RETRY_S, SENDER_LONGEST_RETRY_S = (
-    0.03,
-    5.0,
-)  # waits between attempts: doubled, and a little random
-SPLIT_REQUESTS = 64  # at most so many to find which samples a receiver refuses
-COMPLAINT_S = 60.0  # a receiver is not complained of again before
-METADATA_S = 60.0  # how often types are sent
-BACKLOG_BYTES = 10 * 1024**3
-KEPT_FILES = 16  # of the log, for a sender that dies
 CHECKED_BYTES = 256  # by so many a file is known again
-AGENT_SEGMENT_BYTES = 64 * 1024 * 1024
 
 
-class SenderOptions(NamedTuple):
-    """What a sender process is told at its start."""
+class LogReader(FollowedLog):
+    """The log as a receiver takes it: from its checkpoint on, of which a file at `path` tells.
 
-    folder: str
-    url: str
-    headers: Sequence[str] = ()
-    ca: str | None = None
-    external_labels: Sequence[tuple[str, str]] = ()
-    names: str = "underscore"
-    backlog_bytes: int = BACKLOG_BYTES
-
-    @property
-    def checkpoint(self) -> str:
-        """The path of the receiver's checkpoint. A new password is no new receiver."""
-        parts = urllib.parse.urlsplit(self.url)
-        identity = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
-        digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
-        return os.path.join(self.folder, f"remote-write-{digest}.json")
-
-
-class _GivenUp(Exception):
-    """What was being sent is left behind: the backlog is too long."""
-
-
-class _Stopped(Exception):
-    """The front said stop, and there is no time for more attempts."""
-
-
-class LogReader:
-    """Reads what a receiver has not taken of the log, and notes how far it has.
-
-    Its files are the segments behind the checkpoint, then the file that is followed and all after
-    it. `piece_bytes` is how much is read at once.
+    Its files are the segments behind the checkpoint, then those that the front tells of.
+    `piece_bytes` is how much is read at once.
     """
 
-    def __init__(self, folder: str, path: str, log: FollowedLog, piece_bytes: int = PIECE_BYTES):
-        self._folder, self._path, self._log = folder, path, log
-        self._piece_bytes = piece_bytes
+    def __init__(self, folder: str, path: str, piece_bytes: int = PIECE_BYTES):
+        super().__init__(piece_bytes)
+        self._folder, self._path = folder, path
         self.checkpoint = Checkpoint.read(path)
-        self._older: deque[tuple[str, int]] = deque()  # files before the followed one: path, size
-        self._tail, self._size = log.tail, 0  # the size of an older file
+        self._older: deque[str] = deque()  # paths of files before those that the front told of
         self._repeat_to = 0  # the end of a request that was under way when a sender ended
 
     def begin(self) -> None:
         """Find where to go on; the front has told of the files that it has open."""
-        log = self._log
-        log.next_file()
         taken = range(1, self.checkpoint.segment + 1)
-        while not log.is_in_last_file and segment_of(self._folder, log.tail.descriptor)[0] in taken:
-            os.close(log.next_file())
-        paths = self._segments_before(log.descriptors)
+        while len(self._next) > 1 and segment_of(self._folder, self._next[0][1])[0] in taken:
+            os.close(self._next.popleft()[1])
+        descriptors = [descriptor for _, descriptor in list(self._next)]
+        paths = self._segments_before(descriptors)
         if paths and self._is_known(paths[0]):
             pass
-        elif any(map(self._is_known, log.descriptors)):
+        elif any(map(self._is_known, descriptors)):
             paths = []
-            while not self._is_known(log.tail.descriptor):
-                os.close(log.next_file())
+            while not self._is_known(self._next[0][1]):
+                os.close(self._next.popleft()[1])
         else:
             paths = self._with_renamed(paths)
-        self._older.extend((path, os.stat(path).st_size) for path in paths)
-        self._open()
-        self._tail.position = self.checkpoint.offset
+        self._read_first(paths)
+        self.next_file()
+        self.tail.position = self.checkpoint.offset
         if self.checkpoint.end > self.checkpoint.offset:
             self._repeat_to = self.checkpoint.end
+
+    def _read_first(self, paths: list[str]) -> None:
+        """Put older files before those that the front told of."""
+        ends = [0, *(os.stat(path).st_size for path in paths)]
+        first, descriptor = self._next.popleft()
+        self._next.appendleft((first._replace(size_bytes=ends.pop()), descriptor))
+        for number, end in enumerate(reversed(ends), 2):
+            self._next.appendleft((Position(-number, end), -1))
+        self._older.extend(paths)
+
+    def next_file(self) -> int:
+        if self._older:
+            # Opened only now: there may be more of them than a process may have open.
+            path, flags = self._older.popleft(), os.O_RDONLY | os.O_CLOEXEC
+            try:
+                descriptor = os.open(path, flags)
+            except FileNotFoundError:
+                logger.error("%s is gone before it was sent", path)
+                descriptor = os.open(os.devnull, flags)
+            self._next[0] = (self._next[0][0], descriptor)
+        return super().next_file()
 
     def _segments_before(self, descriptors: list[int]) -> list[str]:
         """Segments behind the checkpoint, and before files that are open already."""
@@ -19649,79 +19478,101 @@ class LogReader:
         self.checkpoint = Checkpoint(self.checkpoint.segment)
         return paths
 
-    def _open(self) -> None:
-        """Go on with the next of the older files, or with the followed one."""
-        while self._older:
-            path, self._size = self._older.popleft()
-            try:
-                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            except FileNotFoundError:
-                logger.error("%s is gone before it was sent", path)
-                continue
-            self._tail = LogTail(descriptor, piece_bytes=self._piece_bytes)
-            return
-        self._tail = self._log.tail
-
-    @property
-    def _limit(self) -> int:
-        """How far the file may be read."""
-        return self._log.limit if self._tail is self._log.tail else self._size
-
     def read(self) -> bytes:
-        """The next lines, which `is_taken` is to follow; b"" where there are none for now."""
+        """The next lines, which `note` is to follow; b"" where there are none for now."""
         end, self._repeat_to = self._repeat_to, 0
-        if lines := self._tail.read(min(end, self._limit)):
-            return lines
-        while True:
-            if lines := self._tail.read(self._limit):
-                return lines
-            if self._tail is self._log.tail and not self._log.has_next_file:
-                return b""
-            self._next_file()
+        lines = self.tail.read(min(end, self.limit)) or self.tail.read(self.limit)
+        while not lines and self.has_next_file:
+            self._leave_file()
+            lines = self.tail.read(self.limit)
+        return lines
 
     def note(self, lines: bytes, is_taken: bool) -> None:
         """Note that the lines that were read are being sent, or are taken."""
-        end = self._tail.position
+        end = self.tail.position
         offset = end if is_taken else end - len(lines)
-        check = self._check(self._tail.descriptor, end)
+        check = self._check(self.tail.descriptor, end)
         self._write(Checkpoint(self.checkpoint.segment, offset, end, check))
 
     def _write(self, checkpoint: Checkpoint) -> None:
         checkpoint.write(self._path)
         self.checkpoint = checkpoint
 
-    def _next_file(self) -> None:
-        number, _ = segment_of(self._folder, self._tail.descriptor)
-        segment = number or self.checkpoint.segment
-        followed = self._tail is self._log.tail
-        os.close(self._log.next_file() if followed else self._tail.descriptor)
-        self._write(Checkpoint(segment))
-        self._open()
-
-    @property
-    def file(self) -> int:
-        """The number of the followed file that is read now; -1 before there is any."""
-        return self._log.file if self._tail is self._log.tail else -1
+    def _leave_file(self) -> None:
+        segment, _ = segment_of(self._folder, self.tail.descriptor)
+        os.close(self.next_file())
+        self._write(Checkpoint(segment or self.checkpoint.segment))
 
     @property
     def pending_bytes(self) -> int:
         """How much of the log the receiver has not taken."""
-        total = self._log.left_bytes + sum(size for _, size in self._older)
-        if self._tail is not self._log.tail:
-            total += self._size
-        return max(0, total - self.checkpoint.offset)
+        return max(0, self.left_bytes - self.checkpoint.offset)
 
     def give_up(self) -> int:
         """Leave what is left of the oldest file behind, if it grows no more; how many lines it
         was.
         """
-        if self._tail is self._log.tail and self._log.is_in_last_file:
+        if self.is_in_last_file:
             return 0
-        file, lost = LogTail(self._tail.descriptor, self.checkpoint.offset), 0
-        while lines := file.read(self._limit):
+        rest, lost = LogTail(self.tail.descriptor, self.checkpoint.offset), 0
+        while lines := rest.read(self.limit):
             lost += lines.count(b"\n")
-        self._next_file()
+        self._leave_file()
         return lost
+
+
+# ==================================================================================================
+# 64. Sender process
+# ==================================================================================================
+#
+# The problem: nothing that takes batches in may wait for a receiver. The idea: a process of its
+# own, the sender, follows the log as the store does, and sends what it reads. Each receiver has a
+# sender of its own. What it costs: parts of the log stay until they are taken, or until the backlog
+# is too long.
+#
+# A sender may end at any step. So an alarm, whatever the sender waits for, hears the front, says
+# how it is, and ends the process when the front is gone.
+
+GATHER_S = 1.0  # an idle sender sends what came in so long
+LOOK_S = 0.25  # how often the alarm rings
+# Waits between attempts: doubled, and a little random.
+SENDER_FIRST_RETRY_S, SENDER_LONGEST_RETRY_S = 0.03, 5.0
+SPLIT_REQUESTS = 64  # at most so many to find which samples a receiver refuses
+COMPLAINT_S = 60.0  # a receiver is not complained of again before
+METADATA_S = 60.0  # how often types are sent
+BACKLOG_BYTES = 10 * 1024**3
+KEPT_FILES = 16  # of the log, for a sender that dies
+AGENT_SEGMENT_BYTES = 64 * 1024 * 1024
+_NEWEST_READ = "highest_timestamp_in_seconds"
+_NEWEST_TAKEN = "queue_highest_sent_timestamp_seconds"
+
+
+class SenderOptions(NamedTuple):
+    """What a sender process is told at its start."""
+
+    folder: str
+    url: str
+    headers: Sequence[str] = ()
+    ca: str | None = None
+    external_labels: Sequence[tuple[str, str]] = ()
+    names: str = "underscore"
+    backlog_bytes: int = BACKLOG_BYTES
+
+    @property
+    def checkpoint(self) -> str:
+        """The path of the receiver's checkpoint. A new password is no new receiver."""
+        parts = urllib.parse.urlsplit(self.url)
+        identity = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+        digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
+        return os.path.join(self.folder, f"remote-write-{digest}.json")
+
+
+class _GivenUp(Exception):
+    """What was being sent is left behind: the backlog is too long."""
+
+
+class _Stopped(Exception):
+    """The front said stop, and there is no time for more attempts."""
 
 
 class Sender:
@@ -19732,8 +19583,7 @@ class Sender:
         control.setblocking(False)
         self._receiver = Receiver(options.url, options.headers, options.ca)
         self._encoder = WriteRequestEncoder(dict(options.external_labels), options.names)
-        self._log = FollowedLog(PIECE_BYTES)
-        self._reader = LogReader(options.folder, options.checkpoint, self._log)
+        self._log = LogReader(options.folder, options.checkpoint)
         self._stopping = self._has_begun = False
         self._said: deque[str] = deque()  # lines for the front; the alarm sends them
         self._unsent = b""
@@ -19751,7 +19601,7 @@ class Sender:
         self._look()
         while not self._has_begun:
             self._pause(LOOK_S)
-        self._reader.begin()
+        self._log.begin()
         with contextlib.suppress(_Stopped):
             while True:
                 size = self._send_piece()
@@ -19798,14 +19648,14 @@ class Sender:
             self._unsent = self._unsent[self._control.send(self._unsent) :]
 
     def _status(self) -> dict[str, Any]:
-        pending_bytes = self._reader.pending_bytes
+        pending_bytes = self._log.pending_bytes
         return {
             "error": self._error,
-            "file": self._reader.file,
+            "file": self._log.file,
             "pending_bytes": pending_bytes,
             "samples_pending": math.ceil(pending_bytes / self._line_bytes),
-            "highest_s": self._newest_ms / 1000,
-            "highest_sent_s": self._newest_taken_ms / 1000,
+            _NEWEST_READ: self._newest_ms / 1000,
+            _NEWEST_TAKEN: self._newest_taken_ms / 1000,
             "counts": dict(self._counts),
         }
 
@@ -19826,15 +19676,15 @@ class Sender:
 
     def _send_piece(self) -> int:
         """Send the next piece of the log; how many bytes it had."""
-        known = self._reader.checkpoint
+        known = self._log.checkpoint
         self._maybe_taken = known.end > known.offset  # a sender ended before it had the answer
         try:
             self._give_up_beyond_backlog()
-            lines = self._reader.read()
+            lines = self._log.read()
             if lines:
-                self._reader.note(lines, is_taken=False)
+                self._log.note(lines, is_taken=False)
                 self._deliver(lines)
-                self._reader.note(lines, is_taken=True)
+                self._log.note(lines, is_taken=True)
                 self._send_metadata()
         except _GivenUp:
             return PIECE_BYTES
@@ -19896,9 +19746,9 @@ class Sender:
                 raise _Stopped
 
     def _give_up_beyond_backlog(self) -> None:
-        if self._reader.pending_bytes <= self._options.backlog_bytes:
+        if self._log.pending_bytes <= self._options.backlog_bytes:
             return
-        if lost := self._reader.give_up():
+        if lost := self._log.give_up():
             self._counts["samples_dropped_total"] += lost
             message = "%d samples are not sent to %s: the backlog is too long"
             logger.error(message, lost, self._receiver.name)
@@ -19965,29 +19815,19 @@ class SenderClient:
         return f"{behind}; {self._status['error']}" if self._status["error"] else behind
 
 
-# Number of a sender, its name behind "remote_storage_", type and help.
+# Numbers of a sender: each has a name behind "remote_storage_", a type and a help.
 _SENDER_STATISTICS = (
-    ("samples_total", "", "counter", "Samples that the receiver has taken."),
-    ("samples_failed_total", "", "counter", "Samples that the receiver refused."),
-    ("samples_retried_total", "", "counter", "Samples of requests that were sent again."),
-    ("samples_dropped_total", "", "counter", "Samples given up, as the backlog was too long."),
-    ("samples_pending", "", "gauge", "About how many samples wait to be sent."),
-    ("pending_bytes", "", "gauge", "How much of the log waits to be sent."),
-    (
-        "highest_s",
-        "highest_timestamp_in_seconds",
-        "gauge",
-        "The newest time of a sample that was read from the log.",
-    ),
-    (
-        "highest_sent_s",
-        "queue_highest_sent_timestamp_seconds",
-        "gauge",
-        "The newest time of a sample that the receiver has taken.",
-    ),
-    ("bytes_total", "", "counter", "Bytes of requests that the receiver has answered."),
-    ("sent_batch_duration_seconds_sum", "", "counter", "Time spent on requests."),
-    ("sent_batch_duration_seconds_count", "", "counter", "Requests, those sent again included."),
+    ("samples_total", "counter", "Samples that the receiver has taken."),
+    ("samples_failed_total", "counter", "Samples that the receiver refused."),
+    ("samples_retried_total", "counter", "Samples of requests that were sent again."),
+    ("samples_dropped_total", "counter", "Samples given up, as the backlog was too long."),
+    ("samples_pending", "gauge", "About how many samples wait to be sent."),
+    ("pending_bytes", "gauge", "How much of the log waits to be sent."),
+    (_NEWEST_READ, "gauge", "The newest time of a sample that was read from the log."),
+    (_NEWEST_TAKEN, "gauge", "The newest time of a sample that the receiver has taken."),
+    ("bytes_total", "counter", "Bytes of requests that the receiver has answered."),
+    ("sent_batch_duration_seconds_sum", "counter", "Time spent on requests."),
+    ("sent_batch_duration_seconds_count", "counter", "Requests, those sent again included."),
 )
 
 
@@ -20000,8 +19840,8 @@ def add_senders(service: Service, targets: Iterable[SenderOptions]) -> list[Foll
     def numbers(key: str) -> Callable[[], dict[str, float]]:
         return lambda: {client.name: client.number(key) for client in clients}
 
-    for key, own_name, type_, help_ in _SENDER_STATISTICS:
-        name = f"remote_storage_{own_name or key}"
+    for key, type_, help_ in _SENDER_STATISTICS:
+        name = f"remote_storage_{key}"
         service.statistics.add(name, type_, help_, numbers(key), f"prometheus_{name}", "url")
     service.health_facts.append(
         lambda: {"remote_write": {client.name: client.state for client in clients}}
