@@ -10,6 +10,7 @@ import ast
 import base64
 import bisect
 import contextlib
+import csv
 import datetime
 import doctest
 import email
@@ -21,6 +22,7 @@ import gzip
 import hashlib
 import http.client
 import http.server
+import io
 import itertools
 import json
 import math
@@ -44,6 +46,7 @@ import tracemalloc
 import types
 import unicodedata
 import urllib.parse
+import zoneinfo
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
@@ -12378,8 +12381,6 @@ def test_files_of_the_watcher_that_can_not_be_used_are_told_before_anything_runs
 # Saved dashboards
 # ==================================================================================================
 
-PAGE_LIMIT_BYTES = 20_000
-HOSTILE = "</script><img src=x onerror=\"document.title='hostile'\">'\u202e{{x}}$window"
 HOST_DASHBOARD = {
     "title": "Load of a host",
     "variables": [{"name": "host", "tag": "host", "metric": "load1"}],
@@ -12388,89 +12389,6 @@ HOST_DASHBOARD = {
         {"title": "Requests", "query": "sum(rate(requests_total[$window]))", "unit": "/s"},
     ],
 }
-
-
-def page_of(folder: Path, **headers: str) -> Answer:
-    service = a_service(folder / str(len(list(folder.iterdir()))))
-    service.add_routes(metricstream.dashboard_routes(None))
-    reader = RequestReader()
-    fields = [f"{name.replace('_', '-')}: {value}".encode() for name, value in headers.items()]
-    reader.feed(get(b"/", *fields))
-    request = reader.next_request()
-    assert request is not None
-    response = service.answer(request, "peer", 0.0).response
-    assert response is not None
-    head, _, body = response.encode(b"", b"").partition(b"\r\n\r\n")
-    status_line, *lines = head.decode().split("\r\n")
-    return Answer(int(status_line.split()[1]), dict(line.split(": ", 1) for line in lines), body)
-
-
-def test_the_page_is_one_small_document_that_refers_to_nothing_else(tmp_path):
-    answer = page_of(tmp_path, Accept_Encoding="gzip, br")
-    page = gzip.decompress(answer.body).decode()
-    assert answer.status == 200 and len(answer.body) <= PAGE_LIMIT_BYTES
-    assert answer.headers["Content-Encoding"] == "gzip"
-    assert set(re.findall(r"https?://[^\s'\"]+", page)) == set()
-    icon = f"data:image/svg+xml,{urllib.parse.quote(metricstream.ICON)}"
-    assert re.findall(r'(?:src|href)="([^"]*)"', page) == [icon, "#", icon] and "url(" not in page
-    assert "innerHTML" not in page and "%STYLE%" not in page and "%" + "SCRIPT%" not in page
-
-
-def test_the_page_has_only_short_lines():
-    sources = (metricstream.PAGE, metricstream.STYLE, metricstream.SCRIPT)
-    assert max(len(line) for source in sources for line in source.splitlines()) <= 100
-
-
-def test_the_policy_allows_what_stands_in_the_page_and_nothing_else(tmp_path):
-    answer = page_of(tmp_path)
-    page, policy = answer.body.decode(), answer.headers["Content-Security-Policy"]
-    directives = dict(part.split(" ", 1) for part in policy.split("; "))
-    for tag, directive in (("script", "script-src"), ("style", "style-src")):
-        [inline] = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-        digest = base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()
-        assert directives.pop(directive) == f"'sha256-{digest}'"
-    assert directives == {
-        "default-src": "'none'", "connect-src": "'self'", "img-src": "data:", "base-uri": "'none'",
-        "form-action": "'none'", "frame-ancestors": "'none'", "require-trusted-types-for": "'script'",
-    }  # fmt: skip
-    assert answer.headers["X-Content-Type-Options"] == "nosniff"
-    assert answer.headers["Referrer-Policy"] == "no-referrer"
-
-
-@pytest.mark.parametrize(("accepted", "is_zipped"), [
-    ("gzip", True), ("br;q=1.0, gzip;q=0.8", True), ("GZIP", True), ("", False), ("identity", False),
-    ("gzip;q=0", False), ("gzip; q=0.000, br", False), ("x-notgzip", False),
-])  # fmt: skip
-def test_the_page_is_zipped_for_those_who_take_it(tmp_path, accepted, is_zipped):
-    answer = page_of(tmp_path, Accept_Encoding=accepted)
-    assert answer.headers.get("Content-Encoding") == ("gzip" if is_zipped else None)
-    page = gzip.decompress(answer.body) if is_zipped else answer.body
-    assert page.decode() == metricstream.dashboard_page()
-
-
-def test_a_browser_that_has_the_page_gets_304(tmp_path):
-    whole = page_of(tmp_path, Accept_Encoding="gzip")
-    known = page_of(tmp_path, Accept_Encoding="gzip", If_None_Match=whole.headers["ETag"])
-    assert whole.headers["Cache-Control"] == "no-cache"
-    assert (known.status, known.body) == (304, b"") and known.headers == whole.headers
-    assert page_of(tmp_path, If_None_Match=whole.headers["ETag"]).status == 200  # not zipped
-
-
-@at_once()
-def test_the_page_is_at_the_root_alone_also_with_listed_clients_and_tls(tmp_path):
-    certificate, key = pem_files(tmp_path)
-    (tmp_path / "clients").write_text(KEY_LINE)
-    options = ["--clients", str(tmp_path / "clients"), "--tls-cert", certificate, "--tls-key", key]
-    with ServerProcess(tmp_path / "data", *options) as started:
-        def ask(path: str, **headers: str) -> http.client.HTTPResponse:
-            client = http.client.HTTPSConnection("localhost", started.port, context=trusting())
-            client.request("GET", path, headers=headers)
-            return client.getresponse()
-
-        page = ask("/", Accept="application/json").read().decode()
-        assert page == metricstream.dashboard_page()
-        assert ask("/?x=1").status == 200 and ask("/index.html").status == 404
-        assert ask("/favicon.ico").getheader("Content-Type") == "image/svg+xml"
 
 
 def dashboard_text(**changes: Any) -> str:
@@ -12519,7 +12437,11 @@ def test_the_dashboards_of_the_readme_are_good(tmp_path):
         assert metricstream.read_dashboard(example)["panels"]
 
 
-# ---- in a browser ----
+# ==================================================================================================
+# Dashboard: queries
+# ==================================================================================================
+
+HOSTILE = "</script><img src=x onerror=\"document.title='hostile'\">'\u202e{{x}}$window"
 
 
 class Browser:
@@ -12563,7 +12485,8 @@ class Browser:
     def devtools(self, command: str, **parameters: Any) -> Any:
         return self.ask("POST", "/goog/cdp/execute", cmd=command, params=parameters)
 
-    def open(self, port: int, state: str = "", *, width: int = 1280, scheme: str = "light") -> None:
+    def open(self, port: int, state: str = "", *, width: int = 1280, scheme: str = "light",
+             path: str = "") -> None:
         """Open the page in a state, anew."""
         self.devtools("Emulation.setEmulatedMedia",
                       features=[{"name": "prefers-color-scheme", "value": scheme}])  # fmt: skip
@@ -12572,7 +12495,7 @@ class Browser:
         self.ask("POST", "/url", url="about:blank")
         self.log("performance")
         self.log("browser")
-        self.ask("POST", "/url", url=f"http://127.0.0.1:{port}/#{state}")
+        self.ask("POST", "/url", url=f"http://127.0.0.1:{port}/{path}#{state}")
 
     def log(self, kind: str) -> list[dict]:
         return self.ask("POST", "/se/log", type=kind)
@@ -12674,6 +12597,7 @@ def pushed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
         *(sample for le, share in (("0.1", 0.5), ("1", 0.9), ("+Inf", 1.0)) for sample in
           series("took_seconds_bucket", lambda n, share=share: 100 * n * share, le=le)),
         *(({"__name__": "queue", "queue": f"q{n:02}"}, n, now_s - 5) for n in range(30)),
+        *series("spike_percent", lambda n: 100 if n == 130 else 1),
         ({"__name__": "deploy"}, 1, now_s - 1800),
         ({"__name__": HOSTILE, HOSTILE: HOSTILE}, 1, now_s - 5),
         ({"__name__": HOSTILE, HOSTILE: "x" * 1000}, 2, now_s - 5),
@@ -12715,15 +12639,102 @@ def test_counters_are_rates_and_histograms_quantiles_in_their_units(browser, pus
     assert browser.complaints() == []
 
 
-def test_search_filters_as_one_types(browser, pushed):
-    browser.open(pushed.port)
+def test_the_first_panels_are_drawn_before_the_last_are_asked_for(browser, pushed):
+    browser.open(pushed.port, "refresh=0")
     browser.wait_for_chart("load1: last")
-    browser.js("document.querySelector('[type=search]').focus()")
-    browser.type("LOAD")
-    browser.wait_for_text("1 of ")
-    assert "load1" in browser.text("main") and "torn_bytes" not in browser.text("main")
-    assert browser.js("return location.hash") == "#search=LOAD"
+    asked = browser.js("""return performance.getEntriesByType("resource").map(
+        ({name}) => name.slice(name.indexOf("/v1/") + 4))""")
+    before = asked[: asked.index("query_range")]
+    assert sorted(before[:3]) == ["metadata", "query", "rules?type=alert"]
+    assert len(before) <= 3 + 2 * 4  # the intervals of four panels
 
+
+def test_a_spike_between_two_steps_is_in_the_band_and_in_the_legend(browser, pushed):
+    browser.open(pushed.port, "view=query&range=24h&q=spike_percent")
+    browser.wait_for_chart("Result: last value spike_percent 1")
+    row = browser.js("return [...document.querySelectorAll('tbody td')].slice(0, 4)"
+                     ".map((cell) => cell.innerText.trim())")  # fmt: skip
+    assert row == ["spike_percent", "1", "1", "100"]  # name, last, min, max
+    tops = browser.js("""
+        const canvas = document.querySelector("canvas"), {width, height} = canvas;
+        const {data} = canvas.getContext("2d").getImageData(64, 30, width - 72, 1);
+        return Array.from({length: width - 72}, (_, x) => data[4 * x + 3] > 0)""")
+    assert 1 <= sum(tops) <= 8  # one step of 300 s in a day
+
+
+def test_queries_share_a_graph(browser, pushed):
+    browser.open(pushed.port, "view=query&q=sum(load1)")
+    browser.wait_for_chart("Result: last value sum(load1)")
+    browser.click("Add a query")
+    focus = "document.querySelector('#query-1')?.focus(); return document.activeElement.id"
+    eventually(lambda: browser.js(focus) == "query-1")
+    browser.type("max(queue)")
+    browser.key("Enter")
+    browser.wait_for_text("max(queue)", "table")
+    assert "sum(load1)" in browser.text("table") and browser.complaints() == []
+    assert browser.js("return location.hash") == "#view=query&q=sum%28load1%29&q=max%28queue%29"
+
+
+def test_the_state_is_in_the_url_and_back_and_reload_keep_it(browser, pushed):
+    browser.open(pushed.port, "view=metric&name=load1&by=host&range=6h&refresh=60&only=host%3Dweb1")
+    browser.wait_for_chart("load1: last value host=web1")
+    browser.ask("POST", "/refresh")
+    assert browser.wait_for_chart("load1: last").startswith("load1: last value host=web1")
+    chosen = "return [...document.querySelectorAll('header select')].map(({value}) => value)"
+    assert browser.js(chosen) == ["6h", "60"]
+    browser.click("MetricStream")
+    browser.wait_for_chart("torn_bytes: last")
+    browser.ask("POST", "/back")
+    assert browser.wait_for_chart("load1: last").startswith("load1: last value host=web1")
+    assert browser.complaints() == []
+
+
+def test_nothing_is_asked_while_the_tab_is_hidden(browser, tmp_path):
+    with ServerProcess(tmp_path) as started:
+        started.wait_for_store()
+        browser.open(started.port, "refresh=1")
+        browser.wait_for_text("No metrics yet")
+        size = browser.ask("POST", "/window/minimize")
+        try:
+            eventually(lambda: browser.js("return document.hidden"))
+            push(started.port, [({"__name__": "load1"}, 1, time.time())])
+            asked = "return performance.getEntriesByType('resource').length"
+            eventually(lambda: browser.js("return !updating"))
+            before = browser.js(asked)
+            browser.js("refreshedAt = 0; return refresh()")
+            assert browser.js(asked) == before
+        finally:
+            browser.ask("POST", "/window/rect", **size)
+        browser.wait_for_chart("load1: last")  # at once, and by itself
+
+
+@pytest.mark.parametrize("zone", ["Europe/Berlin", "America/New_York", "Asia/Kolkata"])
+def test_times_are_local_on_both_sides_of_a_change_of_the_clocks(browser, pushed, zone):
+    # 2026-10-20 to 2026-11-05: both Europe and America change their clocks in between.
+    start, end = 1_792_486_800, 1_793_869_200
+    browser.open(pushed.port)
+    browser.devtools("Emulation.setTimezoneOverride", timezoneId=zone)
+    try:
+        browser.ask("POST", "/url", url="about:blank")
+        browser.ask("POST", "/url", url=f"http://127.0.0.1:{pushed.port}/#range={start}-{end}")
+        fields = "return [...document.querySelectorAll('[type=datetime-local]')].map(({value}) => value)"
+        shown = eventually(lambda: browser.js(fields))
+        tz = zoneinfo.ZoneInfo(zone)
+        local = [datetime.datetime.fromtimestamp(at, tz).strftime("%Y-%m-%dT%H:%M") for at in (start, end)]
+        assert [value[:16] for value in shown] == local
+        browser.click("Show")
+        assert browser.js("return location.hash") == f"#range={start}-{end}"
+        ticks = browser.js("return timeTicks(arguments[0], arguments[1], 1200)", start, end)
+        for at, text in ticks:
+            there = datetime.datetime.fromtimestamp(at, tz)
+            assert (there.hour, there.minute) == (0, 0) and text == f"{there:%b} {there.day}"
+    finally:
+        browser.devtools("Emulation.setTimezoneOverride", timezoneId="")
+
+
+# ==================================================================================================
+# Dashboard: charts
+# ==================================================================================================
 
 def test_a_gap_is_background_and_a_lone_point_a_dot(browser, pushed):
     browser.open(pushed.port, "search=torn")
@@ -12734,30 +12745,6 @@ def test_a_gap_is_background_and_a_lone_point_a_dot(browser, pushed):
     drawn = [at / len(columns) for at, there in enumerate(columns) if there]
     [(before, after)] = [pair for pair in itertools.pairwise(drawn) if pair[1] - pair[0] > 0.02]
     assert before == pytest.approx(100 / 240, abs=0.03) and after == pytest.approx(160 / 240, abs=0.03)
-
-
-def test_a_metric_is_grouped_by_a_tag_and_its_series_are_isolated(browser, pushed):
-    browser.open(pushed.port, "view=metric&name=load1")
-    browser.wait_for_text("Group by")
-    browser.click("host")
-    eventually(lambda: browser.js("return document.activeElement.innerText") == "host")
-    assert browser.js("return document.activeElement.ariaPressed") == "true"
-    assert browser.js("return location.hash").endswith("by=host")
-    browser.wait_for_text("host=web1", ".scroll")
-    browser.click("host=web1")
-    assert browser.wait_for_chart("load1: last").startswith("load1: last value host=web1")
-    assert "only=host%3Dweb1" in browser.js("return location.hash")
-    browser.click("mean")
-    browser.click("mean")
-    assert browser.js("return document.querySelector('[aria-sort=descending]').innerText") == "mean"
-
-
-def test_more_than_twenty_series_are_counted_and_shown_when_asked_for(browser, pushed):
-    browser.open(pushed.port, "view=metric&name=queue")
-    browser.wait_for_text("10 more series are not drawn.")
-    assert "queue=q19" in browser.text("table") and "queue=q20" not in browser.text("table")
-    browser.click("Show all")
-    browser.wait_for_text("queue=q29", "table")
 
 
 def test_the_keyboard_moves_the_cursor_which_is_read_out_and_opens_the_table(browser, pushed):
@@ -12789,6 +12776,170 @@ def test_dragging_zooms_and_escape_undoes_it(browser, pushed):
     eventually(lambda: browser.js("return location.hash") == "#view=metric&name=load1")
 
 
+@pytest.mark.parametrize(("value", "unit", "text"), [
+    (0.99999, "s", "1 s"), (0.0123, "s", "12.3 ms"), (90, "s", "1.5 min"), (2e-7, "s", "0.2 µs"),
+    (1500, "ms", "1.5 s"), (1023.99, "B", "1 KiB"), (1536, "B/s", "1.5 KiB/s"), (3 * 2**40, "B", "3 TiB"),
+    (0.4567, "ratio", "45.67 %"), (99.999, "%", "100 %"), (0, "s", "0 s"), (-1500, "", "-1.5 k"),
+    (1234567, "", "1.235 M"), (2.5, "/s", "2.5/s"), (12, "requests/s", "12 requests/s"), (0, "", "0"),
+    (0.0001234, "", "0.0001234"),
+])  # fmt: skip
+def test_values_have_their_unit(browser, pushed, value, unit, text):
+    if browser.js("return typeof format") != "function":
+        browser.open(pushed.port)
+    assert browser.js("return format(arguments[0], arguments[1])", value, unit) == text
+
+
+def test_one_cursor_runs_over_all_charts(browser, pushed):
+    browser.open(pushed.port, "refresh=0")
+    browser.wait_for_chart("torn_bytes: last")
+    browser.wait_for_chart("took_seconds_bucket: last")
+    box = browser.js("return document.querySelector('[aria-label^=torn_bytes]').getBoundingClientRect()")
+    browser.devtools("Input.dispatchMouseEvent", type="mouseMoved", x=box["x"] + 120, y=box["y"] + 60)
+    seen = """return [...document.querySelectorAll(".chart")].map((root) => [
+        root.ariaLabel.split(":")[0], !root.querySelector(".cursor").hidden, root.querySelector(".tip").innerText])"""
+    charts = eventually(lambda: (found := browser.js(seen)) and any(there for _, there, _ in found) and found)
+    shown = {name: tip for name, there, tip in charts if there}
+    assert {"load1", "torn_bytes", "took_seconds_bucket"} <= shown.keys()
+    assert "4 KiB" in shown.pop("torn_bytes") and set(shown.values()) == {""}  # one has the values
+    browser.devtools("Input.dispatchMouseEvent", type="mouseMoved", x=5, y=5)
+    eventually(lambda: not any(there for _, there, _ in browser.js(seen)))
+
+
+def test_what_is_drawn_in_a_refreshed_page_takes_no_more_memory(browser, pushed):
+    browser.open(pushed.port, "refresh=0")
+    browser.wait_for_chart("took_seconds_bucket: last")
+    script = """
+        const done = arguments[1];
+        (async () => {
+          for (let i = 0; i < arguments[0]; i++) {
+            await refresh();
+            while (panels().some(({asked}) => asked)) await new Promise((next) => setTimeout(next));
+          }
+        })().then(done, (error) => done(String(error)))"""
+
+    def heap_bytes(refreshes: int) -> int:
+        for _ in range(refreshes // 10):
+            assert browser.ask("POST", "/execute/async", script=script, args=[10]) is None
+        browser.devtools("HeapProfiler.collectGarbage")
+        return browser.devtools("Runtime.getHeapUsage")["usedSize"]
+
+    first = heap_bytes(10)
+    assert heap_bytes(500 if SOAK_S else 20) < first + 400_000
+    assert browser.complaints() == []
+
+
+# ==================================================================================================
+# Dashboard: panels
+# ==================================================================================================
+
+def test_a_metric_is_grouped_by_a_tag_and_its_series_are_isolated(browser, pushed):
+    browser.open(pushed.port, "view=metric&name=load1")
+    browser.wait_for_text("Group by")
+    browser.click("host")
+    eventually(lambda: browser.js("return document.activeElement.innerText") == "host")
+    assert browser.js("return document.activeElement.ariaPressed") == "true"
+    assert browser.js("return location.hash").endswith("by=host")
+    browser.wait_for_text("host=web1", ".scroll")
+    browser.click("host=web1")
+    assert browser.wait_for_chart("load1: last").startswith("load1: last value host=web1")
+    assert "only=host%3Dweb1" in browser.js("return location.hash")
+    browser.click("mean")
+    browser.click("mean")
+    assert browser.js("return document.querySelector('[aria-sort=descending]').innerText") == "mean"
+
+
+def test_more_than_twenty_series_are_counted_and_shown_when_asked_for(browser, pushed):
+    browser.open(pushed.port, "view=metric&name=queue")
+    browser.wait_for_text("10 more series are not drawn.")
+    assert "queue=q19" in browser.text("table") and "queue=q20" not in browser.text("table")
+    browser.click("Show all")
+    browser.wait_for_text("queue=q29", "table")
+
+
+def test_a_query_is_completed_with_names_tags_and_values(browser, pushed):
+    browser.open(pushed.port, "view=query")
+    eventually(lambda: browser.js("document.querySelector('textarea')?.focus(); return !!document.activeElement.id"))
+    for typed, completed in [("sum_ov", "sum_over_time"), ("(loa", "load1"), ("{ho", "host"), ('="we', "web1")]:
+        browser.type(typed)
+        browser.wait_for_text(completed, ".options")
+        browser.key("ArrowDown")
+        browser.key("Enter")
+    assert browser.js("return document.querySelector('textarea').value") == 'sum_over_time(load1{host="web1'
+
+
+def test_a_click_isolates_a_series_and_another_adds(browser, pushed):
+    browser.open(pushed.port, "view=metric&name=queue&refresh=0")
+    browser.wait_for_text("queue=q03", "table")
+    browser.click("queue=q03")
+    assert browser.wait_for_chart("queue: last") == "queue: last value queue=q03 3"
+    browser.click("queue=q05")
+    assert browser.wait_for_chart("queue: last") == "queue: last value queue=q03 3; queue=q05 5"
+    browser.click("queue=q03")
+    assert browser.wait_for_chart("queue: last") == "queue: last value queue=q05 5"
+
+
+def test_the_csv_has_a_row_for_each_time_and_a_column_for_each_series(browser, pushed):
+    browser.open(pushed.port, "view=query&refresh=0&" + urllib.parse.urlencode(
+        [("q", "sum(queue)"), ("q", 'label_replace(deploy, "a", "=1+1", "", "")')]))  # fmt: skip
+    browser.wait_for_chart("Result: last")
+    browser.js("URL.createObjectURL = (blob) => { blob.text().then((text) => { window.saved = text; });"
+               "return '#'; }")  # fmt: skip
+    browser.click("Download CSV")
+    rows = list(csv.reader(io.StringIO(eventually(lambda: browser.js("return window.saved")), newline="")))
+    assert rows[0][0] == "time" and set(rows[0][1:]) == {"sum(queue)", "deploy, a==1+1"}
+    times = [datetime.datetime.fromisoformat(row[0]).timestamp() for row in rows[1:]]
+    assert times == sorted(times) and times[-1] == pytest.approx(time.time(), abs=60)
+    assert "435" in rows[-1] and "" in rows[-1]  # 0 + 1 + … + 29, and no deploy at that time
+
+
+def test_a_slow_query_dims_the_old_picture(browser, pushed):
+    browser.open(pushed.port, "view=query&q=sum(load1)&refresh=0")
+    browser.wait_for_chart("Result: last")
+    browser.js("""
+        const real = window.fetch;
+        window.fetch = (path, options) => path.endsWith("query_range")
+          ? new Promise((_, fail) => { options.signal.onabort = () => fail(options.signal.reason); })
+          : real(path, options);
+        refresh()""")
+    opacity = "return Number(getComputedStyle(document.querySelector('canvas')).opacity)"
+    eventually(lambda: browser.js(opacity) < 0.5)
+    assert sum(browser.columns("--series-0")) > 100
+
+
+# ==================================================================================================
+# Dashboard: views
+# ==================================================================================================
+
+def test_search_filters_as_one_types(browser, pushed):
+    browser.open(pushed.port)
+    browser.wait_for_chart("load1: last")
+    browser.js("document.querySelector('[type=search]').focus()")
+    browser.type("LOAD")
+    browser.wait_for_text("1 of ")
+    assert "load1" in browser.text("main") and "torn_bytes" not in browser.text("main")
+    assert browser.js("return location.hash") == "#search=LOAD"
+
+
+def test_ten_thousand_metrics_keep_the_page_small(browser, tmp_path):
+    with ServerProcess(tmp_path, "--rate-limit", "0") as started:
+        push(started.port, [({"__name__": f"metric_{n:05}"}, n, time.time()) for n in range(10_000)])
+        started.wait_for_store()
+        browser.open(started.port, "refresh=0")
+        browser.wait_for_chart("metric_00000: last")
+        browser.wait_for_text("10000 of 10000 metrics")
+        size = "return [document.querySelectorAll('*').length, performance.getEntriesByType('resource').length]"
+        elements, requests = browser.js(size)
+        assert elements < 2_500 and requests < 150
+        assert browser.js("return document.querySelectorAll('.card').length") == 100
+        browser.click("Show more")
+        assert browser.js("return document.querySelectorAll('.card').length") == 200
+        browser.js("document.querySelector('[type=search]').focus()")
+        browser.type("09999")
+        assert browser.wait_for_chart("metric_09999: last") == "metric_09999: last value metric_09999 9.999 k"
+        assert len(browser.charts()) == 1 and "Show more" not in browser.text()
+        assert browser.complaints() == []
+
+
 def test_a_query_runs_at_enter_and_an_error_shows_its_place_over_the_old_picture(browser, pushed):
     browser.open(pushed.port, "view=query")
     browser.wait_for_text("Query")
@@ -12803,17 +12954,6 @@ def test_a_query_runs_at_enter_and_an_error_shows_its_place_over_the_old_picture
     browser.wait_for_text("1:10: parse error: expected ',' or ')', found the end of the query", "pre")
     assert browser.text("pre").endswith("\n\nsum(load1\n         ^")
     assert sum(browser.columns("--series-0")) > 100  # dimmed, and still there
-
-
-def test_a_query_is_completed_with_names_tags_and_values(browser, pushed):
-    browser.open(pushed.port, "view=query")
-    eventually(lambda: browser.js("document.querySelector('textarea')?.focus(); return !!document.activeElement.id"))
-    for typed, completed in [("sum_ov", "sum_over_time"), ("(loa", "load1"), ("{ho", "host"), ('="we', "web1")]:
-        browser.type(typed)
-        browser.wait_for_text(completed, ".options")
-        browser.key("ArrowDown")
-        browser.key("Enter")
-    assert browser.js("return document.querySelector('textarea').value") == 'sum_over_time(load1{host="web1'
 
 
 def test_hostile_names_and_tags_stay_text(browser, pushed):
@@ -12851,48 +12991,6 @@ def test_what_is_shown_can_be_saved_as_a_dashboard(browser, pushed):
     assert saved["panels"][0]["legend"] == ["p50", "p90", "p99"]
     browser.click("Download CSV")
     eventually(lambda: browser.js("return window.saved").startswith('time,"p50","p90","p99"\r\n20'))
-
-
-def test_a_server_that_is_gone_is_said_and_its_return_noticed(browser, pushed):
-    browser.open(pushed.port, "refresh=1")
-    browser.wait_for_chart("load1: last")
-    offline = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
-    browser.devtools("Network.enable")
-    browser.devtools("Network.emulateNetworkConditions", offline=True, **offline)
-    try:
-        browser.wait_for_text("The server does not answer. Trying again", "#notice")
-        assert any(name.startswith("load1: last value") for name in browser.charts())
-    finally:
-        browser.devtools("Network.emulateNetworkConditions", offline=False, **offline)
-    eventually(lambda: browser.text("#notice") == "")
-
-
-PAGE_STATES = ["", "view=metric&name=load1&by=host", "view=metric&name=queue", "view=query&q=load1&q=sum(queue)",
-          "view=query&q=sum(load1", "view=dashboards", "view=dashboard&name=host.json",
-          "range=1700000000-1700003600"]  # fmt: skip
-
-
-@pytest.mark.parametrize("state", PAGE_STATES)
-def test_the_page_fits_a_narrow_window_in_every_state(browser, pushed, state):
-    browser.open(pushed.port, state, width=360)
-    eventually(lambda: browser.text("h1"))
-    assert browser.js("return document.documentElement.scrollWidth") <= 360
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("state", PAGE_STATES)
-def test_axe_finds_nothing_in_any_state(browser, pushed, state, scheme):
-    if not (axe := os.environ.get("METRICSTREAM_AXE")):
-        pytest.skip("METRICSTREAM_AXE names no axe.min.js of axe-core; `make axe` fetches it")
-    browser.open(pushed.port, state, scheme=scheme)
-    eventually(lambda: browser.text("h1"))
-    eventually(lambda: not any(name.endswith("not read yet") for name in browser.charts()[:4])
-               or browser.text("pre"))  # fmt: skip
-    browser.js(Path(axe).read_text())
-    found = browser.ask("POST", "/execute/async", args=[], script="""
-        axe.run().then(({violations}) => arguments[0](violations.map(
-          ({id, nodes}) => [id, nodes.map(({html}) => html)])))""")
-    assert found == []
 
 
 def test_alerts_are_shown_and_silenced_with_a_key_that_is_asked_for_once(browser, tmp_path):
@@ -12963,6 +13061,254 @@ def test_alerts_are_shown_and_silenced_with_a_key_that_is_asked_for_once(browser
         return [0.25, 0.75].map((share) => (
           pen.getImageData(64 + share * (canvas.width - 72), 100, 1, 1).data[3] > 0))""")
     assert shaded == [True, False]  # the half in which it fired
+
+
+WATCHED = """
+groups:
+- name: one
+  interval: 1s
+  rules:
+  - {alert: Firing, expr: vector(1), labels: {severity: page}, annotations: {summary: look at it}}
+  - {alert: Pending, expr: vector(1), for: 1h}
+"""
+
+
+def test_alerts_fire_pend_and_are_silenced_for_as_long_as_one_chooses(browser, tmp_path):
+    (tmp_path / "rules.yml").write_text(WATCHED)
+    (tmp_path / "clients").write_text(KEY_LINE)
+    options = ["--rules", str(tmp_path / "rules.yml"), "--webhook", "http://127.0.0.1:9/",
+               "--clients", str(tmp_path / "clients")]  # fmt: skip
+    with ServerProcess(tmp_path / "data", *options) as started:
+        started.wait_for_store()
+        browser.open(started.port, "view=alerts&refresh=1")
+        browser.js("sessionStorage.clear()")
+        eventually(lambda: browser.text("main ul").split("\n")[:2] != [""])
+        browser.wait_for_text("firing since", "main")
+        browser.wait_for_text("pending since", "main")
+        shown = browser.text("main ul")
+        assert shown.index("Firing") < shown.index("Pending")
+        assert "look at it" in shown and "severity=page" in shown
+        browser.js("document.querySelector('#hours').value = '8'")
+        for given in (True, False):  # the key is asked for once
+            browser.click("Silence")
+            if given:
+                eventually(lambda: browser.client.ask("GET", f"{browser.path}/alert/text").status == 200)
+                browser.ask("POST", "/alert/text", text=KEY)
+                browser.ask("POST", "/alert/accept", x=0)
+            count = 1 if given else 2
+            eventually(lambda count=count: browser.text("main").count("silenced until") == count)
+        with contextlib.closing(Client(started.port)) as client:
+            silences = client.ask("GET", "/api/v2/silences").json
+        spans = [datetime.datetime.fromisoformat(one["endsAt"]) - datetime.datetime.fromisoformat(one["startsAt"])
+                 for one in silences]  # fmt: skip
+        assert [round(span.total_seconds() / 3600, 1) for span in spans] == [8, 8]
+        browser.click("End the silence")
+        eventually(lambda: browser.text("main").count("silenced until") == 1)
+
+
+def test_alerts_are_shown_where_another_alertmanager_has_the_silences(browser, tmp_path):
+    (tmp_path / "rules.yml").write_text(WATCHED)
+    with ServerProcess(tmp_path / "data", "--rules", str(tmp_path / "rules.yml")) as started:
+        started.wait_for_store()
+        browser.open(started.port, "view=alerts&refresh=1")
+        browser.wait_for_text("firing since", "main")
+        eventually(lambda: browser.js("return document.title").startswith("(1) Alerts"))
+        assert "Silence" not in browser.text("main")
+
+
+# ==================================================================================================
+# Dashboard: page
+# ==================================================================================================
+
+PAGE_LIMIT_BYTES = 20_000
+
+
+def page_of(folder: Path, **headers: str) -> Answer:
+    service = a_service(folder / str(len(list(folder.iterdir()))))
+    service.add_routes(metricstream.dashboard_routes(None))
+    reader = RequestReader()
+    fields = [f"{name.replace('_', '-')}: {value}".encode() for name, value in headers.items()]
+    reader.feed(get(b"/", *fields))
+    request = reader.next_request()
+    assert request is not None
+    response = service.answer(request, "peer", 0.0).response
+    assert response is not None
+    head, _, body = response.encode(b"", b"").partition(b"\r\n\r\n")
+    status_line, *lines = head.decode().split("\r\n")
+    return Answer(int(status_line.split()[1]), dict(line.split(": ", 1) for line in lines), body)
+
+
+def test_the_page_is_one_small_document_that_refers_to_nothing_else(tmp_path):
+    answer = page_of(tmp_path, Accept_Encoding="gzip, br")
+    page = gzip.decompress(answer.body).decode()
+    assert answer.status == 200 and len(answer.body) <= PAGE_LIMIT_BYTES
+    assert answer.headers["Content-Encoding"] == "gzip"
+    assert set(re.findall(r"https?://[^\s'\"]+", page)) == set()
+    icon = f"data:image/svg+xml,{urllib.parse.quote(metricstream.ICON)}"
+    assert re.findall(r'(?:src|href)="([^"]*)"', page) == [icon, "#", icon] and "url(" not in page
+    assert "innerHTML" not in page and "%STYLE%" not in page and "%" + "SCRIPT%" not in page
+
+
+def test_the_page_has_only_short_lines():
+    sources = (metricstream.PAGE, metricstream.STYLE, metricstream.SCRIPT)
+    assert max(len(line) for source in sources for line in source.splitlines()) <= 100
+
+
+def test_the_policy_allows_what_stands_in_the_page_and_nothing_else(tmp_path):
+    answer = page_of(tmp_path)
+    page, policy = answer.body.decode(), answer.headers["Content-Security-Policy"]
+    directives = dict(part.split(" ", 1) for part in policy.split("; "))
+    for tag, directive in (("script", "script-src"), ("style", "style-src")):
+        [inline] = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()
+        assert directives.pop(directive) == f"'sha256-{digest}'"
+    assert directives == {
+        "default-src": "'none'", "connect-src": "'self'", "img-src": "data:", "base-uri": "'none'",
+        "form-action": "'none'", "frame-ancestors": "'none'", "require-trusted-types-for": "'script'",
+    }  # fmt: skip
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    assert answer.headers["Referrer-Policy"] == "no-referrer"
+
+
+@pytest.mark.parametrize(("accepted", "is_zipped"), [
+    ("gzip", True), ("br;q=1.0, gzip;q=0.8", True), ("GZIP", True), ("", False), ("identity", False),
+    ("gzip;q=0", False), ("gzip; q=0.000, br", False), ("x-notgzip", False),
+])  # fmt: skip
+def test_the_page_is_zipped_for_those_who_take_it(tmp_path, accepted, is_zipped):
+    answer = page_of(tmp_path, Accept_Encoding=accepted)
+    assert answer.headers.get("Content-Encoding") == ("gzip" if is_zipped else None)
+    page = gzip.decompress(answer.body) if is_zipped else answer.body
+    assert page.decode() == metricstream.dashboard_page()
+
+
+def test_a_browser_that_has_the_page_gets_304(tmp_path):
+    whole = page_of(tmp_path, Accept_Encoding="gzip")
+    known = page_of(tmp_path, Accept_Encoding="gzip", If_None_Match=whole.headers["ETag"])
+    assert whole.headers["Cache-Control"] == "no-cache"
+    assert (known.status, known.body) == (304, b"") and known.headers == whole.headers
+    assert page_of(tmp_path, If_None_Match=whole.headers["ETag"]).status == 200  # not zipped
+
+
+@at_once()
+def test_the_page_is_at_the_root_alone_also_with_listed_clients_and_tls(tmp_path):
+    certificate, key = pem_files(tmp_path)
+    (tmp_path / "clients").write_text(KEY_LINE)
+    options = ["--clients", str(tmp_path / "clients"), "--tls-cert", certificate, "--tls-key", key]
+    with ServerProcess(tmp_path / "data", *options) as started:
+        def ask(path: str, **headers: str) -> http.client.HTTPResponse:
+            client = http.client.HTTPSConnection("localhost", started.port, context=trusting())
+            client.request("GET", path, headers=headers)
+            return client.getresponse()
+
+        page = ask("/", Accept="application/json").read().decode()
+        assert page == metricstream.dashboard_page()
+        assert ask("/?x=1").status == 200 and ask("/index.html").status == 404
+        assert ask("/favicon.ico").getheader("Content-Type") == "image/svg+xml"
+
+
+def test_a_server_that_is_gone_is_said_and_its_return_noticed(browser, pushed):
+    browser.open(pushed.port, "refresh=1")
+    browser.wait_for_chart("load1: last")
+    offline = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+    browser.devtools("Network.enable")
+    browser.devtools("Network.emulateNetworkConditions", offline=True, **offline)
+    try:
+        browser.wait_for_text("The server does not answer. Trying again", "#notice")
+        assert any(name.startswith("load1: last value") for name in browser.charts())
+    finally:
+        browser.devtools("Network.emulateNetworkConditions", offline=False, **offline)
+    eventually(lambda: browser.text("#notice") == "")
+
+
+def test_the_page_works_behind_a_path(browser, pushed):
+    class Proxy(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            length = int(self.headers.get("Content-Length", 0))
+            found = self.path.startswith("/metrics-of/here/")
+            with contextlib.closing(Client(pushed.port)) as client:
+                path = self.path.removeprefix("/metrics-of/here") if found else "/missing"
+                answer = client.ask(self.command, path, self.rfile.read(length) if length else None,
+                                    Content_Type=self.headers.get("Content-Type", "text/plain"))  # fmt: skip
+            self.send_response(answer.status)
+            for name in ("Content-Type", "Content-Security-Policy"):
+                if name.lower() in answer.headers:
+                    self.send_header(name, answer.headers[name.lower()])
+            self.send_header("Content-Length", str(len(answer.body)))
+            self.end_headers()
+            self.wfile.write(answer.body)
+
+        def do_POST(self) -> None:
+            self.do_GET()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as proxy:
+        thread = threading.Thread(target=proxy.serve_forever)
+        thread.start()
+        try:
+            browser.open(proxy.server_port, path="metrics-of/here/")
+            browser.wait_for_chart("load1: last")
+            assert browser.complaints() == []
+        finally:
+            browser.ask("POST", "/url", url="about:blank")
+            proxy.shutdown()
+            thread.join()
+
+
+def test_print_is_light_and_has_no_controls(browser, pushed):
+    browser.open(pushed.port, "view=metric&name=load1", scheme="dark")
+    browser.wait_for_chart("load1: last")
+    page = "return getComputedStyle(document.body).backgroundColor"
+    dark = browser.js(page)
+    browser.devtools("Emulation.setEmulatedMedia", media="print",
+                     features=[{"name": "prefers-color-scheme", "value": "dark"}])  # fmt: skip
+    try:
+        eventually(lambda: browser.js(page) not in (dark, "rgb(18, 21, 26)"))
+        text = browser.text()
+        assert "load1" in text and "mean" in text
+        assert not any(word in text for word in ("Query", "Refresh", "Table", "Download CSV"))
+        assert sum(browser.columns("--series-0")) > 100  # drawn anew, in the colours of paper
+    finally:
+        browser.devtools("Emulation.setEmulatedMedia", media="")
+
+
+@pytest.mark.parametrize(("motion", "duration"), [("no-preference", "0.2s"), ("reduce", "0s")])
+def test_nothing_moves_where_less_motion_is_preferred(browser, pushed, motion, duration):
+    browser.open(pushed.port)
+    browser.devtools("Emulation.setEmulatedMedia",
+                     features=[{"name": "prefers-reduced-motion", "value": motion}])  # fmt: skip
+    browser.wait_for_chart("load1")
+    style = "return getComputedStyle(document.querySelector('canvas')).transitionDuration"
+    assert browser.js(style) == duration
+
+
+PAGE_STATES = ["", "view=metric&name=load1&by=host", "view=metric&name=queue", "view=query&q=load1&q=sum(queue)",
+          "view=query&q=sum(load1", "view=dashboards", "view=dashboard&name=host.json",
+          "range=1700000000-1700003600"]  # fmt: skip
+
+
+@pytest.mark.parametrize("state", PAGE_STATES)
+def test_the_page_fits_a_narrow_window_in_every_state(browser, pushed, state):
+    browser.open(pushed.port, state, width=360)
+    eventually(lambda: browser.text("h1"))
+    assert browser.js("return document.documentElement.scrollWidth") <= 360
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("state", PAGE_STATES)
+def test_axe_finds_nothing_in_any_state(browser, pushed, state, scheme):
+    if not (axe := os.environ.get("METRICSTREAM_AXE")):
+        pytest.skip("METRICSTREAM_AXE names no axe.min.js of axe-core; `make axe` fetches it")
+    browser.open(pushed.port, state, scheme=scheme)
+    eventually(lambda: browser.text("h1"))
+    eventually(lambda: not any(name.endswith("not read yet") for name in browser.charts()[:4])
+               or browser.text("pre"))  # fmt: skip
+    browser.js(Path(axe).read_text())
+    found = browser.ask("POST", "/execute/async", args=[], script="""
+        axe.run().then(({violations}) => arguments[0](violations.map(
+          ({id, nodes}) => [id, nodes.map(({html}) => html)])))""")
+    assert found == []
 
 
 # ==================================================================================================
