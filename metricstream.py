@@ -17411,7 +17411,7 @@ def read_dashboards(folder: str) -> dict[str, Any]:
 # has no rights of its own. What it costs: 20 KB once for a browser, and no framework that keeps
 # elements and state together.
 #
-# The script comes in three chapters. This one is what is asked: the state, all of it in the URL;
+# The script comes in four chapters. This one is what is asked: the state, all of it in the URL;
 # the metrics, each drawn without a query, since its type and name decide how; and the series of a
 # panel, on a grid of times with NaN where nothing was pushed.
 
@@ -17429,6 +17429,7 @@ const RANGES = {
   "7d": "7 days", "30d": "30 days",
 };
 const REFRESHES = {0: "off", 5: "5 s", 15: "15 s", 60: "1 min"};
+const MAX_TIME = 8.64e12; // of a Date, in seconds
 const UNIT_SECONDS = {s: 1, m: 60, h: 3600, d: 86400};
 
 let state = readState();
@@ -17471,7 +17472,7 @@ function adjust(changes) {
 // First and last second of "1h", or of "1700000000-1700003600".
 function timeRange() {
   const [from, to] = state.range.split("-").map(Number), now = Date.now() / 1000;
-  if (to > from) return [from, to];
+  if (to > from && to < MAX_TIME) return [from, to];
   const [, count, unit] = /^(\d{1,4})([smhd])$/.exec(state.range) ?? [null, 1, "h"];
   return [now - count * UNIT_SECONDS[unit], now];
 }
@@ -17543,6 +17544,7 @@ async function readCatalogue(signal) {
 
 const isPlain = (name) => /^[A-Za-z_][A-Za-z0-9_]*$/.test(name);
 const quoted = (text) => JSON.stringify(text).replaceAll("$", "\\u0024"); // no variable in it
+const wordsOf = (text) => text.match(/[\w:]+/g) ?? [];
 const tagName = (name) => isPlain(name) ? name : quoted(name);
 
 // A name as a query has it.
@@ -17620,10 +17622,11 @@ function activeAlerts() {
   return ["firing", "pending"].flatMap((which) => all.filter(({state}) => state === which));
 }
 
-// The times in which an alert fired whose rule reads a metric, as [from, to].
-async function firingTimes(metric, {start, end, step}, signal) {
+// The times in which an alert fired whose rule reads one of some metrics, as [from, to].
+async function firingTimes(metrics, {start, end, step}, signal) {
   await alertsRead;
-  const names = alertingRules.filter(({query}) => query.split(/[^\w:]+/).includes(metric))
+  const names = alertingRules.filter(({query}) => (
+    wordsOf(query).some((word) => metrics.includes(word))))
     .map(({name}) => `ALERTS{alertname=${JSON.stringify(name)},alertstate="firing"}`);
   if (!names.length) return [];
   const asked = {query: `count(${names.join(" or ")})`, start, end, step};
@@ -17644,41 +17647,47 @@ function stepFrom(least) {
   return STEPS.find((step) => step >= least) ?? Math.ceil(least / 86400) * 86400;
 }
 
-// {start, end, step, last push, series, shades}
-async function readPanel({query, metric = metricIn(query), legend, isCard}, variables, signal) {
-  const [from, to] = timeRange(), interval = metric ? await intervalOf(metric, signal) : 0;
-  const step = stepFrom(Math.max(interval * 0.99, (to - from) / MAX_STEPS));
+// {start, end, step, last: of the first metric, shades, series}
+async function readPanel({query, metric, legend, isCard}, variables, signal) {
+  const [from, to] = timeRange(), words = new Set(query.flatMap(wordsOf));
+  const metrics = metric ? [metric] : [...words].filter((word) => catalogue.has(word));
+  const found = await Promise.all(metrics.map((name) => intervalOf(name, signal)));
+  const intervalIn = (text) => Math.max(0, ...found.filter((_, i) => (
+    metric || wordsOf(text).includes(metrics[i]))));
+  const least = found.length && Math.min(...query.map(intervalIn)) * 0.99;
+  const step = stepFrom(Math.max(least, (to - from) / MAX_STEPS));
   // A rate needs samples up to its time; a sample is drawn at the next step behind it.
   const round = query.some((text) => text.includes("$window")) ? Math.floor : Math.ceil;
   const start = Math.floor(from / step) * step;
   const grid = {start, end: Math.max(round(to / step) * step, start + step), step};
-  // Not the usual lookback of five minutes: a client that died ends its line.
-  const asked = {...grid, lookback_delta: Math.max(step, 2 * interval)};
-  asked.limit = isCard ? MAX_DRAWN : MAX_SERIES;
-  const window = Math.ceil(Math.max(4 * interval, step + interval, 4)) + "s";
-  const known = new Map([...variables, ["window", window], ["step", step + "s"]]);
-  const valuesOf = async (text) => {
-    const filled = text.replace(/\$(\w+)/g, (all, name) => known.get(name) ?? all);
-    const {resultType, result} = await ask("v1/query_range", {...asked, query: filled}, signal);
-    return resultType !== "matrix" ? [] : result.map(({metric: tags, values}) => (
-      {tags, values: onGrid(values, grid)}));
-  };
   const seriesOf = async (text, index) => {
-    const bands = interval && step > 1.5 * interval ? bandOf(text) : []; // several samples a step
-    const [series, lows = [], highs = []] = await Promise.all([text, ...bands].map(valuesOf));
-    addBands(series, lows, highs);
-    return series.map((one) => ({...one, query: text, template: legend?.[index]}));
+    const interval = intervalIn(text), isDense = interval && step > 1.5 * interval;
+    const window = Math.ceil(Math.max(4 * interval, step + interval, 4)) + "s";
+    const known = new Map([...variables, ["window", window], ["step", step + "s"]]);
+    // Not the usual lookback of five minutes: a client that died ends its line.
+    const asked = {...grid, lookback_delta: Math.max(step, 2 * interval)};
+    asked.limit = isCard ? MAX_DRAWN : MAX_SERIES;
+    const read = async (query) => {
+      const filled = query.replace(/\$(\w+)/g, (all, name) => known.get(name) ?? all);
+      const {resultType, result} = await ask("v1/query_range", {...asked, query: filled}, signal);
+      return resultType !== "matrix" ? [] : result.map(({metric: tags, values}) => (
+        {tags, values: onGrid(values, grid), query: text, template: legend?.[index]}));
+    };
+    try {
+      const texts = [text, ...(isDense ? bandOf(text) : [])];
+      const [series, lows = [], highs = []] = await Promise.all(texts.map(read));
+      addBands(series, lows, highs);
+      return series;
+    } catch (error) {
+      throw Object.assign(error, {query: text});
+    }
   };
-  const [last, shades, ...found] = await Promise.all([
-    metric ? lastPush(metric, signal) : NaN,
-    metric ? firingTimes(metric, grid, signal) : [],
+  const [last, shades, ...series] = await Promise.all([
+    metrics.length ? lastPush(metrics[0], signal) : NaN,
+    firingTimes(metrics, grid, signal),
     ...query.map(seriesOf),
   ]);
-  return {...grid, last, shades, series: nameSeries(found.flat())};
-}
-
-function metricIn(query) {
-  return query.join(" ").match(/[\w:]+/g)?.find((word) => catalogue.has(word));
+  return {...grid, last, shades, series: nameSeries(series.flat())};
 }
 
 function onGrid(values, {start, end, step}) {
@@ -17701,12 +17710,13 @@ function bandOf(text) {
 
 function addBands(series, lows, highs) {
   const keyOf = ({tags}) => JSON.stringify({...tags, __name__: ""});
-  const low = new Map(lows.map((one) => [keyOf(one), one.values]));
-  const high = new Map(highs.map((one) => [keyOf(one), one.values]));
+  const [low, high] = [lows, highs].map((all) => (
+    new Map(all.map((one) => [keyOf(one), one.values]))));
   for (const one of series) [one.low, one.high] = [low.get(keyOf(one)), high.get(keyOf(one))];
 }
 
-const LINES = [["solid", []], ["dashed", [7, 3]], ["dotted", [2, 2]]]; // as CSS, as a canvas
+// Series differ by more than hue: the border of a legend's sample, the dashes of a canvas.
+const LINES = [["solid", []], ["dashed", [7, 3]], ["dotted", [2, 2]]];
 
 // Names by the template, else by the tags in which the series differ; lines by their order.
 function nameSeries(series) {
@@ -17845,8 +17855,10 @@ function tableOf(name, heads, rows) {
 
 const LEFT = 64, RIGHT = 8, TOP = 8, BOTTOM = 22; // margins, in pixels
 const STYLES = getComputedStyle(document.documentElement);
-const EVENTS = ["pointermove", "pointerdown", "pointerup", "pointercancel", "pointerleave", "blur",
-  "keydown"];
+// Methods of a chart; where it has none, the cursors are hidden.
+const EVENTS = [
+  "pointermove", "pointerdown", "pointerup", "pointercancel", "keydown", "pointerleave", "blur",
+];
 let cursorTime;
 
 class Chart {
@@ -17864,11 +17876,6 @@ class Chart {
       Object.assign(this, {width, height, floor: height - BOTTOM});
       this.draw();
     }).observe(this.root);
-  }
-
-  show(picture, series, unit) {
-    Object.assign(this, {picture, series, unit});
-    this.draw();
   }
 
   x(time) {
@@ -17986,15 +17993,11 @@ class Chart {
   }
 
   handleEvent(event) {
-    if (this.picture) this[event.type](event);
+    if (this.picture) (this[event.type] ?? hideCursors).call(this, event);
   }
 
-  xOf(event) {
-    return event.clientX - this.root.getBoundingClientRect().left;
-  }
-
-  pointermove(event) {
-    const x = this.xOf(event), from = this.pressedAt;
+  pointermove({offsetX: x}) {
+    const from = this.pressedAt;
     pointAll(this.timeAt(x), this);
     if (from === undefined || Math.abs(x - from) < 5) return;
     this.selection.hidden = false;
@@ -18005,7 +18008,7 @@ class Chart {
 
   pointerdown(event) {
     if (event.button) return;
-    this.pressedAt = this.xOf(event);
+    this.pressedAt = event.offsetX;
     this.root.setPointerCapture(event.pointerId);
   }
 
@@ -18018,14 +18021,6 @@ class Chart {
   pointercancel() {
     this.selection.hidden = true;
     this.pressedAt = this.selected = undefined;
-  }
-
-  pointerleave() {
-    hideCursors();
-  }
-
-  blur() {
-    hideCursors();
   }
 
   keydown(event) {
@@ -18161,7 +18156,8 @@ class Panel {
     const chosen = series.filter(({name}) => state.only.includes(name));
     const candidates = chosen.length && !isCard ? chosen : series;
     this.series = state.all && !isCard ? candidates : candidates.slice(0, MAX_DRAWN);
-    this.chart.show(this.picture, this.series, unit ?? "");
+    Object.assign(this.chart, {picture: this.picture, series: this.series, unit: unit ?? ""});
+    this.chart.draw();
     const lasts = this.series.map(({values}) => values.findLast(Number.isFinite) ?? NaN);
     const range = extremes([{values: lasts}]).map((value) => format(value, unit));
     this.current = lasts.some(Number.isFinite) ? [...new Set(range)].join(" – ") : "–";
@@ -18191,6 +18187,7 @@ class Panel {
     const hidden = series.length - listed.length;
     const more = hidden ? [`${hidden} more series are not drawn. `,
       el("button", {onclick: () => go({all: "1"})}, "Show all")] : [];
+    if (series.length >= MAX_SERIES) more.push(` Only ${MAX_SERIES} series were read.`);
     replace(this.legend, tableOf(`Series of ${title}`, heads, rows), ...more);
   }
 
@@ -18397,6 +18394,7 @@ function metricsView() {
     return card.root;
   }
   function update() {
+    if (search.value !== state.search) search.value = state.search;
     const words = state.search.toLowerCase().split(/\s+/), names = [...catalogue.keys()];
     const matching = names.filter((name) => (
       words.every((word) => name.toLowerCase().includes(word))));
@@ -18455,7 +18453,7 @@ function queryView() {
   const refusal = el("pre", {className: "error", role: "alert", hidden: true});
   const onanswer = (error) => {
     refusal.hidden = !error;
-    refusal.textContent = error ? placeOf(error.message, q) : "";
+    refusal.textContent = error ? placeOf(error) : "";
     result.root.style.visibility = result.picture ? "" : "hidden";
   };
   result ??= new Panel({title: "Result"}, "large");
@@ -18472,10 +18470,9 @@ function queryView() {
 }
 
 // An error, the line of the query where it is, and a mark at its column.
-function placeOf(message, queries) {
+function placeOf({message, query}) {
   const [, line, column] = /^(\d+):(\d+):/.exec(message) ?? [];
-  const text = queries.map((query) => query.split("\n")[line - 1])
-    .find((row) => row?.length >= column - 1);
+  const text = query?.split("\n")[line - 1];
   return text === undefined ? message : `${message}\n\n${text}\n${" ".repeat(column - 1)}^`;
 }
 

@@ -12583,6 +12583,7 @@ def pushed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     boards = folder / "boards"
     boards.mkdir()
     (boards / "host.json").write_text(dashboard_text())
+    (boards / "empty.json").write_text('{"title": "Empty", "panels": [{"title": "Nothing", "query": []}]}')
     (boards / "broken.json").write_text("{}")
     now_s = time.time()
     times = [now_s - 15 * n for n in reversed(range(240))]
@@ -12598,6 +12599,7 @@ def pushed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
           series("took_seconds_bucket", lambda n, share=share: 100 * n * share, le=le)),
         *(({"__name__": "queue", "queue": f"q{n:02}"}, n, now_s - 5) for n in range(30)),
         *series("spike_percent", lambda n: 100 if n == 130 else 1),
+        *series("rare", lambda n: 20)[::20],
         ({"__name__": "deploy"}, 1, now_s - 1800),
         ({"__name__": HOSTILE, HOSTILE: HOSTILE}, 1, now_s - 5),
         ({"__name__": HOSTILE, HOSTILE: "x" * 1000}, 2, now_s - 5),
@@ -12675,6 +12677,21 @@ def test_queries_share_a_graph(browser, pushed):
     assert browser.js("return location.hash") == "#view=query&q=sum%28load1%29&q=max%28queue%29"
 
 
+def test_each_query_of_a_graph_has_the_gaps_of_its_own_metric(browser, pushed):
+    browser.open(pushed.port, "view=query&q=load1&q=rare&refresh=0")
+    browser.wait_for_text("rare", "table")
+    rare = next(at for at, name in enumerate(browser.js(
+        "return [...document.querySelectorAll('tbody tr')].map((row) => row.innerText)")) if "rare" in name)
+    columns = browser.columns(f"--series-{rare}")
+    assert sum(columns[len(columns) // 4 : -len(columns) // 4]) > 0.95 * len(columns) / 2  # a line
+
+
+def test_the_place_of_an_error_is_in_the_query_that_has_it(browser, pushed):
+    browser.open(pushed.port, "view=query&q=sum(load1)&q=1%2B")
+    browser.wait_for_text("parse error", "pre")
+    assert browser.text("pre").endswith("\n\n1+\n  ^")
+
+
 def test_the_state_is_in_the_url_and_back_and_reload_keep_it(browser, pushed):
     browser.open(pushed.port, "view=metric&name=load1&by=host&range=6h&refresh=60&only=host%3Dweb1")
     browser.wait_for_chart("load1: last value host=web1")
@@ -12686,6 +12703,18 @@ def test_the_state_is_in_the_url_and_back_and_reload_keep_it(browser, pushed):
     browser.wait_for_chart("torn_bytes: last")
     browser.ask("POST", "/back")
     assert browser.wait_for_chart("load1: last").startswith("load1: last value host=web1")
+    assert browser.complaints() == []
+
+
+@pytest.mark.parametrize("state", [
+    "range=1-1e308", "range=x", "range=2-1", "view=constructor", "refresh=x", "by=a&by=b&all=1&only=x",
+    "range=1700000000.25-1700000000.5", "search=%00%F0%9F%92%A5", "q=a", "view=dashboard&name=missing.json",
+    "view=dashboard&name=empty.json", "view=metric&name=missing&by=missing", "range=9999d", "%24a=1&%24=2",
+])  # fmt: skip
+def test_whatever_the_url_says_a_page_is_shown(browser, pushed, state):
+    browser.open(pushed.port, state)
+    eventually(lambda: browser.text("h1") and browser.text("header"))
+    eventually(lambda: browser.js("return !updating && panels().every(({asked}) => !asked)"))
     assert browser.complaints() == []
 
 
@@ -13283,7 +13312,7 @@ def test_nothing_moves_where_less_motion_is_preferred(browser, pushed, motion, d
     assert browser.js(style) == duration
 
 
-PAGE_STATES = ["", "view=metric&name=load1&by=host", "view=metric&name=queue", "view=query&q=load1&q=sum(queue)",
+PAGE_STATES = ["", "view=alerts", "view=metric&name=load1&by=host", "view=metric&name=queue", "view=query&q=load1&q=sum(queue)",
           "view=query&q=sum(load1", "view=dashboards", "view=dashboard&name=host.json",
           "range=1700000000-1700003600"]  # fmt: skip
 
