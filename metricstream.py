@@ -17793,10 +17793,11 @@ function valueTicks(low, high, unit) {
 
 // [time, text] at round times of local clocks.
 function timeTicks(from, to, width) {
-  const step = stepFrom((to - from) / (width / 80)), ticks = [];
-  const day = {day: "numeric", month: "short"}, time = {hour: "2-digit", minute: "2-digit"};
+  const hasDate = to - from > 90000, time = {hour: "2-digit", minute: "2-digit"}, ticks = [];
+  const step = stepFrom((to - from) / (width / (hasDate ? 80 : 60)));
   if (step < 60) time.second = "2-digit";
-  const text = clock(step >= 86400 ? day : to - from > 90000 ? {...day, ...time} : time);
+  const day = hasDate ? {day: "numeric", month: "short"} : {};
+  const text = clock(step >= 86400 ? day : {...day, ...time});
   for (let local = Math.ceil((from - zoneAt(from)) / step) * step; ; local += step) {
     const at = local + zoneAt(local + zoneAt(from));
     if (at > to) return ticks;
@@ -18494,17 +18495,20 @@ function dashboardsView() {
 
 function dashboardView() {
   const title = titleRow(state.name, saveButton()), body = el("div", {className: "panels"});
-  const choices = el("div", {className: "row"}), view = {nodes: [title, choices, body], update};
+  const choices = el("div", {className: "row"}), variables = new Map();
+  const view = {nodes: [title, choices, body], update};
   async function update(signal) {
-    if (body.childElementCount) return;
-    const {dashboards} = await ask("dashboards", null, signal), variables = new Map();
+    const {dashboards} = await ask("dashboards", null, signal);
     const dashboard = dashboards.find(({file}) => file === state.name);
     if (!dashboard) return body.replaceChildren("There is no such dashboard.");
     view.variables = dashboard.variables;
     const found = await Promise.all(view.variables.map((one) => variableChoice(one, signal)));
     for (const {name, value} of found) variables.set(name, quoted(value).slice(1, -1));
+    const labels = found.map((choice) => el("label", {}, `${choice.name} `, choice));
+    const isKnown = choices.textContent === labels.map((label) => label.textContent).join("");
+    if (!isKnown) replace(choices, ...labels);
+    if (body.childElementCount) return;
     title.firstChild.textContent = dashboard.title;
-    replace(choices, ...found.map((choice) => el("label", {}, `${choice.name} `, choice)));
     for (const spec of dashboard.panels) {
       const panel = new Panel(spec, "medium", variables);
       panel.root.style.gridColumn = `span ${spec.width}`;
@@ -18823,7 +18827,8 @@ th button { font-weight: 600; padding: 0; }
 }
 @media (prefers-reduced-motion: no-preference) { canvas { transition: opacity .2s; } }
 @media print {
-  nav, form, label, button, .notice { display: none !important; }
+  nav, form, .notice, [role=group] { display: none !important; }
+  .row:not(.card) > :not(h1, label:has([id^=variable])), .card > button { display: none; }
   .card { break-inside: avoid; }
 }
 """
