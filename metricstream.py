@@ -18089,9 +18089,11 @@ const sight = new IntersectionObserver((entries) => {
   }
 }, {rootMargin: "200px"});
 
+let panelCount = 0;
+
 class Panel {
   constructor(spec, size = "", variables = new Map()) {
-    Object.assign(this, {spec, variables, current: "", sorted: "", sign: 1});
+    Object.assign(this, {spec, variables, current: "", sorted: "", sign: 1, id: ++panelCount});
     this.chart = new Chart(this, size);
     this.value = el("b");
     this.meta = el("p", {className: "meta"});
@@ -18182,7 +18184,7 @@ class Panel {
     const names = ["series", "last", "min", "max", "mean"];
     const heads = names.map((name) => el("th", {scope: "col",
       ariaSort: name !== sorted ? "none" : sign > 0 ? "ascending" : "descending"},
-    el("button", {id: `${title}: by ${name}`, onclick: () => this.sortBy(name)}, name)));
+    el("button", {id: `panel ${this.id} by ${name}`, onclick: () => this.sortBy(name)}, name)));
     const rows = listed.map((row) => el("tr", {}, el("td", {}, this.choiceOf(row.one)),
       ...names.slice(1).map((name) => el("td", {}, format(row[name], unit)))));
     const hidden = series.length - listed.length;
@@ -18200,7 +18202,7 @@ class Panel {
       adjust({only});
       for (const panel of panels()) if (panel.picture) panel.show();
     };
-    return el("button", {id: `${this.spec.title}: ${name}`, ariaPressed: String(isChosen),
+    return el("button", {id: `panel ${this.id}: ${name}`, ariaPressed: String(isChosen),
       onclick: choose}, sampleOf({color, border}), name);
   }
 
@@ -18289,8 +18291,8 @@ function queryField(text, index, run) {
     const all = await completions(before);
     if (field.value.slice(0, field.selectionStart) !== before) return;
     word = all.word;
-    found = all.names.filter((name) => name !== word && name.includes(word)).slice(0, 50)
-      .sort((a, b) => b.startsWith(word) - a.startsWith(word));
+    found = all.names.filter((name) => name !== word && name.includes(word))
+      .sort((a, b) => b.startsWith(word) - a.startsWith(word)).slice(0, 50);
     options.replaceChildren(...found.map((name, number) => el("li", {id: `${list}-${number}`,
       role: "option", ariaSelected: "false", onpointerdown: (event) => {
         event.preventDefault();

@@ -12966,6 +12966,14 @@ def test_ten_thousand_metrics_keep_the_page_small(browser, tmp_path):
         browser.type("09999")
         assert browser.wait_for_chart("metric_09999: last") == "metric_09999: last value metric_09999 9.999 k"
         assert len(browser.charts()) == 1 and "Show more" not in browser.text()
+        browser.click("Query")
+        focus = "document.querySelector('textarea')?.focus(); return !!document.activeElement.id"
+        eventually(lambda: browser.js(focus))
+        browser.type("m")
+        browser.wait_for_text("metric_00000", ".options")
+        browser.js("document.querySelector('textarea').select()")
+        browser.type("i")  # in the name of each metric; what begins with it comes first
+        eventually(lambda: browser.text(".options").startswith("idelta"))
         assert browser.complaints() == []
 
 
