@@ -18429,9 +18429,12 @@ function metricView() {
   const panel = new Panel(panelOf(metric, by), "large");
   const tags = el("div", {className: "row", role: "group", ariaLabel: "Group by"});
   const query = el("a", {href: ""}, "Open as a query");
+  let known;
   async function update(signal) {
     query.href = linkTo("query", {q: panel.spec.query}); // with the time of now
     const names = await ask("v1/labels", {"match[]": selectorOf(name)}, signal);
+    if (String(names) === known) return;
+    known = String(names);
     const buttons = names.filter((tag) => tag !== "__name__").map((tag) => {
       const isChosen = by.includes(tag);
       const chosen = isChosen ? by.filter((other) => other !== tag) : [...by, tag];
@@ -18488,7 +18491,8 @@ function dashboardsView() {
     const {dashboards, faults: found} = await ask("dashboards", null, signal);
     none.hidden = dashboards.length;
     replace(list, ...dashboards.map(({file, title}) => el("li", {},
-      el("a", {id: file, href: linkTo("dashboard", {name: file})}, title), ` (${file})`)));
+      el("a", {id: file, href: linkTo("dashboard", {name: file})}, title),
+      el("div", {className: "meta"}, file))));
     faults.replaceChildren(...found.map(({file, error}) => (
       el("li", {className: "error"}, `${file}: ${error}`))));
   }
@@ -18535,9 +18539,15 @@ async function variableChoice({name, tag, metric}, signal) {
 // ---- Alerts: what fires and what pends; silences, as Alertmanager's API has them ----
 
 const SILENCES = {1: "1 hour", 2: "2 hours", 8: "8 hours", 24: "1 day"};
+
 function isMatched({name, value, isRegex, isEqual = true}, labels) {
   const label = labels[name] ?? "";
-  return isEqual === (isRegex ? new RegExp(`^(?:${value})$`, "s").test(label) : label === value);
+  if (!isRegex) return isEqual === (label === value);
+  try {
+    return isEqual === new RegExp(`^(?:${value})$`, "s").test(label);
+  } catch {
+    return false; // RE2's syntax has flags that a browser's has not
+  }
 }
 
 function alertsView() {
@@ -18596,7 +18606,7 @@ async function writeSilence(method, path, silence) {
     sessionStorage.setItem("key", given);
     return given && writeSilence(method, path, silence);
   }
-  refresh();
+  render();
 }
 
 // ---- The loop ----
@@ -18605,6 +18615,7 @@ const VIEWS = {
   metrics: metricsView, metric: metricView, query: queryView, dashboards: dashboardsView,
   dashboard: dashboardView, alerts: alertsView,
 };
+const NAMES = {metrics: "Metrics", query: "Query", dashboards: "Dashboards", alerts: "Alerts"};
 const PARENTS = {metric: "metrics", dashboard: "dashboards"};
 let shown = null; // the view
 let updating = null;
@@ -18632,13 +18643,16 @@ function showTime() {
 }
 
 function showViews() {
-  const names = {metrics: "Metrics", query: "Query", dashboards: "Dashboards", alerts: "Alerts"};
   const current = PARENTS[state.view] ?? state.view;
-  const links = Object.entries(names).map(([view, name]) => el("a", {id: `to ${view}`,
+  const links = Object.entries(NAMES).map(([view, name]) => el("a", {id: `to ${view}`,
     href: linkTo(view), ariaCurrent: view === current ? "page" : null}, name));
   replace(document.getElementById("views"), ...links);
+  showTitle();
+}
+
+function showTitle() {
   const firing = activeAlerts().filter((alert) => alert.state === "firing").length;
-  const title = `${state.name || names[current]} · MetricStream`;
+  const title = `${state.name || NAMES[state.view]} · MetricStream`;
   document.title = firing ? `(${firing}) ${title}` : title;
 }
 
@@ -18669,7 +18683,7 @@ async function refresh() {
   const {signal} = updating = new AbortController();
   refreshedAt = Date.now();
   try {
-    alertsRead = readAlerts(signal).then(showViews);
+    alertsRead = readAlerts(signal).then(showTitle);
     await Promise.all([alertsRead, readCatalogue(signal).then(build)]);
     for (const panel of panels()) panel.refresh();
     await shown.update?.(signal);
