@@ -17937,7 +17937,8 @@ class Chart {
     let [low, high] = extremes(this.series);
     if (low > high || low === 0 && high === 0) [low, high] = [0, 1];
     if (low > 0 && low < high / 2) low = 0;
-    const room = low === high ? Math.abs(low) / 4 : 0;
+    // What differs only in the last digits of a double has no ticks in between.
+    const size = Math.abs(low) + Math.abs(high), room = high - low > size * 1e-12 ? 0 : size / 8;
     const ticks = valueTicks(low - room, high + room, this.unit);
     [this.low, this.high] = [ticks[0], ticks.at(-1)];
     return ticks;

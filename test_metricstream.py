@@ -12829,6 +12829,16 @@ def test_values_have_their_unit(browser, pushed, value, unit, text):
     assert browser.js("return format(arguments[0], arguments[1])", value, unit) == text
 
 
+@pytest.mark.parametrize("query", [
+    "1.7e18 + load1 * 40", "-1.7e18 - load1 * 40", "load1 * 5e-324", "load1 * 1e-300", "(load1 - 3) * 5.9e307",
+    "load1 / 0", "0 * load1 / 0", "-load1", "load1 * 0 + 1e300",
+])  # fmt: skip
+def test_values_of_any_size_are_drawn(browser, pushed, query):
+    browser.open(pushed.port, "view=query&refresh=0&" + urllib.parse.urlencode({"q": query}))
+    browser.wait_for_chart("Result: last value")
+    assert browser.complaints() == []
+
+
 def test_one_cursor_runs_over_all_charts(browser, pushed):
     browser.open(pushed.port, "refresh=0")
     browser.wait_for_chart("torn_bytes: last")
