@@ -17489,7 +17489,7 @@ def read_dashboards(folder: str) -> dict[str, Any]:
 # has no rights of its own. What it costs: 20 KB once for a browser, and no framework that keeps
 # elements and state together.
 #
-# The script comes in three chapters. This one is what is asked: the state, all of it in the URL;
+# The script comes in four chapters. This one is what is asked: the state, all of it in the URL;
 # the metrics, each drawn without a query, since its type and name decide how; and the series of a
 # panel, on a grid of times with NaN where nothing was pushed.
 
@@ -17507,6 +17507,7 @@ const RANGES = {
   "7d": "7 days", "30d": "30 days",
 };
 const REFRESHES = {0: "off", 5: "5 s", 15: "15 s", 60: "1 min"};
+const MAX_TIME = 8.64e12; // of a Date, in seconds
 const UNIT_SECONDS = {s: 1, m: 60, h: 3600, d: 86400};
 
 let state = readState();
@@ -17549,7 +17550,7 @@ function adjust(changes) {
 // First and last second of "1h", or of "1700000000-1700003600".
 function timeRange() {
   const [from, to] = state.range.split("-").map(Number), now = Date.now() / 1000;
-  if (to > from) return [from, to];
+  if (to > from && to < MAX_TIME) return [from, to];
   const [, count, unit] = /^(\d{1,4})([smhd])$/.exec(state.range) ?? [null, 1, "h"];
   return [now - count * UNIT_SECONDS[unit], now];
 }
@@ -17621,6 +17622,7 @@ async function readCatalogue(signal) {
 
 const isPlain = (name) => /^[A-Za-z_][A-Za-z0-9_]*$/.test(name);
 const quoted = (text) => JSON.stringify(text).replaceAll("$", "\\u0024"); // no variable in it
+const wordsOf = (text) => text.match(/[\w:]+/g) ?? [];
 const tagName = (name) => isPlain(name) ? name : quoted(name);
 
 // A name as a query has it.
@@ -17698,10 +17700,11 @@ function activeAlerts() {
   return ["firing", "pending"].flatMap((which) => all.filter(({state}) => state === which));
 }
 
-// The times in which an alert fired whose rule reads a metric, as [from, to].
-async function firingTimes(metric, {start, end, step}, signal) {
+// The times in which an alert fired whose rule reads one of some metrics, as [from, to].
+async function firingTimes(metrics, {start, end, step}, signal) {
   await alertsRead;
-  const names = alertingRules.filter(({query}) => query.split(/[^\w:]+/).includes(metric))
+  const names = alertingRules.filter(({query}) => (
+    wordsOf(query).some((word) => metrics.includes(word))))
     .map(({name}) => `ALERTS{alertname=${JSON.stringify(name)},alertstate="firing"}`);
   if (!names.length) return [];
   const asked = {query: `count(${names.join(" or ")})`, start, end, step};
@@ -17722,41 +17725,47 @@ function stepFrom(least) {
   return STEPS.find((step) => step >= least) ?? Math.ceil(least / 86400) * 86400;
 }
 
-// {start, end, step, last push, series, shades}
-async function readPanel({query, metric = metricIn(query), legend, isCard}, variables, signal) {
-  const [from, to] = timeRange(), interval = metric ? await intervalOf(metric, signal) : 0;
-  const step = stepFrom(Math.max(interval * 0.99, (to - from) / MAX_STEPS));
+// {start, end, step, last: of the first metric, shades, series}
+async function readPanel({query, metric, legend, isCard}, variables, signal) {
+  const [from, to] = timeRange(), words = new Set(query.flatMap(wordsOf));
+  const metrics = metric ? [metric] : [...words].filter((word) => catalogue.has(word));
+  const found = await Promise.all(metrics.map((name) => intervalOf(name, signal)));
+  const intervalIn = (text) => Math.max(0, ...found.filter((_, i) => (
+    metric || wordsOf(text).includes(metrics[i]))));
+  const least = found.length && Math.min(...query.map(intervalIn)) * 0.99;
+  const step = stepFrom(Math.max(least, (to - from) / MAX_STEPS));
   // A rate needs samples up to its time; a sample is drawn at the next step behind it.
   const round = query.some((text) => text.includes("$window")) ? Math.floor : Math.ceil;
   const start = Math.floor(from / step) * step;
   const grid = {start, end: Math.max(round(to / step) * step, start + step), step};
-  // Not the usual lookback of five minutes: a client that died ends its line.
-  const asked = {...grid, lookback_delta: Math.max(step, 2 * interval)};
-  asked.limit = isCard ? MAX_DRAWN : MAX_SERIES;
-  const window = Math.ceil(Math.max(4 * interval, step + interval, 4)) + "s";
-  const known = new Map([...variables, ["window", window], ["step", step + "s"]]);
-  const valuesOf = async (text) => {
-    const filled = text.replace(/\$(\w+)/g, (all, name) => known.get(name) ?? all);
-    const {resultType, result} = await ask("v1/query_range", {...asked, query: filled}, signal);
-    return resultType !== "matrix" ? [] : result.map(({metric: tags, values}) => (
-      {tags, values: onGrid(values, grid)}));
-  };
   const seriesOf = async (text, index) => {
-    const bands = interval && step > 1.5 * interval ? bandOf(text) : []; // several samples a step
-    const [series, lows = [], highs = []] = await Promise.all([text, ...bands].map(valuesOf));
-    addBands(series, lows, highs);
-    return series.map((one) => ({...one, query: text, template: legend?.[index]}));
+    const interval = intervalIn(text), isDense = interval && step > 1.5 * interval;
+    const window = Math.ceil(Math.max(4 * interval, step + interval, 4)) + "s";
+    const known = new Map([...variables, ["window", window], ["step", step + "s"]]);
+    // Not the usual lookback of five minutes: a client that died ends its line.
+    const asked = {...grid, lookback_delta: Math.max(step, 2 * interval)};
+    asked.limit = isCard ? MAX_DRAWN : MAX_SERIES;
+    const read = async (query) => {
+      const filled = query.replace(/\$(\w+)/g, (all, name) => known.get(name) ?? all);
+      const {resultType, result} = await ask("v1/query_range", {...asked, query: filled}, signal);
+      return resultType !== "matrix" ? [] : result.map(({metric: tags, values}) => (
+        {tags, values: onGrid(values, grid), query: text, template: legend?.[index]}));
+    };
+    try {
+      const texts = [text, ...(isDense ? bandOf(text) : [])];
+      const [series, lows = [], highs = []] = await Promise.all(texts.map(read));
+      addBands(series, lows, highs);
+      return series;
+    } catch (error) {
+      throw Object.assign(error, {query: text});
+    }
   };
-  const [last, shades, ...found] = await Promise.all([
-    metric ? lastPush(metric, signal) : NaN,
-    metric ? firingTimes(metric, grid, signal) : [],
+  const [last, shades, ...series] = await Promise.all([
+    metrics.length ? lastPush(metrics[0], signal) : NaN,
+    firingTimes(metrics, grid, signal),
     ...query.map(seriesOf),
   ]);
-  return {...grid, last, shades, series: nameSeries(found.flat())};
-}
-
-function metricIn(query) {
-  return query.join(" ").match(/[\w:]+/g)?.find((word) => catalogue.has(word));
+  return {...grid, last, shades, series: nameSeries(series.flat())};
 }
 
 function onGrid(values, {start, end, step}) {
@@ -17779,12 +17788,13 @@ function bandOf(text) {
 
 function addBands(series, lows, highs) {
   const keyOf = ({tags}) => JSON.stringify({...tags, __name__: ""});
-  const low = new Map(lows.map((one) => [keyOf(one), one.values]));
-  const high = new Map(highs.map((one) => [keyOf(one), one.values]));
+  const [low, high] = [lows, highs].map((all) => (
+    new Map(all.map((one) => [keyOf(one), one.values]))));
   for (const one of series) [one.low, one.high] = [low.get(keyOf(one)), high.get(keyOf(one))];
 }
 
-const LINES = [["solid", []], ["dashed", [7, 3]], ["dotted", [2, 2]]]; // as CSS, as a canvas
+// Series differ by more than hue: the border of a legend's sample, the dashes of a canvas.
+const LINES = [["solid", []], ["dashed", [7, 3]], ["dotted", [2, 2]]];
 
 // Names by the template, else by the tags in which the series differ; lines by their order.
 function nameSeries(series) {
@@ -17861,10 +17871,11 @@ function valueTicks(low, high, unit) {
 
 // [time, text] at round times of local clocks.
 function timeTicks(from, to, width) {
-  const step = stepFrom((to - from) / (width / 80)), ticks = [];
-  const day = {day: "numeric", month: "short"}, time = {hour: "2-digit", minute: "2-digit"};
+  const hasDate = to - from > 90000, time = {hour: "2-digit", minute: "2-digit"}, ticks = [];
+  const step = stepFrom((to - from) / (width / (hasDate ? 80 : 60)));
   if (step < 60) time.second = "2-digit";
-  const text = clock(step >= 86400 ? day : to - from > 90000 ? {...day, ...time} : time);
+  const day = hasDate ? {day: "numeric", month: "short"} : {};
+  const text = clock(step >= 86400 ? day : {...day, ...time});
   for (let local = Math.ceil((from - zoneAt(from)) / step) * step; ; local += step) {
     const at = local + zoneAt(local + zoneAt(from));
     if (at > to) return ticks;
@@ -17923,8 +17934,10 @@ function tableOf(name, heads, rows) {
 
 const LEFT = 64, RIGHT = 8, TOP = 8, BOTTOM = 22; // margins, in pixels
 const STYLES = getComputedStyle(document.documentElement);
-const EVENTS = ["pointermove", "pointerdown", "pointerup", "pointercancel", "pointerleave", "blur",
-  "keydown"];
+// Methods of a chart; where it has none, the cursors are hidden.
+const EVENTS = [
+  "pointermove", "pointerdown", "pointerup", "pointercancel", "keydown", "pointerleave", "blur",
+];
 let cursorTime;
 
 class Chart {
@@ -17942,11 +17955,6 @@ class Chart {
       Object.assign(this, {width, height, floor: height - BOTTOM});
       this.draw();
     }).observe(this.root);
-  }
-
-  show(picture, series, unit) {
-    Object.assign(this, {picture, series, unit});
-    this.draw();
   }
 
   x(time) {
@@ -18007,7 +18015,8 @@ class Chart {
     let [low, high] = extremes(this.series);
     if (low > high || low === 0 && high === 0) [low, high] = [0, 1];
     if (low > 0 && low < high / 2) low = 0;
-    const room = low === high ? Math.abs(low) / 4 : 0;
+    // What differs only in the last digits of a double has no ticks in between.
+    const size = Math.abs(low) + Math.abs(high), room = high - low > size * 1e-12 ? 0 : size / 8;
     const ticks = valueTicks(low - room, high + room, this.unit);
     [this.low, this.high] = [ticks[0], ticks.at(-1)];
     return ticks;
@@ -18064,15 +18073,11 @@ class Chart {
   }
 
   handleEvent(event) {
-    if (this.picture) this[event.type](event);
+    if (this.picture) (this[event.type] ?? hideCursors).call(this, event);
   }
 
-  xOf(event) {
-    return event.clientX - this.root.getBoundingClientRect().left;
-  }
-
-  pointermove(event) {
-    const x = this.xOf(event), from = this.pressedAt;
+  pointermove({offsetX: x}) {
+    const from = this.pressedAt;
     pointAll(this.timeAt(x), this);
     if (from === undefined || Math.abs(x - from) < 5) return;
     this.selection.hidden = false;
@@ -18083,7 +18088,7 @@ class Chart {
 
   pointerdown(event) {
     if (event.button) return;
-    this.pressedAt = this.xOf(event);
+    this.pressedAt = event.offsetX;
     this.root.setPointerCapture(event.pointerId);
   }
 
@@ -18096,14 +18101,6 @@ class Chart {
   pointercancel() {
     this.selection.hidden = true;
     this.pressedAt = this.selected = undefined;
-  }
-
-  pointerleave() {
-    hideCursors();
-  }
-
-  blur() {
-    hideCursors();
   }
 
   keydown(event) {
@@ -18171,9 +18168,11 @@ const sight = new IntersectionObserver((entries) => {
   }
 }, {rootMargin: "200px"});
 
+let panelCount = 0;
+
 class Panel {
   constructor(spec, size = "", variables = new Map()) {
-    Object.assign(this, {spec, variables, current: "", sorted: "", sign: 1});
+    Object.assign(this, {spec, variables, current: "", sorted: "", sign: 1, id: ++panelCount});
     this.chart = new Chart(this, size);
     this.value = el("b");
     this.meta = el("p", {className: "meta"});
@@ -18239,7 +18238,8 @@ class Panel {
     const chosen = series.filter(({name}) => state.only.includes(name));
     const candidates = chosen.length && !isCard ? chosen : series;
     this.series = state.all && !isCard ? candidates : candidates.slice(0, MAX_DRAWN);
-    this.chart.show(this.picture, this.series, unit ?? "");
+    Object.assign(this.chart, {picture: this.picture, series: this.series, unit: unit ?? ""});
+    this.chart.draw();
     const lasts = this.series.map(({values}) => values.findLast(Number.isFinite) ?? NaN);
     const range = extremes([{values: lasts}]).map((value) => format(value, unit));
     this.current = lasts.some(Number.isFinite) ? [...new Set(range)].join(" – ") : "–";
@@ -18263,12 +18263,13 @@ class Panel {
     const names = ["series", "last", "min", "max", "mean"];
     const heads = names.map((name) => el("th", {scope: "col",
       ariaSort: name !== sorted ? "none" : sign > 0 ? "ascending" : "descending"},
-    el("button", {id: `${title}: by ${name}`, onclick: () => this.sortBy(name)}, name)));
+    el("button", {id: `panel ${this.id} by ${name}`, onclick: () => this.sortBy(name)}, name)));
     const rows = listed.map((row) => el("tr", {}, el("td", {}, this.choiceOf(row.one)),
       ...names.slice(1).map((name) => el("td", {}, format(row[name], unit)))));
     const hidden = series.length - listed.length;
     const more = hidden ? [`${hidden} more series are not drawn. `,
       el("button", {onclick: () => go({all: "1"})}, "Show all")] : [];
+    if (series.length >= MAX_SERIES) more.push(` Only ${MAX_SERIES} series were read.`);
     replace(this.legend, tableOf(`Series of ${title}`, heads, rows), ...more);
   }
 
@@ -18280,7 +18281,7 @@ class Panel {
       adjust({only});
       for (const panel of panels()) if (panel.picture) panel.show();
     };
-    return el("button", {id: `${this.spec.title}: ${name}`, ariaPressed: String(isChosen),
+    return el("button", {id: `panel ${this.id}: ${name}`, ariaPressed: String(isChosen),
       onclick: choose}, sampleOf({color, border}), name);
   }
 
@@ -18369,8 +18370,8 @@ function queryField(text, index, run) {
     const all = await completions(before);
     if (field.value.slice(0, field.selectionStart) !== before) return;
     word = all.word;
-    found = all.names.filter((name) => name !== word && name.includes(word)).slice(0, 50)
-      .sort((a, b) => b.startsWith(word) - a.startsWith(word));
+    found = all.names.filter((name) => name !== word && name.includes(word))
+      .sort((a, b) => b.startsWith(word) - a.startsWith(word)).slice(0, 50);
     options.replaceChildren(...found.map((name, number) => el("li", {id: `${list}-${number}`,
       role: "option", ariaSelected: "false", onpointerdown: (event) => {
         event.preventDefault();
@@ -18475,6 +18476,7 @@ function metricsView() {
     return card.root;
   }
   function update() {
+    if (search.value !== state.search) search.value = state.search;
     const words = state.search.toLowerCase().split(/\s+/), names = [...catalogue.keys()];
     const matching = names.filter((name) => (
       words.every((word) => name.toLowerCase().includes(word))));
@@ -18506,9 +18508,12 @@ function metricView() {
   const panel = new Panel(panelOf(metric, by), "large");
   const tags = el("div", {className: "row", role: "group", ariaLabel: "Group by"});
   const query = el("a", {href: ""}, "Open as a query");
+  let known;
   async function update(signal) {
     query.href = linkTo("query", {q: panel.spec.query}); // with the time of now
     const names = await ask("v1/labels", {"match[]": selectorOf(name)}, signal);
+    if (String(names) === known) return;
+    known = String(names);
     const buttons = names.filter((tag) => tag !== "__name__").map((tag) => {
       const isChosen = by.includes(tag);
       const chosen = isChosen ? by.filter((other) => other !== tag) : [...by, tag];
@@ -18533,7 +18538,7 @@ function queryView() {
   const refusal = el("pre", {className: "error", role: "alert", hidden: true});
   const onanswer = (error) => {
     refusal.hidden = !error;
-    refusal.textContent = error ? placeOf(error.message, q) : "";
+    refusal.textContent = error ? placeOf(error) : "";
     result.root.style.visibility = result.picture ? "" : "hidden";
   };
   result ??= new Panel({title: "Result"}, "large");
@@ -18550,10 +18555,9 @@ function queryView() {
 }
 
 // An error, the line of the query where it is, and a mark at its column.
-function placeOf(message, queries) {
+function placeOf({message, query}) {
   const [, line, column] = /^(\d+):(\d+):/.exec(message) ?? [];
-  const text = queries.map((query) => query.split("\n")[line - 1])
-    .find((row) => row?.length >= column - 1);
+  const text = query?.split("\n")[line - 1];
   return text === undefined ? message : `${message}\n\n${text}\n${" ".repeat(column - 1)}^`;
 }
 
@@ -18566,7 +18570,8 @@ function dashboardsView() {
     const {dashboards, faults: found} = await ask("dashboards", null, signal);
     none.hidden = dashboards.length;
     replace(list, ...dashboards.map(({file, title}) => el("li", {},
-      el("a", {id: file, href: linkTo("dashboard", {name: file})}, title), ` (${file})`)));
+      el("a", {id: file, href: linkTo("dashboard", {name: file})}, title),
+      el("div", {className: "meta"}, file))));
     faults.replaceChildren(...found.map(({file, error}) => (
       el("li", {className: "error"}, `${file}: ${error}`))));
   }
@@ -18575,17 +18580,20 @@ function dashboardsView() {
 
 function dashboardView() {
   const title = titleRow(state.name, saveButton()), body = el("div", {className: "panels"});
-  const choices = el("div", {className: "row"}), view = {nodes: [title, choices, body], update};
+  const choices = el("div", {className: "row"}), variables = new Map();
+  const view = {nodes: [title, choices, body], update};
   async function update(signal) {
-    if (body.childElementCount) return;
-    const {dashboards} = await ask("dashboards", null, signal), variables = new Map();
+    const {dashboards} = await ask("dashboards", null, signal);
     const dashboard = dashboards.find(({file}) => file === state.name);
     if (!dashboard) return body.replaceChildren("There is no such dashboard.");
     view.variables = dashboard.variables;
     const found = await Promise.all(view.variables.map((one) => variableChoice(one, signal)));
     for (const {name, value} of found) variables.set(name, quoted(value).slice(1, -1));
+    const labels = found.map((choice) => el("label", {}, `${choice.name} `, choice));
+    const isKnown = choices.textContent === labels.map((label) => label.textContent).join("");
+    if (!isKnown) replace(choices, ...labels);
+    if (body.childElementCount) return;
     title.firstChild.textContent = dashboard.title;
-    replace(choices, ...found.map((choice) => el("label", {}, `${choice.name} `, choice)));
     for (const spec of dashboard.panels) {
       const panel = new Panel(spec, "medium", variables);
       panel.root.style.gridColumn = `span ${spec.width}`;
@@ -18610,9 +18618,15 @@ async function variableChoice({name, tag, metric}, signal) {
 // ---- Alerts: what fires and what pends; silences, as Alertmanager's API has them ----
 
 const SILENCES = {1: "1 hour", 2: "2 hours", 8: "8 hours", 24: "1 day"};
+
 function isMatched({name, value, isRegex, isEqual = true}, labels) {
   const label = labels[name] ?? "";
-  return isEqual === (isRegex ? new RegExp(`^(?:${value})$`, "s").test(label) : label === value);
+  if (!isRegex) return isEqual === (label === value);
+  try {
+    return isEqual === new RegExp(`^(?:${value})$`, "s").test(label);
+  } catch {
+    return false; // RE2's syntax has flags that a browser's has not
+  }
 }
 
 function alertsView() {
@@ -18671,7 +18685,7 @@ async function writeSilence(method, path, silence) {
     sessionStorage.setItem("key", given);
     return given && writeSilence(method, path, silence);
   }
-  refresh();
+  render();
 }
 
 // ---- The loop ----
@@ -18680,6 +18694,7 @@ const VIEWS = {
   metrics: metricsView, metric: metricView, query: queryView, dashboards: dashboardsView,
   dashboard: dashboardView, alerts: alertsView,
 };
+const NAMES = {metrics: "Metrics", query: "Query", dashboards: "Dashboards", alerts: "Alerts"};
 const PARENTS = {metric: "metrics", dashboard: "dashboards"};
 let shown = null; // the view
 let updating = null;
@@ -18707,13 +18722,16 @@ function showTime() {
 }
 
 function showViews() {
-  const names = {metrics: "Metrics", query: "Query", dashboards: "Dashboards", alerts: "Alerts"};
   const current = PARENTS[state.view] ?? state.view;
-  const links = Object.entries(names).map(([view, name]) => el("a", {id: `to ${view}`,
+  const links = Object.entries(NAMES).map(([view, name]) => el("a", {id: `to ${view}`,
     href: linkTo(view), ariaCurrent: view === current ? "page" : null}, name));
   replace(document.getElementById("views"), ...links);
+  showTitle();
+}
+
+function showTitle() {
   const firing = activeAlerts().filter((alert) => alert.state === "firing").length;
-  const title = `${state.name || names[current]} · MetricStream`;
+  const title = `${state.name || NAMES[state.view]} · MetricStream`;
   document.title = firing ? `(${firing}) ${title}` : title;
 }
 
@@ -18744,7 +18762,7 @@ async function refresh() {
   const {signal} = updating = new AbortController();
   refreshedAt = Date.now();
   try {
-    alertsRead = readAlerts(signal).then(showViews);
+    alertsRead = readAlerts(signal).then(showTitle);
     await Promise.all([alertsRead, readCatalogue(signal).then(build)]);
     for (const panel of panels()) panel.refresh();
     await shown.update?.(signal);
@@ -18904,7 +18922,8 @@ th button { font-weight: 600; padding: 0; }
 }
 @media (prefers-reduced-motion: no-preference) { canvas { transition: opacity .2s; } }
 @media print {
-  nav, form, label, button, .notice { display: none !important; }
+  nav, form, .notice, [role=group] { display: none !important; }
+  .row:not(.card) > :not(h1, label:has([id^=variable])), .card > button { display: none; }
   .card { break-inside: avoid; }
 }
 """
