@@ -12994,7 +12994,9 @@ def test_each_query_of_a_graph_has_the_gaps_of_its_own_metric(browser, pushed):
     rare = next(at for at, name in enumerate(browser.js(
         "return [...document.querySelectorAll('tbody tr')].map((row) => row.innerText)")) if "rare" in name)
     columns = browser.columns(f"--series-{rare}")
-    assert sum(columns[len(columns) // 4 : -len(columns) // 4]) > 0.95 * len(columns) / 2  # a line
+    middle = columns[len(columns) // 4 : -len(columns) // 4]
+    gaps = [len(list(run)) for there, run in itertools.groupby(middle) if not there]
+    assert max(gaps, default=0) < 10  # a line, which may be of dots
 
 
 def test_the_place_of_an_error_is_in_the_query_that_has_it(browser, pushed):
@@ -13238,7 +13240,7 @@ def test_the_csv_has_a_row_for_each_time_and_a_column_for_each_series(browser, p
     rows = list(csv.reader(io.StringIO(eventually(lambda: browser.js("return window.saved")), newline="")))
     assert rows[0][0] == "time" and set(rows[0][1:]) == {"sum(queue)", "deploy, a==1+1"}
     times = [datetime.datetime.fromisoformat(row[0]).timestamp() for row in rows[1:]]
-    assert times == sorted(times) and times[-1] == pytest.approx(time.time(), abs=60)
+    assert times == sorted(times) and times[-1] == pytest.approx(time.time(), abs=1800)
     assert "435" in rows[-1] and "" in rows[-1]  # 0 + 1 + … + 29, and no deploy at that time
 
 
@@ -13403,7 +13405,7 @@ def test_alerts_are_shown_and_silenced_with_a_key_that_is_asked_for_once(browser
         return metricstream.Answer(metricstream.json_response(200, {"data": matrix}))
 
     asked: list[str] = []
-    rule = {"name": "HighLoad", "type": "alerting", "query": "sum(load1) > 3"}
+    rule = {"name": "HighLoad", "type": "alerting", "query": "sum(load1) > 3", "alerts": [alert]}
     with running(tmp_path) as started:
         started.service.add_routes({
             **metricstream.dashboard_routes(None),
@@ -13411,7 +13413,6 @@ def test_alerts_are_shown_and_silenced_with_a_key_that_is_asked_for_once(browser
             "/api/v1/query_range": {"GET": over_time, "POST": over_time},
             "/api/v1/labels": (labels := answer(lambda: {"data": []})) | {"POST": labels["GET"]},
             "/api/v1/metadata": (types := answer(lambda: {"data": {}})) | {"POST": types["GET"]},
-            "/api/v1/alerts": answer(lambda: {"data": {"alerts": [alert]}}),
             "/api/v1/rules": answer(lambda: {"data": {"groups": [{"rules": [rule]}]}}),
             "/api/v2/silences": answer(lambda: silences) | {"POST": silence},
             "/api/v2/silence/1": answer(dict) | {"DELETE": expire},
@@ -13421,14 +13422,14 @@ def test_alerts_are_shown_and_silenced_with_a_key_that_is_asked_for_once(browser
         assert "firing since" in browser.text("main") and "host=web1" in browser.text("main")
         assert browser.js("return document.title").startswith("(1) ")
         assert browser.complaints() == []
-        browser.click("Silence for 2 hours")
+        browser.click("Silence")
         eventually(lambda: browser.client.ask("GET", f"{browser.path}/alert/text").status == 200)
         browser.ask("POST", "/alert/text", text="k3y")
         browser.ask("POST", "/alert/accept", x=0)
         browser.wait_for_text("silenced until")
         assert silences[0]["matchers"][0]["value"] == "HighLoad"
         browser.click("End the silence")
-        browser.wait_for_text("Silence for 2 hours")
+        eventually(lambda: "silenced until" not in browser.text("main"))
         assert silences == []
         browser.open(started.port, "view=metric&name=load1")
         browser.wait_for_chart("load1: last")
