@@ -5736,7 +5736,7 @@ _BLOCK_NAME = re.compile(r"([0-9]{8})-([0-9]{8})\.block")
 
 
 class BlockError(Exception):
-    """A block that is not as it was written: which, and what is wrong with it."""
+    """A block that is not as it was written: what is wrong with it."""
 
 
 class BlockWriter:
@@ -5928,24 +5928,28 @@ _DAMAGE = (BlockError, OSError, zlib.error, struct.error, ValueError, IndexError
 
 class Block:
     """A file of series that never changes. Its index is read when it is first asked, its chunks
-    each time. Raises BlockError where the file is damaged.
+    each time. Raises BlockError where its end is damaged. Where other parts are, `on_damage` is
+    called with (path, error), and it has no more samples to give.
     """
 
-    def __init__(self, path: str):
-        self.path = path
+    def __init__(self, path: str, on_damage: Callable[[str, Exception], None]):
+        self.path, self._on_damage = path, on_damage
+        self.is_damaged = False
+        # for its folder
+        self.is_wanted, self.last_use = False, 0
         name = _BLOCK_NAME.fullmatch(os.path.basename(path))
         if name is None:
-            raise BlockError(f"{path}: not the name of a block")
+            raise BlockError("not the name of a block")
         self.first_number, self.last_number = int(name[1]), int(name[2])
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115  # open as long as it is served
         self.size_bytes = os.fstat(self._file.fileno()).st_size
         if self.size_bytes < _BLOCK_END.size:
-            raise BlockError(f"{path}: too short for a block")
+            raise BlockError("too short for a block")
         end = self._read(self.size_bytes - _BLOCK_END.size, self.size_bytes)
         length, checksum, magic = _BLOCK_END.unpack(end)
         self._meta_at = self.size_bytes - _BLOCK_END.size - length
         if magic != _BLOCK_MAGIC or self._meta_at < 0:
-            raise BlockError(f"{path}: the end is not that of a block")
+            raise BlockError("the end is not that of a block")
         raw = self._read(self._meta_at, self._meta_at + length, checksum)
         try:
             meta = parse_json(raw)
@@ -5955,7 +5959,7 @@ class Block:
             self._times_at, self._index_at = int(meta["times_at"]), int(meta["index_at"])
             self._index_crc32 = int(meta["index_crc32"])
         except (JSONError, KeyError, TypeError) as error:
-            raise BlockError(f"{path}: the meta is not that of a block: {error}") from None
+            raise BlockError(f"the meta is not that of a block: {error}") from None
         self._loaded: _BlockIndex | None = None
 
     def close(self) -> None:
@@ -5972,38 +5976,53 @@ class Block:
         self._loaded = None
 
     def load(self) -> Iterator[None]:
-        """Read its index, in short steps. Raises BlockError."""
-        if self._loaded is not None:
+        """Read its index, in short steps."""
+        if self._loaded is not None or self.is_damaged:
             return
         try:
             raw = self._read(self._index_at, self._meta_at, self._index_crc32)
             index = _BlockIndex(zlib.decompress(raw), self._times_at)
             yield from index.add_series()
+            self._loaded = index
         except _DAMAGE as error:
-            raise BlockError(f"{self.path}: the index can't be read: {error}") from None
-        self._loaded = index
+            self._fail(BlockError(f"the index can't be read: {error}"))
 
-    def _index(self) -> _BlockIndex:
+    def _fail(self, error: Exception) -> None:
+        self.is_damaged = True
+        self._on_damage(self.path, error)
+
+    def _index(self) -> _BlockIndex | None:
         for _ in self.load():
             pass
-        assert self._loaded is not None  # else `load` raises
         return self._loaded
 
     @property
     def index(self) -> SeriesIndex:
         """Which series are in it."""
-        return self._index().series
+        index = self._index()
+        return index.series if index else SeriesIndex()
 
     @property
     def types(self) -> dict[str, str]:
         """The type of each metric."""
-        return self._index().types
+        index = self._index()
+        return index.types if index else {}
 
     def chunks(
         self, numbers: Iterable[int], start_ms: int, end_ms: int, budget: Budget
     ) -> Iterator[tuple[int, list[Chunk]]]:
         """For each series its chunks of a time, both ends included; they may reach beyond it."""
-        index = self._index()
+        try:
+            if (index := self._index()) is not None:
+                yield from self._read_chunks(index, numbers, start_ms, end_ms, budget)
+        except _DAMAGE as error:
+            self._fail(error)
+        while self.is_damaged:  # the others have none
+            yield -1, []
+
+    def _read_chunks(
+        self, index: _BlockIndex, numbers: Iterable[int], start_ms: int, end_ms: int, budget: Budget
+    ) -> Iterator[tuple[int, list[Chunk]]]:
         known: dict[int, bytes] = {}  # times that were read
         for number in numbers:
             chunks = []
@@ -6028,40 +6047,24 @@ class Block:
     def _read(self, start: int, end: int, checksum: int | None = None) -> bytes:
         part = os.pread(self._file.fileno(), end - start, start)
         if len(part) < end - start:
-            raise BlockError(f"{self.path}: cut short at byte {start + len(part)}")
+            raise BlockError(f"cut short at byte {start + len(part)}")
         if checksum is not None and zlib.crc32(part) != checksum:
-            raise BlockError(f"{self.path}: bytes {start} to {end} do not fit their checksum")
+            raise BlockError(f"bytes {start} to {end} do not fit their checksum")
         return part
 
 
 # ==================================================================================================
-# 19. Store
+# 19. Following the log
 # ==================================================================================================
 #
-# The idea is that of a log-structured merge tree. Lines of the log go into a memtable. From time to
-# time the log begins a new file, and the memtable a new one: the border of the files is the border
-# of the memtables. The old memtable is written as a block, and then the part of the log that the
-# block covers (a segment) is retired. What no block covers is read again at the start. What it
-# costs: a read looks into several blocks and memtables and merges what it finds.
-#
-# There are no locks: whatever takes long and changes files (`maintain`) is done by a fork, which
-# sees the store as it was, and the store looks at the folder again afterwards (`refresh`).
-#
-# Source: O'Neil et al., The Log-Structured Merge-Tree (1996).
+# The log is files, of which only the last one grows: the front moves a file that is long or old to
+# the name of a segment, and goes on in a new one. The problem: other processes read the log while
+# all this happens, and must read no line twice and none before it is acknowledged. The idea: they
+# are given open files, which stay the same under any name, and are told how far each one counts.
+# What it costs: a file that nobody has a name for lives until its last reader has left it.
 
-SEGMENT_BYTES = 512 * 1024 * 1024  # the log begins a new file when it is so long
-SEGMENT_AGE_S = 2 * 3600.0  # or so old
-MAX_BLOCK_SAMPLES = 50_000_000
-MERGED_BLOCKS = 4  # so many neighbours of about the same size are compacted into one
-RETENTION_S = 30 * 86_400
-CLOCK_DOUBT_S = 3600.0  # a step of the clock is believed after so long
 READ_BYTES = 256 * 1024  # the log is read in pieces of so many
-MAX_INDEXED_SERIES = 1_000_000  # of blocks whose indexes are in memory
 _SEGMENT_NAME = re.compile(r"metrics\.([0-9]{8})\.jsonl")
-_EVER = END_OF_TIME_MS  # no sample is so late
-
-Source = Memtable | Block
-_Places = dict[Labels, list[tuple[Source, int]]]  # where series stand
 
 
 def log_segments(folder: str) -> list[tuple[int, str]]:
@@ -6154,7 +6157,6 @@ class FollowedLog:
         self.file, self.tail = -1, LogTail(-1)
         self.acknowledged = Position(-1, 0)
         self._piece_bytes = piece_bytes
-        self._last_file = -1  # that was told of
         self._next: deque[tuple[Position, int]] = deque()  # (new file, end of the old), a file
 
     def begin_file(self, position: Position, descriptor: int) -> None:
@@ -6167,12 +6169,16 @@ class FollowedLog:
         if self._last_file < 0:
             self.acknowledge(position)
             position = position._replace(size_bytes=0)  # there is no old one
-        self._last_file = position.file
         self._next.append((position, descriptor))
 
     def acknowledge(self, position: Position) -> None:
         """Nothing before this position is ever taken back."""
         self.acknowledged = max(self.acknowledged, position)
+
+    @property
+    def _last_file(self) -> int:
+        """The last file that was told of."""
+        return self._next[-1][0].file if self._next else self.file
 
     @property
     def descriptors(self) -> list[int]:
@@ -6182,9 +6188,8 @@ class FollowedLog:
     @property
     def left_bytes(self) -> int:
         """How long the file that is read now and those after it are."""
-        following, acknowledged = list(self._next), self.acknowledged
-        last = following[-1][0].file if following else self.file
-        sizes = sum(position.size_bytes for position, _ in following)
+        last, acknowledged = self._last_file, self.acknowledged
+        sizes = sum(position.size_bytes for position, _ in list(self._next))
         return sizes + (acknowledged.size_bytes if acknowledged.file == last else 0)
 
     @property
@@ -6196,9 +6201,14 @@ class FollowedLog:
         return acknowledged.size_bytes if acknowledged.file == self.file else 0
 
     @property
+    def _has_read_all(self) -> bool:
+        """Whether the file that is read now was read as far as it may be."""
+        return self.file < 0 or self.tail.has_reached(self.limit)
+
+    @property
     def has_next_file(self) -> bool:
         """Whether there is another file, and the one that is read now is over."""
-        return bool(self._next) and (self.file < 0 or self.tail.has_reached(self.limit))
+        return bool(self._next) and self._has_read_all
 
     @property
     def is_in_last_file(self) -> bool:
@@ -6208,7 +6218,7 @@ class FollowedLog:
     @property
     def is_caught_up(self) -> bool:
         """Whether there is nothing to be read."""
-        return not self._next and (self.file < 0 or self.tail.has_reached(self.limit))
+        return not self._next and self._has_read_all
 
     def has_read(self, position: Position) -> bool:
         """Whether all lines before a position were read."""
@@ -6224,18 +6234,286 @@ class FollowedLog:
         return old
 
 
-def _readers(
-    places: _Places, start_ms: int, end_ms: int, budget: Budget
-) -> dict[Source, Iterator[tuple[int, list[Chunk]]]]:
-    """For each source its chunks, in the order in which its series stand in the places."""
+# ==================================================================================================
+# 20. Block folder
+# ==================================================================================================
+#
+# The problem: blocks become many and old, and a process may be killed between any two steps of
+# tidying them up. The idea: the names say it all. A block is named by the first and the last of the
+# numbers that are in it: neighbours are compacted into one whose name covers theirs, and where both
+# are found, the old ones go. Whoever has the folder open looks at it again when it has changed.
+# What it costs: each sample is written again with each compaction, some four times.
+
+MAX_BLOCK_SAMPLES = 50_000_000
+MERGED_BLOCKS = 4  # so many neighbours of about the same size are compacted into one
+RETENTION_S = 30 * 86_400
+CLOCK_DOUBT_S = 3600.0  # a step of the clock is believed after so long
+MAX_INDEXED_SERIES = 1_000_000  # of blocks whose indexes are in memory
+_EVER = END_OF_TIME_MS  # no sample is so late
+
+Source = Memtable | Block
+Places = dict[Labels, list[tuple[Source, int]]]  # where series stand: sources, and their numbers
+
+
+def merged_series(
+    places: Places, start_ms: int, end_ms: int, budget: Budget
+) -> Iterator[tuple[Labels, list[Chunk]]]:
+    """Each series with its chunks of a time from all sources, without overlaps, ascending."""
     wanted: dict[Source, list[int]] = {}
     for where in places.values():
         for source, number in where:
             wanted.setdefault(source, []).append(number)
-    return {
+    readers = {
         source: source.chunks(numbers, start_ms, end_ms, budget)
         for source, numbers in wanted.items()
     }
+    for labels, where in places.items():
+        found = [next(readers[source])[1] for source, _ in where]
+        if chunks := merge_chunks(found, budget):
+            yield labels, chunks
+
+
+class Retention:
+    """What is too old to be kept: `age_s` and `size_bytes` are the most that is kept, 0 is all."""
+
+    def __init__(
+        self,
+        age_s: float,
+        size_bytes: int,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ):
+        self.age_ms, self._size_bytes = int(age_s * 1000), size_bytes
+        self._clock, self._monotonic = clock, monotonic
+        self._began = monotonic()
+        self._bounds: deque[tuple[float, int]] = deque()  # of the last hour: when, and what
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether it is known how the clock stood an hour ago."""
+        return self._monotonic() - self._began >= CLOCK_DOUBT_S
+
+    def oldest_ms(self, newest_ms: int) -> int:
+        """What is older is too old. That goes by the clock or by the newest sample, whichever is
+        earlier; and of these bounds the least of the last hour counts: no step of a clock removes
+        what was young an hour ago.
+        """
+        if not self.age_ms:
+            return 0
+        now, bounds = self._monotonic(), self._bounds
+        bounds.append((now, min(int(self._clock() * 1000), newest_ms) - self.age_ms))
+        while bounds[0][0] < now - CLOCK_DOUBT_S:
+            bounds.popleft()
+        return min(bound_ms for _, bound_ms in bounds)
+
+    def expired(self, blocks: Sequence[Block], newest_ms: int) -> list[Block]:
+        """The blocks that are too old, and the oldest if all are too long."""
+        oldest_ms, room = self.oldest_ms(newest_ms), self._size_bytes
+        old = [block for block in blocks if 0 <= block.last_ms < oldest_ms]
+        if len(old) > 1 and not self.is_settled:
+            old = []
+        for block in sorted(blocks, key=lambda b: b.last_ms, reverse=True):
+            room -= block.size_bytes
+            if self._size_bytes and room < 0 and block not in old:
+                old.append(block)
+        return old
+
+
+class BlockFolder:
+    """The blocks of a data folder: `all` has them in the order of their numbers.
+
+    `writes`: this process changes the folder; else it only reads. Raises OSError.
+    """
+
+    def __init__(self, folder: str, writes: bool):
+        self.path, self._writes = os.path.join(folder, BLOCKS_NAME), writes
+        self.all: list[Block] = []
+        self.damaged: list[str] = []  # names of blocks that were set aside
+        self._seen_ns = 0  # when the folder had changed at the last look
+        self._uses = itertools.count(1)
+        if writes:
+            os.makedirs(self.path, exist_ok=True)
+
+    # ---- what is there
+
+    def names(self) -> list[str]:
+        """Of all files in the folder."""
+        return sorted(os.listdir(self.path)) if os.path.isdir(self.path) else []
+
+    @property
+    def covers(self) -> int:
+        """The last segment of the log that is in a block."""
+        return max((block.covers for block in self.all), default=0)
+
+    @property
+    def last_number(self) -> int:
+        """The number of the last block."""
+        return max((block.last_number for block in self.all), default=0)
+
+    @property
+    def size_bytes(self) -> int:
+        """How long all blocks are."""
+        return sum(block.size_bytes for block in self.all)
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether somebody changed the folder since the last look."""
+        return os.stat(self.path).st_mtime_ns != self._seen_ns
+
+    def refresh(self, first: bool = False) -> None:
+        """Look which blocks there are: others may have changed them. The first time, what a crash
+        left behind is removed.
+        """
+        if not os.path.isdir(self.path):
+            return
+        self._seen_ns = os.stat(self.path).st_mtime_ns
+        known = {block.path: block for block in self.all}
+        self.all, self.damaged = [], []
+        for name in self.names():
+            path = os.path.join(self.path, name)
+            if name.endswith(".tmp") and first and self._writes:
+                os.unlink(path)
+            elif name.endswith(".damaged"):
+                self.damaged.append(name)
+            elif path in known:
+                self._add(known.pop(path))
+            elif _BLOCK_NAME.fullmatch(name):
+                try:
+                    self._add(Block(path, self._set_aside))
+                except FileNotFoundError:  # it was merged into another one
+                    continue
+                except _DAMAGE as error:
+                    self._set_aside(path, error)
+        for block in known.values():
+            block.close()
+
+    def _add(self, block: Block) -> None:
+        """Add the next block by name. One that is in a larger one is what a crash kept from being
+        removed after their compaction; of those of one first number the larger one comes last.
+        """
+        if self.all and block.first_number == self.all[-1].first_number:
+            self._discard(self.all.pop())
+        if self.all and block.last_number <= self.all[-1].last_number:
+            self._discard(block)
+        else:
+            self.all.append(block)
+
+    def _discard(self, block: Block) -> None:
+        if self._writes:
+            os.unlink(block.path)
+        block.close()
+
+    def _set_aside(self, path: str, error: Exception) -> None:
+        """A damaged block is served no more, and its file gets another name."""
+        logger.error("a damaged block is set aside: %s: %s", path, error)
+        self.damaged.append(os.path.basename(path) + ".damaged")
+        self.all = [block for block in self.all if block.path != path]
+        if self._writes:
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(path, path + ".damaged")
+
+    # ---- indexes are read
+
+    def index_of(self, block: Block, budget: Budget) -> SeriesIndex:
+        """The index of a block. A query with a small budget does not wait until it is read."""
+        block.last_use = next(self._uses)
+        if not block.is_loaded and budget.left < math.inf:
+            block.is_wanted = True
+            raise OverBudgetError
+        return block.index
+
+    @property
+    def has_wanted(self) -> bool:
+        """Whether indexes are to be read."""
+        return any(block.is_wanted for block in self.all)
+
+    def load_wanted(self) -> Iterator[None]:
+        """Read the indexes that were asked for, in short steps, and give those up whose last use is
+        longest ago, if all are too large.
+        """
+        for block in [block for block in self.all if block.is_wanted]:
+            yield from block.load()
+            block.is_wanted = False
+            room = MAX_INDEXED_SERIES - block.series_count
+            for other in sorted(self.all, key=lambda b: b.last_use, reverse=True):
+                if other.is_loaded and other is not block:
+                    room -= other.series_count
+                    if room < 0:
+                        other.forget_index()
+
+    # ---- blocks are written
+
+    def write(
+        self, sources: Sequence[Source], first: int, last: int, covers: int, oldest_ms: int
+    ) -> bool:
+        """Write a block of all samples of some sources that are not too old, and serve it in place
+        of the blocks of these numbers; False, and all stays, where a source turns out damaged.
+        """
+        path = os.path.join(self.path, f"{first:08d}-{last:08d}.block")
+        types: dict[str, str] = {}
+        places: Places = {}
+        for source in sources:
+            types |= source.types
+            for number, labels in enumerate(source.index.labels):
+                places.setdefault(labels, []).append((source, number))
+        with BlockWriter(path) as writer:
+            for labels, chunks in merged_series(places, oldest_ms, _EVER, Budget()):
+                writer.add(labels, chunks)
+            if any(isinstance(source, Block) and source.is_damaged for source in sources):
+                return False
+            writer.finish(covers, types)
+        others = [b for b in self.all if not first <= b.first_number <= last]
+        new = Block(path, self._set_aside)
+        self.all = sorted((*others, new), key=lambda b: b.first_number)
+        return True
+
+    def run_to_compact(self, most_ms: int) -> list[Block]:
+        """The neighbours that are made one block next: the largest has no more samples than the
+        others together, and they span no more than a time.
+        """
+        for start in range(len(self.all) - MERGED_BLOCKS + 1):
+            run = self.all[start : start + MERGED_BLOCKS]
+            samples = [block.samples for block in run]
+            span_ms = max(b.last_ms for b in run) - min(b.first_ms for b in run)
+            if (
+                2 * max(samples) <= sum(samples)
+                and sum(samples) <= MAX_BLOCK_SAMPLES
+                and span_ms <= most_ms
+            ):
+                return run
+        return []
+
+    def compact(self, run: list[Block], oldest_ms: int) -> None:
+        """Make some neighbours one block."""
+        covers = max(block.covers for block in run)
+        if self.write(run, run[0].first_number, run[-1].last_number, covers, oldest_ms):
+            for block in run:
+                os.unlink(block.path)
+
+    def remove(self, block: Block) -> None:
+        """Remove a block that is past its retention."""
+        os.unlink(block.path)
+        self.all.remove(block)
+        logger.info("removed the block %s, past its retention", block.path)
+
+
+# ==================================================================================================
+# 21. Store
+# ==================================================================================================
+#
+# The idea is that of a log-structured merge tree. Lines of the log go into a memtable. From time to
+# time the log begins a new file, and the memtable a new one: the border of the files is the border
+# of the memtables. The old memtable is written as a block, and then the part of the log that the
+# block covers (a segment) is retired. What no block covers is read again at the start. What it
+# costs: a read looks into several blocks and memtables and merges what it finds.
+#
+# There are no locks: whatever takes long and changes files (`maintain`) is done by a fork, which
+# sees the store as it was, and the store looks at the folder again afterwards (`refresh`).
+#
+# Source: O'Neil et al., The Log-Structured Merge-Tree (1996).
+
+SEGMENT_BYTES = 512 * 1024 * 1024  # the log begins a new file when it is so long
+SEGMENT_AGE_S = 2 * 3600.0  # or so old
 
 
 class Store:
@@ -6262,24 +6540,16 @@ class Store:
         monotonic: Callable[[], float] = time.monotonic,
     ):
         self.folder = folder
-        self.damaged: list[str] = []  # names of blocks that were set aside
         self.replayed = self.unreadable = 0  # lines of the log
+        self.blocks = BlockFolder(folder, writes)
+        self._retention = Retention(retention_s, retention_bytes, clock, monotonic)
         self._writes, self._keep_log = writes, keep_log
         self._checkpoints, self._segment_bytes = checkpoints, segment_bytes
-        self._retention_ms, self._retention_bytes = int(retention_s * 1000), retention_bytes
-        self._clock, self._monotonic = clock, monotonic
-        self._blocks_folder = os.path.join(folder, BLOCKS_NAME)
-        self._folder_seen = 0  # when the folder of blocks had changed at the last look
-        self.blocks: list[Block] = []  # in the order of their numbers
-        self._indexed: dict[Block, None] = {}  # with an index in memory, used longest ago first
-        self._to_index: dict[Block, None] = {}  # were asked for without one
+        self._monotonic = monotonic
         self._frozen: list[tuple[int, tuple[Memtable, ...]]] = []  # by segments, in order
         self._active, self._own = Memtable(), Memtable()
-        self._since = self._opened = monotonic()  # when the active one was begun
-        self._oldest: deque[tuple[float, int]] = deque()  # bounds of retention of the last hour
+        self._since = monotonic()  # when the active one was begun
         self._next_number = 1
-        if writes:
-            os.makedirs(self._blocks_folder, exist_ok=True)
 
     # ---- the folder is read
 
@@ -6294,9 +6564,8 @@ class Store:
             # before the blocks: what leaves the log is in a block
             segments = log_segments(self.folder)
             self.refresh(first=True)
-            covered = max((block.covers for block in self.blocks), default=0)
             for number, path in segments:
-                if number > covered:
+                if number > self.blocks.covers:
                     self._next_number = max(self._next_number, number + 1)
                     yield from self._replay(path, skip_inode)
             if log:
@@ -6307,10 +6576,7 @@ class Store:
             self.replayed = self.unreadable = 0
 
     def _file_names(self) -> list[str]:
-        there = (
-            sorted(os.listdir(self._blocks_folder)) if os.path.isdir(self._blocks_folder) else []
-        )
-        return there + [path for _, path in log_segments(self.folder)]
+        return self.blocks.names() + [path for _, path in log_segments(self.folder)]
 
     def _replay(self, path: str, skip_inode: int) -> Iterator[str]:
         with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
@@ -6329,73 +6595,12 @@ class Store:
         """Look which blocks there are: others may have changed them. Frozen memtables that have
         become blocks are dropped.
         """
-        if not os.path.isdir(self._blocks_folder):
-            return
-        self._folder_seen = os.stat(self._blocks_folder).st_mtime_ns
-        known = {block.path: block for block in self.blocks}
-        self.damaged, blocks = [], []
-        for name in sorted(os.listdir(self._blocks_folder)):
-            path = os.path.join(self._blocks_folder, name)
-            if name.endswith(".tmp") and first and self._writes:
-                os.unlink(path)
-            elif name.endswith(".damaged"):
-                self.damaged.append(name)
-            elif path in known:
-                blocks.append(known.pop(path))
-            elif _BLOCK_NAME.fullmatch(name):
-                try:
-                    blocks.append(Block(path))
-                except FileNotFoundError:  # it was merged into another one
-                    continue
-                except _DAMAGE as error:
-                    self._set_aside(path, error)
-        for block in known.values():
-            self._forget(block)
-        self.blocks = self._without_merged(blocks)
-        covered = max((block.covers for block in self.blocks), default=0)
-        self._frozen = [(number, tables) for number, tables in self._frozen if number > covered]
-        last = max((block.last_number for block in self.blocks), default=0)
+        self.blocks.refresh(first)
+        covers = self.blocks.covers
+        self._frozen = [(number, tables) for number, tables in self._frozen if number > covers]
         taken = max((Checkpoint.read(path).segment for path in self._checkpoints), default=0)
-        self._next_number = max(self._next_number, last + 1, covered + 1, taken + 1)
-
-    @property
-    def is_changed(self) -> bool:
-        """Whether somebody changed the folder of blocks since the last look."""
-        return os.stat(self._blocks_folder).st_mtime_ns != self._folder_seen
-
-    def _without_merged(self, blocks: list[Block]) -> list[Block]:
-        """The blocks without those that a crash kept from being removed after their compaction."""
-        kept: list[Block] = []
-        for block in sorted(blocks, key=lambda b: (b.first_number, -b.last_number)):
-            if kept and block.last_number <= kept[-1].last_number:
-                if self._writes:
-                    os.unlink(block.path)
-                self._forget(block)
-            else:
-                kept.append(block)
-        return kept
-
-    def _forget(self, block: Block) -> None:
-        self._indexed.pop(block, None)
-        self._to_index.pop(block, None)
-        block.close()
-
-    def _set_aside(self, path: str, error: Exception) -> None:
-        """A damaged block is served no more, and its file gets another name."""
-        logger.error("a damaged block is set aside: %s", error)
-        self.damaged.append(os.path.basename(path) + ".damaged")
-        if self._writes:
-            with contextlib.suppress(FileNotFoundError):
-                os.replace(path, path + ".damaged")
-
-    def _drop(self, source: Source, error: Exception) -> None:
-        if not isinstance(source, Block):
-            raise error
-        if source in self.blocks:
-            self.blocks.remove(source)
-            self._set_aside(source.path, error)
-            self._indexed.pop(source, None)
-            self._to_index.pop(source, None)
+        last = max(self.blocks.last_number, covers, taken)
+        self._next_number = max(self._next_number, last + 1)
 
     # ---- samples come
 
@@ -6438,33 +6643,20 @@ class Store:
     def _sources(self) -> list[Source]:
         """From the oldest to the newest."""
         frozen = [table for _, tables in self._frozen for table in tables]
-        return [*self.blocks, *frozen, self._own, self._active]
+        return [*self.blocks.all, *frozen, self._own, self._active]
 
     def _index_of(self, source: Source, budget: Budget) -> SeriesIndex:
-        """The index of a source. A query with a small budget does not wait until it is read."""
-        if isinstance(source, Block):
-            if not source.is_loaded and budget.left < math.inf:
-                self._to_index[source] = None
-                raise OverBudgetError
-            index = source.index
-            self._indexed.pop(source, None)
-            self._indexed[source] = None
-            return index
-        return source.index
+        return self.blocks.index_of(source, budget) if isinstance(source, Block) else source.index
 
     def _find(
         self, matchers: Sequence[Matcher], start_ms: int, end_ms: int, budget: Budget
-    ) -> _Places:
+    ) -> Places:
         """Where the series stand that fulfil the matchers."""
-        places: _Places = {}
+        places: Places = {}
         for source in self._sources():
             if source.last_ms < start_ms or source.first_ms > end_ms:
                 continue
-            try:
-                index = self._index_of(source, budget)
-            except BlockError as error:
-                self._drop(source, error)
-                continue
+            index = self._index_of(source, budget)
             numbers = index.select(matchers, budget)
             budget.spend(5 * len(numbers))
             for number in numbers:
@@ -6478,20 +6670,9 @@ class Store:
         included.
         """
         places = self._find(matchers, start_ms, end_ms, budget)
-        readers = _readers(places, start_ms, end_ms, budget)
         known: dict[bytes, array[int]] = {}
         same: dict[tuple[int, ...], tuple[list[Any], array[int]]] = {}
-        for labels, where in places.items():
-            sources = []
-            for source, _ in where:
-                try:
-                    sources.append(next(readers[source])[1])
-                except BlockError as error:
-                    self._drop(source, error)
-                    readers[source] = itertools.repeat((0, []))
-            chunks = merge_chunks(sources, budget)
-            if not chunks:
-                continue
+        for labels, chunks in merged_series(places, start_ms, end_ms, budget):
             budget.spend(20 + sum(chunk.count for chunk in chunks))
             parts = [chunk.decoded_times(known) for chunk in chunks]
             key = tuple(map(id, parts))
@@ -6521,19 +6702,17 @@ class Store:
         """The type of each metric: the one that was pushed last."""
         types: dict[str, str] = {}
         for source in self._sources():
-            try:
-                self._index_of(source, budget)
-                budget.spend(len(source.types))
-                types |= source.types
-            except BlockError as error:
-                self._drop(source, error)
+            self._index_of(source, budget)
+            budget.spend(len(source.types))
+            types |= source.types
         return types
 
     @property
     def warnings(self) -> list[str]:
         """What answers have to say of samples that are missing."""
         return [
-            f"a damaged block was set aside, its samples are missing: {n}" for n in self.damaged
+            f"a damaged block was set aside, its samples are missing: {name}"
+            for name in self.blocks.damaged
         ]
 
     @property
@@ -6541,35 +6720,17 @@ class Store:
         """How many series were pushed since the last segment was begun."""
         return len(self._active.index)
 
-    @property
-    def block_bytes(self) -> int:
-        """How long all blocks are."""
-        return sum(block.size_bytes for block in self.blocks)
-
     # ---- the store is kept in order
 
     def work(self) -> Iterator[None]:
         """What is to be done beside questions, in short steps: indexes are read, rows sealed."""
-        while self._to_index:
-            block, _ = self._to_index.popitem()
-            try:
-                yield from block.load()
-            except BlockError as error:
-                self._drop(block, error)
-                continue
-            self._indexed[block] = None
-            room = MAX_INDEXED_SERIES
-            for loaded in reversed(list(self._indexed)):
-                room -= loaded.series_count
-                if room < 0 and loaded is not block:
-                    loaded.forget_index()
-                    del self._indexed[loaded]
+        yield from self.blocks.load_wanted()
         yield from self._active.seal()
 
     @property
     def has_work(self) -> bool:
         """Whether `work` has anything to do."""
-        return bool(self._to_index) or self._active.has_full_groups
+        return self.blocks.has_wanted or self._active.has_full_groups
 
     @property
     def needs_maintenance(self) -> bool:
@@ -6583,52 +6744,28 @@ class Store:
         It takes long; a fork does it, and the store that goes on calls `refresh` afterwards.
         """
         for number, tables in self._frozen:
-            self._write(tables, number, number, number)
+            self.blocks.write(tables, number, number, number, self._oldest_ms())
         self._frozen = []
         for path in self._retirable():
             self._retire(path)
         while run := self._run_to_compact():
-            self._compact(run)
+            self.blocks.compact(run, self._oldest_ms())
         for block in self._expired():
-            os.unlink(block.path)
-            logger.info("removed the block %s, past its retention", block.path)
             self.blocks.remove(block)
 
     def keep_own(self) -> None:
         """Write what is not in the log as a block. Raises OSError."""
-        if self._own.rows:
-            covered = max((block.covers for block in self.blocks), default=0)
-            if not self._frozen:  # else a block of this number would hide a segment
-                self._write([self._own], self._next_number, self._next_number, covered)
-                self._next_number += 1
-                self._own = Memtable()
-
-    def _write(self, sources: Sequence[Source], first: int, last: int, covers: int) -> None:
-        """Write a block of all samples of some sources, and serve it in place of the blocks of
-        these numbers.
-        """
-        path = os.path.join(self._blocks_folder, f"{first:08d}-{last:08d}.block")
-        budget, oldest_ms = Budget(), self._oldest_ms() if self._is_settled else 0
-        with BlockWriter(path) as writer:
-            types: dict[str, str] = {}
-            places: _Places = {}
-            for source in sources:
-                types |= source.types
-                for number, labels in enumerate(source.index.labels):
-                    places.setdefault(labels, []).append((source, number))
-            readers = _readers(places, oldest_ms, _EVER, budget)
-            for labels, where in places.items():
-                found = [next(readers[source])[1] for source, _ in where]
-                if chunks := merge_chunks(found, budget):
-                    writer.add(labels, chunks)
-            writer.finish(covers, types)
-        others = [b for b in self.blocks if not first <= b.first_number <= last]
-        self.blocks = sorted((*others, Block(path)), key=lambda b: b.first_number)
+        # Beside frozen ones, a block of this number would hide a segment.
+        if self._own.rows and not self._frozen:
+            number, covers = self._next_number, self.blocks.covers
+            self.blocks.write([self._own], number, number, covers, self._oldest_ms())
+            self._next_number += 1
+            self._own = Memtable()
 
     def _retirable(self) -> list[str]:
         """The segments that a block covers, and that nobody else is still to read."""
-        last = max((block.covers for block in self.blocks), default=0)
-        last = min((last, *(Checkpoint.read(path).segment for path in self._checkpoints)))
+        taken = (Checkpoint.read(path).segment for path in self._checkpoints)
+        last = min((self.blocks.covers, *taken))
         return [path for number, path in log_segments(self.folder) if number <= last]
 
     def _retire(self, path: str) -> None:
@@ -6647,68 +6784,21 @@ class Store:
         os.unlink(path)
 
     def _run_to_compact(self) -> list[Block]:
-        """The neighbours that are made one block next: the largest has no more samples than the
-        others together.
-        """
-        most_ms = self._retention_ms // 10 or _EVER
-        for start in range(len(self.blocks) - MERGED_BLOCKS + 1):
-            run = self.blocks[start : start + MERGED_BLOCKS]
-            samples = [block.samples for block in run]
-            span_ms = max(b.last_ms for b in run) - min(b.first_ms for b in run)
-            if (
-                2 * max(samples) <= sum(samples)
-                and sum(samples) <= MAX_BLOCK_SAMPLES
-                and span_ms <= most_ms
-            ):
-                return run
-        return []
-
-    def _compact(self, run: list[Block]) -> None:
-        try:
-            covers = max(block.covers for block in run)
-            self._write(run, run[0].first_number, run[-1].last_number, covers)
-        except BlockError:
-            for block in run:  # whichever of them it was
-                try:
-                    for _ in block.chunks(range(len(block.index)), 0, _EVER, Budget()):
-                        pass
-                except BlockError as error:
-                    self._drop(block, error)
-            return
-        for block in run:
-            os.unlink(block.path)
+        return self.blocks.run_to_compact(self._retention.age_ms // 10 or _EVER)
 
     # ---- retention
 
     @property
-    def _is_settled(self) -> bool:
-        return self._monotonic() - self._opened >= CLOCK_DOUBT_S
+    def _newest_ms(self) -> int:
+        return max((source.last_ms for source in self._sources()), default=-1)
 
     def _oldest_ms(self) -> int:
-        """What is older is past its retention, which goes by the clock or by the newest sample,
-        whichever is earlier; and of these bounds the least of the last hour counts: no step of a
-        clock removes what was young an hour ago.
-        """
-        if not self._retention_ms:
-            return 0
-        now, bounds = self._monotonic(), self._oldest
-        newest_ms = max((source.last_ms for source in self._sources()), default=-1)
-        bounds.append((now, min(int(self._clock() * 1000), newest_ms) - self._retention_ms))
-        while bounds[0][0] < now - CLOCK_DOUBT_S:
-            bounds.popleft()
-        return min(bound_ms for _, bound_ms in bounds)
+        """What is older is not written again."""
+        retention = self._retention
+        return retention.oldest_ms(self._newest_ms) if retention.is_settled else 0
 
     def _expired(self) -> list[Block]:
-        """The blocks that are too old, and the oldest if all are too long."""
-        oldest_ms, room = self._oldest_ms(), self._retention_bytes
-        old = [block for block in self.blocks if 0 <= block.last_ms < oldest_ms]
-        if len(old) > 1 and not self._is_settled:  # nobody knows how the clock stood an hour ago
-            old = []
-        for block in sorted(self.blocks, key=lambda b: b.last_ms, reverse=True):
-            room -= block.size_bytes
-            if self._retention_bytes and room < 0 and block not in old:
-                old.append(block)
-        return old
+        return self._retention.expired(self.blocks.all, self._newest_ms)
 
 
 # ==================================================================================================
@@ -10033,7 +10123,7 @@ class StoreProcess:
         self._tell(write_json({"status": self._status()}))
         if self._progress:
             return
-        if self.store.is_changed:
+        if self.store.blocks.is_changed:
             self.store.refresh()
         if now >= self._next_rotation and self.store.is_segment_due(self._log.tail.position):
             self._next_rotation = now + STORE_RETRY_S
@@ -10050,8 +10140,8 @@ class StoreProcess:
             "error": self._error,
             "room": self._options.max_series - self.store.series_in_memory,
             "series_in_memory": self.store.series_in_memory,
-            "block_bytes": self.store.block_bytes,
-            "blocks_damaged": len(self.store.damaged),
+            "block_bytes": self.store.blocks.size_bytes,
+            "blocks_damaged": len(self.store.blocks.damaged),
             "log_lines_unreadable": self.store.unreadable,
             "store_lag_bytes": max(0, self._log.limit - self._log.tail.position),
             "queries_running": running,

@@ -5734,7 +5734,7 @@ def test_a_damaged_block_is_set_aside_and_the_rest_is_served(place, tmp_path, ca
     under = a_store(tmp_path)
     under.pushed = {"m": {3000: 3.0, 4000: 4.0}}
     under.check()
-    assert under.store.damaged == [path.name + ".damaged"] and "damaged block" in caplog.text
+    assert under.store.blocks.damaged == [path.name + ".damaged"] and "damaged block" in caplog.text
     assert path.name in under.store.warnings[0]
     assert not path.exists() and path.with_name(path.name + ".damaged").exists()
     block_of(under, 5000)
@@ -5876,9 +5876,9 @@ def test_kill_9_at_each_step_of_a_block_loses_nothing_and_doubles_nothing(tmp_pa
                 tag = int(series.labels["__name__"][1:]) / 4
                 assert list(series.times_ms) == [1000 * n for n in range(pushed)], fatal
                 assert list(series.values) == [n + tag for n in range(pushed)], fatal
-            in_blocks = sum(block.samples for block in under.store.blocks)
+            in_blocks = sum(block.samples for block in under.store.blocks.all)
             assert in_blocks + under.store.replayed == 3 * pushed, fatal  # none was counted twice
-            assert not under.store.damaged and not list(folder.glob("blocks/*.tmp"))
+            assert not under.store.blocks.damaged and not list(folder.glob("blocks/*.tmp"))
         finally:
             under.close()
 
@@ -5998,9 +5998,9 @@ def test_the_oldest_blocks_go_when_all_are_too_long(tmp_path):
     for number in range(3):
         under.push([Sample("m", rng.random(), "gauge", {}, 1000 * number + n) for n in range(150)])
         under.cut()
-    assert under.store.block_bytes == 0
+    assert under.store.blocks.size_bytes == 0
     under.maintain()
-    assert 0 < under.store.block_bytes <= 4_000
+    assert 0 < under.store.blocks.size_bytes <= 4_000
     (series,) = under.select()
     assert series.times_ms[0] == 1000 and series.times_ms[-1] == 2149
     under.close()
