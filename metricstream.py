@@ -9668,36 +9668,25 @@ def result_json(result: Result, limit: int | None = None, budget: Budget | None 
 
 
 # ==================================================================================================
-# 27. Store process
+# 27. Processes that follow the log
 # ==================================================================================================
 #
 # The problem: whoever holds the interpreter lock stops everybody, and a query, a sealed chunk or a
-# written block may hold it for long. The idea: the store lives in a process of its own, which reads
-# the log as `tail -f` does, up to where it is acknowledged, and never beyond. It has one thread and
-# no locks. A question comes with the position of the log at its arrival, and is answered when the
-# store has read so far: whoever pushed a sample sees it. Small questions are answered at once,
-# within a budget of work; what takes more begins anew in a fork, which is a snapshot of all memory
-# for the price of a page table. The operating system does the rest: a late query is killed, its
-# memory is limited, several run on several cores. What it costs: 3 to 10 ms for each fork, and the
-# log is read once more, 0.5 to 0.8 µs a line.
+# written block may hold it for long. The idea: what need not happen before a batch is acknowledged
+# is done by processes of their own, which read the log as `tail -f` does, up to where it is
+# acknowledged, and never beyond. The front starts each of them with a socket, and they end when it
+# is closed. What it costs: the memory of an interpreter each, and the log is read once more.
 #
-#     front ── frames of fixed size, each with a descriptor ──► store     a question's socket, a log
-#           ◄── lines of JSON: what it does, what it logs ────
-#           ◄── an answer, on the question's own socket ────── store or its fork
+#     front ── frames of fixed size, each with a descriptor ──► process   a question's socket, a log
+#           ◄── lines of JSON: what it does, what it logs ─────
+#           ◄── an answer, on the question's own socket ────── process, or its fork
 
-MAX_WAITING = 64  # questions; more get 503
-INLINE_WORK = 50_000  # units of a Budget: about 5 ms
-INLINE_S = 0.03  # and where the units were too cheap, so long
-QUERY_MEMORY = 512 * 1024 * 1024  # bytes that a query may take, beside what the store has
-SENDING_S = 5.0  # a reader may take so long while others wait
-KILL_GRACE_S = 0.5  # a fork that is late ends by itself, or so long later by a signal
-STORE_STATUS_S = 1.0  # how often the store says how it is
-SILENCE_S = 20.0  # a store that says nothing for so long is ended, and begun anew
-STORE_RETRY_S = 30.0  # after a failure to keep the store in order: a full disk, as a rule
+STORE_STATUS_S = 1.0  # how often a process says how it is
+SILENCE_S = 20.0  # one that says nothing for so long is ended, and begun anew
 FOLLOWER_STOP_S = 1.0  # so long a process may take to stop
-LOCK_WAIT_S = 5.0  # for a store whose front died
+LOCK_WAIT_S = 5.0  # for a process whose front died
 MAX_FORM_BYTES = 128 * 1024
-OWN_METRICS_S = 15.0
+MAX_UNSENT_BYTES = 1024 * 1024  # lines for a front that reads none
 
 _FRAME = struct.Struct("<4sIqd")  # what; file of the log, bytes of it; when, by time.monotonic
 _QUESTION, _POSITION, _SWITCH, _OWN, _STOP = b"ask.", b"pos.", b"file", b"own.", b"stop"
@@ -9728,23 +9717,51 @@ def frames(control: socket.socket) -> Iterator[Frame]:
         yield Frame(kind, Position(file, size_bytes), arrived, descriptors)
 
 
-class StoreOptions(NamedTuple):
-    """What the store process is told at its start."""
+class Front:
+    """The front, as a process that it has started knows it."""
 
-    folder: str
-    max_series: int = MAX_SERIES
-    retention_s: float = RETENTION_S
-    retention_bytes: int = 0
-    keep_log: bool = False
-    checkpoints: Sequence[str] = ()
-    segment_bytes: int = SEGMENT_BYTES
-    query_timeout_s: float = QUERY_TIMEOUT_S
-    query_memory: int = QUERY_MEMORY
-    version: str = ""
+    def __init__(self, control: socket.socket):
+        control.setblocking(False)
+        self.socket = control
+        self.is_gone = False
+        self.unsent = b""  # lines that it has not read yet
+
+    def frames(self) -> Iterator[Frame]:
+        """Its frames that are there."""
+        try:
+            yield from frames(self.socket)
+        except EOFError:
+            self.is_gone = True
+
+    def tell(self, **said: Any) -> None:
+        """Send it a line, sooner or later."""
+        if len(self.unsent) < MAX_UNSENT_BYTES:
+            self.unsent += write_json(said).encode(errors="backslashreplace") + b"\n"
+        self.send_unsent()
+
+    def send_unsent(self) -> None:
+        """Send what it had no room for."""
+        try:
+            while self.unsent:
+                self.unsent = self.unsent[self.socket.send(self.unsent) :]
+        except BlockingIOError:
+            return
+        except OSError:
+            self.is_gone = True
+
+    def log(self, record: logging.LogRecord) -> bool:
+        """A filter of the logger: the front logs for all processes."""
+        self.tell(log=record.getMessage(), level=record.levelno)
+        return False
+
+    def leave(self) -> None:
+        """What a fork does first: it has nothing to do with the front."""
+        self.socket.close()
+        logger.removeFilter(self.log)
 
 
 class Question:
-    """A request to the query API that waits for its answer."""
+    """A request that waits for its answer."""
 
     __slots__ = ("socket", "position", "arrived", "path", "form", "deadline")
 
@@ -9771,457 +9788,6 @@ class Question:
         self.deadline = arrived + QUERY_TIMEOUT_S
 
 
-class _Fork:
-    """A process that answers a question, or keeps the store in order."""
-
-    __slots__ = ("pid", "pipe", "question", "deadline", "sends_since", "said", "error")
-
-    def __init__(self, pid: int, pipe: int, question: Question | None):
-        self.pid, self.pipe, self.question = pid, pipe, question
-        self.deadline = question.deadline if question else math.inf
-        self.sends_since = 0.0  # it has its answer: only the reader may be late now
-        self.said = b""
-        self.error = ""  # why the store can't be kept in order
-
-
-class StoreProcess:
-    """The loop of the store: reads the log, answers questions, keeps the store in order."""
-
-    def __init__(self, control: socket.socket, options: StoreOptions):
-        self._control, self._options = control, options
-        control.setblocking(False)
-        self.store = Store(
-            options.folder,
-            writes=True,
-            retention_s=options.retention_s,
-            retention_bytes=options.retention_bytes,
-            keep_log=options.keep_log,
-            checkpoints=options.checkpoints,
-            segment_bytes=options.segment_bytes,
-        )
-        self.api = QueryAPI(self.store, timeout_s=options.query_timeout_s, version=options.version)
-        self._max_forks = max(2, os.cpu_count() or 1)
-        self._opening: Iterator[str] | None = None
-        self._began = time.monotonic()
-        self._progress = "starting"  # how far the store is at its start; "" when it is ready
-        self._log = FollowedLog()
-        self._first_position = Position(-1, 0)  # the store is ready when it has read so far
-        self._waiting: deque[Question] = deque()  # for the log to be read
-        self._heavy: deque[Question] = deque()  # for a fork
-        self._forks: dict[int, _Fork] = {}  # by pipe
-        self._sending: dict[socket.socket, memoryview] = {}  # answers that nobody reads yet
-        self._work: Iterator[None] = iter(())
-        self._unsent = b""  # lines for the front
-        self._error = ""  # why the store can't be kept in order
-        self._next_status = self._next_maintenance = self._next_rotation = 0.0
-        self._stopped = False
-
-    # ---- the loop
-
-    def run(self) -> None:
-        """Work until the front says stop, or is gone."""
-        while not self._stopped:
-            self._wait(0.0 if self._is_busy() else 0.1)
-            self._read_log()
-            self._answer_waiting()
-            self._start_forks()
-            self._end_late()
-            if not self._waiting:
-                self._do_work()
-            self._look_after_time()
-        for fork in list(self._forks.values()):
-            os.kill(fork.pid, signal.SIGKILL)
-            self._reap(fork)
-        if not self._progress:
-            self.store.keep_own()
-
-    def _is_busy(self) -> bool:
-        if self._progress:
-            return self._opening is not None or not self._log.is_caught_up
-        return (
-            not self._log.is_caught_up
-            or (self.store.has_work and not self._unsent)
-            or any(self._log.has_read(question.position) for question in self._waiting)
-        )
-
-    def _wait(self, timeout_s: float) -> None:
-        """Wait until somebody has something to say, and hear it."""
-        poll = select.poll()
-        poll.register(self._control, select.POLLIN | (select.POLLOUT if self._unsent else 0))
-        for pipe in self._forks:
-            poll.register(pipe, select.POLLIN)
-        asking = {question.socket.fileno(): question for question in self._questions()}
-        for descriptor in asking:
-            poll.register(descriptor, 0)  # only that the other end is closed
-        sending = {sock.fileno(): sock for sock in self._sending}
-        for descriptor in sending:
-            poll.register(descriptor, select.POLLOUT)
-        for descriptor, _ in poll.poll(timeout_s * 1000):
-            if descriptor == self._control.fileno():
-                self._hear()
-                self._tell("")
-            elif descriptor in self._forks:
-                self._hear_fork(self._forks[descriptor])
-            elif descriptor in sending:
-                self._send_more(sending[descriptor])
-            else:
-                self._abandon(asking[descriptor])
-
-    def _questions(self) -> Iterator[Question]:
-        yield from self._waiting
-        yield from self._heavy
-        for fork in self._forks.values():
-            if fork.question is not None:
-                yield fork.question
-
-    # ---- the front speaks
-
-    def _hear(self) -> None:
-        try:
-            for frame in itertools.islice(frames(self._control), MAX_WAITING):
-                self._take(frame)
-        except EOFError:
-            self._stopped = True
-
-    def _take(self, frame: Frame) -> None:
-        kind, position, arrived, descriptors = frame
-        if kind == _QUESTION:
-            self._take_question(socket.socket(fileno=descriptors[0]), position, arrived)
-        elif kind == _SWITCH:
-            self._log.begin_file(position, descriptors[0])
-        elif kind == _OWN:
-            with open(descriptors[0], "rb") as lines:
-                self.store.add_own(lines.read())
-        elif kind == _STOP:
-            self._stopped = True
-        if kind in (_QUESTION, _POSITION):
-            self._log.acknowledge(position)
-
-    def _take_question(self, sock: socket.socket, position: Position, arrived: float) -> None:
-        try:
-            question = Question(sock, position, arrived)
-        except (OSError, ValueError) as error:
-            logger.debug("a question was not whole: %s", error)
-            sock.close()
-            return
-        if self._progress:
-            self._refuse(question, f"the store is not ready yet: {self._progress}")
-        elif len(self._waiting) + len(self._heavy) >= MAX_WAITING:
-            self._refuse(question, f"{MAX_WAITING} queries wait already")
-        else:
-            question.deadline = arrived + self.api.timeout_s(question.form)
-            self._waiting.append(question)
-
-    def _tell(self, line: str) -> None:
-        """Send a line to the front, sooner or later."""
-        if line and len(self._unsent) < 1024 * 1024:
-            self._unsent += line.encode(errors="backslashreplace") + b"\n"
-        try:
-            while self._unsent:
-                self._unsent = self._unsent[self._control.send(self._unsent) :]
-        except BlockingIOError:
-            return
-        except OSError:
-            self._stopped = True
-
-    # ---- the log is read
-
-    def _read_log(self) -> None:
-        log = self._log
-        if self._opening is None and log.file < 0 and log.has_next_file:  # the first file
-            log.next_file()
-            self._first_position = log.acknowledged
-            inode = os.fstat(log.tail.descriptor).st_ino
-            self._opening = self.store.open(skip_inode=inode)
-        if self._opening is not None:
-            progress = next(self._opening, None)
-            if progress is not None:
-                self._progress = progress
-                return
-            self._opening = None
-        if log.file < 0:
-            return
-        limit = log.limit
-        if lines := log.tail.read(limit):
-            self.store.add_lines(lines)
-        elif log.has_next_file:
-            self._switch()
-        if self._progress:
-            self._progress = f"reading the log: {log.tail.position >> 20} of {limit >> 20} MiB"
-            if log.has_read(self._first_position):
-                self._progress = ""
-                if time.monotonic() - self._began > 1.0:
-                    logger.info("the store is ready: %d metrics read", self.store.replayed)
-
-    def _switch(self) -> None:
-        """The border of the files is the border of the memtables."""
-        old = self._log.next_file()
-        self.store.freeze(segment_of(self.store.folder, old)[1])
-        os.close(old)
-        self._next_rotation = self._next_maintenance = 0.0
-
-    # ---- questions are answered
-
-    def _answer_waiting(self) -> None:
-        """Answer one question, or pass it on to a fork."""
-        for question in self._waiting:
-            if self._log.has_read(question.position):
-                self._waiting.remove(question)
-                self._answer(question)
-                return
-
-    def _answer(self, question: Question) -> None:
-        budget = Budget(INLINE_WORK)
-        signal.signal(signal.SIGALRM, lambda *_: setattr(budget, "left", -1.0))
-        signal.setitimer(signal.ITIMER_REAL, INLINE_S)
-        try:
-            status, body = self.api.answer(question.path, question.form, budget)
-        except OverBudgetError:
-            self._heavy.append(question)
-        except Exception as error:
-            log_unexpected(error)
-            self._send(question, *self.api.error("internal", INTERNAL_ERROR))
-        else:
-            self._send(question, status, body)
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0.0)
-
-    def _start_forks(self) -> None:
-        """Begin what waits: as many work at once as there are cores; as many more may send."""
-        forks = [fork for fork in self._forks.values() if fork.question is not None]
-        working = sum(not fork.sends_since for fork in forks)
-        room = min(self._max_forks - working, 2 * self._max_forks - len(forks))
-        while self._heavy and room > 0:
-            question = self._heavy.popleft()
-            try:
-                self._fork(question)
-            except OSError as error:
-                self._refuse(question, f"no process for a query: {error.strerror}")
-            room -= 1
-
-    def _fork(self, question: Question | None) -> None:
-        """Answer a question in a process of its own, or keep the store in order."""
-        heard, said = os.pipe()
-        pid = os.fork()
-        if pid:
-            os.close(said)
-            self._forks[heard] = _Fork(pid, heard, question)
-            return
-        status = 1
-        try:
-            os.close(heard)
-            self._control.close()
-            logger.removeFilter(self.log_to_front)
-            deadline = question.deadline if question else math.inf
-            child = _Child(said, self._options.query_memory, deadline)
-            if question is not None:
-                status = child.answer(self.api, question)
-            else:
-                status = child.maintain(self.store)
-        finally:  # whatever happens: a child never goes on with the loop of its parent
-            os._exit(status)
-
-    def _hear_fork(self, fork: _Fork) -> None:
-        said = os.read(fork.pipe, 65_536)
-        *lines, fork.said = (fork.said + said).split(b"\n")
-        for line in lines:
-            told = parse_json(line)
-            if "log" in told:
-                self._tell(line.decode())
-            if "sending" in told:
-                fork.sends_since = time.monotonic()
-            fork.error = told.get("error", fork.error)
-        if not said:
-            self._reap(fork)
-
-    def _reap(self, fork: _Fork) -> None:
-        """A fork has ended: say so where it could not."""
-        del self._forks[fork.pipe]
-        os.close(fork.pipe)
-        _, status = os.waitpid(fork.pid, 0)
-        code = os.waitstatus_to_exitcode(status)
-        if fork.question is None:
-            self.store.refresh()
-            self._error = "" if code == 0 else fork.error or f"ended with status {code}"
-            if self._error:
-                logger.error("can't keep the store in order: %s", self._error)
-                self._next_maintenance = time.monotonic() + STORE_RETRY_S
-        elif fork.sends_since:
-            fork.question.socket.close()
-        elif time.monotonic() >= fork.deadline:
-            self._time_out(fork.question, "query timed out in expression evaluation")
-        else:
-            self._refuse(fork.question, f"the process of the query ended with status {code}")
-
-    def _end_late(self) -> None:
-        now = time.monotonic()
-        for line in (self._waiting, self._heavy):
-            for question in [question for question in line if question.deadline <= now]:
-                line.remove(question)
-                behind = self._log.acknowledged.size_bytes - self._log.tail.position
-                where = f"while the store reads the log, {behind} bytes behind"
-                if line is self._heavy:
-                    where = "in query queue"
-                self._time_out(question, f"query timed out {where}")
-        for fork in self._forks.values():
-            late = now >= fork.deadline + KILL_GRACE_S
-            if fork.sends_since:  # to a slow reader: it makes room where others wait
-                late = bool(self._heavy) and now >= fork.sends_since + SENDING_S
-            if late:
-                os.kill(fork.pid, signal.SIGKILL)
-
-    def _abandon(self, question: Question) -> None:
-        """Nobody waits for the answer any more."""
-        for line in (self._waiting, self._heavy):
-            if question in line:
-                line.remove(question)
-                question.socket.close()
-                return
-        for fork in list(self._forks.values()):
-            if fork.question is question:
-                os.kill(fork.pid, signal.SIGKILL)
-                fork.sends_since = fork.deadline
-                self._reap(fork)
-
-    def _time_out(self, question: Question, reason: str) -> None:
-        self._send(question, *self.api.error("timeout", reason))
-
-    def _refuse(self, question: Question, reason: str) -> None:
-        self._send(question, *self.api.error("unavailable", reason))
-
-    def _send(self, question: Question, status: int, body: bytes) -> None:
-        self._sending[question.socket] = memoryview(_relayed(status, body))
-        self._send_more(question.socket)
-
-    def _send_more(self, sock: socket.socket) -> None:
-        try:
-            self._sending[sock] = self._sending[sock][sock.send(self._sending[sock]) :]
-        except BlockingIOError:
-            return
-        except OSError:  # nobody reads it any more
-            self._sending[sock] = memoryview(b"")
-        if not self._sending[sock]:
-            del self._sending[sock]
-            sock.close()
-
-    # ---- the store is kept in order
-
-    def _do_work(self) -> None:
-        """A piece of work that is short beside a question."""
-        end = time.monotonic() + 0.002
-        while time.monotonic() < end:
-            if next(self._work, self) is self:
-                if not self.store.has_work:
-                    return
-                self._work = self.store.work()
-
-    def _look_after_time(self) -> None:
-        now = time.monotonic()
-        if now < self._next_status:
-            return
-        self._next_status = now + STORE_STATUS_S
-        self._tell(write_json({"status": self._status()}))
-        if self._progress:
-            return
-        if self.store.blocks.is_changed:
-            self.store.refresh()
-        if now >= self._next_rotation and self.store.is_segment_due(self._log.tail.position):
-            self._next_rotation = now + STORE_RETRY_S
-            self._tell(write_json({"rotate": self.store.next_segment()}))
-        maintaining = any(fork.question is None for fork in self._forks.values())
-        if not maintaining and now >= self._next_maintenance and self.store.needs_maintenance:
-            self._next_maintenance = now + STORE_STATUS_S
-            self._fork(None)
-
-    def _status(self) -> dict[str, Any]:
-        running = sum(fork.question is not None for fork in self._forks.values())
-        return {
-            "progress": self._progress,
-            "error": self._error,
-            "room": self._options.max_series - self.store.series_in_memory,
-            "series_in_memory": self.store.series_in_memory,
-            "block_bytes": self.store.blocks.size_bytes,
-            "blocks_damaged": len(self.store.blocks.damaged),
-            "log_lines_unreadable": self.store.unreadable,
-            "store_lag_bytes": max(0, self._log.limit - self._log.tail.position),
-            "queries_running": running,
-            "queries_waiting": len(self._waiting) + len(self._heavy),
-        }
-
-    def log_to_front(self, record: logging.LogRecord) -> bool:
-        """A filter of the logger: the front logs for all processes."""
-        self._tell(write_json({"log": record.getMessage(), "level": record.levelno}))
-        return False
-
-
-class _Child:
-    """What a fork of the store does; it ends when its time is over, or its parent is gone."""
-
-    def __init__(self, said: int, memory: int, deadline: float):
-        self._said = said
-        logger.addFilter(self._log)
-        self._parent = os.getppid()
-        self._deadline = deadline
-        signal.signal(signal.SIGALRM, self._look)
-        signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
-        os.nice(5)
-        self._memory = memory
-
-    def _look(self, *_: object) -> None:
-        if os.getppid() != self._parent or time.monotonic() >= self._deadline:
-            os._exit(1)
-
-    def _tell(self, **told: Any) -> None:
-        """A line for the parent."""
-        os.write(self._said, write_json(told).encode(errors="replace") + b"\n")
-
-    def _log(self, record: logging.LogRecord) -> bool:
-        self._tell(log=record.getMessage(), level=record.levelno)
-        return False
-
-    def answer(self, api: QueryAPI, question: Question) -> int:
-        """Answer a question, with as much memory as is allowed."""
-        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-        resource.setrlimit(resource.RLIMIT_AS, (_address_space() + self._memory, hard))
-        try:
-            status, body = api.answer(question.path, question.form, Budget())
-        except MemoryError:
-            status, body = 0, b""
-        except Exception as error:
-            log_unexpected(error)
-            status, body = api.error("internal", INTERNAL_ERROR)
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-        if not status:
-            status, body = api.error("execution", str(SampleLimitError()))
-        self._deadline = math.inf  # the rest is up to the reader; a front that goes closes it
-        self._tell(sending=True)
-        question.socket.setblocking(True)
-        question.socket.sendall(_relayed(status, body))
-        return 0
-
-    def maintain(self, store: Store) -> int:
-        """Keep the store in order."""
-        try:
-            store.maintain()
-            return 0
-        except OSError as error:
-            reason = f"{error.strerror}: {error.filename}" if error.filename else str(error)
-        except Exception as error:
-            log_unexpected(error)
-            reason = INTERNAL_ERROR
-        self._tell(error=reason)
-        return 1
-
-
-def _address_space() -> int:
-    """The address space of this process in bytes."""
-    try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[0]) * resource.getpagesize()
-    except OSError:  # no such file on this system: what a store takes as a rule
-        return 1 << 30
-
-
 def _relayed(status: int, body: bytes) -> bytes:
     """An answer as the front relays it."""
     fields = b"Content-Type: application/json; charset=utf-8\r\n"
@@ -10242,19 +9808,6 @@ def begin_following(arguments: list[str]) -> tuple[socket.socket, dict[str, Any]
     if hasattr(os, "SCHED_BATCH"):
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     return socket.socket(fileno=int(arguments[0])), parse_json(sys.stdin.buffer.read())
-
-
-def store_main(arguments: list[str]) -> int:
-    """The store process: its argument is the descriptor of its socket to the front."""
-    sys.setrecursionlimit(MAX_RECURSION)
-    control, told = begin_following(arguments)
-    options = StoreOptions(**told)
-    process = StoreProcess(control, options)
-    logger.addFilter(process.log_to_front)
-    logger.setLevel(logging.INFO)
-    with only_one(os.path.join(options.folder, BLOCKS_NAME), os.O_RDONLY | os.O_DIRECTORY):
-        process.run()
-    return 0
 
 
 @contextlib.contextmanager
@@ -10279,7 +9832,540 @@ def only_one(path: str, flags: int) -> Iterator[None]:
 
 
 # ==================================================================================================
-# 28. Store client
+# 28. Answering in forks
+# ==================================================================================================
+#
+# The problem: a question may take a moment or a minute, and the process that answers it has one
+# thread. The idea: small questions are answered at once, within a budget of work; what takes more
+# begins anew in a fork, which is a snapshot of all memory for the price of a page table. The
+# operating system does the rest: a late query is killed, its memory is limited, several run on
+# several cores. What it costs: 3 to 10 ms for each fork.
+
+MAX_WAITING = 64  # questions; more get 503
+INLINE_WORK = 50_000  # units of a Budget: about 5 ms
+INLINE_S = 0.03  # and where the units were too cheap, so long
+QUERY_MEMORY = 512 * 1024 * 1024  # bytes that a query may take, beside what the store has
+SENDING_S = 5.0  # a reader may take so long while others wait
+KILL_GRACE_S = 0.5  # a fork that is late ends by itself, or so long later by a signal
+
+Watched = tuple[int, int, Callable[[], None]]  # a descriptor, events of poll, what to call then
+
+
+class Child:
+    """A fork, as it is to itself: it ends when its time is over, or its parent is gone."""
+
+    def __init__(self, said: int, deadline: float):
+        self._said, self.deadline = said, deadline
+        self._parent = os.getppid()
+        logger.addFilter(self._log)
+        signal.signal(signal.SIGALRM, self._look)
+        signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
+        os.nice(5)
+
+    def _look(self, *_: object) -> None:
+        if os.getppid() != self._parent or time.monotonic() >= self.deadline:
+            os._exit(1)
+
+    def tell(self, **told: Any) -> None:
+        """Send a line to the parent."""
+        os.write(self._said, write_json(told).encode(errors="replace") + b"\n")
+
+    def _log(self, record: logging.LogRecord) -> bool:
+        self.tell(log=record.getMessage(), level=record.levelno)
+        return False
+
+
+class Fork:
+    """A process for one piece of work, which has a copy of all memory, as its parent sees it.
+
+    `work` is called with a Child and returns the exit status. What it logs goes to the front.
+    Raises OSError.
+    """
+
+    def __init__(self, work: Callable[[Child], int], front: Front, deadline: float = math.inf):
+        self._front, self.deadline = front, deadline
+        self.sends_since = 0.0  # it has its answer: only the reader may be late now
+        self.error = ""  # what it says is wrong
+        self._heard = b""
+        self.pipe, said = os.pipe()
+        try:
+            self._pid = os.fork()
+        except OSError:
+            os.close(self.pipe)
+            os.close(said)
+            raise
+        if not self._pid:
+            status = 1
+            try:
+                os.close(self.pipe)
+                front.leave()
+                status = work(Child(said, deadline))
+            finally:  # whatever happens: a child never goes on with the loop of its parent
+                os._exit(status)
+        os.close(said)
+
+    def hear(self) -> bool:
+        """Hear what it says; False if it has ended."""
+        said = os.read(self.pipe, 65_536)
+        *lines, self._heard = (self._heard + said).split(b"\n")
+        for line in lines:
+            told = parse_json(line)
+            if "log" in told:
+                self._front.tell(**told)
+            if "sending" in told:
+                self.sends_since = time.monotonic()
+            self.error = told.get("error", self.error)
+        return bool(said)
+
+    def kill(self) -> None:
+        """End it now."""
+        os.kill(self._pid, signal.SIGKILL)
+
+    def reap(self) -> int:
+        """Its exit status, when it has ended."""
+        os.close(self.pipe)
+        return os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+
+
+class Queries:
+    """The questions of a store, from their arrival to their answers."""
+
+    def __init__(self, api: QueryAPI, log: FollowedLog, memory: int, front: Front):
+        self._api, self._log, self._memory, self._front = api, log, memory, front
+        self._max_forks = max(2, os.cpu_count() or 1)
+        self._waiting: deque[Question] = deque()  # for the log to be read, in order
+        self._heavy: deque[Question] = deque()  # for a fork
+        self._forks: dict[Question, Fork] = {}
+        self._sending: dict[socket.socket, memoryview] = {}  # answers that nobody reads yet
+
+    def take(self, frame: Frame, progress: str) -> None:
+        """Take a question; `progress`: why none can be answered yet, or ""."""
+        sock = socket.socket(fileno=frame.descriptors[0])
+        try:
+            question = Question(sock, frame.position, frame.arrived)
+        except (OSError, ValueError) as error:
+            logger.debug("a question was not whole: %s", error)
+            sock.close()
+            return
+        if progress:
+            self._refuse(question, f"the store is not ready yet: {progress}")
+        elif self.waiting >= MAX_WAITING:
+            self._refuse(question, f"{MAX_WAITING} queries wait already")
+        else:
+            question.deadline = frame.arrived + self._api.timeout_s(question.form)
+            self._waiting.append(question)
+
+    @property
+    def waiting(self) -> int:
+        """How many wait for the log or for a fork."""
+        return len(self._waiting) + len(self._heavy)
+
+    @property
+    def running(self) -> int:
+        """How many are in forks."""
+        return len(self._forks)
+
+    @property
+    def wait_for_log(self) -> bool:
+        """Whether any waits for the log to be read, or for its turn after that."""
+        return bool(self._waiting)
+
+    @property
+    def can_answer(self) -> bool:
+        """Whether the log was read to the position of the next one."""
+        return bool(self._waiting) and self._log.has_read(self._waiting[0].position)
+
+    def events(self) -> Iterator[Watched]:
+        """What is to be waited for."""
+        for question in (*self._waiting, *self._heavy, *self._forks):
+            # no event: only that the other end is closed
+            yield question.socket.fileno(), 0, partial(self._abandon, question)
+        for question, fork in self._forks.items():
+            yield fork.pipe, select.POLLIN, partial(self._hear, question)
+        for sock in self._sending:
+            yield sock.fileno(), select.POLLOUT, partial(self._send_more, sock)
+
+    def work(self) -> None:
+        """Answer one question, or pass it on to a fork; begin forks; end what is late."""
+        if self.can_answer:
+            self._answer(self._waiting.popleft())
+        self._start_forks()
+        self._end_late()
+
+    def close(self) -> None:
+        """End all forks."""
+        for fork in self._forks.values():
+            fork.kill()
+            fork.reap()
+
+    def _answer(self, question: Question) -> None:
+        budget = Budget(INLINE_WORK)
+        signal.signal(signal.SIGALRM, lambda *_: setattr(budget, "left", -1.0))
+        signal.setitimer(signal.ITIMER_REAL, INLINE_S)
+        try:
+            status, body = self._api.answer(question.path, question.form, budget)
+        except OverBudgetError:
+            self._heavy.append(question)
+        except Exception as error:
+            log_unexpected(error)
+            self._send(question, *self._api.error("internal", INTERNAL_ERROR))
+        else:
+            self._send(question, status, body)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0.0)
+
+    # ---- forks
+
+    def _start_forks(self) -> None:
+        """Begin what waits: as many work at once as there are cores; as many more may send."""
+        working = sum(not fork.sends_since for fork in self._forks.values())
+        room = min(self._max_forks - working, 2 * self._max_forks - len(self._forks))
+        while self._heavy and room > 0:
+            question = self._heavy.popleft()
+            try:
+                work = partial(self._answer_in_fork, question)
+                self._forks[question] = Fork(work, self._front, question.deadline)
+            except OSError as error:
+                self._refuse(question, f"no process for a query: {error.strerror}")
+            room -= 1
+
+    def _answer_in_fork(self, question: Question, child: Child) -> int:
+        """Answer a question, with as much memory as is allowed."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (_address_space() + self._memory, hard))
+        try:
+            status, body = self._api.answer(question.path, question.form, Budget())
+        except MemoryError:
+            status, body = 0, b""
+        except Exception as error:
+            log_unexpected(error)
+            status, body = self._api.error("internal", INTERNAL_ERROR)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        if not status:
+            status, body = self._api.error("execution", str(SampleLimitError()))
+        child.deadline = math.inf  # the rest is up to the reader; a front that goes closes it
+        child.tell(sending=True)
+        question.socket.setblocking(True)
+        question.socket.sendall(_relayed(status, body))
+        return 0
+
+    def _hear(self, question: Question) -> None:
+        fork = self._forks.get(question)
+        if fork is None or fork.hear():  # it was abandoned just now, or goes on
+            return
+        del self._forks[question]
+        code = fork.reap()
+        if fork.sends_since:
+            question.socket.close()
+        elif time.monotonic() >= question.deadline:
+            self._time_out(question, "in expression evaluation")
+        else:
+            self._refuse(question, f"the process of the query ended with status {code}")
+
+    def _end_late(self) -> None:
+        now = time.monotonic()
+        behind = self._log.acknowledged.size_bytes - self._log.tail.position
+        for line, where in (
+            (self._waiting, f"while the store reads the log, {behind} bytes behind"),
+            (self._heavy, "in query queue"),
+        ):
+            for question in [question for question in line if question.deadline <= now]:
+                line.remove(question)
+                self._time_out(question, where)
+        for fork in self._forks.values():
+            late = now >= fork.deadline + KILL_GRACE_S
+            if fork.sends_since:  # to a slow reader: it makes room where others wait
+                late = bool(self._heavy) and now >= fork.sends_since + SENDING_S
+            if late:
+                fork.kill()
+
+    def _abandon(self, question: Question) -> None:
+        """Nobody waits for the answer any more."""
+        if question in self._forks:
+            fork = self._forks.pop(question)
+            fork.kill()
+            fork.reap()
+        elif question in self._waiting:
+            self._waiting.remove(question)
+        elif question in self._heavy:
+            self._heavy.remove(question)
+        else:  # it has its answer since
+            return
+        question.socket.close()
+
+    # ---- answers
+
+    def _time_out(self, question: Question, where: str) -> None:
+        self._send(question, *self._api.error("timeout", f"query timed out {where}"))
+
+    def _refuse(self, question: Question, reason: str) -> None:
+        self._send(question, *self._api.error("unavailable", reason))
+
+    def _send(self, question: Question, status: int, body: bytes) -> None:
+        self._sending[question.socket] = memoryview(_relayed(status, body))
+        self._send_more(question.socket)
+
+    def _send_more(self, sock: socket.socket) -> None:
+        try:
+            self._sending[sock] = self._sending[sock][sock.send(self._sending[sock]) :]
+        except BlockingIOError:
+            return
+        except OSError:  # nobody reads it any more
+            self._sending[sock] = memoryview(b"")
+        if not self._sending[sock]:
+            del self._sending[sock]
+            sock.close()
+
+
+def _address_space() -> int:
+    """The address space of this process in bytes."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[0]) * resource.getpagesize()
+    except OSError:  # no such file on this system: what a store takes as a rule
+        return 1 << 30
+
+
+# ==================================================================================================
+# 29. Store process
+# ==================================================================================================
+#
+# The store lives in a process of its own, with one thread and no locks. A question comes with the
+# position of the log at its arrival, and is answered when the store has read so far: whoever pushed
+# a sample sees it. Between questions the store seals rows and reads indexes; a fork writes blocks.
+# What it costs: the log is read once more, 0.5 to 0.8 µs a line.
+
+STORE_RETRY_S = 30.0  # after a failure to keep the store in order: a full disk, as a rule
+OWN_METRICS_S = 15.0
+
+
+class StoreOptions(NamedTuple):
+    """What the store process is told at its start."""
+
+    folder: str
+    max_series: int = MAX_SERIES
+    retention_s: float = RETENTION_S
+    retention_bytes: int = 0
+    keep_log: bool = False
+    checkpoints: Sequence[str] = ()
+    segment_bytes: int = SEGMENT_BYTES
+    query_timeout_s: float = QUERY_TIMEOUT_S
+    query_memory: int = QUERY_MEMORY
+    version: str = ""
+
+
+class StoreProcess:
+    """The loop of the store: reads the log, answers questions, keeps the store in order."""
+
+    def __init__(self, control: socket.socket, options: StoreOptions):
+        self._options = options
+        self.front = Front(control)
+        self._store = Store(
+            options.folder,
+            writes=True,
+            retention_s=options.retention_s,
+            retention_bytes=options.retention_bytes,
+            keep_log=options.keep_log,
+            checkpoints=options.checkpoints,
+            segment_bytes=options.segment_bytes,
+        )
+        api = QueryAPI(self._store, timeout_s=options.query_timeout_s, version=options.version)
+        self._log = FollowedLog()
+        self._queries = Queries(api, self._log, options.query_memory, self.front)
+        self._opening: Iterator[str] | None = None
+        self._began = time.monotonic()
+        self._progress = "starting"  # how far the store is at its start; "" when it is ready
+        self._first_position = Position(-1, 0)  # the store is ready when it has read so far
+        self._work: Iterator[None] = iter(())
+        self._maintenance: Fork | None = None
+        self._error = ""  # why the store can't be kept in order
+        self._next_status = self._next_maintenance = self._next_rotation = 0.0
+        self._stopped = False
+
+    # ---- the loop
+
+    def run(self) -> None:
+        """Work until the front says stop, or is gone."""
+        while not (self._stopped or self.front.is_gone):
+            self._wait(0.0 if self._is_busy() else 0.1)
+            self._read_log()
+            self._queries.work()
+            if not self._queries.wait_for_log:
+                self._do_work()
+            self._look_after_time()
+        self._queries.close()
+        if self._maintenance is not None:
+            self._maintenance.kill()
+            self._maintenance.reap()
+            self._store.refresh()
+        if not self._progress:
+            self._store.keep_own()
+
+    def _is_busy(self) -> bool:
+        if self._progress:
+            return self._opening is not None or not self._log.is_caught_up
+        return (
+            not self._log.is_caught_up
+            or (self._store.has_work and not self.front.unsent)
+            or self._queries.can_answer
+        )
+
+    def _wait(self, timeout_s: float) -> None:
+        """Wait until somebody has something to say, and hear it."""
+        poll, handlers = select.poll(), {}
+        for descriptor, events, handler in (*self._events(), *self._queries.events()):
+            poll.register(descriptor, events)
+            handlers[descriptor] = handler
+        for descriptor, _ in poll.poll(timeout_s * 1000):
+            handlers[descriptor]()
+
+    def _events(self) -> Iterator[Watched]:
+        has_unsent = select.POLLOUT if self.front.unsent else 0
+        yield self.front.socket.fileno(), select.POLLIN | has_unsent, self._hear
+        if self._maintenance is not None:
+            yield self._maintenance.pipe, select.POLLIN, self._hear_maintenance
+
+    def _hear(self) -> None:
+        for frame in itertools.islice(self.front.frames(), MAX_WAITING):
+            if frame.kind == _QUESTION:
+                self._queries.take(frame, self._progress)
+            elif frame.kind == _SWITCH:
+                self._log.begin_file(frame.position, frame.descriptors[0])
+            elif frame.kind == _OWN:
+                with open(frame.descriptors[0], "rb") as lines:
+                    self._store.add_own(lines.read())
+            elif frame.kind == _STOP:
+                self._stopped = True
+            if frame.kind in (_QUESTION, _POSITION):
+                self._log.acknowledge(frame.position)
+        self.front.send_unsent()
+
+    # ---- the log is read
+
+    def _read_log(self) -> None:
+        log = self._log
+        if self._opening is None and log.file < 0 and log.has_next_file:  # the first file
+            log.next_file()
+            self._first_position = log.acknowledged
+            inode = os.fstat(log.tail.descriptor).st_ino
+            self._opening = self._store.open(skip_inode=inode)
+        if self._opening is not None:
+            progress = next(self._opening, None)
+            if progress is not None:
+                self._progress = progress
+                return
+            self._opening = None
+        if log.file < 0:
+            return
+        limit = log.limit
+        if lines := log.tail.read(limit):
+            self._store.add_lines(lines)
+        elif log.has_next_file:
+            self._switch()
+        if self._progress:
+            self._progress = f"reading the log: {log.tail.position >> 20} of {limit >> 20} MiB"
+            if log.has_read(self._first_position):
+                self._progress = ""
+                if time.monotonic() - self._began > 1.0:
+                    logger.info("the store is ready: %d metrics read", self._store.replayed)
+
+    def _switch(self) -> None:
+        """The border of the files is the border of the memtables."""
+        old = self._log.next_file()
+        self._store.freeze(segment_of(self._store.folder, old)[1])
+        os.close(old)
+        self._next_rotation = self._next_maintenance = 0.0
+
+    # ---- the store is kept in order
+
+    def _do_work(self) -> None:
+        """A piece of work that is short beside a question."""
+        end = time.monotonic() + 0.002
+        while time.monotonic() < end:
+            if next(self._work, self) is self:
+                if not self._store.has_work:
+                    return
+                self._work = self._store.work()
+
+    def _look_after_time(self) -> None:
+        now = time.monotonic()
+        if now < self._next_status:
+            return
+        self._next_status = now + STORE_STATUS_S
+        self.front.tell(status=self._status())
+        if self._progress:
+            return
+        if self._store.blocks.is_changed:
+            self._store.refresh()
+        if now >= self._next_rotation and self._store.is_segment_due(self._log.tail.position):
+            self._next_rotation = now + STORE_RETRY_S
+            self.front.tell(rotate=self._store.next_segment())
+        is_due = self._maintenance is None and now >= self._next_maintenance
+        if is_due and self._store.needs_maintenance:
+            self._next_maintenance = now + STORE_STATUS_S
+            try:
+                self._maintenance = Fork(self._maintain, self.front)
+            except OSError as error:
+                self._say_error(f"no process for it: {error.strerror}")
+
+    def _maintain(self, child: Child) -> int:
+        """In a fork: keep the store in order."""
+        try:
+            self._store.maintain()
+            return 0
+        except OSError as error:
+            reason = f"{error.strerror}: {error.filename}" if error.filename else str(error)
+        except Exception as error:
+            log_unexpected(error)
+            reason = INTERNAL_ERROR
+        child.tell(error=reason)
+        return 1
+
+    def _hear_maintenance(self) -> None:
+        fork = self._maintenance
+        if fork is None or fork.hear():
+            return
+        self._maintenance = None
+        code = fork.reap()
+        self._store.refresh()
+        self._say_error("" if code == 0 else fork.error or f"ended with status {code}")
+
+    def _say_error(self, error: str) -> None:
+        self._error = error
+        if error:
+            logger.error("can't keep the store in order: %s", error)
+            self._next_maintenance = time.monotonic() + STORE_RETRY_S
+
+    def _status(self) -> dict[str, Any]:
+        return {
+            "progress": self._progress,
+            "error": self._error,
+            "room": self._options.max_series - self._store.series_in_memory,
+            "series_in_memory": self._store.series_in_memory,
+            "block_bytes": self._store.blocks.size_bytes,
+            "blocks_damaged": len(self._store.blocks.damaged),
+            "log_lines_unreadable": self._store.unreadable,
+            "store_lag_bytes": max(0, self._log.limit - self._log.tail.position),
+            "queries_running": self._queries.running,
+            "queries_waiting": self._queries.waiting,
+        }
+
+
+def store_main(arguments: list[str]) -> int:
+    """The store process: its argument is the descriptor of its socket to the front."""
+    sys.setrecursionlimit(MAX_RECURSION)
+    control, told = begin_following(arguments)
+    options = StoreOptions(**told)
+    process = StoreProcess(control, options)
+    logger.addFilter(process.front.log)
+    logger.setLevel(logging.INFO)
+    with only_one(os.path.join(options.folder, BLOCKS_NAME), os.O_RDONLY | os.O_DIRECTORY):
+        process.run()
+    return 0
+
+
+# ==================================================================================================
+# 30. Store client
 # ==================================================================================================
 #
 # The front's end of the store process. A follower is a process that follows the log; the front
@@ -16825,13 +16911,11 @@ class Watcher:
     """Evaluates rules, keeps their alerts, tells others, and answers what is asked of them."""
 
     def __init__(self, control: socket.socket, options: WatchOptions):
-        self._control, self._options = control, options
-        control.setblocking(False)
+        self.front, self._options = Front(control), options
         self._client = OwnClient()
         self._groups: list[GroupState] = []
         self._group_tasks: list[asyncio.Task[None]] = []
         self._tasks: set[asyncio.Task[Any]] = set()  # the others, kept from being collected
-        self._unsent = b""  # lines for the front
         self._stopping = asyncio.Event()
         self._wake = asyncio.Event()  # something may have to be sent
         self._waiting: deque[tuple[Any, Delivery]] = deque()  # for a fork
@@ -16854,7 +16938,7 @@ class Watcher:
     async def run(self) -> None:
         """Work until the front says stop, or is gone."""
         loop = asyncio.get_running_loop()
-        loop.add_reader(self._control, self._hear)
+        loop.add_reader(self.front.socket, self._hear)
         self._start_task(self._keep_telling())
         self._groups = load_groups(self._options)
         self._restore()
@@ -16892,43 +16976,25 @@ class Watcher:
     # ---- the front speaks, and is spoken to
 
     def _hear(self) -> None:
-        try:
-            for kind, position, arrived, descriptors in frames(self._control):
-                if kind == _QUESTION:
-                    sock = socket.socket(fileno=descriptors[0])
-                    self._start_task(self._answer(sock, position, arrived))
-                elif kind == _CONNECT:
-                    self._start_task(self._client.add(socket.socket(fileno=descriptors[0])))
-                elif kind == _RELOAD:
-                    self._reload()
-                elif kind == _STOP:
-                    self._stopping.set()
-                else:  # how far the log is: nothing here reads it
-                    for descriptor in descriptors:
-                        os.close(descriptor)
-        except EOFError:
+        for kind, position, arrived, descriptors in self.front.frames():
+            if kind == _QUESTION:
+                sock = socket.socket(fileno=descriptors[0])
+                self._start_task(self._answer(sock, position, arrived))
+            elif kind == _CONNECT:
+                self._start_task(self._client.add(socket.socket(fileno=descriptors[0])))
+            elif kind == _RELOAD:
+                self._reload()
+            elif kind == _STOP:
+                self._stopping.set()
+            else:  # how far the log is: nothing here reads it
+                for descriptor in descriptors:
+                    os.close(descriptor)
+        if self.front.is_gone:
             self._stopping.set()
-            asyncio.get_running_loop().remove_reader(self._control)
-
-    def _tell(self, **said: Any) -> None:
-        """Send a line to the front, sooner or later."""
-        if len(self._unsent) < 1024 * 1024:
-            self._unsent += write_json(said).encode(errors="backslashreplace") + b"\n"
-        try:
-            while self._unsent:
-                self._unsent = self._unsent[self._control.send(self._unsent) :]
-        except BlockingIOError:
-            return
-        except OSError:
-            self._stopping.set()
-
-    def log_to_front(self, record: logging.LogRecord) -> bool:
-        """A filter of the logger: its lines go to the front."""
-        self._tell(level=record.levelno, log=record.getMessage())
-        return False
+            asyncio.get_running_loop().remove_reader(self.front.socket)
 
     def _tell_status(self) -> None:
-        self._tell(
+        self.front.tell(
             status={"progress": self._progress, "error": self._error},
             connections=self._client.open,
             statistics=list(self._statistics()),
@@ -17284,7 +17350,7 @@ def watch_main(arguments: list[str]) -> int:
 
     async def run() -> None:
         watcher = Watcher(control, options)
-        logger.addFilter(watcher.log_to_front)
+        logger.addFilter(watcher.front.log)
         logger.setLevel(logging.INFO)
         await watcher.run()
 
