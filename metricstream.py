@@ -5511,7 +5511,9 @@ class Memtable:
     array('d', [1.5])
     """
 
-    MAX_LAYOUTS = 65_536  # that are remembered
+    MAX_LAYOUT_BYTES = 256 * 1024 * 1024  # that are remembered
+    MAX_ALIKE = 64  # that begin with the same line
+    MAX_SEEN = 65_536
     COLUMNS_A_SERIES = 4  # how often a series may stand in different groups, on average
 
     def __init__(self) -> None:
@@ -5526,7 +5528,7 @@ class Memtable:
         self._full: dict[RowGroup, None] = {}  # groups with rows to seal
         self._seen: set[int] = set()  # hashes of rows that came once
         self._layouts: dict[bytes, list[_Layout]] = {}  # by the first key, the longest first
-        self._layout_count = 0
+        self._layout_bytes = 0
         self._numbers: dict[bytes, int] = {}  # of series, by the keys of lines
         self._unknown: list[_UnknownLine] = []  # of one time, and not added yet
 
@@ -5615,8 +5617,9 @@ class Memtable:
         layouts = self._layouts.setdefault(lines[0].key, [])
         text, last_key = b"".join([b"\1" + line.key for line in lines]), lines[-1].key
         known = any(layout.text == text for layout in layouts)  # it is twice in these lines
-        if not known and self._layout_count < self.MAX_LAYOUTS:
-            self._layout_count += 1
+        has_room = len(layouts) < self.MAX_ALIKE and self._layout_bytes < self.MAX_LAYOUT_BYTES
+        if has_room and not known:
+            self._layout_bytes += len(text)
             last_at = len(text) + len(lines) * (_STAMP_BYTES - 1) - len(last_key)
             repeated = lasts if len(lasts) < len(lines) else None
             layouts.append(_Layout(text, last_at, last_key, len(lines), group, repeated))
@@ -5637,7 +5640,7 @@ class Memtable:
             key = hash(series)
             room = self.COLUMNS_A_SERIES * len(self._places) + 10 * MAX_BATCH
             if key not in self._seen or self._columns + len(series) > room:
-                if len(self._seen) >= self.MAX_LAYOUTS:
+                if len(self._seen) >= self.MAX_SEEN:
                     self._seen.clear()
                 self._seen.add(key)
                 return None
@@ -5739,6 +5742,25 @@ class BlockError(Exception):
     """A block that is not as it was written: what is wrong with it."""
 
 
+def _is_whole(chunk: Chunk) -> bool:
+    return chunk.count >= CHUNK_SAMPLES // 2 and isinstance(chunk.values, bytes)
+
+
+def _repacked(chunks: list[Chunk]) -> Iterator[Chunk]:
+    """Chunks that are small or not encoded as fewer ones that are neither."""
+    times = concatenated("q", [chunk.decoded_times({}) for chunk in chunks])
+    values = concatenated("d", [chunk.decoded_values() for chunk in chunks])
+    for start in range(0, len(times), CHUNK_SAMPLES):
+        some = times[start : start + CHUNK_SAMPLES]
+        kept = encode_values(values[start : start + CHUNK_SAMPLES])
+        yield Chunk(some[0], some[-1], len(some), _encoded_times(some.tobytes()), kept)
+
+
+@functools.lru_cache(maxsize=1024)  # series that were pushed together share their times
+def _encoded_times(raw: bytes) -> bytes:
+    return encode_times(array("q", raw))
+
+
 class BlockWriter:
     """Writes a block to a temporary file; `finish` makes it durable under its name.
 
@@ -5753,7 +5775,6 @@ class BlockWriter:
         self._label_counts = array("I")
         self._label_symbols = array("I")
         self._times: dict[bytes, int] = {}  # encoded, in the order of their numbers
-        self._encoded: dict[bytes, bytes] = {}  # what was encoded lately
         self._time_rows: list[tuple[int, int, int]] = []  # first, last, count
         self._chunk_counts = array("I")
         self._chunk_times, self._chunk_sizes, self._chunk_sums = array("I"), array("I"), array("I")
@@ -5778,37 +5799,10 @@ class BlockWriter:
         self._label_counts.append(len(labels))
         self._label_symbols.extend(map(self._symbol, labels))
         before = len(self._chunk_sizes)
-        few: list[Chunk] = []
-        samples = 0
-        for chunk in chunks:
-            if chunk.count >= CHUNK_SAMPLES // 2 and isinstance(chunk.values, bytes):
-                self._add_samples(few)
-                few, samples = [], 0
+        for is_whole, some in itertools.groupby(chunks, _is_whole):
+            for chunk in some if is_whole else _repacked(list(some)):
                 self._add_chunk(chunk)
-                continue
-            few.append(chunk)
-            samples += chunk.count
-            if samples >= CHUNK_SAMPLES:
-                self._add_samples(few)
-                few, samples = [], 0
-        self._add_samples(few)
         self._chunk_counts.append(len(self._chunk_sizes) - before)
-
-    def _add_samples(self, chunks: list[Chunk]) -> None:
-        """Add chunks that are small or not encoded as few that are neither."""
-        if not chunks:
-            return
-        times = concatenated("q", [chunk.decoded_times({}) for chunk in chunks])
-        values = concatenated("d", [chunk.decoded_values() for chunk in chunks])
-        for start in range(0, len(times), CHUNK_SAMPLES):
-            some = times[start : start + CHUNK_SAMPLES]
-            raw = some.tobytes()
-            if raw not in self._encoded:
-                if len(self._encoded) >= 1_024:
-                    self._encoded.clear()
-                self._encoded[raw] = encode_times(some)
-            kept = encode_values(values[start : start + CHUNK_SAMPLES])
-            self._add_chunk(Chunk(some[0], some[-1], len(some), self._encoded[raw], kept))
 
     def _add_chunk(self, chunk: Chunk) -> None:
         assert isinstance(chunk.times, bytes) and isinstance(chunk.values, bytes)
@@ -6614,8 +6608,10 @@ class Store:
         self._active.unreadable.clear()
 
     def add_own(self, lines: bytes) -> None:
-        """Add lines that are not in the log. A crash loses those that are in no block yet."""
-        self._own.add_lines(lines)
+        """Add lines that are not in the log, of which the last may be torn. A crash loses those
+        that are in no block yet.
+        """
+        self._own.add_lines(lines[: lines.rfind(b"\n") + 1])
 
     def freeze(self, path: str = "") -> None:
         """Begin a new memtable; the old one is all of the log up to here. `path` is where the old
