@@ -5703,20 +5703,24 @@ class Memtable:
         while self._full:
             group, _ = self._full.popitem()
             group.sort()
-            width = len(group.series)
+            in_steps, width = True, len(group.series)
             while len(group.times) > CHUNK_SAMPLES:  # the last row stays: it may be pushed again
+                values, end = group.values, CHUNK_SAMPLES * width
                 times, sequence = group.times[:CHUNK_SAMPLES], group.sequence[:CHUNK_SAMPLES]
-                values = group.values[: CHUNK_SAMPLES * width]
-                row = [Chunk.of(times, values[at::width], sequence) for at in range(width)]
-                group.chunks.append(row)
-                del group.times[:CHUNK_SAMPLES], group.sequence[:CHUNK_SAMPLES]
-                del group.values[: CHUNK_SAMPLES * width]
                 first_ms, last_ms = times[0], times[-1]
                 kept_times, kept_sequence = encode_times(times), encode_times(sequence)
-                for at, chunk in enumerate(row):
-                    kept = encode_values(chunk.decoded_values())
-                    row[at] = Chunk(first_ms, last_ms, chunk.count, kept_times, kept, kept_sequence)
-                    yield
+                row = []
+                for column in range(width):
+                    kept = encode_values(values[column:end:width])
+                    chunk = Chunk(first_ms, last_ms, len(times), kept_times, kept, kept_sequence)
+                    row.append(chunk)
+                    if in_steps:
+                        yield
+                if group.values is values:
+                    group.chunks.append(row)
+                    del group.times[:CHUNK_SAMPLES], group.sequence[:CHUNK_SAMPLES], values[:end]
+                else:  # late rows were sorted in: once more, and nothing comes between
+                    in_steps = False
 
 
 # ==================================================================================================

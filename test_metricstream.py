@@ -5617,6 +5617,35 @@ def test_lines_of_known_batches_are_read_as_each_line_is_by_itself(seed):
     assert found == expected
 
 
+@pytest.mark.parametrize("late_ms", [0, 500])
+def test_rows_that_come_while_others_are_sealed_are_kept(late_ms):
+    table, expected = metricstream.Memtable(), [{}, {}, {}]
+
+    def push(time_ms: int) -> None:
+        samples = [Sample(f"m{n}", time_ms + n, "gauge", {}, time_ms) for n in range(3)]
+        table.add_lines("".join(map(metricstream.log_line, samples)).encode())
+        for n, sample in enumerate(samples):
+            expected[n][time_ms] = float(sample.value)
+
+    def found() -> list[dict[int, float]]:
+        return [
+            dict(sample for chunk in chunks
+                 for sample in zip(chunk.decoded_times({}), chunk.decoded_values()))
+            for _, chunks in table.chunks(range(3), 0, NOW_MS, metricstream.Budget())
+        ]  # fmt: skip
+
+    for row in range(2 * metricstream.CHUNK_SAMPLES + 5):
+        push(10_000 + 1000 * row)
+    newest_ms = max(expected[0])
+    for step, _ in enumerate(table.seal()):
+        newest_ms += 1000
+        push(newest_ms)
+        if late_ms:
+            push(10_000 + 1000 * step + late_ms)
+        assert found() == expected
+    assert not table.has_full_groups and found() == expected
+
+
 def test_extreme_numbers_of_the_log_are_read_to_the_bit():
     values = [1.7976931348623157e308, 5e-324, -1e22, 10**300, -0.0, 123456.789]
     table = metricstream.Memtable()
