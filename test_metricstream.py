@@ -15381,7 +15381,6 @@ WORST_INPUTS: dict[str, list[tuple[str, str, str]]] = {
     "_MATCHER_ESCAPE": [("", "\\", ""), ("", "a", ""), ("", "\\x", "")],
     "_NEVER_IN_A_URL": [("", "a", ""), ("", "a", " ")],
     "_HEADER_NAME": [("", "a", ":")],
-    "_ODD_NUMBER": [('"', "n", ""), ("", '"', ""), ("", '"n', "")],
     r"(?m)^ *// .*\n": [("", " ", "x"), ("", " // ", ""), ("// ", "x", "")],
 }  # fmt: skip
 
