@@ -6601,7 +6601,7 @@ class Store:
 
 
 # ==================================================================================================
-# 21. Query language
+# 23. Query language
 # ==================================================================================================
 #
 # The problem: PromQL is the language that Grafana and every Prometheus client speak. The idea: text
@@ -6853,7 +6853,7 @@ COMPARE: dict[str, Callable[[float, float], bool]] = {
 
 
 # ==================================================================================================
-# 22. Query text
+# 24. Query text
 # ==================================================================================================
 #
 # Numbers, durations and strings as PromQL writes them, read and written; and a tree as text, on one
@@ -7156,7 +7156,7 @@ def _matching_text(matching: Matching) -> str:
 
 
 # ==================================================================================================
-# 23. Query tokens
+# 25. Query tokens
 # ==================================================================================================
 #
 # The words that a query is made of, and how far a parser has read them. A colon is the one that
@@ -7274,7 +7274,7 @@ class _Tokens:
 
 
 # ==================================================================================================
-# 24. Query parser
+# 26. Query parser
 # ==================================================================================================
 #
 # Recursive descent with precedence climbing: each rule of the grammar is one function over the
@@ -7655,7 +7655,7 @@ def _check_type(tokens: _Tokens, node: Node, expected: str, where: str) -> None:
 
 
 # ==================================================================================================
-# 25. Query functions
+# 27. Query functions
 # ==================================================================================================
 #
 # What the functions and aggregations of PromQL compute: floats in, a float out. They know nothing
@@ -7934,7 +7934,7 @@ def _clamped(value: float, least: float, most: float) -> float | None:
 
 
 # ==================================================================================================
-# 26. Columns
+# 28. Columns
 # ==================================================================================================
 #
 # The problem: to evaluate a tree for hundreds of steps of a graph at once, without numpy. The idea:
@@ -8113,7 +8113,7 @@ class _Ranges(NamedTuple):
 
 
 # ==================================================================================================
-# 27. Range functions
+# 29. Range functions
 # ==================================================================================================
 #
 # What functions make of the windows of a range vector. All but the values is shared by series with
@@ -8394,7 +8394,7 @@ def _predictions(limits: _Limits, steps: Sequence[int], ahead_s: Sequence[float]
 
 
 # ==================================================================================================
-# 28. Aggregation
+# 30. Aggregation
 # ==================================================================================================
 #
 # Columns become groups by their labels, and the columns of a group are aggregated row by row: what
@@ -8507,7 +8507,7 @@ def _value_counts(
 
 
 # ==================================================================================================
-# 29. Vector matching
+# 31. Vector matching
 # ==================================================================================================
 #
 # The operators between two vectors: series of both sides find each other by their labels, step by
@@ -8655,7 +8655,7 @@ def _result_labels(node: Binary, many: dict[str, str], one: dict[str, str]) -> d
 
 
 # ==================================================================================================
-# 30. Evaluation
+# 32. Evaluation
 # ==================================================================================================
 #
 # The tree is walked once: each node gives its columns, for all steps at once. A subquery is
@@ -8877,7 +8877,7 @@ _Evaluate = Callable[[_Evaluator, tuple[Node, ...]], list[Column]]
 
 
 # ==================================================================================================
-# 31. Functions of PromQL
+# 33. Functions of PromQL
 # ==================================================================================================
 #
 # A function of PromQL takes nodes and makes columns: most evaluate their arguments and apply a
@@ -9196,7 +9196,7 @@ _FUNCTIONS: dict[str, _Evaluate] = {
 
 
 # ==================================================================================================
-# 32. Query engine
+# 34. Query engine
 # ==================================================================================================
 #
 # The engine evaluates a text at one time or over a range. It needs no store, only a function that
@@ -9336,7 +9336,7 @@ def _matrix(series: Iterable[Series]) -> MatrixResult:
 
 
 # ==================================================================================================
-# 33. Query API
+# 35. Query API
 # ==================================================================================================
 #
 # What the engine can do, as Prometheus's HTTP API offers it: Grafana and other clients speak it.
@@ -9689,7 +9689,7 @@ def _points_json(template: str, values: "array[float]") -> str:
 
 
 # ==================================================================================================
-# 34. Processes that follow the log
+# 36. Processes that follow the log
 # ==================================================================================================
 #
 # The problem: whoever holds the interpreter lock stops everybody, and a query, a sealed chunk or a
@@ -9879,7 +9879,7 @@ def only_one(path: str, flags: int) -> Iterator[None]:
 
 
 # ==================================================================================================
-# 35. Answering in forks
+# 37. Answering in forks
 # ==================================================================================================
 #
 # The problem: a question may take a moment or a minute, and the process that answers it has one
@@ -10177,7 +10177,7 @@ def _address_space() -> int:
 
 
 # ==================================================================================================
-# 36. Store process
+# 38. Store process
 # ==================================================================================================
 #
 # The store lives in a process of its own, with one thread and no locks. A question comes with the
@@ -10415,7 +10415,7 @@ def store_main(arguments: list[str]) -> int:
 
 
 # ==================================================================================================
-# 37. Store client
+# 39. Store client
 # ==================================================================================================
 #
 # The front's end of the store process. A follower is a process that follows the log; the front
@@ -10762,7 +10762,7 @@ _STORE_STATISTICS = (
 
 
 # ==================================================================================================
-# 36. Scalars of YAML
+# 40. Scalars of YAML
 # ==================================================================================================
 #
 # The problem: rule files are YAML, the standard library reads none, and all of YAML is far more
@@ -11025,7 +11025,7 @@ def _block_scalar(src: YamlDocument, position: int, indent: int) -> tuple[YamlSc
 
 
 # ==================================================================================================
-# 37. YAML
+# 41. YAML
 # ==================================================================================================
 #
 # Maps and lists in block and flow style, anchors, aliases and merges. What is left out (tags,
@@ -11306,7 +11306,7 @@ def _flow_comma(src: YamlDocument, position: int, bracket: str) -> int:
 
 
 # ==================================================================================================
-# 38. Fields
+# 42. Fields
 # ==================================================================================================
 #
 # The problem: whoever writes a file wants to know everything that is wrong with it, and where. The
@@ -11418,7 +11418,7 @@ def _read_duration_ms(text: str) -> int:
 
 
 # ==================================================================================================
-# 39. Rule files
+# 43. Rule files
 # ==================================================================================================
 #
 # The problem: rules are written for Prometheus, and a fault in an expression should be known before
@@ -11604,7 +11604,7 @@ class _RuleReader(FieldReader):
 
 
 # ==================================================================================================
-# 40. Values of templates
+# 44. Values of templates
 # ==================================================================================================
 #
 # The problem: what a template prints must not differ by a character from what Go prints. The idea:
@@ -11825,7 +11825,7 @@ _METHODS = {datetime.datetime: _TIME_METHODS, datetime.timedelta: _DURATION_METH
 
 
 # ==================================================================================================
-# 41. Formats of templates
+# 45. Formats of templates
 # ==================================================================================================
 #
 # What `printf` and `print` write, for every verb, flag and kind of value: Go's fmt package once
@@ -12189,7 +12189,7 @@ def _printed(*values: Any) -> str:
 
 
 # ==================================================================================================
-# 42. Functions of templates
+# 46. Functions of templates
 # ==================================================================================================
 #
 # What every template may call: the functions that Go has. A function is a row with the types of its
@@ -12356,7 +12356,7 @@ _GO_FUNCTIONS = {
 
 
 # ==================================================================================================
-# 43. Functions of alerts
+# 47. Functions of alerts
 # ==================================================================================================
 #
 # The functions that Prometheus adds for rules, and those that Alertmanager adds for notifications.
@@ -12678,7 +12678,7 @@ NOTIFICATION_FUNCTIONS = _COMMON_FUNCTIONS | {
 
 
 # ==================================================================================================
-# 44. Template items
+# 48. Template items
 # ==================================================================================================
 #
 # The problem: labels and annotations of alerts, and what is sent to a webhook, are templates of
@@ -12861,7 +12861,7 @@ def _number_value(text: str) -> int | float:
 
 
 # ==================================================================================================
-# 45. Template parser
+# 49. Template parser
 # ==================================================================================================
 #
 # Items become a tree, and the next chapter walks over the tree. What `text` holds in a node is what
@@ -13245,7 +13245,7 @@ def _is_blank(statements: list[_Statement]) -> bool:
 
 
 # ==================================================================================================
-# 46. Templates
+# 50. Templates
 # ==================================================================================================
 #
 # A walk over the tree prints, and each step is Go's. What a label holds is printed and never read
@@ -13602,7 +13602,7 @@ class _TemplateRun:
 
 
 # ==================================================================================================
-# 47. Alerting
+# 51. Alerting
 # ==================================================================================================
 #
 # The problem: whether something is wrong is asked again and again, and what was found must neither
@@ -14245,7 +14245,7 @@ def _page_of(groups: list[dict[str, Any]], limit_text: str, token: str) -> dict[
 
 
 # ==================================================================================================
-# 48. Rule tests
+# 52. Rule tests
 # ==================================================================================================
 #
 # The problem: a rule that was never seen to fire is a guess. The idea: evaluate rules as the
@@ -14769,7 +14769,7 @@ def firing_bar(times: Iterable[tuple[int, int]], start_ms: int, end_ms: int) -> 
 
 
 # ==================================================================================================
-# 49. Alerts and routes
+# 53. Alerts and routes
 # ==================================================================================================
 #
 # The problem: hundreds of alerts fire at once, and each is for somebody else. The idea is that of
@@ -14908,7 +14908,7 @@ def route_key(parent_key: str | None, matchers: Iterable[Matcher]) -> str:
 
 
 # ==================================================================================================
-# 50. Notification configuration
+# 54. Notification configuration
 # ==================================================================================================
 #
 # The problem: who is told what stands in a file, credentials included, and people have such files
@@ -15406,7 +15406,7 @@ class _ConfigReader(FieldReader):
 
 
 # ==================================================================================================
-# 51. Notification
+# 55. Notification
 # ==================================================================================================
 #
 # The problem: each firing and each resolve is told once, although alerts come in again every
@@ -15953,7 +15953,7 @@ def _merged(old: Alert, new: Alert, now: float) -> Alert:
 
 
 # ==================================================================================================
-# 52. Receivers
+# 56. Receivers
 # ==================================================================================================
 #
 # The problem: a notification has to reach a service that may be slow, gone or wrong about what it
@@ -16425,7 +16425,7 @@ _CLIENT_STATISTICS: tuple[tuple[str, str, str, Callable[[_Queue], float]], ...] 
 
 
 # ==================================================================================================
-# 53. Alertmanager API
+# 57. Alertmanager API
 # ==================================================================================================
 #
 # The problem: people silence alerts with amtool, look at them in Grafana, and another Prometheus
@@ -16768,7 +16768,7 @@ def _silence_json(silence: Silence, now: float) -> dict[str, Any]:
 
 
 # ==================================================================================================
-# 54. Watcher process
+# 58. Watcher process
 # ==================================================================================================
 #
 # The problem: 200 heavy rules must not slow a POST, a receiver that hangs must not hold up a rule,
@@ -17422,7 +17422,7 @@ def watch_main(arguments: list[str]) -> int:
 
 
 # ==================================================================================================
-# 55. Watcher client
+# 59. Watcher client
 # ==================================================================================================
 #
 # The front's end of the watcher: it gives the watcher connections to this server, hands over what
@@ -17521,7 +17521,7 @@ EMPTY_WATCHER = {
 
 
 # ==================================================================================================
-# 56. Saved dashboards
+# 60. Saved dashboards
 # ==================================================================================================
 #
 # The problem: a view that was worth arranging is worth keeping and sharing. The idea: JSON files
@@ -17637,7 +17637,7 @@ def read_dashboards(folder: str) -> dict[str, Any]:
 
 
 # ==================================================================================================
-# 57. Dashboard: queries
+# 61. Dashboard: queries
 # ==================================================================================================
 #
 # The problem: whoever pushed something wants to look at it without installing anything. The idea:
@@ -17973,7 +17973,7 @@ function nameSeries(series) {
 
 
 # ==================================================================================================
-# 58. Dashboard: charts
+# 62. Dashboard: charts
 # ==================================================================================================
 #
 # A chart is a picture on a canvas, drawn anew only when its values or its size change; cursor, tip
@@ -18309,7 +18309,7 @@ function hideCursors() {
 
 
 # ==================================================================================================
-# 59. Dashboard: panels
+# 63. Dashboard: panels
 # ==================================================================================================
 #
 # A panel is a chart with its title, its current value, a legend and a table. It asks while it is
@@ -18575,7 +18575,7 @@ async function completions(before) {
 
 
 # ==================================================================================================
-# 60. Dashboard: views
+# 64. Dashboard: views
 # ==================================================================================================
 #
 # A view is a function that makes its elements once and tells how they are brought up to date:
@@ -18951,7 +18951,7 @@ render();
 
 
 # ==================================================================================================
-# 61. Dashboard: page
+# 65. Dashboard: page
 # ==================================================================================================
 #
 # The document that holds the script, and how it is served. Names and tags are the text of
@@ -19187,7 +19187,7 @@ def dashboard_routes(folder: str | None) -> dict[str, dict[str, Handler]]:
 
 
 # ==================================================================================================
-# 62. Remote write
+# 66. Remote write
 # ==================================================================================================
 #
 # The problem: who outgrows one machine has an engine for many, and it wants samples in a protocol
@@ -19545,7 +19545,7 @@ def _retry_after_s(text: str) -> float | None:
 
 
 # ==================================================================================================
-# 63. Log reader
+# 67. Log reader
 # ==================================================================================================
 #
 # The problem: every sample of the log is to reach a receiver, whatever dies in between and however
@@ -19697,7 +19697,7 @@ class LogReader(FollowedLog):
 
 
 # ==================================================================================================
-# 64. Sender process
+# 68. Sender process
 # ==================================================================================================
 #
 # The problem: nothing that takes batches in may wait for a receiver. The idea: a process of its
@@ -20064,7 +20064,7 @@ class AgentSegments:
 
 
 # ==================================================================================================
-# 65. Options
+# 69. Options
 # ==================================================================================================
 #
 # What a user can choose, with its default and the sentence that `--help` prints: a part of the
@@ -20249,7 +20249,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
 
 
 # ==================================================================================================
-# 66. Commands
+# 70. Commands
 # ==================================================================================================
 #
 # What is asked without a server: the store of a folder, rule files, unit tests of rules, a test
@@ -20476,7 +20476,7 @@ def test_notify_main(arguments: list[str]) -> int:
 
 
 # ==================================================================================================
-# 67. Starting
+# 71. Starting
 # ==================================================================================================
 #
 # Options become objects, each made of those before it; one line says what is running, and a signal
