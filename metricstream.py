@@ -1381,17 +1381,21 @@ def log_line(sample: Sample) -> str:
     return f'{{"timestamp":"{timestamp}","name":{name},"value":{value},{rest}}}\n'
 
 
-# Bodies as programs write them: no escapes, the fields in the usual order, spaces as json.dumps has
-# them or none.
-_USUAL_METRIC = re.compile(
-    rb'\{"name": ?"([^"\\\x00-\x1f\x7f-\xff]{1,255}(?:","value":|", "value": )'
-    # repr() gives the same digits: copy them
-    rb"(?:-?[1-9][0-9]{0,9}(?:\.[0-9]{0,4}[1-9])?|0|-?0\.[0-9]{0,3}[1-9]|null"
-    # any other usual number
-    rb"|(-?(?:0|[1-9][0-9]{0,17})(?:\.[0-9]{1,18})?)))"
-    # the rest: type and tags, checked by _line_tail. One excluded byte: 0.3 µs a metric instead of
-    # 0.7 for a set of two.
-    rb"(?=[,}])([^}]{0,576}\}?)\}"
+# Bodies as programs write them: no escapes, the fields in the usual order; no spaces, or those that
+# json.dumps has.
+_COMPACT_METRIC, _SPACED_METRIC = (
+    re.compile(
+        rb'\{"name":%b"([^"\\\x00-\x1f\x7f-\xff]{1,255}",%b"value":%b'
+        % (space, space, space)
+        # repr() gives the same digits: copy them
+        + rb"(?:-?[1-9][0-9]{0,9}(?:\.[0-9]{0,4}[1-9])?|0|-?0\.[0-9]{0,3}[1-9]|null"
+        # any other usual number
+        rb"|(-?(?:0|[1-9][0-9]{0,17})(?:\.[0-9]{1,18})?)))"
+        # the rest: type and tags, checked by _line_tail. One excluded byte: 0.3 µs a metric instead
+        # of 0.7 for a set of two.
+        rb"(?=[,}])([^}]{0,576}\}?)\}"
+    )
+    for space in (b"", b" ")
 )
 
 
@@ -1433,11 +1437,12 @@ def fast_batch(body: bytes, now_ms: int) -> Batch | None:
     >>> fast_batch(b'{"metrics":[{"name":"cpu","value":1.50}]}', 0).lines
     b'{"timestamp":"1970-01-01T00:00:00.000Z","name":"cpu","value":1.5,"type":"gauge"}\\n'
     """
-    pieces: list[Any] = _USUAL_METRIC.split(body)
-    count, between = len(pieces) // 4, pieces[4:-1:4]
+    spaced = body.startswith(b'{"metrics": [')
+    pieces: list[Any] = (_SPACED_METRIC if spaced else _COMPACT_METRIC).split(body)
+    count, comma = len(pieces) // 4, b", " if spaced else b","
     if not 1 <= count <= MAX_BATCH or pieces[0] not in (b'{"metrics":[', b'{"metrics": ['):
         return None
-    if pieces[-1] != b"]}" or between.count(b",") + between.count(b", ") != count - 1:
+    if pieces[-1] != b"]}" or pieces[4:-1:4].count(comma) != count - 1:
         return None
     # each from the name to the value, and each number that is to be written as repr() does
     starts, others, tails = pieces[1::4], pieces[2::4], list(map(_line_tail, pieces[3::4]))
@@ -1448,7 +1453,7 @@ def fast_batch(body: bytes, now_ms: int) -> Batch | None:
             if text is not None:
                 number = repr(float(text) if b"." in text else int(text)).encode()
                 starts[index] = starts[index].removesuffix(text) + number
-    if b'": ' in body:
+    if spaced:
         starts = [start.replace(b'", "value": ', b'","value":') for start in starts]
     line: list[Any] = [_line_head(now_ms)] * (3 * count)
     line[1::3] = starts
@@ -2911,6 +2916,8 @@ def require_json(head: Head) -> None:
     if "content-type" not in head.headers:
         return
     content_type = head.headers["content-type"]
+    if content_type == "application/json":  # 0.05 µs instead of 0.4
+        return
     if content_type.partition(";")[0].strip().lower() != "application/json":
         raise HTTPError(
             415,
@@ -3184,7 +3191,9 @@ class Connections:
             now = self._clock()
             for connection, queue in waiting:
                 self._start_wait(connection, queue, now)
-                if self.epoll is not None and connection.parked:
+                if self.epoll is None or not connection.parked:
+                    continue
+                if connection.armed != queue.events or queue is self.relaying:
                     # Under the lock: once claimed it can be closed, its descriptor be another's.
                     try:
                         self._arm(connection, queue.events)
@@ -3369,7 +3378,11 @@ REQUESTS_A_TURN = 4  # pipelined; then the others have their turn
 JOINED_WRITES = 16
 
 
-def _taken(waiting: "deque[Connection]") -> Iterator[Connection]:
+_Step = Callable[[Connection], WaitQueue | None]
+_Waiting = TypeVar("_Waiting")
+
+
+def _taken(waiting: "deque[_Waiting]") -> "Iterator[_Waiting]":
     """All that wait, unless another worker is faster; to take one is atomic."""
     with contextlib.suppress(IndexError):
         while True:
@@ -3382,23 +3395,21 @@ class Turns:
     def __init__(self, service: Service, connections: Connections):
         self._service, self._connections = service, connections
         # Not a real queue: a step returns it to say "send after this round"; the connection goes
-        # to _unsent.
+        # to _unsent, with the step that is due then.
         self._after_round = WaitQueue(0, math.inf)
-        self._unsent: deque[Connection] = deque()  # any worker may take from it
+        self._unsent: deque[tuple[Connection, _Step]] = deque()  # any worker may take from it
         # The same for what is to be written to the log before it is answered.
         self._to_write = WaitQueue(0, math.inf)
         self._unwritten: deque[Connection] = deque()
         self._joins_writes = connections.epoll is not None
 
-    def step(
-        self, connection: Connection, action: Callable[[Connection], WaitQueue | None]
-    ) -> None:
+    def step(self, connection: Connection, action: _Step) -> None:
         """Take a step for a claimed connection; then park it, or close it."""
         queue = self._attempt(connection, action)
         if queue is None:
             self._connections.close(connection)
         elif queue is self._after_round:
-            self._unsent.append(connection)
+            self._unsent.append((connection, self._send))
         elif queue is self._to_write:
             self._unwritten.append(connection)
         else:
@@ -3409,9 +3420,7 @@ class Turns:
                 assert isinstance(durable, Future)
                 durable.add_done_callback(partial(self.on_durable, connection))
 
-    def _attempt(
-        self, connection: Connection, action: Callable[[Connection], WaitQueue | None]
-    ) -> WaitQueue | None:
+    def _attempt(self, connection: Connection, action: _Step) -> WaitQueue | None:
         """The queue that a step gives, whatever goes wrong in it."""
         try:
             return action(connection)
@@ -3432,8 +3441,8 @@ class Turns:
         while joined := list(itertools.islice(_taken(self._unwritten), JOINED_WRITES)):
             self._write(joined)
         waiting = []
-        for connection in _taken(self._unsent):
-            queue = self._attempt(connection, self._send)
+        for connection, action in _taken(self._unsent):
+            queue = self._attempt(connection, action)
             if queue is None:
                 self._connections.close(connection)
             else:
@@ -3443,26 +3452,23 @@ class Turns:
         self._service.statistics.count()
 
     def _write(self, joined: list[Connection]) -> None:
-        """Append the batches of some connections to the log, and answer when they are written."""
+        """Append the batches of some connections to the log; they are answered after the round."""
         durable = error = None
         try:
             durable = self._service.store([c.pending for c in joined if c.pending is not None])
         except Exception as failure:  # settle() tells what it means
             error = failure
-        answer = partial(self._answer_stored, durable=durable, error=error)
-        for connection in joined:
-            self.step(connection, answer)
+        if durable is None:
+            answer = partial(self._answer_durable, error=error)
+            self._unsent.extend((connection, answer) for connection in joined)
+        else:
+            for connection in joined:
+                self.step(connection, partial(self._await_sync, durable=durable))
 
-    def _answer_stored(
-        self, connection: Connection, durable: "Future[None] | None", error: Exception | None
-    ) -> WaitQueue | None:
-        pending, connection.pending = connection.pending, None
-        assert pending is not None  # only then was it put aside
-        if durable is not None:
-            connection.pending = pending._replace(source=durable)
-            return self._connections.committing
-        self._put_response(connection, self._service.settle(pending, error), pending.head)
-        return self._after_round
+    def _await_sync(self, connection: Connection, durable: "Future[None]") -> WaitQueue:
+        assert connection.pending is not None  # only then was it put aside
+        connection.pending = connection.pending._replace(source=durable)
+        return self._connections.committing
 
     def on_durable(self, connection: Connection, durable: "Future[None]") -> None:
         """Answer a request with whose batch the log is done. Runs in the log's thread."""
