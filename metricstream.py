@@ -2180,10 +2180,16 @@ class _Exposed(NamedTuple):
     """A number that is shown: its key in JSON, and what Prometheus's text says of it."""
 
     key: str
-    name: str  # behind "metricstream_"
     type: str
     help: str
+    own_name: str = ""  # where it is not the key
     label: str = ""  # the number is many: a dictionary by the values of this label
+
+    @property
+    def name(self) -> str:
+        """What stands behind "metricstream_"; that of a counter ends in _total."""
+        end = "_total" if self.type == "counter" else ""
+        return self.own_name or self.key.removesuffix(end) + end
 
 
 def full_name(name: str) -> str:
@@ -2264,9 +2270,10 @@ class Statistics:
         label: str = "",
     ) -> None:
         """Show one more number: under `key` in JSON, as metricstream_`name` in Prometheus's text
-        (where no name is given, the key is it). With a label: numbers by its values.
+        (where no name is given, the key is it, of a counter with _total). With a label: numbers by
+        its values.
         """
-        self._added[key] = _Exposed(key, name or key, type_, help_, label), number
+        self._added[key] = _Exposed(key, type_, help_, name, label), number
 
     def add_rows(self, rows: Callable[[], Iterable[OwnMetric]]) -> None:
         """Show numbers of which there are many; in Prometheus's text, not in JSON."""
@@ -2322,16 +2329,13 @@ class Statistics:
     def own_metrics(self) -> Iterator[OwnMetric]:
         """All numbers, as Prometheus names them."""
         numbers = self.snapshot()
-        for key, name, type_, help_, label in (
-            *_EXPOSED,
-            *(exposed for exposed, _ in self._added.values()),
-        ):
-            value = numbers[key]
-            row = partial(OwnMetric, name, type_, help_)
-            if label:
+        for shown in (*_EXPOSED, *(shown for shown, _ in self._added.values())):
+            name, value = shown.name, numbers[shown.key]
+            row = partial(OwnMetric, name, shown.type, shown.help)
+            if shown.label:
                 for label_value, number in value.items():
-                    yield row(name, {label: label_value}, number)
-            elif key == "latency_ms":
+                    yield row(name, {shown.label: label_value}, number)
+            elif shown.key == "latency_ms":
                 for quantile in QUANTILES:
                     seconds = round(value[f"p{quantile * 100:g}"] / 1000, 9)
                     yield row(name, {"quantile": str(quantile)}, seconds)
@@ -2359,38 +2363,16 @@ class Statistics:
 
 
 _EXPOSED = (
-    _Exposed("metrics_received", "metrics_received_total", "counter", "Metrics stored."),
-    _Exposed("batches_processed", "batches_processed_total", "counter", "Batches stored."),
-    _Exposed(
-        "validation_errors",
-        "validation_errors_total",
-        "counter",
-        "Requests refused for what their body held.",
-    ),
-    _Exposed(
-        "rate_limited_requests",
-        "rate_limited_requests_total",
-        "counter",
-        "Requests refused for their client's rate.",
-    ),
-    _Exposed(
-        "requests_total",
-        "requests_total",
-        "counter",
-        "Requests answered, by status code.",
-        "status",
-    ),
-    _Exposed(
-        "latency_ms",
-        "request_duration_seconds",
-        "summary",
-        "Time from a request's arrival to its answer.",
-    ),
-    _Exposed(
-        "requests_per_second", "requests_per_second", "gauge", "Requests answered a second, lately."
-    ),
-    _Exposed("uptime_seconds", "uptime_seconds", "gauge", "Time since the server started."),
-)
+    _Exposed("metrics_received", "counter", "Metrics stored."),
+    _Exposed("batches_processed", "counter", "Batches stored."),
+    _Exposed("validation_errors", "counter", "Requests refused for what their body held."),
+    _Exposed("rate_limited_requests", "counter", "Requests refused for their client's rate."),
+    _Exposed("requests_total", "counter", "Requests answered, by status code.", label="status"),
+    _Exposed("latency_ms", "summary", "Time from a request's arrival to its answer.",
+             "request_duration_seconds"),
+    _Exposed("requests_per_second", "gauge", "Requests answered a second, lately."),
+    _Exposed("uptime_seconds", "gauge", "Time since the server started."),
+)  # fmt: skip
 
 
 def quantile_of(ordered: list[float], quantile: float) -> float:
@@ -2429,7 +2411,141 @@ def limiter_summary(limiter: SlidingWindowLimiter) -> str:
 
 
 # ==================================================================================================
-# 8. Service
+# 8. Clients
+# ==================================================================================================
+#
+# The problem: who asks decides what is allowed, and all that is known of it comes from itself. The
+# idea: a client is what it calls itself in Authorization, else its address; the rate limiter counts
+# by that. Where there is a list of clients, only who has a key on it may write. A browser obeys any
+# page, so it may write for pages of this server alone. What it costs: without a list anybody can
+# take another name, and with it a rate of its own.
+
+MAX_CLIENT_ID_LENGTH = 128
+
+
+class OwnPeer(str):
+    """The peer of a connection from another process of this server: a client that is on no list,
+    and that no rate limits. No header field can claim to be it, as it is known by its type.
+    """
+
+
+def client_id(head: Head, peer: str) -> str:
+    """Who asks: the value of Authorization, else the peer's address. A very long value is known by
+    its hash.
+    """
+    client = peer
+    # Here and for routes `in` and a subscript: `dict.get` waits for a lock on CPython 3.13 without
+    # the interpreter lock, 20,900 requests/s instead of 32,000.
+    if "authorization" in head.headers:
+        client = head.headers["authorization"] or peer
+    if len(client) <= MAX_CLIENT_ID_LENGTH:
+        return client
+    return hashlib.sha256(client.encode()).hexdigest()
+
+
+# A letter first and no colon: no address of a peer can pass for a name.
+_CLIENT_NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,63}")
+_CLIENT_LINE = re.compile(
+    rf"({_CLIENT_NAME.pattern})[ \t]+([0-9A-Fa-f]{{64}})(?:[ \t]+([0-9]{{1,9}}))?"
+)
+
+
+class ClientListError(ValueError):
+    """A list of clients that can't be read: file, line and reason."""
+
+
+class ClientList:
+    """Who may write: names by their keys, of which only the SHA-256 is kept.
+
+    `text` has a client a line: name, SHA-256 of the key in hex, and optionally its own rate in
+    requests a second (0: none). Empty lines and those that begin with # are skipped. A name may
+    stand twice, while one key follows another; the last rate counts. Raises ClientListError.
+
+    >>> clients = ClientList(f"web1 {hashlib.sha256(b'k3y').hexdigest()} 5", "clients.txt")
+    >>> clients.identify("Bearer k3y"), clients.identify("k3y"), clients.identify("guess")
+    ('web1', 'web1', None)
+    >>> clients.rates
+    {'web1': 5}
+    """
+
+    def __init__(self, text: str, source: str):
+        self.rates: dict[str, int | None] = {}
+        self._by_prefix: dict[bytes, tuple[bytes, str]] = {}
+        for number, line in enumerate(text.splitlines(), 1):
+            line = line.strip()
+            if not line or line.startswith("#"):
+                continue
+            match = _CLIENT_LINE.fullmatch(line)
+            if match is None:  # the line is not shown: it may hold a key
+                raise ClientListError(
+                    f"{source}, line {number}: expected 'name sha256-of-key [rate]'"
+                )
+            name, digest, rate = match[1], bytes.fromhex(match[2]), match[3]
+            if digest[:8] in self._by_prefix:
+                raise ClientListError(f"{source}, line {number}: this key stands there twice")
+            self._by_prefix[digest[:8]] = (digest, name)
+            self.rates[name] = int(rate) if rate else None
+
+    @classmethod
+    def read(cls, path: str) -> "ClientList":
+        """The list in a file."""
+        try:
+            with open(path, encoding="utf-8") as file:
+                return cls(file.read(), path)
+        except UnicodeDecodeError:
+            raise ClientListError(f"{path} is not UTF-8") from None
+        except OSError as error:
+            raise ClientListError(f"can't read {path}: {error.strerror}") from None
+
+    def identify(self, authorization: str) -> str | None:
+        """The client whose key an Authorization value holds, bare or as `Bearer KEY`.
+
+        The table is searched by the hash of what was sent, so what its timing could tell is of a
+        hash that nobody can aim; the hash itself is compared in constant time.
+        """
+        scheme, _, key = authorization.partition(" ")
+        if scheme.lower() != "bearer":  # RFC 6750, 2.1
+            key = authorization
+        digest = hashlib.sha256(key.strip(" ").encode("latin-1")).digest()
+        known, name = self._by_prefix.get(digest[:8], (bytes(32), None))
+        return name if hmac.compare_digest(known, digest) else None
+
+
+def new_client(name: str) -> tuple[str, str]:
+    """(a new key, the line for the list of clients)."""
+    key = secrets.token_urlsafe(32)
+    return key, f"{name} {hashlib.sha256(key.encode()).hexdigest()}"
+
+
+def refuse_other_origins(head: Head, allowed_hosts: Container[str]) -> None:
+    """A page that a browser loaded from elsewhere must not write here: its Origin (RFC 6454) gives
+    it away.
+
+    A page may also have made its own name resolve to this machine (DNS rebinding): then Origin and
+    Host agree, but Host is a name that nobody here has allowed.
+    """
+    if "origin" not in head.headers:
+        return
+    origin, host = head.headers["origin"], head.host.lower()
+    if origin.lower() not in (f"http://{host}", f"https://{host}"):
+        raise HTTPError(403, f"a page of {origin[:80]!r} may not write to {head.host[:80]!r}")
+    name = host if host.endswith("]") else host.rpartition(":")[0] or host
+    if name not in allowed_hosts and not _is_address(name):
+        raise HTTPError(
+            403, f"a page may not write here as {name[:80]!r}; --allowed-host would let it"
+        )
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        return False
+    return True
+
+
+# ==================================================================================================
+# 9. Service
 # ==================================================================================================
 #
 # The problem: a request passes through six chapters, each of which may refuse it. The idea: a
@@ -2439,7 +2555,6 @@ def limiter_summary(limiter: SlidingWindowLimiter) -> str:
 # that is not ready at once (a sync, another process) needs a second kind of answer, `Pending`.
 
 RETRY_AFTER_S = 1  # what a client is told when the log can't be written
-MAX_CLIENT_ID_LENGTH = 128
 INTERNAL_ERROR = "internal error; the server's log has the details"
 FORM_TYPE = "application/x-www-form-urlencoded"
 # What another process writes before its answer: status, length of its field lines (each with its
@@ -2528,98 +2643,6 @@ def error_response(error: Exception) -> Response:
     raise error
 
 
-class OwnPeer(str):
-    """The peer of a connection from another process of this server: a client that is on no list,
-    and that no rate limits. No header field can claim to be it, as it is known by its type.
-    """
-
-
-def client_id(head: Head, peer: str) -> str:
-    """Who asks: the value of Authorization, else the peer's address. A very long value is known by
-    its hash.
-    """
-    client = peer
-    if "authorization" in head.headers:  # not get(): see Service._handlers
-        client = head.headers["authorization"] or peer
-    if len(client) <= MAX_CLIENT_ID_LENGTH:
-        return client
-    return hashlib.sha256(client.encode()).hexdigest()
-
-
-# A letter first and no colon: no address of a peer can pass for a name.
-_CLIENT_NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,63}")
-_CLIENT_LINE = re.compile(
-    rf"({_CLIENT_NAME.pattern})[ \t]+([0-9A-Fa-f]{{64}})(?:[ \t]+([0-9]{{1,9}}))?"
-)
-
-
-class ClientListError(ValueError):
-    """A list of clients that can't be read: file, line and reason."""
-
-
-class ClientList:
-    """Who may write: names by their keys, of which only the SHA-256 is kept.
-
-    `text` has a client a line: name, SHA-256 of the key in hex, and optionally its own rate in
-    requests a second (0: none). Empty lines and those that begin with # are skipped. A name may
-    stand twice, while one key follows another; the last rate counts. Raises ClientListError.
-
-    >>> clients = ClientList(f"web1 {hashlib.sha256(b'k3y').hexdigest()} 5", "clients.txt")
-    >>> clients.identify("Bearer k3y"), clients.identify("k3y"), clients.identify("guess")
-    ('web1', 'web1', None)
-    >>> clients.rates
-    {'web1': 5}
-    """
-
-    def __init__(self, text: str, source: str):
-        self.rates: dict[str, int | None] = {}
-        self._by_prefix: dict[bytes, tuple[bytes, str]] = {}
-        for number, line in enumerate(text.splitlines(), 1):
-            line = line.strip()
-            if not line or line.startswith("#"):
-                continue
-            match = _CLIENT_LINE.fullmatch(line)
-            if match is None:  # the line is not shown: it may hold a key
-                raise ClientListError(
-                    f"{source}, line {number}: expected 'name sha256-of-key [rate]'"
-                )
-            name, digest, rate = match[1], bytes.fromhex(match[2]), match[3]
-            if digest[:8] in self._by_prefix:
-                raise ClientListError(f"{source}, line {number}: this key stands there twice")
-            self._by_prefix[digest[:8]] = (digest, name)
-            self.rates[name] = int(rate) if rate else None
-
-    @classmethod
-    def read(cls, path: str) -> "ClientList":
-        """The list in a file."""
-        try:
-            with open(path, encoding="utf-8") as file:
-                return cls(file.read(), path)
-        except UnicodeDecodeError:
-            raise ClientListError(f"{path} is not UTF-8") from None
-        except OSError as error:
-            raise ClientListError(f"can't read {path}: {error.strerror}") from None
-
-    def identify(self, authorization: str) -> str | None:
-        """The client whose key an Authorization value holds, bare or as `Bearer KEY`.
-
-        The table is searched by the hash of what was sent, so what its timing could tell is of a
-        hash that nobody can aim; the hash itself is compared in constant time.
-        """
-        scheme, _, key = authorization.partition(" ")
-        if scheme.lower() != "bearer":  # RFC 6750, 2.1
-            key = authorization
-        digest = hashlib.sha256(key.strip(" ").encode("latin-1")).digest()
-        known, name = self._by_prefix.get(digest[:8], (bytes(32), None))
-        return name if hmac.compare_digest(known, digest) else None
-
-
-def new_client(name: str) -> tuple[str, str]:
-    """(a new key, the line for the list of clients)."""
-    key = secrets.token_urlsafe(32)
-    return key, f"{name} {hashlib.sha256(key.encode()).hexdigest()}"
-
-
 class Service:
     """The routes, and what they do.
 
@@ -2677,19 +2700,10 @@ class Service:
         add = statistics.add
         add("log_bytes", "gauge", "Size of the log file.", lambda: log.size_bytes, "log_size_bytes")
         if limiter:
-            add(
-                "clients_tracked",
-                "gauge",
-                "Clients that the rate limiter remembers.",
-                lambda: limiter.tracked,
-            )
-            add(
-                "clients_evicted",
-                "counter",
-                "Clients that the rate limiter forgot for want of room.",
-                lambda: limiter.evicted,
-                "clients_evicted_total",
-            )
+            help_ = "Clients that the rate limiter remembers."
+            add("clients_tracked", "gauge", help_, lambda: limiter.tracked)
+            help_ = "Clients that the rate limiter forgot for want of room."
+            add("clients_evicted", "counter", help_, lambda: limiter.evicted)
 
     def add_routes(self, routes: dict[str, dict[str, Handler]]) -> None:
         """Add paths and the handlers of their methods; a path that ends in `/*` stands for all that
@@ -2790,8 +2804,6 @@ class Service:
         return ", ".join(dict.fromkeys(method for handlers in routes for method in handlers))
 
     def _handlers(self, path: str) -> dict[str, Handler]:
-        # Here and for header fields `in` and a subscript: `dict.get` waits for a lock on CPython
-        # 3.13 without the interpreter lock, 20,900 requests/s instead of 32,000.
         if path in self._routes:
             return self._routes[path]
         for prefix, handlers in self._prefixes.items():
@@ -2882,33 +2894,6 @@ class Service:
     ) -> None:
         if not isinstance(client, OwnPeer):
             self.statistics.note(status, started, metrics, invalid)
-
-
-def refuse_other_origins(head: Head, allowed_hosts: Container[str]) -> None:
-    """A page that a browser loaded from elsewhere must not write here: its Origin (RFC 6454) gives
-    it away.
-
-    A page may also have made its own name resolve to this machine (DNS rebinding): then Origin and
-    Host agree, but Host is a name that nobody here has allowed.
-    """
-    if "origin" not in head.headers:
-        return
-    origin, host = head.headers["origin"], head.host.lower()
-    if origin.lower() not in (f"http://{host}", f"https://{host}"):
-        raise HTTPError(403, f"a page of {origin[:80]!r} may not write to {head.host[:80]!r}")
-    name = host if host.endswith("]") else host.rpartition(":")[0] or host
-    if name not in allowed_hosts and not _is_address(name):
-        raise HTTPError(
-            403, f"a page may not write here as {name[:80]!r}; --allowed-host would let it"
-        )
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
-    except ValueError:
-        return False
-    return True
 
 
 def require_json(head: Head) -> None:
@@ -3103,19 +3088,6 @@ class _TLSConnection(Connection):
         socket.socket.shutdown(self._tls, socket.SHUT_WR)
 
 
-def tls_context(certificate: str, key: str) -> ssl.SSLContext:
-    """How HTTPS is spoken: TLS 1.2 and newer. Raises OSError, of which ssl.SSLError is one."""
-
-    def no_password() -> str:
-        raise OSError(errno.EACCES, "the key has a password; remove it first")
-
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.options |= ssl.OP_NO_RENEGOTIATION
-    context.load_cert_chain(certificate, key, no_password)
-    return context
-
-
 class Connections:
     """The open connections of a server, and what each of them waits for.
 
@@ -3190,31 +3162,26 @@ class Connections:
         with self.lock:
             now = self._clock()
             for connection, queue in waiting:
-                self._start_wait(connection, queue, now)
-                if self.epoll is None or not connection.parked:
-                    continue
-                if connection.armed != queue.events or queue is self.relaying:
-                    # Under the lock: once claimed it can be closed, its descriptor be another's.
-                    try:
+                if connection.waits_in is not queue or connection.restart_timeout:
+                    if connection.waits_in is queue:
+                        queue.members.move_to_end(connection)
+                    else:
+                        self._move(connection, queue)
+                    connection.deadline = now + queue.limit_s
+                    connection.restart_timeout = False
+                connection.parked = queue is not self.committing
+                # Under the lock: once claimed it can be closed, and its descriptor be another's.
+                try:
+                    if connection.armed != queue.events and connection.parked:
                         self._arm(connection, queue.events)
-                        if queue is self.relaying:
-                            self._arm_relay(connection)
-                    except OSError as error:
-                        logger.warning("can't wait for %s: %s", connection.peer, error.strerror)
-                        connection.parked = False
-                        refused.append(connection)
+                    if queue is self.relaying:
+                        self._arm_relay(connection)
+                except OSError as error:
+                    logger.warning("can't wait for %s: %s", connection.peer, error.strerror)
+                    connection.parked = False
+                    refused.append(connection)
         for connection in refused:
             self.close(connection)
-
-    def _start_wait(self, connection: Connection, queue: WaitQueue, now: float) -> None:
-        if connection.waits_in is not queue or connection.restart_timeout:
-            if connection.waits_in is queue:
-                queue.members.move_to_end(connection)
-            else:
-                self._move(connection, queue)
-            connection.deadline = now + queue.limit_s
-            connection.restart_timeout = False
-        connection.parked = queue is not self.committing
 
     def _arm(self, connection: Connection, events: int) -> None:
         """Have epoll report these events of a connection, and no others. The lock is held."""
@@ -3225,11 +3192,11 @@ class Connections:
 
     def _arm_relay(self, connection: Connection) -> None:
         """Have epoll report a relay once. The lock is held."""
-        assert self.epoll is not None
-        relay = connection.relay_fd
-        arm = self.epoll.modify if relay in self._relays else self.epoll.register
-        arm(relay, READ | _ONESHOT)
-        self._relays[relay] = connection
+        if self.epoll is not None:
+            relay = connection.relay_fd
+            arm = self.epoll.modify if relay in self._relays else self.epoll.register
+            arm(relay, READ | _ONESHOT)
+            self._relays[relay] = connection
 
     @staticmethod
     def _move(connection: Connection, queue: WaitQueue | None) -> None:
@@ -3261,9 +3228,7 @@ class Connections:
     def claim(self, connection: Connection) -> bool:
         """Make a parked connection this thread's own; False if another was faster."""
         with self.lock:
-            claimed = connection.parked
-            connection.parked = False
-            return claimed
+            return bool(self._claim_parked([connection]))
 
     def claim_ready(self, most: int) -> None:
         """Wait up to a second until something is ready, and add it to `claimed`.
@@ -3309,28 +3274,28 @@ class Connections:
 
     def claim_late(self) -> list[Connection]:
         """Claim what has waited for too long."""
-        now, ready_at, late = self._clock(), time.perf_counter(), []
+        now = self._clock()
         with self.lock:
-            for queue in (self.idle, self.shaking_hands, self.in_head, self.in_body,
-                          self.answering, self.lingering, self.relaying, self.ready):  # fmt: skip
-                for connection in queue.members:
-                    if connection.deadline > now:
-                        break
-                    if connection.parked:
-                        connection.parked = False
-                        connection.ready_at = ready_at
-                        late.append(connection)
-        return late
+            return self._claim_parked(
+                connection
+                for queue in (self.idle, self.shaking_hands, self.in_head, self.in_body,
+                              self.answering, self.lingering, self.relaying, self.ready)
+                for connection in itertools.takewhile(lambda c: c.deadline <= now, queue.members)
+            )  # fmt: skip
 
     def claim_idle(self) -> list[Connection]:
         """Claim all that are idle."""
-        ready_at = time.perf_counter()
         with self.lock:
-            idle = [connection for connection in self.idle.members if connection.parked]
-            for connection in idle:
-                connection.parked = False
-                connection.ready_at = ready_at
-        return idle
+            return self._claim_parked(self.idle.members)
+
+    @staticmethod
+    def _claim_parked(waiting: Iterable[Connection]) -> list[Connection]:
+        """Claim those that no other thread has claimed. The lock is held."""
+        ready_at = time.perf_counter()
+        claimed = [connection for connection in waiting if connection.parked]
+        for connection in claimed:
+            connection.parked, connection.ready_at = False, ready_at
+        return claimed
 
     def close_if_idle(self, connection: Connection) -> None:
         """Close a connection if it is still idle after its turn."""
@@ -3688,26 +3653,17 @@ class Turns:
 
 
 # ==================================================================================================
-# 11. Server
+# 11. Workers
 # ==================================================================================================
 #
-# The problem: which threads give the connections their turns, and how many? The plain way is
-# socketserver's: a thread for each connection, which waits for it (`--threads 0`, and wherever
-# there is no epoll). It is easy to follow, but under the interpreter lock every runnable thread
-# slows the others down.
-#
-# The idea: few workers, which take what epoll reports, one after another, and never wait for a
-# client. What can still hold a worker up is its own work, so a housekeeper looks every 20 ms
-# whether each worker has moved: one that has not is replaced, and ends when its turn does.
-# What it costs: a thread that does nothing but look. Both models take the same turns.
+# The problem: under the interpreter lock every runnable thread slows the others down, so a thread
+# for each connection is slow; and one thread for all stops when one turn is held up. The idea: few
+# workers, which take what epoll reports, one after another, and never wait for a client. What can
+# still hold a worker up is its own work, so somebody looks every 20 ms whether each worker has
+# moved: one that has not is replaced, and ends when its turn does. What it costs: a thread that
+# does nothing but look.
 
-MAX_CONNECTIONS = 10_000
-SPARE_DESCRIPTORS = 64  # for the log, epoll and the like, beside the connections
 MAX_WORKERS = 64
-TICK_S = 0.02  # a worker that takes longer than this for one turn is replaced
-QUIET_TICKS = 50  # so many without work, and the housekeeper sleeps a second at a time
-DECISIONS_INTERVAL_S = 60.0
-ACCEPTS_A_TURN = 16
 
 
 class _Worker(threading.Thread):
@@ -3817,6 +3773,31 @@ class _Workers:
         """Wait until all have ended, or until a time of time.monotonic."""
         for worker in list(self.running):
             worker.join(max(0.0, deadline - time.monotonic()))
+
+
+def steady_threads() -> int:
+    """How many workers pay: one where the interpreter lock lets only one run, else one a core."""
+    has_lock = getattr(sys, "_is_gil_enabled", lambda: True)()
+    return 1 if has_lock else os.cpu_count() or 1
+
+
+# ==================================================================================================
+# 12. Server
+# ==================================================================================================
+#
+# The problem: while requests are served, connections come and go, some are late, files are moved,
+# and at last somebody says stop. The idea: beside the workers one thread, the housekeeper, does
+# what has its time: it replaces workers that are held up, ends what is late, looks after the log,
+# and waits for orders. Where there is no epoll, and with `--threads 0`, it is socketserver's plain
+# way: a thread for each connection, which waits for it. Both take the same turns. What it costs:
+# two ways to wait.
+
+MAX_CONNECTIONS = 10_000
+SPARE_DESCRIPTORS = 64  # for the log, epoll and the like, beside the connections
+TICK_S = 0.02  # a worker that takes longer than this for one turn is replaced
+QUIET_TICKS = 50  # so many without work, and the housekeeper sleeps a second at a time
+DECISIONS_INTERVAL_S = 60.0
+ACCEPTS_A_TURN = 16
 
 
 class Server(socketserver.ThreadingTCPServer):
@@ -3994,7 +3975,6 @@ class Server(socketserver.ThreadingTCPServer):
             wait_s = max(0.0, connection.deadline - self._clock())
             ready = dict(poll.poll(None if wait_s == math.inf else wait_s * 1000 + 1))
             if self.connections.claim(connection):
-                connection.ready_at = time.perf_counter()
                 connection.hung_up = bool(ready.get(connection.fd, 0) & HUNG_UP)
                 turns.step(connection, turns.take_turn if ready else turns.time_out)
                 self.service.statistics.count()
@@ -4119,10 +4099,17 @@ class Server(socketserver.ThreadingTCPServer):
             self.connections.epoll.close()
 
 
-def steady_threads() -> int:
-    """How many workers pay: one where the interpreter lock lets only one run, else one a core."""
-    has_lock = getattr(sys, "_is_gil_enabled", lambda: True)()
-    return 1 if has_lock else os.cpu_count() or 1
+def tls_context(certificate: str, key: str) -> ssl.SSLContext:
+    """How HTTPS is spoken: TLS 1.2 and newer. Raises OSError, of which ssl.SSLError is one."""
+
+    def no_password() -> str:
+        raise OSError(errno.EACCES, "the key has a password; remove it first")
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION
+    context.load_cert_chain(certificate, key, no_password)
+    return context
 
 
 def fit_connections(wanted: int) -> int:
