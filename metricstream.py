@@ -12,7 +12,8 @@ The way of one POST, from the socket to the disk and back, with the chapter of e
     11   _Workers._work                      a worker's loop
     9      Connections.claim_ready             epoll names what is readable
     10     Turns.take_turn, _serve             a turn for each: recv() once, answer whole requests
-    1        RequestReader.next_request          bytes → a whole Request, or None: wait for more
+    1        RequestReader.whole_request         bytes → the Request that came alone, or
+    1        RequestReader.next_request          → the next whole one, or None: wait for more
     8        Service.answer                      which client it is, and which route
     8          Service.ingest                      the pipeline: read this function first
     8            refuse_other_origins                a browser page of elsewhere? 403
@@ -58,6 +59,7 @@ import errno
 import fcntl
 import fractions
 import functools
+import gc
 import glob
 import gzip
 import hashlib
@@ -20567,6 +20569,10 @@ def _serve(options: argparse.Namespace, server: Server, lines: LineWriter) -> No
         signal.signal(number, lambda *_: server.stop_soon())
     signal.signal(signal.SIGHUP, lambda *_: server.reload_soon())
     lines.say(_startup_line(options, server))
+    # What is there now stays. A full collection, during which nobody is answered, takes 0.1 ms
+    # instead of 4 when it leaves that alone.
+    gc.collect()
+    gc.freeze()
     server.serve_forever()
     server.log_decisions()
 
