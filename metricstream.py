@@ -2629,10 +2629,8 @@ def accepted(metrics: int) -> Response:
     return Response(200, body, metrics=metrics)
 
 
-def error_response(error: Exception) -> Response:
-    """The answer to a request that failed in a way which has a status; any other exception is
-    raised again.
-    """
+def error_response(error: BaseException) -> Response:
+    """The answer to a request that failed. What should not have happened is logged: 500."""
     if isinstance(error, HTTPError):
         return json_response(error.status, {"error": str(error), **error.details}, error.fields)
     if isinstance(error, JSONError):
@@ -2642,7 +2640,8 @@ def error_response(error: Exception) -> Response:
         return json_response(400, {"error": str(error), "errors": errors})
     if isinstance(error, LogError):
         return error_response(unavailable(str(error)))
-    raise error
+    log_unexpected(error)
+    return error_response(HTTPError(500, INTERNAL_ERROR))
 
 
 class Service:
@@ -2836,25 +2835,15 @@ class Service:
             client = client_id(request.head, peer)
         else:  # a name on the list, or the peer's address
             client = self.clients.identify(request.head.headers.get("authorization", "")) or peer
-        metrics, invalid = 0, False
         try:
             answer = self._handler(request.head)(request, client)
-            response, _, source = answer
-            if source is not None:
-                pending = Pending(answer, source, request.head, client, started)
-                if joins or isinstance(source, Relay):
-                    return pending
-                durable = self.store([pending])
-                if durable is not None:
-                    return pending._replace(source=durable)
-            assert response is not None  # only a relay has none yet
-            metrics = response.metrics
+            pending = Pending(answer, answer.source or b"", request.head, client, started)
+            if isinstance(answer.source, Relay) or (joins and answer.source):
+                return pending
+            durable = self.store([pending]) if answer.source else None
+            return pending._replace(source=durable) if durable else self.settle(pending, None)
         except (HTTPError, JSONError, BatchError, LogError) as error:
-            response = error_response(error)
-            answer = Answer(response)
-            invalid = isinstance(error, (JSONError, BatchError))
-        self._note(client, response.status, started, metrics, invalid)
-        return answer
+            return Answer(self.refuse(error, client, started))
 
     def store(self, joined: Iterable[Pending]) -> "Future[None] | None":
         """Append the lines of requests to the log in one piece; see MetricLog.append."""
@@ -2863,32 +2852,24 @@ class Service:
 
     def settle(self, pending: Pending, error: BaseException | None) -> Answer:
         """The answer to a request whose batch is durable, or could not be kept."""
-        answer = pending.answer
-        if isinstance(error, LogError):
-            answer = Answer(error_response(error))
-        elif error is not None:
-            answer = Answer(self._failed(error))
-        assert answer.response is not None  # a batch has one
-        status, metrics = answer.response.status, answer.response.metrics
-        self._note(pending.client, status, pending.started, metrics)
-        return answer
+        if error is not None:
+            return Answer(self.refuse(error, pending.client, pending.started))
+        response = pending.answer.response
+        assert response is not None  # only a relay has none
+        self._note(pending.client, response.status, pending.started, response.metrics)
+        return pending.answer
 
     def relayed(self, pending: Pending, status: int) -> None:
         """Count an answer that came from another process."""
-        self._note(pending.client, status, pending.started, 0)
+        self._note(pending.client, status, pending.started)
 
-    @staticmethod
-    def _failed(error: BaseException) -> Response:
-        """The answer to what should not have happened."""
-        log_unexpected(error)
-        return error_response(HTTPError(500, INTERNAL_ERROR))
-
-    def refuse(self, error: Exception, peer: str, started: float) -> Response:
-        """The answer to what never became a request, or to what should not have happened (500).
-        `started` is when its last bytes came, or when it was given up.
+    def refuse(self, error: BaseException, client: str, started: float) -> Response:
+        """The answer to what failed, or never became a request. `started` is when its last bytes
+        came, or when it was given up.
         """
-        response = error_response(error) if isinstance(error, HTTPError) else self._failed(error)
-        self._note(peer, response.status, started, 0)
+        response = error_response(error)
+        invalid = isinstance(error, (JSONError, BatchError))
+        self._note(client, response.status, started, invalid=invalid)
         return response
 
     def _note(
