@@ -2242,25 +2242,28 @@ class Statistics:
 
     def count(self) -> None:
         """Count the requests that were noted: their answers are sent. The clock is looked at and
-        the locks are taken once for all of a round: 0.6 µs a request instead of 1.1.
+        the locks are taken once for all of a round: 0.7 µs a request instead of 1.1.
         """
         noted = []
-        with contextlib.suppress(IndexError):  # that there are no more, or others were faster
+        try:
             while self._noted:
                 noted.append(self._noted.popleft())
+        except IndexError:  # another thread was faster
+            pass
         if not noted:
             return
         ended = self._clock()
         self.ring.extend(
             [Event(ended, status, ended - started, stored) for status, started, stored, _ in noted]
         )
-        statuses, starts, metrics, invalid = zip(*noted, strict=True)
         with self._lock:
-            self._by_status.update(statuses)
-            self._latency_sum_s += len(noted) * ended - math.fsum(starts)
-            self._metrics += sum(metrics)
-            self._batches += len(metrics) - metrics.count(0)
-            self._invalid += sum(invalid)
+            for status, started, metrics, invalid in noted:
+                self._by_status[status] += 1
+                self._latency_sum_s += ended - started
+                if metrics:
+                    self._metrics += metrics
+                    self._batches += 1
+                self._invalid += invalid
 
     def add(
         self,
@@ -3331,11 +3334,15 @@ _Step = Callable[[Connection], WaitQueue | None]
 _Waiting = TypeVar("_Waiting")
 
 
-def _taken(waiting: "deque[_Waiting]") -> "Iterator[_Waiting]":
-    """All that wait, unless another worker is faster; to take one is atomic."""
-    with contextlib.suppress(IndexError):
-        while True:
-            yield waiting.popleft()
+def _take(waiting: "deque[_Waiting]", most: int) -> "list[_Waiting]":
+    """Some of those that wait, fewer where another worker is faster; to take one is atomic."""
+    taken: list[_Waiting] = []
+    try:
+        while len(taken) < most:
+            taken.append(waiting.popleft())
+    except IndexError:
+        pass
+    return taken
 
 
 class Turns:
@@ -3387,10 +3394,10 @@ class Turns:
         Answers of one round leave together, so that a client with many connections is woken once
         and not for each: 44,900 requests/s instead of 41,000 with 50 connections.
         """
-        while joined := list(itertools.islice(_taken(self._unwritten), JOINED_WRITES)):
+        while joined := _take(self._unwritten, JOINED_WRITES):
             self._write(joined)
         waiting = []
-        for connection, action in _taken(self._unsent):
+        for connection, action in _take(self._unsent, len(self._unsent)):
             queue = self._attempt(connection, action)
             if queue is None:
                 self._connections.close(connection)
