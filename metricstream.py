@@ -1394,8 +1394,8 @@ _COMPACT_METRIC, _SPACED_METRIC = (
         # any other usual number
         rb"|(-?(?:0|[1-9][0-9]{0,17})(?:\.[0-9]{1,18})?)))"
         # the rest: type and tags, checked by _line_tail. One excluded byte: 0.3 µs a metric instead
-        # of 0.7 for a set of two.
-        rb"(?=[,}])([^}]{0,576}\}?)\}"
+        # of 0.7 for a set of two. Possessive: the worst MiB takes 40 ms and not 800.
+        rb"(?=[,}])([^}]{0,576}+\}?)\}"
     )
     for space in (b"", b" ")
 )
@@ -1440,7 +1440,7 @@ def fast_batch(body: bytes, now_ms: int) -> Batch | None:
     b'{"timestamp":"1970-01-01T00:00:00.000Z","name":"cpu","value":1.5,"type":"gauge"}\\n'
     """
     spaced = body.startswith(b'{"metrics": [')
-    pieces: list[Any] = (_SPACED_METRIC if spaced else _COMPACT_METRIC).split(body)
+    pieces: list[Any] = _SPACED_METRIC.split(body) if spaced else _COMPACT_METRIC.split(body)
     count, comma = len(pieces) // 4, b", " if spaced else b","
     if not 1 <= count <= MAX_BATCH or pieces[0] not in (b'{"metrics":[', b'{"metrics": ['):
         return None
