@@ -2727,7 +2727,7 @@ def prefers_text(accept: str) -> bool:
 
 
 # ==================================================================================================
-# 11. Connections
+# 12. Connections
 # ==================================================================================================
 #
 # The problem: ten thousand connections, most of them idle, some slow, some hostile, and a request
@@ -3120,7 +3120,7 @@ class Connections:
 
 
 # ==================================================================================================
-# 12. Turns
+# 13. Turns
 # ==================================================================================================
 #
 # The problem: a thread that waits for one client serves no other. The idea: a turn is what is done
@@ -3450,7 +3450,7 @@ class Turns:
 
 
 # ==================================================================================================
-# 13. Workers
+# 14. Workers
 # ==================================================================================================
 #
 # The problem: under the interpreter lock every runnable thread slows the others down, so a thread
@@ -3579,7 +3579,7 @@ def steady_threads() -> int:
 
 
 # ==================================================================================================
-# 14. Server
+# 15. Server
 # ==================================================================================================
 #
 # The problem: while requests are served, connections come and go, some are late, files are moved,
@@ -3927,7 +3927,7 @@ def fit_connections(wanted: int) -> int:
 
 
 # ==================================================================================================
-# 14. Patterns
+# 16. Patterns
 # ==================================================================================================
 #
 # The text of a regular expression becomes a program for Thompson's machine: instructions that match
@@ -4326,7 +4326,7 @@ class _PatternParser:
 
 
 # ==================================================================================================
-# 15. Regular expressions
+# 17. Regular expressions
 # ==================================================================================================
 #
 # The problem: anybody may send a regular expression. `re` tries one way through it after the other,
@@ -4702,7 +4702,7 @@ def expand(template: str, groups: Sequence[str | None], names: dict[str, int]) -
 
 
 # ==================================================================================================
-# 16. Series
+# 18. Series
 # ==================================================================================================
 #
 # A series is all samples of one metric with the same tags, and is known by its labels: the tags,
@@ -4881,7 +4881,7 @@ def _intersection(chosen: Sequence[int], posting: Sequence[int], budget: Budget)
 
 
 # ==================================================================================================
-# 17. Chunks
+# 19. Chunks
 # ==================================================================================================
 #
 # A chunk is up to 1,024 samples of one series as few bytes. The problem: series compress well, as
@@ -5152,7 +5152,7 @@ def concatenated(code: str, parts: Sequence[Any]) -> Any:
 
 
 # ==================================================================================================
-# 18. Memtable
+# 20. Memtable
 # ==================================================================================================
 #
 # The problem: what was pushed lately changes all the time, and is asked for most. The idea: series
@@ -5502,7 +5502,7 @@ class Memtable:
 
 
 # ==================================================================================================
-# 19. Blocks
+# 21. Blocks
 # ==================================================================================================
 #
 # A memtable that is no longer pushed to becomes a block: a file that never changes. The problem: a
@@ -5830,7 +5830,7 @@ class Block:
 
 
 # ==================================================================================================
-# 20. Following the log
+# 22. Following the log
 # ==================================================================================================
 #
 # The log is files, of which only the last one grows: the front moves a file that is long or old to
@@ -6011,7 +6011,7 @@ class FollowedLog:
 
 
 # ==================================================================================================
-# 21. Block folder
+# 23. Block folder
 # ==================================================================================================
 #
 # The problem: blocks become many and old, and a process may be killed between any two steps of
@@ -6274,7 +6274,7 @@ class BlockFolder:
 
 
 # ==================================================================================================
-# 22. Store
+# 24. Store
 # ==================================================================================================
 #
 # The idea is that of a log-structured merge tree. Lines of the log go into a memtable. From time to
@@ -6585,7 +6585,7 @@ class Store:
 
 
 # ==================================================================================================
-# 23. Query language
+# 25. Query language
 # ==================================================================================================
 #
 # The problem: PromQL is the language that Grafana and every Prometheus client speak. The idea: text
@@ -6837,7 +6837,7 @@ COMPARE: dict[str, Callable[[float, float], bool]] = {
 
 
 # ==================================================================================================
-# 24. Query text
+# 26. Query text
 # ==================================================================================================
 #
 # Numbers, durations and strings as PromQL writes them, read and written; and a tree as text, on one
@@ -7140,7 +7140,7 @@ def _matching_text(matching: Matching) -> str:
 
 
 # ==================================================================================================
-# 25. Query tokens
+# 27. Query tokens
 # ==================================================================================================
 #
 # The words that a query is made of, and how far a parser has read them. A colon is the one that
@@ -7258,7 +7258,7 @@ class _Tokens:
 
 
 # ==================================================================================================
-# 26. Query parser
+# 28. Query parser
 # ==================================================================================================
 #
 # Recursive descent with precedence climbing: each rule of the grammar is one function over the
@@ -7639,7 +7639,7 @@ def _check_type(tokens: _Tokens, node: Node, expected: str, where: str) -> None:
 
 
 # ==================================================================================================
-# 27. Query functions
+# 29. Query functions
 # ==================================================================================================
 #
 # What the functions and aggregations of PromQL compute: floats in, a float out. They know nothing
@@ -7918,7 +7918,7 @@ def _clamped(value: float, least: float, most: float) -> float | None:
 
 
 # ==================================================================================================
-# 28. Columns
+# 30. Columns
 # ==================================================================================================
 #
 # The problem: to evaluate a tree for hundreds of steps of a graph at once, without numpy. The idea:
@@ -8097,7 +8097,7 @@ class _Ranges(NamedTuple):
 
 
 # ==================================================================================================
-# 29. Range functions
+# 31. Range functions
 # ==================================================================================================
 #
 # What functions make of the windows of a range vector. All but the values is shared by series with
@@ -8378,7 +8378,7 @@ def _predictions(limits: _Limits, steps: Sequence[int], ahead_s: Sequence[float]
 
 
 # ==================================================================================================
-# 30. Aggregation
+# 32. Aggregation
 # ==================================================================================================
 #
 # Columns become groups by their labels, and the columns of a group are aggregated row by row: what
@@ -8491,7 +8491,7 @@ def _value_counts(
 
 
 # ==================================================================================================
-# 31. Vector matching
+# 33. Vector matching
 # ==================================================================================================
 #
 # The operators between two vectors: series of both sides find each other by their labels, step by
@@ -8639,7 +8639,7 @@ def _result_labels(node: Binary, many: dict[str, str], one: dict[str, str]) -> d
 
 
 # ==================================================================================================
-# 32. Evaluation
+# 34. Evaluation
 # ==================================================================================================
 #
 # The tree is walked once: each node gives its columns, for all steps at once. A subquery is
@@ -8861,7 +8861,7 @@ _Evaluate = Callable[[_Evaluator, tuple[Node, ...]], list[Column]]
 
 
 # ==================================================================================================
-# 33. Functions of PromQL
+# 35. Functions of PromQL
 # ==================================================================================================
 #
 # A function of PromQL takes nodes and makes columns: most evaluate their arguments and apply a
@@ -9180,7 +9180,7 @@ _FUNCTIONS: dict[str, _Evaluate] = {
 
 
 # ==================================================================================================
-# 34. Query engine
+# 36. Query engine
 # ==================================================================================================
 #
 # The engine evaluates a text at one time or over a range. It needs no store, only a function that
@@ -9320,7 +9320,7 @@ def _matrix(series: Iterable[Series]) -> MatrixResult:
 
 
 # ==================================================================================================
-# 35. Query API
+# 37. Query API
 # ==================================================================================================
 #
 # What the engine can do, as Prometheus's HTTP API offers it: Grafana and other clients speak it.
@@ -9673,7 +9673,7 @@ def _points_json(template: str, values: "array[float]") -> str:
 
 
 # ==================================================================================================
-# 36. Processes that follow the log
+# 38. Processes that follow the log
 # ==================================================================================================
 #
 # The problem: whoever holds the interpreter lock stops everybody, and a query, a sealed chunk or a
@@ -9863,7 +9863,7 @@ def only_one(path: str, flags: int) -> Iterator[None]:
 
 
 # ==================================================================================================
-# 37. Answering in forks
+# 39. Answering in forks
 # ==================================================================================================
 #
 # The problem: a question may take a moment or a minute, and the process that answers it has one
@@ -10161,7 +10161,7 @@ def _address_space() -> int:
 
 
 # ==================================================================================================
-# 38. Store process
+# 40. Store process
 # ==================================================================================================
 #
 # The store lives in a process of its own, with one thread and no locks. A question comes with the
@@ -10399,7 +10399,7 @@ def store_main(arguments: list[str]) -> int:
 
 
 # ==================================================================================================
-# 39. Store client
+# 41. Store client
 # ==================================================================================================
 #
 # The front's end of the store process. A follower is a process that follows the log; the front
@@ -10746,7 +10746,7 @@ _STORE_STATISTICS = (
 
 
 # ==================================================================================================
-# 40. Scalars of YAML
+# 42. Scalars of YAML
 # ==================================================================================================
 #
 # The problem: rule files are YAML, the standard library reads none, and all of YAML is far more
@@ -11009,7 +11009,7 @@ def _block_scalar(src: YamlDocument, position: int, indent: int) -> tuple[YamlSc
 
 
 # ==================================================================================================
-# 41. YAML
+# 43. YAML
 # ==================================================================================================
 #
 # Maps and lists in block and flow style, anchors, aliases and merges. What is left out (tags,
@@ -11290,7 +11290,7 @@ def _flow_comma(src: YamlDocument, position: int, bracket: str) -> int:
 
 
 # ==================================================================================================
-# 42. Fields
+# 44. Fields
 # ==================================================================================================
 #
 # The problem: whoever writes a file wants to know everything that is wrong with it, and where. The
@@ -11402,7 +11402,7 @@ def _read_duration_ms(text: str) -> int:
 
 
 # ==================================================================================================
-# 43. Rule files
+# 45. Rule files
 # ==================================================================================================
 #
 # The problem: rules are written for Prometheus, and a fault in an expression should be known before
@@ -11588,7 +11588,7 @@ class _RuleReader(FieldReader):
 
 
 # ==================================================================================================
-# 44. Values of templates
+# 46. Values of templates
 # ==================================================================================================
 #
 # The problem: what a template prints must not differ by a character from what Go prints. The idea:
@@ -11809,7 +11809,7 @@ _METHODS = {datetime.datetime: _TIME_METHODS, datetime.timedelta: _DURATION_METH
 
 
 # ==================================================================================================
-# 45. Formats of templates
+# 47. Formats of templates
 # ==================================================================================================
 #
 # What `printf` and `print` write, for every verb, flag and kind of value: Go's fmt package once
@@ -12173,7 +12173,7 @@ def _printed(*values: Any) -> str:
 
 
 # ==================================================================================================
-# 46. Functions of templates
+# 48. Functions of templates
 # ==================================================================================================
 #
 # What every template may call: the functions that Go has. A function is a row with the types of its
@@ -12340,7 +12340,7 @@ _GO_FUNCTIONS = {
 
 
 # ==================================================================================================
-# 47. Functions of alerts
+# 49. Functions of alerts
 # ==================================================================================================
 #
 # The functions that Prometheus adds for rules, and those that Alertmanager adds for notifications.
@@ -12662,7 +12662,7 @@ NOTIFICATION_FUNCTIONS = _COMMON_FUNCTIONS | {
 
 
 # ==================================================================================================
-# 48. Template items
+# 50. Template items
 # ==================================================================================================
 #
 # The problem: labels and annotations of alerts, and what is sent to a webhook, are templates of
@@ -12845,7 +12845,7 @@ def _number_value(text: str) -> int | float:
 
 
 # ==================================================================================================
-# 49. Template parser
+# 51. Template parser
 # ==================================================================================================
 #
 # Items become a tree, and the next chapter walks over the tree. What `text` holds in a node is what
@@ -13229,7 +13229,7 @@ def _is_blank(statements: list[_Statement]) -> bool:
 
 
 # ==================================================================================================
-# 50. Templates
+# 52. Templates
 # ==================================================================================================
 #
 # A walk over the tree prints, and each step is Go's. What a label holds is printed and never read
@@ -13586,7 +13586,7 @@ class _TemplateRun:
 
 
 # ==================================================================================================
-# 51. Alerting
+# 53. Alerting
 # ==================================================================================================
 #
 # The problem: whether something is wrong is asked again and again, and what was found must neither
@@ -14229,7 +14229,7 @@ def _page_of(groups: list[dict[str, Any]], limit_text: str, token: str) -> dict[
 
 
 # ==================================================================================================
-# 52. Rule tests
+# 54. Rule tests
 # ==================================================================================================
 #
 # The problem: a rule that was never seen to fire is a guess. The idea: evaluate rules as the
@@ -14753,7 +14753,7 @@ def firing_bar(times: Iterable[tuple[int, int]], start_ms: int, end_ms: int) -> 
 
 
 # ==================================================================================================
-# 53. Alerts and routes
+# 55. Alerts and routes
 # ==================================================================================================
 #
 # The problem: hundreds of alerts fire at once, and each is for somebody else. The idea is that of
@@ -14892,7 +14892,7 @@ def route_key(parent_key: str | None, matchers: Iterable[Matcher]) -> str:
 
 
 # ==================================================================================================
-# 54. Notification configuration
+# 56. Notification configuration
 # ==================================================================================================
 #
 # The problem: who is told what stands in a file, credentials included, and people have such files
@@ -15390,7 +15390,7 @@ class _ConfigReader(FieldReader):
 
 
 # ==================================================================================================
-# 55. Notification
+# 57. Notification
 # ==================================================================================================
 #
 # The problem: each firing and each resolve is told once, although alerts come in again every
@@ -15937,7 +15937,7 @@ def _merged(old: Alert, new: Alert, now: float) -> Alert:
 
 
 # ==================================================================================================
-# 56. Receivers
+# 58. Receivers
 # ==================================================================================================
 #
 # The problem: a notification has to reach a service that may be slow, gone or wrong about what it
@@ -16409,7 +16409,7 @@ _CLIENT_STATISTICS: tuple[tuple[str, str, str, Callable[[_Queue], float]], ...] 
 
 
 # ==================================================================================================
-# 57. Alertmanager API
+# 59. Alertmanager API
 # ==================================================================================================
 #
 # The problem: people silence alerts with amtool, look at them in Grafana, and another Prometheus
@@ -16752,7 +16752,7 @@ def _silence_json(silence: Silence, now: float) -> dict[str, Any]:
 
 
 # ==================================================================================================
-# 58. Watcher process
+# 60. Watcher process
 # ==================================================================================================
 #
 # The problem: 200 heavy rules must not slow a POST, a receiver that hangs must not hold up a rule,
@@ -17406,7 +17406,7 @@ def watch_main(arguments: list[str]) -> int:
 
 
 # ==================================================================================================
-# 59. Watcher client
+# 61. Watcher client
 # ==================================================================================================
 #
 # The front's end of the watcher: it gives the watcher connections to this server, hands over what
@@ -17505,7 +17505,7 @@ EMPTY_WATCHER = {
 
 
 # ==================================================================================================
-# 60. Saved dashboards
+# 62. Saved dashboards
 # ==================================================================================================
 #
 # The problem: a view that was worth arranging is worth keeping and sharing. The idea: JSON files
@@ -17621,7 +17621,7 @@ def read_dashboards(folder: str) -> dict[str, Any]:
 
 
 # ==================================================================================================
-# 61. Dashboard: queries
+# 63. Dashboard: queries
 # ==================================================================================================
 #
 # The problem: whoever pushed something wants to look at it without installing anything. The idea:
@@ -17957,7 +17957,7 @@ function nameSeries(series) {
 
 
 # ==================================================================================================
-# 62. Dashboard: charts
+# 64. Dashboard: charts
 # ==================================================================================================
 #
 # A chart is a picture on a canvas, drawn anew only when its values or its size change; cursor, tip
@@ -18293,7 +18293,7 @@ function hideCursors() {
 
 
 # ==================================================================================================
-# 63. Dashboard: panels
+# 65. Dashboard: panels
 # ==================================================================================================
 #
 # A panel is a chart with its title, its current value, a legend and a table. It asks while it is
@@ -18559,7 +18559,7 @@ async function completions(before) {
 
 
 # ==================================================================================================
-# 64. Dashboard: views
+# 66. Dashboard: views
 # ==================================================================================================
 #
 # A view is a function that makes its elements once and tells how they are brought up to date:
@@ -18935,7 +18935,7 @@ render();
 
 
 # ==================================================================================================
-# 65. Dashboard: page
+# 67. Dashboard: page
 # ==================================================================================================
 #
 # The document that holds the script, and how it is served. Names and tags are the text of
@@ -19171,7 +19171,7 @@ def dashboard_routes(folder: str | None) -> dict[str, dict[str, Handler]]:
 
 
 # ==================================================================================================
-# 66. Remote write
+# 68. Remote write
 # ==================================================================================================
 #
 # The problem: who outgrows one machine has an engine for many, and it wants samples in a protocol
@@ -19529,7 +19529,7 @@ def _retry_after_s(text: str) -> float | None:
 
 
 # ==================================================================================================
-# 67. Log reader
+# 69. Log reader
 # ==================================================================================================
 #
 # The problem: every sample of the log is to reach a receiver, whatever dies in between and however
@@ -19681,7 +19681,7 @@ class LogReader(FollowedLog):
 
 
 # ==================================================================================================
-# 68. Sender process
+# 70. Sender process
 # ==================================================================================================
 #
 # The problem: nothing that takes batches in may wait for a receiver. The idea: a process of its
@@ -20048,7 +20048,7 @@ class AgentSegments:
 
 
 # ==================================================================================================
-# 69. Options
+# 71. Options
 # ==================================================================================================
 #
 # What a user can choose, with its default and the sentence that `--help` prints: a part of the
@@ -20233,7 +20233,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
 
 
 # ==================================================================================================
-# 70. Commands
+# 72. Commands
 # ==================================================================================================
 #
 # What is asked without a server: the store of a folder, rule files, unit tests of rules, a test
@@ -20460,7 +20460,7 @@ def test_notify_main(arguments: list[str]) -> int:
 
 
 # ==================================================================================================
-# 71. Starting
+# 73. Starting
 # ==================================================================================================
 #
 # Options become objects, each made of those before it; one line says what is running, and a signal
