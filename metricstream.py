@@ -20114,6 +20114,20 @@ def argument_parser() -> argparse.ArgumentParser:
         "may be repeated")
     add("--tls-cert", metavar="FILE", help="serve HTTPS: the certificate and its chain, as PEM")
     add("--tls-key", metavar="FILE", help="its private key, as PEM")
+    add("--dashboards", metavar="DIR",
+        help="saved dashboards (JSON files), which the page offers")
+    add("--log-level", choices=("debug", "info", "warning", "error"), default="info",
+        help="default info")
+    add("--version", action="version", version=f"MetricStream {__version__}")
+    # fmt: on
+    _add_watching_options(parser)
+    _add_remote_write_options(parser)
+    return parser
+
+
+def _add_watching_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    # fmt: off
     add("--rules", metavar="FILE", action="append", default=[],
         help="a rule file of Prometheus (YAML or JSON); may hold * and ?, may be repeated")
     add("--evaluation-interval", metavar="TIME", type=_duration, default=60.0,
@@ -20129,14 +20143,7 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--external-label", metavar="NAME=VALUE", action="append", type=_external_label, default=[],
         help="a label added to what leaves this machine: alerts, and samples that are sent on; may "
         "be repeated")
-    add("--dashboards", metavar="DIR",
-        help="saved dashboards (JSON files), which the page offers")
-    add("--log-level", choices=("debug", "info", "warning", "error"), default="info",
-        help="default info")
-    add("--version", action="version", version=f"MetricStream {__version__}")
     # fmt: on
-    _add_remote_write_options(parser)
-    return parser
 
 
 def _add_remote_write_options(parser: argparse.ArgumentParser) -> None:
