@@ -20067,8 +20067,8 @@ def argument_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="metricstream.py",
         description="A metrics server in one file: POST to /metrics, ask in PromQL at /api/v1. "
-        "Without a server: metricstream.py query EXPRESSION, metricstream.py check-rules FILE… "
-        "(query --help and check-rules --help have the rest).",
+        "Without a server: metricstream.py query, check-rules, test-rules or test-notify; each has "
+        "a --help of its own.",
     )
     add, number = parser.add_argument, _number_from
     # fmt: off
