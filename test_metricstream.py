@@ -64,6 +64,7 @@ from metricstream import (
     FaultyFile,
     HTTPError,
     JSONError,
+    LabelSet,
     LogError,
     Matcher,
     MatrixResult,
@@ -9475,7 +9476,7 @@ def test_the_tables_are_what_promtool_says(tmp_path):
 
 
 def rule_file_of(text: str, name: str = "rules.yml") -> metricstream.RuleFile:
-    return metricstream.read_rules(text, name, metricstream.rule_template)
+    return metricstream.read_rules(text, name, metricstream.RuleTemplate)
 
 
 class WatchedGroup:
@@ -9650,6 +9651,32 @@ def test_labels_of_an_alert(of_group, of_rule, expected):
     group.evaluate(0)
     assert group.alerts[0].labels == {"alertname": "A"} | expected
     assert group.alerts[0].series == {"l": "series"}
+
+
+PLAIN_TEMPLATES = [
+    ("", True), ("text }} only", True), ("{{ $labels.host }}", True), ("{{$value}}", True),
+    ("a {{ .Labels.host }} b {{ .Value }}{{ $value }} c\n", True),
+    ("{{ $labels.missing }}|{{ .Labels.__name__ }}", True), ("{{$labels.host}}{{$labels.host}}", True),
+    ("{{- $value }}", False), ("{{ $labels.host | toUpper }}", False), ("{{ .Labels }}", False),
+    ("{{ $value }} {{ humanize $value }}", False), ("{{/* */}}{{ $value }}", False),
+    ("{{ $externalLabels.host }}", False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "is_plain"), PLAIN_TEMPLATES, ids=ascii)
+def test_a_plain_template_prints_what_any_template_prints(text, is_plain):
+    template = metricstream.RuleTemplate(text)
+    assert template.is_plain is is_plain
+    labels = {"__name__": "m", "host": "{{ $value }}<ü>\n"}
+    chance = random.Random(1)
+    values = [0.0, -0.0, 1.0, 6, 0.1, 1e6, 999999.5, 1e-5, 0.0001, -1234567.5, 1e21, 1e300, 5e-324,
+              math.inf, -math.inf, math.nan, *(chance.gauss(0, 10 ** chance.randrange(-9, 20))
+                                               for _ in range(50))]  # fmt: skip
+    for value in values if is_plain else ():
+        fields = {"Labels": labels, "ExternalLabels": {}, "ExternalURL": "", "Value": float(value)}
+        dot = TemplateStruct(metricstream.ALERT_DATA, fields)
+        expected = template.parsed.execute(dot, metricstream.RULE_FUNCTIONS)
+        assert template.plain_text(labels, float(value)) == expected
 
 
 def test_annotations_follow_the_value_and_templates_may_query():
@@ -10967,7 +10994,8 @@ class Watch:
         alertname, _, host = name.partition("/")
         labels = {"alertname": alertname} | ({"host": host} if host else {})
         now = self.clock()
-        self.dispatcher.put([metricstream.Alert(labels, {}, self.firing[name], ends_at, now)])
+        alert = metricstream.Alert(LabelSet(labels), {}, self.firing[name], ends_at, now)
+        self.dispatcher.put([alert])
 
     def fire(self, *names: str) -> None:
         """They fire, or go on firing: each evaluation says so again."""
@@ -11344,8 +11372,8 @@ def a_delivery(config: str) -> metricstream.Delivery:
     """Of a group with an alert that fires and one that does not any more."""
     (integration,) = metricstream.read_notify_config(config, "notify.yml").receivers["a"]
     alerts = (
-        metricstream.Alert({"alertname": "Down", "host": "web1"}, {"summary": "<b> & ü\n"}, TOLD_AT - 60.5, TOLD_AT + 60, TOLD_AT, "http://p/graph"),
-        metricstream.Alert({"alertname": "Down", "host": "web2"}, {"summary": "<b> & ü\n"}, TOLD_AT - 90, TOLD_AT - 5.25, TOLD_AT),
+        metricstream.Alert(LabelSet({"alertname": "Down", "host": "web1"}), {"summary": "<b> & ü\n"}, TOLD_AT - 60.5, TOLD_AT + 60, TOLD_AT, "http://p/graph"),
+        metricstream.Alert(LabelSet({"alertname": "Down", "host": "web2"}), {"summary": "<b> & ü\n"}, TOLD_AT - 90, TOLD_AT - 5.25, TOLD_AT),
     )  # fmt: skip
     return metricstream.Delivery("a", 0, integration, '{}:{alertname="Down"}', {"alertname": "Down"},
                                  alerts, TOLD_AT, "http://me", 5.0, 1)  # fmt: skip
@@ -11367,7 +11395,7 @@ WEBHOOK_BODY = {
     "groupKey": '{}:{alertname="Down"}', "truncatedAlerts": 0,
 }  # fmt: skip
 for each in WEBHOOK_BODY["alerts"]:
-    each["fingerprint"] = metricstream.fingerprint(each["labels"])
+    each["fingerprint"] = metricstream.LabelSet(each["labels"]).fingerprint
 
 
 def test_a_webhook_gets_the_body_that_alertmanager_sends(sink):
@@ -11600,35 +11628,36 @@ def test_each_receiver_gets_a_test_that_says_so(sink):
 
 
 def some_alerts(count: int, label: str = "n") -> list[metricstream.Alert]:
-    return [metricstream.Alert({"alertname": "A", label: str(n)}, {}, TOLD_AT, TOLD_AT + 60, TOLD_AT) for n in range(count)]
+    return [metricstream.Alert(LabelSet({"alertname": "A", label: str(n)}), {}, TOLD_AT, TOLD_AT + 60, TOLD_AT) for n in range(count)]
 
 
 def is_sent(client: metricstream.AlertmanagerClient) -> bool:
-    return not any(queue.alerts or queue.in_transit for queue in client._queues)
+    return not (client.alerts or client.in_transit)
 
 
 def test_alerts_go_to_each_alertmanager_in_batches(sink):
-    clock = a_clock()
-    client = metricstream.AlertmanagerClient([f"{sink.url}/one/", sink.url.replace("//", "//u:p@")], clock=clock)
-    client.put([*some_alerts(300), *some_alerts(2, "host-name")])
-    sizes: list[list[int]] = []
-    while deliveries := client.due():
-        sizes.append([len(each.alerts) for each in deliveries])
-        assert client.due() == []
-        for each in deliveries:
-            client.settle(each, metricstream.deliver(each))
-    assert sizes == [[256, 256], [44, 44], [2, 2]] and is_sent(client)
+    urls = [f"{sink.url}/one/", sink.url.replace("//", "//u:p@")]
+    for url in urls:
+        client = metricstream.AlertmanagerClient(url, clock=a_clock())
+        client.put([*some_alerts(300), *some_alerts(2, "host-name")])
+        sizes = []
+        while deliveries := client.due():
+            (delivery,) = deliveries
+            sizes.append(len(delivery.alerts))
+            assert client.due() == []
+            client.settle(delivery, metricstream.deliver(delivery))
+        assert sizes == [256, 44, 2] and is_sent(client)
+        assert "u:p" not in repr(list(client.statistics()))
     assert {path for path, _, _ in sink.requests} == {"/one/api/v2/alerts", "/api/v2/alerts"}
     assert json.loads(sink.requests[0][2])[0] == {
         "labels": {"alertname": "A", "n": "0"}, "annotations": {}, "startsAt": "2023-11-14T22:13:20Z",
         "endsAt": "2023-11-14T22:14:20Z", "generatorURL": ""}  # fmt: skip
     assert [f.get("Authorization") for p, f, _ in sink.requests if p == "/api/v2/alerts"] == ["Basic dTpw"] * 3
-    assert "u:p" not in repr(client.statistics())
 
 
 def test_the_oldest_alerts_are_dropped_where_there_is_no_room():
     clock = a_clock()
-    client = metricstream.AlertmanagerClient(["http://h"], clock=clock)
+    client = metricstream.AlertmanagerClient("http://h", clock=clock)
     client.put(some_alerts(10_100))
     (delivery,) = client.due()
     assert delivery.alerts[0].labels["n"] == "100"
@@ -11921,9 +11950,9 @@ def test_the_api_answers_as_a_real_alertmanager_does(tmp_path):
                 assert comparable(list(theirs)) == comparable(list(ours)), path
             else:
                 assert theirs[0] == ours[0], path
-        client = metricstream.AlertmanagerClient([f"http://127.0.0.1:{port}"])
+        client = metricstream.AlertmanagerClient(f"http://127.0.0.1:{port}")
         now = time.time()
-        client.put([metricstream.Alert({"alertname": "C"}, {}, now, now + 60, now)])
+        client.put([metricstream.Alert(LabelSet({"alertname": "C"}), {}, now, now + 60, now)])
         for delivery in client.due():
             client.settle(delivery, metricstream.deliver(delivery))
         assert is_sent(client)
@@ -12193,13 +12222,38 @@ def test_a_notification_that_hangs_holds_up_neither_a_new_watcher_nor_a_stop(tmp
 
 
 def test_what_rules_record_is_posted_in_bodies_that_the_server_takes():
-    for size, tag in [(450, "x"), (230, "\N{GRINNING FACE}" * 1000), (1, ""), (0, "")]:
-        metrics = [{"name": "m", "value": n, "tags": {f"t{k}": tag for k in range(30)}}
-                   for n in range(size)]  # fmt: skip
-        bodies = list(metricstream._bodies(metrics))
-        assert [metric for body in bodies for metric in json.loads(body)["metrics"]] == metrics
-        assert all(len(body) <= metricstream.MAX_BODY_BYTES for body in bodies)
-        assert all(len(json.loads(body)["metrics"]) <= 200 for body in bodies)
+    client = metricstream.OwnClient()
+    for size, tag in [(450, "x"), (230, "\N{GRINNING FACE}" * 1000), (1, "\u2028"), (0, "")]:
+        tags = {f"t{k}": tag for k in range(30)}
+        for start in (0, 1000):  # the second time the texts of labels are known
+            samples = [metricstream.Recorded(LabelSet({"__name__": "m"} | tags), n or None, start + n)
+                       for n in range(size)]  # fmt: skip
+            bodies = list(client.bodies(samples))
+            assert [metric for body in bodies for metric in json.loads(body)["metrics"]] == [
+                {"name": "m", "type": "gauge", "tags": tags, "value": n or None,
+                 "timestamp": (start + n) / 1000} for n in range(size)
+            ]  # fmt: skip
+            assert all(len(body) <= metricstream.MAX_BODY_BYTES for body in bodies)
+            assert all(len(json.loads(body)["metrics"]) <= 200 for body in bodies)
+    infinite = metricstream.Recorded(LabelSet({"__name__": "m"}), math.inf, 0)
+    assert list(client.bodies([infinite])) == []
+
+
+def test_answers_of_this_server_are_read_as_any_json_is():
+    # texts that look like what stands between the rows of an answer
+    texts = ["", 'a"]},{"metric":{"b":"c', ',"value":[1,"2"]}', '"]}]}', "\\", '\\"', "\u2028\U0001f600"]
+    samples = [({"__name__": "m", "value": text, "metric": text[::-1]}, value)
+               for text in texts for value in (0.1, 1e300, math.inf, -math.inf, math.nan)]  # fmt: skip
+    client, budget = metricstream.OwnClient(), metricstream.Budget()
+    for rows in (samples[:1], samples, samples):
+        data = metricstream.result_json(metricstream.VectorResult(1500, rows), budget=budget)
+        for more in ("", ',"warnings":["a","b"]'):
+            text = f'{{"status":"success","data":{data}{more}}}'
+            found = metricstream._at_once(client.read_vector(text))
+            expected = [(row["metric"], float(row["value"][1]))
+                        for row in json.loads(text)["data"]["result"]]  # fmt: skip
+            assert repr(found) == repr(expected)
+
 
 
 @at_once()
@@ -12229,18 +12283,18 @@ def test_an_alert_is_compared_with_each_silence_once(monkeypatch):
     first, other = add("x|y", 0.0), add("z", 0.0)
     compared.clear()
     for _ in range(10):
-        assert silences.of({"a": "x"}, 1.0) == [first.id]
-        assert silences.of({"a": "z"}, 1.0) == [other.id]
+        assert silences.of(LabelSet({"a": "x"}), 1.0) == [first.id]
+        assert silences.of(LabelSet({"a": "z"}), 1.0) == [other.id]
     assert len(compared) == 4
     second = add("x", 2.0)
-    assert silences.of({"a": "x"}, 3.0) == sorted([first.id, second.id])
+    assert silences.of(LabelSet({"a": "x"}), 3.0) == sorted([first.id, second.id])
     add("x|y", 0.0, id=first.id, ends_at=50.0)  # the same one, but shorter
-    assert silences.of({"a": "x"}, 60.0) == [second.id]
+    assert silences.of(LabelSet({"a": "x"}), 60.0) == [second.id]
     silences.expire(second.id, 70.0)
-    assert silences.of({"a": "x"}, 71.0) == [] and silences.of({"a": "z"}, 71.0) == [other.id]
+    assert silences.of(LabelSet({"a": "x"}), 71.0) == [] and silences.of(LabelSet({"a": "z"}), 71.0) == [other.id]
     silences.forget_ended(71.0 + metricstream.KEPT_S)
     assert list(silences.by_id) == [other.id]
-    assert silences.of({"a": "z"}, 72.0) == [other.id] and silences.of({"a": "x"}, 72.0) == []
+    assert silences.of(LabelSet({"a": "z"}), 72.0) == [other.id] and silences.of(LabelSet({"a": "x"}), 72.0) == []
 
 
 @at_once()
