@@ -56,6 +56,7 @@ import errno
 import fcntl
 import fractions
 import functools
+import gc
 import glob
 import gzip
 import hashlib
@@ -13371,12 +13372,12 @@ RESEND_DELAY_S = 60.0  # a firing alert is told again so often
 class LabelSet(dict[str, str]):
     """Labels that nobody changes, as a key of dicts; what names them is computed once."""
 
-    def __hash__(self) -> int:  # type: ignore[override]
-        return self._hash
+    _hash: int | None = None
 
-    @functools.cached_property
-    def _hash(self) -> int:
-        return hash(frozenset(self.items()))
+    def __hash__(self) -> int:  # type: ignore[override]
+        if self._hash is None:
+            self._hash = hash(frozenset(self.items()))
+        return self._hash
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -13423,6 +13424,20 @@ class Alert(NamedTuple):
     def is_resolved(self, now: float) -> bool:
         """Whether it does not fire any more."""
         return self.ends_at <= now
+
+    def merged(self, new: "Alert", now: float) -> "Alert":
+        """This alert, with what is said of it now: Alertmanager's provider/mem."""
+        if not (
+            self.starts_at < new.ends_at < self.ends_at
+            or self.starts_at < new.starts_at < self.ends_at
+        ):
+            return new
+        older, younger = (new, self) if new.updated_at < self.updated_at else (self, new)
+        ends_at = younger.ends_at
+        if older.ends_at > ends_at:
+            is_final = older.is_resolved(now) if younger.is_resolved(now) else not older.times_out
+            ends_at = older.ends_at if is_final else ends_at
+        return younger._replace(starts_at=min(self.starts_at, new.starts_at), ends_at=ends_at)
 
 
 class RuleContext(NamedTuple):
@@ -14811,6 +14826,8 @@ class NotifyConfig(NamedTuple):
 
 FINAL = "not retried: "  # begins an error that would come again
 
+StatisticRow = tuple[str, str, str, dict[str, str], float]
+
 
 class Delivery(NamedTuple):
     """A notification to be sent; `deliver` sends it, in whatever process."""
@@ -15329,8 +15346,6 @@ LONGEST_NAP_S = 15.0  # so often `due` wants to be called
 LEAP_S = 60.0  # a longer pause between two calls was no time of this process
 FIRST_RETRY_S, RETRY_FACTOR, LONGEST_RETRY_S = 0.5, 1.5, 60.0
 
-StatisticRow = tuple[str, str, str, dict[str, str], float]
-
 
 class _LogEntry(NamedTuple):
     """What an integration was told last of a group: fingerprints, and when."""
@@ -15403,13 +15418,12 @@ class Notifications:
         """Take alerts that are new, go on, or are resolved."""
         now = self.now()
         for alert in alerts:
-            labels, merged = alert.labels, alert
+            labels = alert.labels
             old = self.alerts.get(labels)
             if old is None and len(self.alerts) >= MAX_ALERTS:
                 self.counts["alerts_limited", ""] += 1
                 continue
-            if old:
-                merged = _merged(old, alert, now)
+            merged = old.merged(alert, now) if old else alert
             # that it goes on firing is no news: `restore` moves its end
             was = (old.starts_at, old.is_resolved(now)) if old else None
             self.changed |= was != (merged.starts_at, merged.is_resolved(now))
@@ -15523,7 +15537,7 @@ class Notifications:
         if not integration.send_resolved:
             if not entry.firing:
                 # nobody is told, but the next firing is new again
-                self._note(group, channel, entry)
+                group.log[channel], self.changed = entry, True
                 return
             alerts = [alert for alert in alerts if not alert.is_resolved(entry.at)]
         delivery = Delivery(
@@ -15532,10 +15546,6 @@ class Notifications:
         )  # fmt: skip
         group.pending[channel] = _Pending(delivery, entry, entry.at)
         self.counts["notifications", integration.kind] += 1
-
-    def _note(self, group: _AlertGroup, channel: _Channel, entry: _LogEntry) -> None:
-        group.log[channel] = entry
-        self.changed = True
 
     def settle(self, delivery: Delivery, error: str) -> None:
         """Say how a delivery ended: "" if it arrived, else why not. What begins with FINAL is not
@@ -15555,7 +15565,7 @@ class Notifications:
             if pending.error:
                 logger.info("notification to %s arrived after all", delivery.name)
             del group.pending[channel]
-            self._note(group, channel, pending.entry._replace(at=now))
+            group.log[channel], self.changed = pending.entry._replace(at=now), True
             self._finish(group)
             return
         self.counts["notification_requests_failed", kind] += 1
@@ -15670,11 +15680,7 @@ class Notifications:
         """
         now = self.now()
         alerts = [Alert(**alert) for alert in state["alerts"]]
-        former: dict[_Place, dict[_Channel, _LogEntry]] = {}
-        for row in state["log"]:
-            log = former.setdefault((row["receiver"], row["group_key"]), {})
-            told = frozenset(row["firing"]), frozenset(row["resolved"])
-            log[row["kind"], row["number"]] = _LogEntry(*told, row["at"])
+        former = _read_log(state["log"])
         self.silences = Silences(
             Silence(**{**row, "matchers": tuple(checked_matcher(*m) for m in row["matchers"])})
             for row in state["silences"]
@@ -15683,6 +15689,15 @@ class Notifications:
         self._former = former
         self._regroup(self.config, state["groups"], state["saved_at"])
         self._follow(state["saved_at"], now)
+
+
+def _read_log(rows: list[dict[str, Any]]) -> dict[_Place, dict[_Channel, _LogEntry]]:
+    logs: dict[_Place, dict[_Channel, _LogEntry]] = {}
+    for row in rows:
+        told = frozenset(row["firing"]), frozenset(row["resolved"])
+        log = logs.setdefault((row["receiver"], row["group_key"]), {})
+        log[row["kind"], row["number"]] = _LogEntry(*told, row["at"])
+    return logs
 
 
 def _is_news(
@@ -15706,20 +15721,6 @@ def _place_of(route: Route, labels: LabelSet) -> _Place:
 
 def _alert_order(labels: LabelSet) -> tuple[str, str, list[tuple[str, str]]]:
     return labels.get("job", ""), labels.get("instance", ""), sorted(labels.items())
-
-
-def _merged(old: Alert, new: Alert, now: float) -> Alert:
-    """An alert that is known already, with what is said of it now: Alertmanager's provider/mem."""
-    if not (
-        old.starts_at < new.ends_at < old.ends_at or old.starts_at < new.starts_at < old.ends_at
-    ):
-        return new
-    older, younger = (new, old) if new.updated_at < old.updated_at else (old, new)
-    ends_at = younger.ends_at
-    if older.ends_at > ends_at:
-        is_final = older.is_resolved(now) if younger.is_resolved(now) else not older.times_out
-        ends_at = older.ends_at if is_final else ends_at
-    return younger._replace(starts_at=min(old.starts_at, new.starts_at), ends_at=ends_at)
 
 
 # ==================================================================================================
@@ -16102,6 +16103,7 @@ class AlertmanagerClient:
     def due(self) -> list[Delivery]:
         """What is to be sent now: at most one request."""
         now = self._clock()
+        self._retry_at = min(self._retry_at, now + LONGEST_RETRY_S)  # it may have been set back
         if not self.alerts or self.in_transit or self._retry_at > now:
             return []
         self.in_transit = Delivery(
@@ -16498,7 +16500,7 @@ RULE_QUERY_TIMEOUT_S = 120.0
 RULE_GRACE_S = 10.0  # so much later than the answer should have come it is not waited for
 RECORDED_A_BATCH = 200
 ROWS_A_SLICE = 500  # so many of an answer are read before others get their turn
-KEPT_TEXTS = 200_000  # of labels
+KEPT_TEXTS = 100_000  # of labels
 
 # An answer as this server writes it. In a string these quotes would have backslashes before them.
 _VECTOR_HEAD = '{"status":"success","data":{"resultType":"vector","result":[{"metric":'
@@ -16918,6 +16920,23 @@ SELECTOR_CHECK_S = 600.0  # how often selectors are looked for that match nothin
 _CONNECT, _RELOAD = b"conn", b"load"  # frames: a connection to this server; read the files again
 
 
+async def find_silent_selectors(client: OwnClient, group: GroupState) -> None:
+    """Look for selectors that match no series at all: a misspelt name, as a rule."""
+    now = time.monotonic()
+    for rule in group.rules:
+        if now < rule.selectors_due or rule.health != "ok":
+            continue
+        try:
+            rule.silent_selectors = [
+                selector for selector in selectors_of(rule.rule.expr)
+                if not await client.has_series(selector)
+            ]  # fmt: skip
+        except RuleError as error:
+            logger.debug("selectors of %s: %s", group.key, error)
+        # what is missing may be pushed at any time
+        rule.selectors_due = now + (15.0 if rule.silent_selectors else SELECTOR_CHECK_S)
+
+
 class Watcher:
     """Evaluates rules, keeps their alerts, tells others, and answers what is asked of them."""
 
@@ -17073,26 +17092,10 @@ class Watcher:
                 at = now
             await group.evaluate(at, self._client.query, self._client.record, self._outbox.put)
             self._has_news.set()
-            await self._find_silent_selectors(group)
+            await find_silent_selectors(self._client, group)
             now = time.time()
             group.missed += max(0, int((now - at) / group.interval_s))
             at = group.next_time(max(at, now) if now - at < 10 * group.interval_s else now)
-
-    async def _find_silent_selectors(self, group: GroupState) -> None:
-        """Look for selectors that match no series at all: a misspelt name, as a rule."""
-        now = time.monotonic()
-        for rule in group.rules:
-            if now < rule.selectors_due or rule.health != "ok":
-                continue
-            try:
-                rule.silent_selectors = [
-                    selector for selector in selectors_of(rule.rule.expr)
-                    if not await self._client.has_series(selector)
-                ]  # fmt: skip
-            except RuleError as error:
-                logger.debug("selectors of %s: %s", group.key, error)
-            # what is missing may be pushed at any time
-            rule.selectors_due = now + (15.0 if rule.silent_selectors else SELECTOR_CHECK_S)
 
     def _reload(self) -> None:
         """Read the files again; what is broken stays as it was."""
@@ -17224,22 +17227,23 @@ class Watcher:
         method, _, target = question.path.partition(" ")
         path, _, query = target.partition("?")
         if not path.startswith("/api/v2/"):
-            return self._answer_v1(path, query)
+            return _answer_v1(self._groups, path, query)
         if self._dispatcher is None:
             reason = "alerts go to --alertmanager: ask there"
             return 404, write_json({"error": reason}).encode()
         return self._dispatcher.answer(method, path, query, question.form.encode())
 
-    def _answer_v1(self, path: str, query: str) -> tuple[int, bytes]:
-        try:
-            form = urllib.parse.parse_qs(query, keep_blank_values=True, max_num_fields=1_000)
-            if path == f"{API_PREFIX}rules":
-                found: dict[str, Any] = rules_json(self._groups, form)
-            else:
-                found = {"alerts": alerts_json(self._groups)}
-            return 200, write_json({"status": "success", "data": found}).encode()
-        except ValueError as error:
-            return QueryAPI.error("bad_data", str(error))
+
+def _answer_v1(groups: list[GroupState], path: str, query: str) -> tuple[int, bytes]:
+    try:
+        form = urllib.parse.parse_qs(query, keep_blank_values=True, max_num_fields=1_000)
+        if path == f"{API_PREFIX}rules":
+            found: dict[str, Any] = rules_json(groups, form)
+        else:
+            found = {"alerts": alerts_json(groups)}
+        return 200, write_json({"status": "success", "data": found}).encode()
+    except ValueError as error:
+        return QueryAPI.error("bad_data", str(error))
 
 
 _GROUP_STATISTICS: tuple[tuple[str, str, str, Callable[[GroupState], float]], ...] = (
@@ -17255,8 +17259,9 @@ _GROUP_STATISTICS: tuple[tuple[str, str, str, Callable[[GroupState], float]], ..
 def watch_main(arguments: list[str]) -> int:
     """The watcher process: its argument is the descriptor of its socket to the front."""
     sys.setrecursionlimit(MAX_RECURSION)
+    # With 20,000 alerts the collector took a third of an evaluation, and found nothing.
+    gc.set_threshold(100_000)
     control, told = begin_following(arguments)
-
     options = WatchOptions(**told)
 
     async def run() -> None:

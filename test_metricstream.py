@@ -11335,7 +11335,7 @@ def test_each_firing_and_each_end_is_told_once_whatever_happens(seed, group_by):
 class Sink:
     """An HTTP server that answers as it is told, and keeps what it got."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         self.status, self.body, self.fields = 200, b"", {}
         self.requests: list[tuple[str, dict[str, str], bytes]] = []
         sink = self
@@ -11354,9 +11354,12 @@ class Sink:
                 pass
 
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        if tls:
+            self.server.socket = tls.wrap_socket(self.server.socket, server_side=True)
+            self.server.handle_error = lambda *_: None  # a client that hangs up
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
         self.thread.start()
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.url = f"http{'s' if tls else ''}://127.0.0.1:{self.server.server_port}"
 
     def close(self) -> None:
         self.server.shutdown()
@@ -11469,6 +11472,24 @@ def test_the_answer_of_a_webhook_says_whether_it_is_tried_again(sink, status, is
     else:
         assert error.startswith(metricstream.FINAL) == is_final and f"answered {status}" in error
         assert error.isprintable()
+
+
+def test_a_certificate_that_nobody_vouches_for_is_refused_and_tried_again(tmp_path):
+    (tmp_path / "c.pem").write_text(TEST_CERTIFICATE)
+    (tmp_path / "k.pem").write_text(TEST_KEY)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "c.pem", tmp_path / "k.pem")
+    sink = Sink(context)
+    try:
+        url = f"url: '{sink.url}/T0ken'"
+        error = metricstream.deliver(a_delivery(WEBHOOK % url))
+        assert "certificate verify failed" in error and "T0ken" not in error
+        assert not error.startswith(metricstream.FINAL) and not sink.requests
+        for options in (f"ca_file: '{tmp_path}/c.pem'", "insecure_skip_verify: true"):
+            config = f"{url}, http_config: {{tls_config: {{{options}}}}}"
+            assert metricstream.deliver(a_delivery(WEBHOOK % config)) == ""
+    finally:
+        sink.close()
 
 
 def test_a_receiver_that_is_down_may_be_tried_again(sink):
@@ -11674,6 +11695,17 @@ def test_the_oldest_alerts_are_dropped_where_there_is_no_room():
     (again,) = client.due()
     client.settle(again, metricstream.FINAL + "400")
     assert ("prometheus_notifications_dropped_total", 656) in {(row[0], row[4]) for row in client.statistics()}
+
+
+def test_a_clock_that_is_set_back_does_not_keep_alerts_from_an_alertmanager():
+    clock = a_clock()
+    client = metricstream.AlertmanagerClient("http://h", clock=clock)
+    client.put(some_alerts(1))
+    client.settle(client.due()[0], "down")
+    clock.now -= 3600
+    assert client.due() == []
+    clock.now += metricstream.LONGEST_RETRY_S
+    assert len(client.due()) == 1
 
 
 # ==================================================================================================
@@ -12298,6 +12330,21 @@ def test_an_alert_is_compared_with_each_silence_once(monkeypatch):
     silences.forget_ended(71.0 + metricstream.KEPT_S)
     assert list(silences.by_id) == [other.id]
     assert silences.of(LabelSet({"a": "z"}), 72.0) == [other.id] and silences.of(LabelSet({"a": "x"}), 72.0) == []
+
+
+def test_an_alert_is_only_compared_with_silences_to_which_its_labels_lead(monkeypatch):
+    silences = [
+        metricstream.Silence(str(n), (metricstream.checked_matcher("b", "=~", ".*"), matcher), 0, 9, 0, "", "")
+        for n in range(1000)
+        for matcher in [metricstream.checked_matcher("a", "=", str(n) if n else "")]
+    ]  # fmt: skip
+    kept = metricstream.Silences(silences)
+    compared = []
+    plain = metricstream.accepts_labels
+    monkeypatch.setattr(metricstream, "accepts_labels",
+                        lambda *given: compared.append(given) or plain(*given))  # fmt: skip
+    assert kept.of(LabelSet(a="7", b="x"), 1.0) == ["7"] and len(compared) == 2
+    assert kept.of(LabelSet(b="x"), 1.0) == ["0"] and kept.of(LabelSet(a="x"), 1.0) == []
 
 
 @at_once()
