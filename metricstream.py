@@ -16988,6 +16988,7 @@ STATUS_PAUSES = 20.0  # so much longer than it takes to count is the time to the
 MAX_STATUS_S = 5.0  # up to this
 WATCHER_STOP_S = 3.0  # for what is still to be sent
 MAX_ANSWERING = 2
+MAX_ANSWER_S = 60.0  # for a fork that answers
 ANSWERED_AT_ONCE = 500  # who asks while there are more alerts is answered by a fork
 SELECTOR_CHECK_S = 600.0  # how often selectors are looked for that match nothing
 
@@ -17279,7 +17280,7 @@ class Watcher:
                 if question.path.startswith("GET ") and alerts > ANSWERED_AT_ONCE:
                     async with self._may_answer:
                         answer = partial(self._answer_in_fork, question)
-                        await in_fork(answer, 2 * SENDING_S, [sock.fileno()])
+                        await in_fork(answer, MAX_ANSWER_S, [sock.fileno()])
                     return
                 status, body = self._answer_to(question)
                 if self._dispatcher and self._dispatcher.changed:

@@ -10196,6 +10196,11 @@ def test_a_restart_at_any_time_changes_nothing(seed):
         assert repr(crashing.recorded) == repr(steady.recorded)
 
 
+# ==================================================================================================
+# Rules in the API
+# ==================================================================================================
+
+
 def shape_of(value: object) -> object:
     """JSON without what differs from run to run: the types of numbers and times, all keys."""
     if isinstance(value, dict):
@@ -10385,6 +10390,98 @@ def test_alerts_may_be_left_out(given, alerts):
 def test_mistakes_in_what_is_asked_of_rules(query, reason):
     with pytest.raises(ValueError, match=re.escape(reason)):
         metricstream.rules_json(groups_of_the_api(), urllib.parse.parse_qs(query))
+
+
+# ==================================================================================================
+# Rules over history
+# ==================================================================================================
+
+
+def test_a_backtest_says_when_alerts_would_have_fired():
+    memory = metricstream.MemorySeries()
+    for second in range(0, 7200, 30):
+        for host in "ab":
+            high = host == "a" and (600 <= second < 1200 or second >= 6000)
+            number = memory.number({"__name__": "cpu", "host": host})
+            memory.append(number, second * 1000, 0.9 if high else 0.1)
+        # what the rule recorded when it ran is not what it records now
+        memory.append(memory.number({"__name__": "load", "host": "a"}), second * 1000, 99.0)
+    file = rule_file_of(BACKTESTED)
+    groups = [metricstream.GroupState(group, "rules.yml", metricstream.RuleContext())
+              for group in file.groups]  # fmt: skip
+    fired, failed = metricstream.backtest(groups, memory.select, 0, 7_200_000)
+    assert not failed and {firing.rule for firing in fired} == {groups[0].rules[1]}
+    assert {firing.labels["host"] for firing in fired} == {"a"}
+    (first, last) = fired
+    assert 720_000 <= first.began_ms < 780_000 and 1_200_000 <= first.ended_ms < 1_260_000
+    assert 6_120_000 <= last.began_ms < 6_180_000 and last.ended_ms == 7_200_000
+
+
+def test_what_is_read_ahead_is_what_would_be_read():
+    chance, memory = random.Random(1), metricstream.MemorySeries()
+    for minute in range(2000):
+        for host in "abc":
+            if chance.random() < 0.5:
+                number = memory.number({"__name__": "m", "host": host})
+                memory.append(number, minute * 60_000, chance.random())
+    ahead, budget = metricstream._read_ahead(memory.select), metricstream.Budget()
+    at_ms = 0
+    while at_ms < 2000 * 60_000:
+        hosts = Matcher("host", "=~", chance.choice(["a|b", ".+"]))
+        matchers = (Matcher("__name__", "=", "m"), hosts)
+        low_ms = max(0, at_ms - chance.choice([1, 300_000, 3_600_000]))
+        plain = list(memory.select(matchers, low_ms, at_ms, budget))
+        assert list(ahead(matchers, low_ms, at_ms, budget)) == plain
+        at_ms += chance.choice([-60_000, 1, 60_000, 900_000])
+        at_ms = max(0, at_ms)
+
+
+def test_a_backtest_goes_on_after_a_rule_has_failed():
+    memory = metricstream.MemorySeries()
+    for host, second in (("a", 0), ("b", 0), ("a", 600)):
+        number = memory.number({"__name__": "m", "host": host})
+        memory.append(number, second * 1000, 1.0)
+    rules = "groups: [{name: g, interval: 1m, rules: [{alert: A, expr: m + on() m}]}]"
+    (group,) = rule_file_of(rules).groups
+    groups = [metricstream.GroupState(group, "rules.yml", metricstream.RuleContext())]
+    fired, failed = metricstream.backtest(groups, memory.select, 0, 900_000)
+    assert len(fired) == 1 and 600_000 <= fired[0].began_ms < 660_000
+    ((reason, times),) = failed.items()
+    assert reason.startswith("A: found duplicate series") and times == 5
+
+
+def test_backtest_of_a_folder(tmp_path, capsys):
+    rules, bad = tmp_path / "rules.yml", tmp_path / "bad.yml"
+    rules.write_text(BACKTESTED)
+    bad.write_text("groups: [{name: g}, {name: g}]")
+    now_ms = int(time.time() * 1000)
+    under = a_store(tmp_path)
+    under.push([
+        Sample("cpu", 0.99 if minute < 60 else 0.1, "gauge", {"host": "a"},
+               now_ms - minute * 60_000)
+        for minute in range(600, 0, -1)
+    ])  # fmt: skip
+    under.close()
+    limit = sys.getrecursionlimit()
+    options = ["--data-dir", str(tmp_path), "--since", "12h"]
+    assert metricstream.test_rules_main([*options, str(rules)]) == 0
+    out, _ = capsys.readouterr()
+    assert metricstream.test_rules_main([*options, str(bad)]) == 1
+    assert metricstream.test_rules_main([*options, str(tmp_path / "missing.yml")]) == 1
+    sys.setrecursionlimit(limit)
+    assert "bad.yml:1:" in capsys.readouterr().err
+    high, never, other = out.split("\n\n")[1:]
+    assert high.startswith('High {alertname="High", host="a", severity="page"}\n  ' + "·" * 55)
+    assert re.search(r"·████+\n  \d{4}-\d\d-\d\dT\d\d:\d\d:[0-9.]+Z for 5[67]m", high)
+    assert never == "Never: never fires"
+    assert other.startswith('High {alertname="High", host="a"}\n')
+
+
+def test_the_bar_of_a_firing():
+    bar = functools.partial(metricstream.firing_bar, start_ms=0, end_ms=6000)
+    assert bar([]) == "·" * 60
+    assert bar([(0, 6000)]) == "█" * 60
+    assert bar([(0, 1), (3000, 3000), (6000, 6000)]) == f"█{'·' * 29}█{'·' * 28}█"
 
 
 # ==================================================================================================
@@ -10914,93 +11011,6 @@ groups:
 """
 
 
-def test_a_backtest_says_when_alerts_would_have_fired():
-    memory = metricstream.MemorySeries()
-    for second in range(0, 7200, 30):
-        for host in "ab":
-            high = host == "a" and (600 <= second < 1200 or second >= 6000)
-            number = memory.number({"__name__": "cpu", "host": host})
-            memory.append(number, second * 1000, 0.9 if high else 0.1)
-        # what the rule recorded when it ran is not what it records now
-        memory.append(memory.number({"__name__": "load", "host": "a"}), second * 1000, 99.0)
-    file = rule_file_of(BACKTESTED)
-    groups = [metricstream.GroupState(group, "rules.yml", metricstream.RuleContext())
-              for group in file.groups]  # fmt: skip
-    fired, failed = metricstream.backtest(groups, memory.select, 0, 7_200_000)
-    assert not failed and {firing.rule for firing in fired} == {groups[0].rules[1]}
-    assert {firing.labels["host"] for firing in fired} == {"a"}
-    (first, last) = fired
-    assert 720_000 <= first.began_ms < 780_000 and 1_200_000 <= first.ended_ms < 1_260_000
-    assert 6_120_000 <= last.began_ms < 6_180_000 and last.ended_ms == 7_200_000
-
-
-def test_what_is_read_ahead_is_what_would_be_read():
-    chance, memory = random.Random(1), metricstream.MemorySeries()
-    for minute in range(2000):
-        for host in "abc":
-            if chance.random() < 0.5:
-                number = memory.number({"__name__": "m", "host": host})
-                memory.append(number, minute * 60_000, chance.random())
-    ahead, budget = metricstream._read_ahead(memory.select), metricstream.Budget()
-    at_ms = 0
-    while at_ms < 2000 * 60_000:
-        hosts = Matcher("host", "=~", chance.choice(["a|b", ".+"]))
-        matchers = (Matcher("__name__", "=", "m"), hosts)
-        low_ms = max(0, at_ms - chance.choice([1, 300_000, 3_600_000]))
-        plain = list(memory.select(matchers, low_ms, at_ms, budget))
-        assert list(ahead(matchers, low_ms, at_ms, budget)) == plain
-        at_ms += chance.choice([-60_000, 1, 60_000, 900_000])
-        at_ms = max(0, at_ms)
-
-
-def test_a_backtest_goes_on_after_a_rule_has_failed():
-    memory = metricstream.MemorySeries()
-    for host, second in (("a", 0), ("b", 0), ("a", 600)):
-        number = memory.number({"__name__": "m", "host": host})
-        memory.append(number, second * 1000, 1.0)
-    rules = "groups: [{name: g, interval: 1m, rules: [{alert: A, expr: m + on() m}]}]"
-    (group,) = rule_file_of(rules).groups
-    groups = [metricstream.GroupState(group, "rules.yml", metricstream.RuleContext())]
-    fired, failed = metricstream.backtest(groups, memory.select, 0, 900_000)
-    assert len(fired) == 1 and 600_000 <= fired[0].began_ms < 660_000
-    ((reason, times),) = failed.items()
-    assert reason.startswith("A: found duplicate series") and times == 5
-
-
-def test_backtest_of_a_folder(tmp_path, capsys):
-    rules, bad = tmp_path / "rules.yml", tmp_path / "bad.yml"
-    rules.write_text(BACKTESTED)
-    bad.write_text("groups: [{name: g}, {name: g}]")
-    now_ms = int(time.time() * 1000)
-    under = a_store(tmp_path)
-    under.push([
-        Sample("cpu", 0.99 if minute < 60 else 0.1, "gauge", {"host": "a"},
-               now_ms - minute * 60_000)
-        for minute in range(600, 0, -1)
-    ])  # fmt: skip
-    under.close()
-    limit = sys.getrecursionlimit()
-    options = ["--data-dir", str(tmp_path), "--since", "12h"]
-    assert metricstream.test_rules_main([*options, str(rules)]) == 0
-    out, _ = capsys.readouterr()
-    assert metricstream.test_rules_main([*options, str(bad)]) == 1
-    assert metricstream.test_rules_main([*options, str(tmp_path / "missing.yml")]) == 1
-    sys.setrecursionlimit(limit)
-    assert "bad.yml:1:" in capsys.readouterr().err
-    high, never, other = out.split("\n\n")[1:]
-    assert high.startswith('High {alertname="High", host="a", severity="page"}\n  ' + "·" * 55)
-    assert re.search(r"·████+\n  \d{4}-\d\d-\d\dT\d\d:\d\d:[0-9.]+Z for 5[67]m", high)
-    assert never == "Never: never fires"
-    assert other.startswith('High {alertname="High", host="a"}\n')
-
-
-def test_the_bar_of_a_firing():
-    bar = functools.partial(metricstream.firing_bar, start_ms=0, end_ms=6000)
-    assert bar([]) == "·" * 60
-    assert bar([(0, 6000)]) == "█" * 60
-    assert bar([(0, 1), (3000, 3000), (6000, 6000)]) == f"█{'·' * 29}█{'·' * 28}█"
-
-
 # ==================================================================================================
 # Alerts and routes
 # ==================================================================================================
@@ -11095,7 +11105,7 @@ def test_routes_lead_where_amtool_says(tmp_path, seed):
 
 
 # ==================================================================================================
-# Notification configuration
+# Notification files
 # ==================================================================================================
 
 ROUTE_AND_RECEIVERS = "route: {receiver: a}\nreceivers: [{name: a}]\n"
@@ -11248,6 +11258,55 @@ def test_a_bad_template_is_refused_with_its_place():
     text = EMAIL % (MAIL_ADDRESSES + ", text: '{{ .Status'")
     with pytest.raises(metricstream.FaultyFile, match=r"f:2:\d+: template: :1: "):
         metricstream.read_notify_config(text, "f")
+
+
+# ==================================================================================================
+# Silences
+# ==================================================================================================
+
+
+def test_an_alert_is_compared_with_each_silence_once(monkeypatch):
+    compared = []
+    plain = metricstream.accepts_labels
+    monkeypatch.setattr(metricstream, "accepts_labels",
+                        lambda *given: compared.append(given) or plain(*given))  # fmt: skip
+    silences = metricstream.Silences()
+
+    def add(value: str, now: float, **changed: object) -> metricstream.Silence:
+        matchers = (metricstream.checked_matcher("a", "=~", value),)
+        silence = metricstream.Silence("", matchers, now, now + 100, now, "me", "")
+        return silences.put(silence._replace(**changed), now)
+
+    first, other = add("x|y", 0.0), add("z", 0.0)
+    compared.clear()
+    for _ in range(10):
+        assert silences.of(LabelSet({"a": "x"}), 1.0) == [first.id]
+        assert silences.of(LabelSet({"a": "z"}), 1.0) == [other.id]
+    assert len(compared) == 4
+    second = add("x", 2.0)
+    assert silences.of(LabelSet({"a": "x"}), 3.0) == sorted([first.id, second.id])
+    add("x|y", 0.0, id=first.id, ends_at=50.0)  # the same one, but shorter
+    assert silences.of(LabelSet({"a": "x"}), 60.0) == [second.id]
+    silences.expire(second.id, 70.0)
+    assert silences.of(LabelSet({"a": "x"}), 71.0) == [] and silences.of(LabelSet({"a": "z"}), 71.0) == [other.id]
+    silences.forget_ended(71.0 + metricstream.KEPT_S)
+    assert list(silences.by_id) == [other.id]
+    assert silences.of(LabelSet({"a": "z"}), 72.0) == [other.id] and silences.of(LabelSet({"a": "x"}), 72.0) == []
+
+
+def test_an_alert_is_only_compared_with_silences_to_which_its_labels_lead(monkeypatch):
+    silences = [
+        metricstream.Silence(str(n), (metricstream.checked_matcher("b", "=~", ".*"), matcher), 0, 9, 0, "", "")
+        for n in range(1000)
+        for matcher in [metricstream.checked_matcher("a", "=", str(n) if n else "")]
+    ]  # fmt: skip
+    kept = metricstream.Silences(silences)
+    compared = []
+    plain = metricstream.accepts_labels
+    monkeypatch.setattr(metricstream, "accepts_labels",
+                        lambda *given: compared.append(given) or plain(*given))  # fmt: skip
+    assert kept.of(LabelSet(a="7", b="x"), 1.0) == ["7"] and len(compared) == 2
+    assert kept.of(LabelSet(b="x"), 1.0) == ["0"] and kept.of(LabelSet(a="x"), 1.0) == []
 
 
 # ==================================================================================================
@@ -11951,7 +12010,9 @@ def test_each_receiver_gets_a_test_that_says_so(sink):
     assert all(b"This is a test" in body for _, _, body in sink.requests)
 
 
-# ---- a real Alertmanager ----
+# ==================================================================================================
+# Alertmanager client
+# ==================================================================================================
 
 
 def some_alerts(count: int, label: str = "n") -> list[metricstream.Alert]:
@@ -12301,6 +12362,45 @@ def test_the_api_answers_as_a_real_alertmanager_does(tmp_path):
 
 
 # ==================================================================================================
+# Own client
+# ==================================================================================================
+
+
+def test_what_rules_record_is_posted_in_bodies_that_the_server_takes():
+    client = metricstream.OwnClient()
+    for size, tag in [(450, "x"), (230, "\N{GRINNING FACE}" * 1000), (1, "\u2028"), (0, "")]:
+        tags = {f"t{k}": tag for k in range(30)}
+        for start in (0, 1000):  # the second time the texts of labels are known
+            samples = [metricstream.Recorded(LabelSet({"__name__": "m"} | tags), n or None, start + n)
+                       for n in range(size)]  # fmt: skip
+            bodies = list(client.bodies(samples))
+            assert [metric for body in bodies for metric in json.loads(body)["metrics"]] == [
+                {"name": "m", "type": "gauge", "tags": tags, "value": n or None,
+                 "timestamp": (start + n) / 1000} for n in range(size)
+            ]  # fmt: skip
+            assert all(len(body) <= metricstream.MAX_BODY_BYTES for body in bodies)
+            assert all(len(json.loads(body)["metrics"]) <= 200 for body in bodies)
+    infinite = metricstream.Recorded(LabelSet({"__name__": "m"}), math.inf, 0)
+    assert list(client.bodies([infinite])) == []
+
+
+def test_answers_of_this_server_are_read_as_any_json_is():
+    # texts that look like what stands between the rows of an answer
+    texts = ["", 'a"]},{"metric":{"b":"c', ',"value":[1,"2"]}', '"]}]}', "\\", '\\"', "\u2028\U0001f600"]
+    samples = [({"__name__": "m", "value": text, "metric": text[::-1]}, value)
+               for text in texts for value in (0.1, 1e300, math.inf, -math.inf, math.nan)]  # fmt: skip
+    client, budget = metricstream.OwnClient(), metricstream.Budget()
+    for rows in (samples[:1], samples, samples):
+        data = metricstream.result_json(metricstream.VectorResult(1500, rows), budget=budget)
+        for more in ("", ',"warnings":["a","b"]'):
+            text = f'{{"status":"success","data":{data}{more}}}'
+            found = metricstream._at_once(client.read_vector(text))
+            expected = [(row["metric"], float(row["value"][1]))
+                        for row in json.loads(text)["data"]["result"]]  # fmt: skip
+            assert repr(found) == repr(expected)
+
+
+# ==================================================================================================
 # Watcher process
 # ==================================================================================================
 
@@ -12559,40 +12659,6 @@ def test_a_notification_that_hangs_holds_up_neither_a_new_watcher_nor_a_stop(tmp
                 eventually(lambda: not Path(f"/proc/{sending}").exists())
 
 
-def test_what_rules_record_is_posted_in_bodies_that_the_server_takes():
-    client = metricstream.OwnClient()
-    for size, tag in [(450, "x"), (230, "\N{GRINNING FACE}" * 1000), (1, "\u2028"), (0, "")]:
-        tags = {f"t{k}": tag for k in range(30)}
-        for start in (0, 1000):  # the second time the texts of labels are known
-            samples = [metricstream.Recorded(LabelSet({"__name__": "m"} | tags), n or None, start + n)
-                       for n in range(size)]  # fmt: skip
-            bodies = list(client.bodies(samples))
-            assert [metric for body in bodies for metric in json.loads(body)["metrics"]] == [
-                {"name": "m", "type": "gauge", "tags": tags, "value": n or None,
-                 "timestamp": (start + n) / 1000} for n in range(size)
-            ]  # fmt: skip
-            assert all(len(body) <= metricstream.MAX_BODY_BYTES for body in bodies)
-            assert all(len(json.loads(body)["metrics"]) <= 200 for body in bodies)
-    infinite = metricstream.Recorded(LabelSet({"__name__": "m"}), math.inf, 0)
-    assert list(client.bodies([infinite])) == []
-
-
-def test_answers_of_this_server_are_read_as_any_json_is():
-    # texts that look like what stands between the rows of an answer
-    texts = ["", 'a"]},{"metric":{"b":"c', ',"value":[1,"2"]}', '"]}]}', "\\", '\\"', "\u2028\U0001f600"]
-    samples = [({"__name__": "m", "value": text, "metric": text[::-1]}, value)
-               for text in texts for value in (0.1, 1e300, math.inf, -math.inf, math.nan)]  # fmt: skip
-    client, budget = metricstream.OwnClient(), metricstream.Budget()
-    for rows in (samples[:1], samples, samples):
-        data = metricstream.result_json(metricstream.VectorResult(1500, rows), budget=budget)
-        for more in ("", ',"warnings":["a","b"]'):
-            text = f'{{"status":"success","data":{data}{more}}}'
-            found = metricstream._at_once(client.read_vector(text))
-            expected = [(row["metric"], float(row["value"][1]))
-                        for row in json.loads(text)["data"]["result"]]  # fmt: skip
-            assert repr(found) == repr(expected)
-
-
 
 @at_once()
 def test_another_prometheus_may_send_many_alerts_in_one_request(tmp_path):
@@ -12604,50 +12670,6 @@ def test_another_prometheus_may_send_many_alerts_in_one_request(tmp_path):
             answer = client.ask("POST", "/api/v2/alerts", json.dumps(alerts).encode())
         assert (answer.status, answer.body) == (200, b"")
         assert len(get_json(started, "/api/v2/alerts")) == 1000
-
-
-def test_an_alert_is_compared_with_each_silence_once(monkeypatch):
-    compared = []
-    plain = metricstream.accepts_labels
-    monkeypatch.setattr(metricstream, "accepts_labels",
-                        lambda *given: compared.append(given) or plain(*given))  # fmt: skip
-    silences = metricstream.Silences()
-
-    def add(value: str, now: float, **changed: object) -> metricstream.Silence:
-        matchers = (metricstream.checked_matcher("a", "=~", value),)
-        silence = metricstream.Silence("", matchers, now, now + 100, now, "me", "")
-        return silences.put(silence._replace(**changed), now)
-
-    first, other = add("x|y", 0.0), add("z", 0.0)
-    compared.clear()
-    for _ in range(10):
-        assert silences.of(LabelSet({"a": "x"}), 1.0) == [first.id]
-        assert silences.of(LabelSet({"a": "z"}), 1.0) == [other.id]
-    assert len(compared) == 4
-    second = add("x", 2.0)
-    assert silences.of(LabelSet({"a": "x"}), 3.0) == sorted([first.id, second.id])
-    add("x|y", 0.0, id=first.id, ends_at=50.0)  # the same one, but shorter
-    assert silences.of(LabelSet({"a": "x"}), 60.0) == [second.id]
-    silences.expire(second.id, 70.0)
-    assert silences.of(LabelSet({"a": "x"}), 71.0) == [] and silences.of(LabelSet({"a": "z"}), 71.0) == [other.id]
-    silences.forget_ended(71.0 + metricstream.KEPT_S)
-    assert list(silences.by_id) == [other.id]
-    assert silences.of(LabelSet({"a": "z"}), 72.0) == [other.id] and silences.of(LabelSet({"a": "x"}), 72.0) == []
-
-
-def test_an_alert_is_only_compared_with_silences_to_which_its_labels_lead(monkeypatch):
-    silences = [
-        metricstream.Silence(str(n), (metricstream.checked_matcher("b", "=~", ".*"), matcher), 0, 9, 0, "", "")
-        for n in range(1000)
-        for matcher in [metricstream.checked_matcher("a", "=", str(n) if n else "")]
-    ]  # fmt: skip
-    kept = metricstream.Silences(silences)
-    compared = []
-    plain = metricstream.accepts_labels
-    monkeypatch.setattr(metricstream, "accepts_labels",
-                        lambda *given: compared.append(given) or plain(*given))  # fmt: skip
-    assert kept.of(LabelSet(a="7", b="x"), 1.0) == ["7"] and len(compared) == 2
-    assert kept.of(LabelSet(b="x"), 1.0) == ["0"] and kept.of(LabelSet(a="x"), 1.0) == []
 
 
 @at_once()
