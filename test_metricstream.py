@@ -69,6 +69,7 @@ from metricstream import (
     FaultyFile,
     HTTPError,
     JSONError,
+    LabelSet,
     LogError,
     Matcher,
     MatrixResult,
@@ -9825,7 +9826,7 @@ def test_the_tables_are_what_promtool_says(tmp_path):
 
 
 def rule_file_of(text: str, name: str = "rules.yml") -> metricstream.RuleFile:
-    return metricstream.read_rules(text, name, metricstream.rule_template)
+    return metricstream.read_rules(text, name, metricstream.RuleTemplate)
 
 
 class WatchedGroup:
@@ -10000,6 +10001,32 @@ def test_labels_of_an_alert(of_group, of_rule, expected):
     group.evaluate(0)
     assert group.alerts[0].labels == {"alertname": "A"} | expected
     assert group.alerts[0].series == {"l": "series"}
+
+
+PLAIN_TEMPLATES = [
+    ("", True), ("text }} only", True), ("{{ $labels.host }}", True), ("{{$value}}", True),
+    ("a {{ .Labels.host }} b {{ .Value }}{{ $value }} c\n", True),
+    ("{{ $labels.missing }}|{{ .Labels.__name__ }}", True), ("{{$labels.host}}{{$labels.host}}", True),
+    ("{{- $value }}", False), ("{{ $labels.host | toUpper }}", False), ("{{ .Labels }}", False),
+    ("{{ $value }} {{ humanize $value }}", False), ("{{/* */}}{{ $value }}", False),
+    ("{{ $externalLabels.host }}", False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "is_plain"), PLAIN_TEMPLATES, ids=ascii)
+def test_a_plain_template_prints_what_any_template_prints(text, is_plain):
+    template = metricstream.RuleTemplate(text)
+    assert template.is_plain is is_plain
+    labels = {"__name__": "m", "host": "{{ $value }}<ü>\n"}
+    chance = random.Random(1)
+    values = [0.0, -0.0, 1.0, 6, 0.1, 1e6, 999999.5, 1e-5, 0.0001, -1234567.5, 1e21, 1e300, 5e-324,
+              math.inf, -math.inf, math.nan, *(chance.gauss(0, 10 ** chance.randrange(-9, 20))
+                                               for _ in range(50))]  # fmt: skip
+    for value in values if is_plain else ():
+        fields = {"Labels": labels, "ExternalLabels": {}, "ExternalURL": "", "Value": float(value)}
+        dot = TemplateStruct(metricstream.ALERT_DATA, fields)
+        expected = template.parsed.execute(dot, metricstream.RULE_FUNCTIONS)
+        assert template.plain_text(labels, float(value)) == expected
 
 
 def test_annotations_follow_the_value_and_templates_may_query():
@@ -10213,6 +10240,11 @@ def test_a_restart_at_any_time_changes_nothing(seed):
         assert repr(crashing.recorded) == repr(steady.recorded)
 
 
+# ==================================================================================================
+# Rules in the API
+# ==================================================================================================
+
+
 def shape_of(value: object) -> object:
     """JSON without what differs from run to run: the types of numbers and times, all keys."""
     if isinstance(value, dict):
@@ -10402,6 +10434,98 @@ def test_alerts_may_be_left_out(given, alerts):
 def test_mistakes_in_what_is_asked_of_rules(query, reason):
     with pytest.raises(ValueError, match=re.escape(reason)):
         metricstream.rules_json(groups_of_the_api(), urllib.parse.parse_qs(query))
+
+
+# ==================================================================================================
+# Rules over history
+# ==================================================================================================
+
+
+def test_a_backtest_says_when_alerts_would_have_fired():
+    memory = metricstream.MemorySeries()
+    for second in range(0, 7200, 30):
+        for host in "ab":
+            high = host == "a" and (600 <= second < 1200 or second >= 6000)
+            number = memory.number({"__name__": "cpu", "host": host})
+            memory.append(number, second * 1000, 0.9 if high else 0.1)
+        # what the rule recorded when it ran is not what it records now
+        memory.append(memory.number({"__name__": "load", "host": "a"}), second * 1000, 99.0)
+    file = rule_file_of(BACKTESTED)
+    groups = [metricstream.GroupState(group, "rules.yml", metricstream.RuleContext())
+              for group in file.groups]  # fmt: skip
+    fired, failed = metricstream.backtest(groups, memory.select, 0, 7_200_000)
+    assert not failed and {firing.rule for firing in fired} == {groups[0].rules[1]}
+    assert {firing.labels["host"] for firing in fired} == {"a"}
+    (first, last) = fired
+    assert 720_000 <= first.began_ms < 780_000 and 1_200_000 <= first.ended_ms < 1_260_000
+    assert 6_120_000 <= last.began_ms < 6_180_000 and last.ended_ms == 7_200_000
+
+
+def test_what_is_read_ahead_is_what_would_be_read():
+    chance, memory = random.Random(1), metricstream.MemorySeries()
+    for minute in range(2000):
+        for host in "abc":
+            if chance.random() < 0.5:
+                number = memory.number({"__name__": "m", "host": host})
+                memory.append(number, minute * 60_000, chance.random())
+    ahead, budget = metricstream._read_ahead(memory.select), metricstream.Budget()
+    at_ms = 0
+    while at_ms < 2000 * 60_000:
+        hosts = Matcher("host", "=~", chance.choice(["a|b", ".+"]))
+        matchers = (Matcher("__name__", "=", "m"), hosts)
+        low_ms = max(0, at_ms - chance.choice([1, 300_000, 3_600_000]))
+        plain = list(memory.select(matchers, low_ms, at_ms, budget))
+        assert list(ahead(matchers, low_ms, at_ms, budget)) == plain
+        at_ms += chance.choice([-60_000, 1, 60_000, 900_000])
+        at_ms = max(0, at_ms)
+
+
+def test_a_backtest_goes_on_after_a_rule_has_failed():
+    memory = metricstream.MemorySeries()
+    for host, second in (("a", 0), ("b", 0), ("a", 600)):
+        number = memory.number({"__name__": "m", "host": host})
+        memory.append(number, second * 1000, 1.0)
+    rules = "groups: [{name: g, interval: 1m, rules: [{alert: A, expr: m + on() m}]}]"
+    (group,) = rule_file_of(rules).groups
+    groups = [metricstream.GroupState(group, "rules.yml", metricstream.RuleContext())]
+    fired, failed = metricstream.backtest(groups, memory.select, 0, 900_000)
+    assert len(fired) == 1 and 600_000 <= fired[0].began_ms < 660_000
+    ((reason, times),) = failed.items()
+    assert reason.startswith("A: found duplicate series") and times == 5
+
+
+def test_backtest_of_a_folder(tmp_path, capsys):
+    rules, bad = tmp_path / "rules.yml", tmp_path / "bad.yml"
+    rules.write_text(BACKTESTED)
+    bad.write_text("groups: [{name: g}, {name: g}]")
+    now_ms = int(time.time() * 1000)
+    under = a_store(tmp_path)
+    under.push([
+        Sample("cpu", 0.99 if minute < 60 else 0.1, "gauge", {"host": "a"},
+               now_ms - minute * 60_000)
+        for minute in range(600, 0, -1)
+    ])  # fmt: skip
+    under.close()
+    limit = sys.getrecursionlimit()
+    options = ["--data-dir", str(tmp_path), "--since", "12h"]
+    assert metricstream.test_rules_main([*options, str(rules)]) == 0
+    out, _ = capsys.readouterr()
+    assert metricstream.test_rules_main([*options, str(bad)]) == 1
+    assert metricstream.test_rules_main([*options, str(tmp_path / "missing.yml")]) == 1
+    sys.setrecursionlimit(limit)
+    assert "bad.yml:1:" in capsys.readouterr().err
+    high, never, other = out.split("\n\n")[1:]
+    assert high.startswith('High {alertname="High", host="a", severity="page"}\n  ' + "·" * 55)
+    assert re.search(r"·████+\n  \d{4}-\d\d-\d\dT\d\d:\d\d:[0-9.]+Z for 5[67]m", high)
+    assert never == "Never: never fires"
+    assert other.startswith('High {alertname="High", host="a"}\n')
+
+
+def test_the_bar_of_a_firing():
+    bar = functools.partial(metricstream.firing_bar, start_ms=0, end_ms=6000)
+    assert bar([]) == "·" * 60
+    assert bar([(0, 6000)]) == "█" * 60
+    assert bar([(0, 1), (3000, 3000), (6000, 6000)]) == f"█{'·' * 29}█{'·' * 28}█"
 
 
 # ==================================================================================================
@@ -10931,93 +11055,6 @@ groups:
 """
 
 
-def test_a_backtest_says_when_alerts_would_have_fired():
-    memory = metricstream.MemorySeries()
-    for second in range(0, 7200, 30):
-        for host in "ab":
-            high = host == "a" and (600 <= second < 1200 or second >= 6000)
-            number = memory.number({"__name__": "cpu", "host": host})
-            memory.append(number, second * 1000, 0.9 if high else 0.1)
-        # what the rule recorded when it ran is not what it records now
-        memory.append(memory.number({"__name__": "load", "host": "a"}), second * 1000, 99.0)
-    file = rule_file_of(BACKTESTED)
-    groups = [metricstream.GroupState(group, "rules.yml", metricstream.RuleContext())
-              for group in file.groups]  # fmt: skip
-    fired, failed = metricstream.backtest(groups, memory.select, 0, 7_200_000)
-    assert not failed and {firing.rule for firing in fired} == {groups[0].rules[1]}
-    assert {firing.labels["host"] for firing in fired} == {"a"}
-    (first, last) = fired
-    assert 720_000 <= first.began_ms < 780_000 and 1_200_000 <= first.ended_ms < 1_260_000
-    assert 6_120_000 <= last.began_ms < 6_180_000 and last.ended_ms == 7_200_000
-
-
-def test_what_is_read_ahead_is_what_would_be_read():
-    chance, memory = random.Random(1), metricstream.MemorySeries()
-    for minute in range(2000):
-        for host in "abc":
-            if chance.random() < 0.5:
-                number = memory.number({"__name__": "m", "host": host})
-                memory.append(number, minute * 60_000, chance.random())
-    ahead, budget = metricstream._read_ahead(memory.select), metricstream.Budget()
-    at_ms = 0
-    while at_ms < 2000 * 60_000:
-        hosts = Matcher("host", "=~", chance.choice(["a|b", ".+"]))
-        matchers = (Matcher("__name__", "=", "m"), hosts)
-        low_ms = max(0, at_ms - chance.choice([1, 300_000, 3_600_000]))
-        plain = list(memory.select(matchers, low_ms, at_ms, budget))
-        assert list(ahead(matchers, low_ms, at_ms, budget)) == plain
-        at_ms += chance.choice([-60_000, 1, 60_000, 900_000])
-        at_ms = max(0, at_ms)
-
-
-def test_a_backtest_goes_on_after_a_rule_has_failed():
-    memory = metricstream.MemorySeries()
-    for host, second in (("a", 0), ("b", 0), ("a", 600)):
-        number = memory.number({"__name__": "m", "host": host})
-        memory.append(number, second * 1000, 1.0)
-    rules = "groups: [{name: g, interval: 1m, rules: [{alert: A, expr: m + on() m}]}]"
-    (group,) = rule_file_of(rules).groups
-    groups = [metricstream.GroupState(group, "rules.yml", metricstream.RuleContext())]
-    fired, failed = metricstream.backtest(groups, memory.select, 0, 900_000)
-    assert len(fired) == 1 and 600_000 <= fired[0].began_ms < 660_000
-    ((reason, times),) = failed.items()
-    assert reason.startswith("A: found duplicate series") and times == 5
-
-
-def test_backtest_of_a_folder(tmp_path, capsys):
-    rules, bad = tmp_path / "rules.yml", tmp_path / "bad.yml"
-    rules.write_text(BACKTESTED)
-    bad.write_text("groups: [{name: g}, {name: g}]")
-    now_ms = int(time.time() * 1000)
-    under = a_store(tmp_path)
-    under.push([
-        Sample("cpu", 0.99 if minute < 60 else 0.1, "gauge", {"host": "a"},
-               now_ms - minute * 60_000)
-        for minute in range(600, 0, -1)
-    ])  # fmt: skip
-    under.close()
-    limit = sys.getrecursionlimit()
-    options = ["--data-dir", str(tmp_path), "--since", "12h"]
-    assert metricstream.test_rules_main([*options, str(rules)]) == 0
-    out, _ = capsys.readouterr()
-    assert metricstream.test_rules_main([*options, str(bad)]) == 1
-    assert metricstream.test_rules_main([*options, str(tmp_path / "missing.yml")]) == 1
-    sys.setrecursionlimit(limit)
-    assert "bad.yml:1:" in capsys.readouterr().err
-    high, never, other = out.split("\n\n")[1:]
-    assert high.startswith('High {alertname="High", host="a", severity="page"}\n  ' + "·" * 55)
-    assert re.search(r"·████+\n  \d{4}-\d\d-\d\dT\d\d:\d\d:[0-9.]+Z for 5[67]m", high)
-    assert never == "Never: never fires"
-    assert other.startswith('High {alertname="High", host="a"}\n')
-
-
-def test_the_bar_of_a_firing():
-    bar = functools.partial(metricstream.firing_bar, start_ms=0, end_ms=6000)
-    assert bar([]) == "·" * 60
-    assert bar([(0, 6000)]) == "█" * 60
-    assert bar([(0, 1), (3000, 3000), (6000, 6000)]) == f"█{'·' * 29}█{'·' * 28}█"
-
-
 # ==================================================================================================
 # Alerts and routes
 # ==================================================================================================
@@ -11112,7 +11149,7 @@ def test_routes_lead_where_amtool_says(tmp_path, seed):
 
 
 # ==================================================================================================
-# Notification configuration
+# Notification files
 # ==================================================================================================
 
 ROUTE_AND_RECEIVERS = "route: {receiver: a}\nreceivers: [{name: a}]\n"
@@ -11268,6 +11305,55 @@ def test_a_bad_template_is_refused_with_its_place():
 
 
 # ==================================================================================================
+# Silences
+# ==================================================================================================
+
+
+def test_an_alert_is_compared_with_each_silence_once(monkeypatch):
+    compared = []
+    plain = metricstream.accepts_labels
+    monkeypatch.setattr(metricstream, "accepts_labels",
+                        lambda *given: compared.append(given) or plain(*given))  # fmt: skip
+    silences = metricstream.Silences()
+
+    def add(value: str, now: float, **changed: object) -> metricstream.Silence:
+        matchers = (metricstream.checked_matcher("a", "=~", value),)
+        silence = metricstream.Silence("", matchers, now, now + 100, now, "me", "")
+        return silences.put(silence._replace(**changed), now)
+
+    first, other = add("x|y", 0.0), add("z", 0.0)
+    compared.clear()
+    for _ in range(10):
+        assert silences.of(LabelSet({"a": "x"}), 1.0) == [first.id]
+        assert silences.of(LabelSet({"a": "z"}), 1.0) == [other.id]
+    assert len(compared) == 4
+    second = add("x", 2.0)
+    assert silences.of(LabelSet({"a": "x"}), 3.0) == sorted([first.id, second.id])
+    add("x|y", 0.0, id=first.id, ends_at=50.0)  # the same one, but shorter
+    assert silences.of(LabelSet({"a": "x"}), 60.0) == [second.id]
+    silences.expire(second.id, 70.0)
+    assert silences.of(LabelSet({"a": "x"}), 71.0) == [] and silences.of(LabelSet({"a": "z"}), 71.0) == [other.id]
+    silences.forget_ended(71.0 + metricstream.KEPT_S)
+    assert list(silences.by_id) == [other.id]
+    assert silences.of(LabelSet({"a": "z"}), 72.0) == [other.id] and silences.of(LabelSet({"a": "x"}), 72.0) == []
+
+
+def test_an_alert_is_only_compared_with_silences_to_which_its_labels_lead(monkeypatch):
+    silences = [
+        metricstream.Silence(str(n), (metricstream.checked_matcher("b", "=~", ".*"), matcher), 0, 9, 0, "", "")
+        for n in range(1000)
+        for matcher in [metricstream.checked_matcher("a", "=", str(n) if n else "")]
+    ]  # fmt: skip
+    kept = metricstream.Silences(silences)
+    compared = []
+    plain = metricstream.accepts_labels
+    monkeypatch.setattr(metricstream, "accepts_labels",
+                        lambda *given: compared.append(given) or plain(*given))  # fmt: skip
+    assert kept.of(LabelSet(a="7", b="x"), 1.0) == ["7"] and len(compared) == 2
+    assert kept.of(LabelSet(b="x"), 1.0) == ["0"] and kept.of(LabelSet(a="x"), 1.0) == []
+
+
+# ==================================================================================================
 # Notification
 # ==================================================================================================
 
@@ -11317,7 +11403,8 @@ class Watch:
         alertname, _, host = name.partition("/")
         labels = {"alertname": alertname} | ({"host": host} if host else {})
         now = self.clock()
-        self.dispatcher.put([metricstream.Alert(labels, {}, self.firing[name], ends_at, now)])
+        alert = metricstream.Alert(LabelSet(labels), {}, self.firing[name], ends_at, now)
+        self.dispatcher.put([alert])
 
     def fire(self, *names: str) -> None:
         """They fire, or go on firing: each evaluation says so again."""
@@ -11654,7 +11741,7 @@ def test_each_firing_and_each_end_is_told_once_whatever_happens(seed, group_by):
 class Sink:
     """An HTTP server that answers as it is told, and keeps what it got."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         self.status, self.body, self.fields = 200, b"", {}
         self.requests: list[tuple[str, dict[str, str], bytes]] = []
         sink = self
@@ -11673,9 +11760,12 @@ class Sink:
                 pass
 
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        if tls:
+            self.server.socket = tls.wrap_socket(self.server.socket, server_side=True)
+            self.server.handle_error = lambda *_: None  # a client that hangs up
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
         self.thread.start()
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.url = f"http{'s' if tls else ''}://127.0.0.1:{self.server.server_port}"
 
     def close(self) -> None:
         self.server.shutdown()
@@ -11694,8 +11784,8 @@ def a_delivery(config: str) -> metricstream.Delivery:
     """Of a group with an alert that fires and one that does not any more."""
     (integration,) = metricstream.read_notify_config(config, "notify.yml").receivers["a"]
     alerts = (
-        metricstream.Alert({"alertname": "Down", "host": "web1"}, {"summary": "<b> & ü\n"}, TOLD_AT - 60.5, TOLD_AT + 60, TOLD_AT, "http://p/graph"),
-        metricstream.Alert({"alertname": "Down", "host": "web2"}, {"summary": "<b> & ü\n"}, TOLD_AT - 90, TOLD_AT - 5.25, TOLD_AT),
+        metricstream.Alert(LabelSet({"alertname": "Down", "host": "web1"}), {"summary": "<b> & ü\n"}, TOLD_AT - 60.5, TOLD_AT + 60, TOLD_AT, "http://p/graph"),
+        metricstream.Alert(LabelSet({"alertname": "Down", "host": "web2"}), {"summary": "<b> & ü\n"}, TOLD_AT - 90, TOLD_AT - 5.25, TOLD_AT),
     )  # fmt: skip
     return metricstream.Delivery("a", 0, integration, '{}:{alertname="Down"}', {"alertname": "Down"},
                                  alerts, TOLD_AT, "http://me", 5.0, 1)  # fmt: skip
@@ -11717,7 +11807,7 @@ WEBHOOK_BODY = {
     "groupKey": '{}:{alertname="Down"}', "truncatedAlerts": 0,
 }  # fmt: skip
 for each in WEBHOOK_BODY["alerts"]:
-    each["fingerprint"] = metricstream.fingerprint(each["labels"])
+    each["fingerprint"] = metricstream.LabelSet(each["labels"]).fingerprint
 
 
 def test_a_webhook_gets_the_body_that_alertmanager_sends(sink):
@@ -11788,6 +11878,24 @@ def test_the_answer_of_a_webhook_says_whether_it_is_tried_again(sink, status, is
     else:
         assert error.startswith(metricstream.FINAL) == is_final and f"answered {status}" in error
         assert error.isprintable()
+
+
+def test_a_certificate_that_nobody_vouches_for_is_refused_and_tried_again(tmp_path):
+    (tmp_path / "c.pem").write_text(TEST_CERTIFICATE)
+    (tmp_path / "k.pem").write_text(TEST_KEY)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "c.pem", tmp_path / "k.pem")
+    sink = Sink(context)
+    try:
+        url = f"url: '{sink.url}/T0ken'"
+        error = metricstream.deliver(a_delivery(WEBHOOK % url))
+        assert "certificate verify failed" in error and "T0ken" not in error
+        assert not error.startswith(metricstream.FINAL) and not sink.requests
+        for options in (f"ca_file: '{tmp_path}/c.pem'", "insecure_skip_verify: true"):
+            config = f"{url}, http_config: {{tls_config: {{{options}}}}}"
+            assert metricstream.deliver(a_delivery(WEBHOOK % config)) == ""
+    finally:
+        sink.close()
 
 
 def test_a_receiver_that_is_down_may_be_tried_again(sink):
@@ -11946,39 +12054,42 @@ def test_each_receiver_gets_a_test_that_says_so(sink):
     assert all(b"This is a test" in body for _, _, body in sink.requests)
 
 
-# ---- a real Alertmanager ----
+# ==================================================================================================
+# Alertmanager client
+# ==================================================================================================
 
 
 def some_alerts(count: int, label: str = "n") -> list[metricstream.Alert]:
-    return [metricstream.Alert({"alertname": "A", label: str(n)}, {}, TOLD_AT, TOLD_AT + 60, TOLD_AT) for n in range(count)]
+    return [metricstream.Alert(LabelSet({"alertname": "A", label: str(n)}), {}, TOLD_AT, TOLD_AT + 60, TOLD_AT) for n in range(count)]
 
 
 def is_sent(client: metricstream.AlertmanagerClient) -> bool:
-    return not any(queue.alerts or queue.in_transit for queue in client._queues)
+    return not (client.alerts or client.in_transit)
 
 
 def test_alerts_go_to_each_alertmanager_in_batches(sink):
-    clock = a_clock()
-    client = metricstream.AlertmanagerClient([f"{sink.url}/one/", sink.url.replace("//", "//u:p@")], clock=clock)
-    client.put([*some_alerts(300), *some_alerts(2, "host-name")])
-    sizes: list[list[int]] = []
-    while deliveries := client.due():
-        sizes.append([len(each.alerts) for each in deliveries])
-        assert client.due() == []
-        for each in deliveries:
-            client.settle(each, metricstream.deliver(each))
-    assert sizes == [[256, 256], [44, 44], [2, 2]] and is_sent(client)
+    urls = [f"{sink.url}/one/", sink.url.replace("//", "//u:p@")]
+    for url in urls:
+        client = metricstream.AlertmanagerClient(url, clock=a_clock())
+        client.put([*some_alerts(300), *some_alerts(2, "host-name")])
+        sizes = []
+        while deliveries := client.due():
+            (delivery,) = deliveries
+            sizes.append(len(delivery.alerts))
+            assert client.due() == []
+            client.settle(delivery, metricstream.deliver(delivery))
+        assert sizes == [256, 44, 2] and is_sent(client)
+        assert "u:p" not in repr(list(client.statistics()))
     assert {path for path, _, _ in sink.requests} == {"/one/api/v2/alerts", "/api/v2/alerts"}
     assert json.loads(sink.requests[0][2])[0] == {
         "labels": {"alertname": "A", "n": "0"}, "annotations": {}, "startsAt": "2023-11-14T22:13:20Z",
         "endsAt": "2023-11-14T22:14:20Z", "generatorURL": ""}  # fmt: skip
     assert [f.get("Authorization") for p, f, _ in sink.requests if p == "/api/v2/alerts"] == ["Basic dTpw"] * 3
-    assert "u:p" not in repr(client.statistics())
 
 
 def test_the_oldest_alerts_are_dropped_where_there_is_no_room():
     clock = a_clock()
-    client = metricstream.AlertmanagerClient(["http://h"], clock=clock)
+    client = metricstream.AlertmanagerClient("http://h", clock=clock)
     client.put(some_alerts(10_100))
     (delivery,) = client.due()
     assert delivery.alerts[0].labels["n"] == "100"
@@ -11992,6 +12103,17 @@ def test_the_oldest_alerts_are_dropped_where_there_is_no_room():
     (again,) = client.due()
     client.settle(again, metricstream.FINAL + "400")
     assert ("prometheus_notifications_dropped_total", 656) in {(row[0], row[4]) for row in client.statistics()}
+
+
+def test_a_clock_that_is_set_back_does_not_keep_alerts_from_an_alertmanager():
+    clock = a_clock()
+    client = metricstream.AlertmanagerClient("http://h", clock=clock)
+    client.put(some_alerts(1))
+    client.settle(client.due()[0], "down")
+    clock.now -= 3600
+    assert client.due() == []
+    clock.now += metricstream.LONGEST_RETRY_S
+    assert len(client.due()) == 1
 
 
 # ==================================================================================================
@@ -12271,9 +12393,9 @@ def test_the_api_answers_as_a_real_alertmanager_does(tmp_path):
                 assert comparable(list(theirs)) == comparable(list(ours)), path
             else:
                 assert theirs[0] == ours[0], path
-        client = metricstream.AlertmanagerClient([f"http://127.0.0.1:{port}"])
+        client = metricstream.AlertmanagerClient(f"http://127.0.0.1:{port}")
         now = time.time()
-        client.put([metricstream.Alert({"alertname": "C"}, {}, now, now + 60, now)])
+        client.put([metricstream.Alert(LabelSet({"alertname": "C"}), {}, now, now + 60, now)])
         for delivery in client.due():
             client.settle(delivery, metricstream.deliver(delivery))
         assert is_sent(client)
@@ -12281,6 +12403,45 @@ def test_the_api_answers_as_a_real_alertmanager_does(tmp_path):
     finally:
         process.terminate()
         process.wait()
+
+
+# ==================================================================================================
+# Own client
+# ==================================================================================================
+
+
+def test_what_rules_record_is_posted_in_bodies_that_the_server_takes():
+    client = metricstream.OwnClient()
+    for size, tag in [(450, "x"), (230, "\N{GRINNING FACE}" * 1000), (1, "\u2028"), (0, "")]:
+        tags = {f"t{k}": tag for k in range(30)}
+        for start in (0, 1000):  # the second time the texts of labels are known
+            samples = [metricstream.Recorded(LabelSet({"__name__": "m"} | tags), n or None, start + n)
+                       for n in range(size)]  # fmt: skip
+            bodies = list(client.bodies(samples))
+            assert [metric for body in bodies for metric in json.loads(body)["metrics"]] == [
+                {"name": "m", "type": "gauge", "tags": tags, "value": n or None,
+                 "timestamp": (start + n) / 1000} for n in range(size)
+            ]  # fmt: skip
+            assert all(len(body) <= metricstream.MAX_BODY_BYTES for body in bodies)
+            assert all(len(json.loads(body)["metrics"]) <= 200 for body in bodies)
+    infinite = metricstream.Recorded(LabelSet({"__name__": "m"}), math.inf, 0)
+    assert list(client.bodies([infinite])) == []
+
+
+def test_answers_of_this_server_are_read_as_any_json_is():
+    # texts that look like what stands between the rows of an answer
+    texts = ["", 'a"]},{"metric":{"b":"c', ',"value":[1,"2"]}', '"]}]}', "\\", '\\"', "\u2028\U0001f600"]
+    samples = [({"__name__": "m", "value": text, "metric": text[::-1]}, value)
+               for text in texts for value in (0.1, 1e300, math.inf, -math.inf, math.nan)]  # fmt: skip
+    client, budget = metricstream.OwnClient(), metricstream.Budget()
+    for rows in (samples[:1], samples, samples):
+        data = metricstream.result_json(metricstream.VectorResult(1500, rows), budget=budget)
+        for more in ("", ',"warnings":["a","b"]'):
+            text = f'{{"status":"success","data":{data}{more}}}'
+            found = metricstream._at_once(client.read_vector(text))
+            expected = [(row["metric"], float(row["value"][1]))
+                        for row in json.loads(text)["data"]["result"]]  # fmt: skip
+            assert repr(found) == repr(expected)
 
 
 # ==================================================================================================
@@ -12542,15 +12703,6 @@ def test_a_notification_that_hangs_holds_up_neither_a_new_watcher_nor_a_stop(tmp
                 eventually(lambda: not Path(f"/proc/{sending}").exists())
 
 
-def test_what_rules_record_is_posted_in_bodies_that_the_server_takes():
-    for size, tag in [(450, "x"), (230, "\N{GRINNING FACE}" * 1000), (1, ""), (0, "")]:
-        metrics = [{"name": "m", "value": n, "tags": {f"t{k}": tag for k in range(30)}}
-                   for n in range(size)]  # fmt: skip
-        bodies = list(metricstream._bodies(metrics))
-        assert [metric for body in bodies for metric in json.loads(body)["metrics"]] == metrics
-        assert all(len(body) <= metricstream.MAX_BODY_BYTES for body in bodies)
-        assert all(len(json.loads(body)["metrics"]) <= 200 for body in bodies)
-
 
 @at_once()
 def test_another_prometheus_may_send_many_alerts_in_one_request(tmp_path):
@@ -12562,35 +12714,6 @@ def test_another_prometheus_may_send_many_alerts_in_one_request(tmp_path):
             answer = client.ask("POST", "/api/v2/alerts", json.dumps(alerts).encode())
         assert (answer.status, answer.body) == (200, b"")
         assert len(get_json(started, "/api/v2/alerts")) == 1000
-
-
-def test_an_alert_is_compared_with_each_silence_once(monkeypatch):
-    compared = []
-    plain = metricstream.accepts_labels
-    monkeypatch.setattr(metricstream, "accepts_labels",
-                        lambda *given: compared.append(given) or plain(*given))  # fmt: skip
-    silences = metricstream.Silences()
-
-    def add(value: str, now: float, **changed: object) -> metricstream.Silence:
-        matchers = (metricstream.checked_matcher("a", "=~", value),)
-        silence = metricstream.Silence("", matchers, now, now + 100, now, "me", "")
-        return silences.put(silence._replace(**changed), now)
-
-    first, other = add("x|y", 0.0), add("z", 0.0)
-    compared.clear()
-    for _ in range(10):
-        assert silences.of({"a": "x"}, 1.0) == [first.id]
-        assert silences.of({"a": "z"}, 1.0) == [other.id]
-    assert len(compared) == 4
-    second = add("x", 2.0)
-    assert silences.of({"a": "x"}, 3.0) == sorted([first.id, second.id])
-    add("x|y", 0.0, id=first.id, ends_at=50.0)  # the same one, but shorter
-    assert silences.of({"a": "x"}, 60.0) == [second.id]
-    silences.expire(second.id, 70.0)
-    assert silences.of({"a": "x"}, 71.0) == [] and silences.of({"a": "z"}, 71.0) == [other.id]
-    silences.forget_ended(71.0 + metricstream.KEPT_S)
-    assert list(silences.by_id) == [other.id]
-    assert silences.of({"a": "z"}, 72.0) == [other.id] and silences.of({"a": "x"}, 72.0) == []
 
 
 @at_once()
@@ -15407,6 +15530,9 @@ WORST_INPUTS: dict[str, list[tuple[str, str, str]]] = {
     "_SERIES_ITEM": [("", "1", "y"), ("1.", "1", "y"), ("1e", "1", "y"), ("1+", "1", "y"), ("_x", "1", "y")],
     "_LABEL_NAME": [("", "a", "-")],
     "_LABEL_MATCHER": [("", " ", ""), ("", "a", ""), ("a", " ", "b"), ("a=", " ", ""), ("a=b", " ", "c"), ("", "a=", "")],
+    "_PLAIN_ACTION": [("{{", " ", ""), ("{{ .Labels.", "a", " }"), ("{{$value", " ", "}"),
+                      ("", "{{", ""), ("", "{{ $labels.a", "")],
+    "[0-9]{0,9}": [("", "1", "x")],
     "_MATCHER_TOKEN": [("", "a", ","), ("", '"', ""), ("", '"a', ""), ("", "\\", ""), ('"', "\\", ""), ('"', "a,", ""), ("", '\\"', '"')],
     "_MATCHER_VALUE": [("", "a", '"'), ("", "\\", ""), ("", '\\"', '"')],
     "_MATCHER_ESCAPE": [("", "\\", ""), ("", "a", ""), ("", "\\x", "")],
