@@ -6766,6 +6766,98 @@ def test_what_is_selected_twice_is_read_once():
 
 
 # ==================================================================================================
+# Result cache
+# ==================================================================================================
+
+
+def stored_lines(samples: Iterable[tuple[str, str, float | None, int]]) -> bytes:
+    return "".join(
+        metricstream.log_line(metricstream.Sample(name, value, "gauge", {"n": n}, time_ms))
+        for name, n, value, time_ms in samples
+    ).encode()
+
+
+@pytest.mark.parametrize("seed", range(scaled(15, 300)))
+def test_results_from_the_cache_are_those_of_an_evaluation(seed, tmp_path):
+    """Between the questions samples come: in order, late, of new series, markers, from two sources;
+    memtables change, and ranges move on, back, and by parts of a step.
+    """
+    rng = random.Random(f"cache {seed}")
+    queries = ("x", "rate(x[5m])", "sum by (n) (x)", "max_over_time(rate(x[2m])[5m:30s])", "x offset 1m", "absent(x)",
+               "x offset -2m", "x @ end()", "x @ 600", "sum(x) / count(y)", "topk(1, x)", "time()", "-x", "x > 5")  # fmt: skip
+    store = metricstream.Store(str(tmp_path), writes=True)
+    list(store.open())
+    cache = metricstream.ResultCache(store.take_changed_ms, 10**6)
+    now_ms, hits = 20 * MINUTE, 0
+    start_ms, end_ms, step_ms = 0, now_ms, MINUTE
+    for _ in range(60):
+        for _ in range(rng.randrange(3)):
+            now_ms += rng.choice([1, 15_000, MINUTE])
+            lateness_ms = rng.choice([0, 0, 0, 5_000, 6 * MINUTE])
+            row = [(rng.choice("xxy"), rng.choice("abc"), rng.choice([1.0, 7.5, 9.0, None]), now_ms - lateness_ms)]
+            rng.choice([store.add_lines, store.add_lines, store.add_own])(stored_lines(row))
+        if rng.random() < 0.05:
+            store.freeze()
+        if rng.random() < 0.05:
+            store.maintain()
+            store.refresh()
+        if rng.random() < 0.5:
+            start_ms, end_ms = rng.choice([
+                (now_ms - 15 * MINUTE, now_ms), (start_ms + 2 * step_ms, end_ms + 2 * step_ms), (start_ms - step_ms, end_ms),
+                (start_ms, end_ms - step_ms), (start_ms + 7, end_ms + 7), (start_ms // step_ms * step_ms, now_ms)])  # fmt: skip
+            step_ms = rng.choice([step_ms, step_ms, MINUTE, 30_000])
+            end_ms = max(start_ms, end_ms)
+        query = rng.choice(queries[: rng.choice([2, len(queries)])])
+        engine = Engine(store.select)
+        expected = engine.range(query, start_ms, end_ms, step_ms)
+        assert cache.range(engine, query, start_ms, end_ms, step_ms, metricstream.Budget()) == expected, query
+        with contextlib.suppress(metricstream.OverBudgetError):
+            cache.range(engine, query, start_ms, end_ms, step_ms, metricstream.Budget(0))
+            hits += 1
+    assert hits > 20
+
+
+def test_only_the_steps_behind_a_known_result_are_evaluated():
+    asked = []
+
+    def select(matchers, start_ms, end_ms, budget):
+        asked.append((start_ms, end_ms))
+        return STORED.select(matchers, start_ms, end_ms, budget)
+
+    changes = [metricstream.END_OF_TIME_MS]
+    cache = metricstream.ResultCache(changes.pop)
+    for start, end, changed_ms in ((0, 10, 0), (2, 12, 2**60), (2, 11, 2**60), (3, 13, 12 * MINUTE), (1, 3, 2**60), (-1, 3, 2**60)):
+        changes.append(changed_ms)
+        cache.range(Engine(select, lookback_ms=1), "limit", start * MINUTE, end * MINUTE, MINUTE, metricstream.Budget())
+    minutes = [(0, 10), (11, 12), (12, 13), (-1, 3)]  # what came at minute 12 is seen
+    assert asked == [(first * MINUTE, last * MINUTE) for first, last in minutes]
+
+
+def test_the_cache_of_another_process_takes_what_held_until_it_heard_of_it():
+    one = metricstream.ResultCache(lambda: metricstream.END_OF_TIME_MS)
+    engine = Engine(STORED.select)
+    expected = one.range(engine, "limit", 0, 10 * MINUTE, MINUTE, metricstream.Budget())
+    for changed_ms, known in ((metricstream.END_OF_TIME_MS, True), (10 * MINUTE + 1, True), (10 * MINUTE, False), (0, False)):
+        other = metricstream.ResultCache(lambda: metricstream.END_OF_TIME_MS)
+        other.add(one.exported(), changed_ms)
+        if known:
+            assert other.range(engine, "limit", 0, 10 * MINUTE, MINUTE, metricstream.Budget(0)) == expected
+        else:
+            with pytest.raises(metricstream.OverBudgetError):
+                other.range(engine, "limit", 0, 10 * MINUTE, MINUTE, metricstream.Budget(0))
+
+
+def test_the_cache_holds_no_more_than_it_may():
+    cache = metricstream.ResultCache(lambda: metricstream.END_OF_TIME_MS, 100_000)
+    engine = Engine(STORED.select)
+    for n in range(20):
+        cache.range(engine, f"limit * {n}", 0, 10 * MINUTE, MINUTE, metricstream.Budget())
+    for n, known in ((19, True), (18, True), (0, False)):
+        with contextlib.nullcontext() if known else pytest.raises(metricstream.OverBudgetError):
+            cache.range(engine, f"limit * {n}", 0, 10 * MINUTE, MINUTE, metricstream.Budget(0))
+
+
+# ==================================================================================================
 # Query API
 # ==================================================================================================
 
@@ -7373,6 +7465,30 @@ def test_a_query_ends_when_the_server_stops(tmp_path):
             status, _, err = started.stop()
     assert (status, err) == (0, "")
     assert not any(map(is_alive, pids))
+
+
+@at_once()
+def test_what_a_fork_found_is_known_when_it_is_asked_again_until_a_late_sample_comes(tmp_path):
+    start_s = int(time.time()) // 60 * 60 - 12 * 3600
+    with ServerProcess(tmp_path, "--rate-limit", "0") as started:
+        push(started.port, (({"__name__": "x"}, 1.0, start_s + 60.0 * n) for n in range(500)))
+        started.wait_for_store()
+
+        def ask(timeout: str) -> Answer:
+            query = "quantile_over_time(0.5, x[3h:1s])"  # a second
+            form = form_of(query=query, start=start_s, end=start_s + 400 * 60, step=60, timeout=timeout)
+            with contextlib.closing(Client(started.port)) as client:
+                return client.ask("POST", "/api/v1/query_range", form, Content_Type=FORM)
+
+        first = ask("60")
+        assert first.status == 200
+        again = eventually(lambda: (answer := ask("0.1")).status == 200 and answer)
+        assert again.json == first.json
+        push(started.port, (({"__name__": "x"}, 3.0, start_s + 60.0 * n + 1) for n in range(300, 480)))
+        changed = ask("60").json["data"]["result"][0]["values"]
+        before = first.json["data"]["result"][0]["values"]
+        assert changed[:301] == before[:301]
+        assert {value for _, value in before} == {"1"} and changed[-1][1] == "3"
 
 
 ATTACKS = (
