@@ -8146,6 +8146,14 @@ def _distinct(columns: Iterable[Column]) -> list[Column]:
     return there
 
 
+def _has_gaps(values: Sequence[float | None]) -> bool:
+    try:
+        sum(values)  # type: ignore[arg-type]  # 2 µs for 360 values; `None in values` takes 16
+    except TypeError:
+        return True
+    return False
+
+
 def _is_empty(values: list[float | None]) -> bool:
     return not values or (values[-1] is None and values.count(None) == len(values))
 
@@ -8158,7 +8166,7 @@ def _joined(one: Column, other: Column, reason: str) -> Column:
 
 
 def _mapped(function: Callable[[float], float], values: list[float | None]) -> list[float | None]:
-    if None in values:
+    if _has_gaps(values):
         return [None if value is None else function(value) for value in values]
     return list(map(function, values))  # type: ignore[arg-type]
 
@@ -8168,7 +8176,7 @@ def _paired(
     left: Sequence[float | None],
     right: Sequence[float | None],
 ) -> list[float | None]:
-    if None in left or None in right:
+    if _has_gaps(left) or _has_gaps(right):
         return [None if a is None or b is None else function(a, b) for a, b in zip(left, right)]
     if function is _divide:  # in C, unless a divisor is 0
         with contextlib.suppress(ZeroDivisionError):
@@ -8179,7 +8187,7 @@ def _paired(
 def _series_of(column: Column, steps: range) -> Series:
     """A column as a series of the steps at which it has a value."""
     labels, values = column
-    if None not in values:
+    if not _has_gaps(values):
         return Series(labels, array("q", steps), array("d", values))  # type: ignore[arg-type]
     there = [(step, value) for step, value in zip(steps, values) if value is not None]
     return Series(
@@ -8566,7 +8574,7 @@ def _rows(columns: list[Column], limits: _Limits) -> Iterator[Sequence[float]]:
     """The values that are there, step by step."""
     limits.spend(10 * len(columns[0].values))
     rows: Iterator[Any] = zip(*(values for _, values in columns))
-    if not any(None in values for _, values in columns):
+    if not any(_has_gaps(values) for _, values in columns):
         return rows
     # where groups are small, `in` is cheaper than a copy: 0.1 µs a row; equal at 50 values
     return ([value for value in row if value is not None] if None in row else row for row in rows)

@@ -7375,7 +7375,7 @@ DASHBOARD = {
     "quantile of buckets": "histogram_quantile(0.9, sum by (le) (rate(latency_bucket[5m])))",
     "topk": "topk(5, sum by (host) (rate(m_total[5m])))",
     "avg by": "avg by (host) (load)",
-    "subquery": "max_over_time(sum(rate(latency_bucket[5m]))[30m:1m])",
+    "subquery": "max_over_time(sum(rate(latency_bucket[5m]))[29m59s:1m])",
     "ratio of two": "sum(rate(latency_bucket{le='0.1'}[5m])) / sum(rate(latency_bucket{le='+Inf'}[5m]))",
     "predict_linear": "predict_linear(load[1h], 3600)",
     "absent": 'absent(load{host="none"})',
