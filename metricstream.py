@@ -10942,33 +10942,18 @@ _STORE_STATISTICS = (
 
 
 # ==================================================================================================
-# 29. YAML
+# 29. Scalars of YAML
 # ==================================================================================================
 #
 # The problem: rule files are YAML, the standard library reads none, and all of YAML is far more
 # than rule files use. The idea: recursive descent as in the JSON chapter, over the part that they
-# do use: maps and lists in block and flow style, every kind of scalar, anchors, aliases and merges.
-# A scalar stays text: whoever asks for a field knows its type, so `0x10` and `no` are never read as
-# something else. What is left out (tags, directives, keys with `?`, tabs that indent) is an error
-# with its place.
-#
-# An alias is the node itself, not a copy, and what all aliases stand for is bounded. Where YAML 1.1
-# leaves a choice, it is made as libyaml and go-yaml make it, which Prometheus uses.
+# do use. This chapter reads pieces of text: plain, quoted, and in blocks. A scalar stays text:
+# whoever asks for a field knows its type, so `0x10` and `no` are never read as something else. It
+# knows where each piece of it stands, as an error in a query inside a rule has a place in the file.
 #
 # The source: https://yaml.org/spec/1.1/
 
-MAX_YAML_DEPTH = 64
-MAX_ALIASED = 1_000_000  # characters that the aliases of a document stand for
-
-_UNPRINTABLE = re.compile(
-    "[^\t\n -~\x85\xa0-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]"
-)
-_DOCUMENT_MARKER = re.compile(r"(?<=\n)(?:---|\.\.\.)(?=[ \t\n\0])")
-# Blanks and comments up to the next token. Tabs may stand behind a token, but not before one.
 _COMMENT = r"(?:\#[^\n\0]*+)?+"
-_UP_TO_TOKEN = re.compile(rf"[ \t]*+{_COMMENT}(?:\n(?:[ ]++\t[ \t]*+(?=\n)|[ ]*+{_COMMENT}))*+")
-_UP_TO_FLOW_TOKEN = re.compile(r"(?:[ \t\n]++|\#[^\n\0]*+)*+")
-_END_OF_LINE = re.compile(rf"[ \t]*+{_COMMENT}(?=[\n\0])")
 
 # Plain scalars: a first character that is no indicator, and no ": " or " #" behind it.
 _VISIBLE = r"[^ \t\n\0]"
@@ -10981,12 +10966,6 @@ _BLOCK_REST = re.compile(_PLAIN_REST)  # further lines
 _FLOW_PLAIN = re.compile(rf"(?:{_PLAIN_FIRST}|-(?={_VISIBLE})){_FLOW_PLAIN_REST}")
 _FLOW_REST = re.compile(_FLOW_PLAIN_REST)
 _NEXT_LINE = re.compile(r"[ \t]*+\n([ ]*+)([ \t]*+)")
-_LIST_ITEM = re.compile(r"-(?=[ \t\n\0])")
-_ANCHOR = re.compile(r"[&*]([A-Za-z0-9_-]++)(?=[ \t\n\0,\]}])")
-_KEY = re.compile(
-    rf"(?:&[A-Za-z0-9_-]++[ \t]++)?+(?:{_PLAIN_LINE}"
-    r"|\"(?:[^\"\\\n\0]++|\\.)*+\"|'(?:[^'\n\0]++|'')*+')[ \t]*+:(?=[ \t\n\0])"
-)
 
 _QUOTED_TEXT = re.compile(r"(?:[^'\"\\ \t\n\0]++|[ \t]++(?!\n))++")
 _LINE_FOLD = re.compile(r"[ \t]*+\n[ \t]*+(?:\n[ \t]*+)*+")
@@ -11062,7 +11041,6 @@ class YamlMap(NamedTuple):
 
 
 YamlNode = YamlScalar | YamlList | YamlMap
-_Entries = dict[str, tuple[YamlScalar, YamlNode]]
 
 
 def _nothing(position: int) -> YamlScalar:
@@ -11106,6 +11084,154 @@ class YamlDocument:
     def indentation(self, position: int) -> int:
         """How far a position is from the beginning of its line."""
         return position - self.text.rfind("\n", 0, position) - 1
+
+
+def _scalar_of(pieces: list[tuple[str, int]], position: int, plain: bool = False) -> YamlScalar:
+    """A scalar of pieces of text and their positions."""
+    offsets = itertools.accumulate((len(piece) for piece, _ in pieces), initial=0)
+    starts = [(offset, start) for offset, (_, start) in zip(offsets, pieces)]
+    text = "".join(piece for piece, _ in pieces)
+    return YamlScalar(text, position, plain, starts or [(0, position)])
+
+
+def _fold(breaks: int) -> str:
+    """What line breaks between two lines of text become: one a space, more of them one less."""
+    return " " if breaks == 1 else "\n" * (breaks - 1)
+
+
+def _plain(src: YamlDocument, position: int, indent: int, in_flow: bool) -> tuple[YamlScalar, int]:
+    text = src.text
+    first = _FLOW_PLAIN.match(text, position) if in_flow else _BLOCK_PLAIN.match(text, position)
+    if first is None:
+        letter = text[position]
+        reason = f"text that begins with {letter!a} needs quotes"
+        raise src.error(_MISPLACED.get(letter, reason), position)
+    pieces, end = [(first[0], position)], first.end()
+    while True:
+        breaks, start = 0, end
+        while line := _NEXT_LINE.match(text, start):
+            breaks, start = breaks + 1, line.end()
+            if line[2] and len(line[1]) <= indent:
+                raise src.error(_MISPLACED["\t"], line.start(2))
+        if not breaks or src.indentation(start) <= indent:
+            break
+        rest = _FLOW_REST.match(text, start) if in_flow else _BLOCK_REST.match(text, start)
+        if not rest or not rest[0]:
+            break
+        pieces += [(_fold(breaks), end), (rest[0], start)]
+        end = rest.end()
+    return _scalar_of(pieces, position, plain=True), end
+
+
+def _quoted_scalar(src: YamlDocument, position: int) -> tuple[YamlScalar, int]:
+    start, quote = position, src.text[position]
+    pieces: list[tuple[str, int]] = []
+    position += 1
+    while True:
+        if run := _QUOTED_TEXT.match(src.text, position):
+            pieces.append((run[0], position))
+            position = run.end()
+        letter = src.text[position]
+        piece, end = letter, position + 1
+        if fold := _LINE_FOLD.match(src.text, position):
+            piece, end = _fold(fold[0].count("\n")), fold.end()
+        elif letter == "\\" and quote == '"':
+            piece, end = _yaml_escape(src, position)
+        elif quote == "'" and src.text.startswith("''", position):
+            end += 1
+        elif letter == quote:
+            return _scalar_of(pieces, start), end
+        elif letter == "\0":
+            raise src.error(f"no {quote} ends this text", start)
+        pieces.append((piece, position))
+        position = end
+
+
+def _yaml_escape(src: YamlDocument, position: int) -> tuple[str, int]:
+    match = _YAML_ESCAPE.match(src.text, position)
+    if match is None:
+        raise src.error(f"unknown escape {src.text[position : position + 2]!a}", position)
+    if match["letter"]:
+        return _YAML_LETTERS.get(match["letter"], match["letter"]), match.end()
+    if match["breaks"] is not None:
+        return match["breaks"].count("\n") * "\n", match.end()
+    if match["pair"]:  # as JSON has it
+        high, low = int(match["pair"][1:5], 16), int(match["pair"][7:], 16)
+        return chr(0x10000 + ((high - 0xD800) << 10) + low - 0xDC00), match.end()
+    code = int(match["x"] or match["u"] or match["U"], 16)
+    if code > 0x10FFFF or 0xD800 <= code < 0xE000:
+        raise src.error("escape of no character", position)
+    return chr(code), match.end()
+
+
+def _block_scalar(src: YamlDocument, position: int, indent: int) -> tuple[YamlScalar, int]:
+    """A literal or folded scalar: the lines that are indented as far as the first one is."""
+    header, style = _BLOCK_HEADER.match(src.text, position), src.text[position]
+    if header is None:
+        reason = f"only '+' or '-', a digit and a comment can follow {style!r}"
+        raise src.error(reason, position)
+    chomp = header[1] or header[4] or ""
+    digit = header[2] or header[3]
+    width = max(indent, 0) + int(digit or 1)
+    if not digit:  # that of the first line with text
+        blank = _INDENTATIONS.match(src.text, header.end())
+        assert blank  # it matches the empty string
+        if src.text[blank.end()] == "\t":
+            raise src.error(_MISPLACED["\t"], blank.end())
+        width = max(width, *map(len, blank[0].split("\n")))
+    pieces: list[tuple[str, int]] = []
+    end, breaks, begins_blank = header.end(), 0, True
+    while line := _BLOCK_LINE.match(src.text, end):
+        breaks += 1
+        start, stop = line.start(1) + width, line.end()
+        if start < stop and start <= line.end(1):
+            is_blank = src.text[start] in " \t"
+            if not pieces:
+                joint = "\n" * (breaks - 1)
+            elif style == ">" and not is_blank and not begins_blank:
+                joint = _fold(breaks)
+            else:
+                joint = "\n" * breaks
+            pieces += [(joint, end), (src.text[start:stop], start)]
+            breaks, begins_blank = 0, is_blank
+        elif line[2]:
+            if line[2][0] == "\t":
+                raise src.error(_MISPLACED["\t"], line.start(2))
+            break
+        end = stop
+    last = breaks if pieces else breaks - 1
+    kept = {"+": last, "-": 0, "": min(last, 1) if pieces else 0}[chomp]
+    return _scalar_of([*pieces, ("\n" * kept, end)], position), end
+
+
+# ==================================================================================================
+# 30. YAML
+# ==================================================================================================
+#
+# Maps and lists in block and flow style, anchors, aliases and merges. What is left out (tags,
+# directives, keys with `?`, tabs that indent) is an error with its place.
+#
+# An alias is the node itself, not a copy, and what all aliases stand for is bounded. Where YAML 1.1
+# leaves a choice, it is made as libyaml and go-yaml make it, which Prometheus uses.
+
+MAX_YAML_DEPTH = 64
+MAX_ALIASED = 1_000_000  # characters that the aliases of a document stand for
+
+_UNPRINTABLE = re.compile(
+    "[^\t\n -~\x85\xa0-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]"
+)
+_DOCUMENT_MARKER = re.compile(r"(?<=\n)(?:---|\.\.\.)(?=[ \t\n\0])")
+# Blanks and comments up to the next token. Tabs may stand behind a token, but not before one.
+_UP_TO_TOKEN = re.compile(rf"[ \t]*+{_COMMENT}(?:\n(?:[ ]++\t[ \t]*+(?=\n)|[ ]*+{_COMMENT}))*+")
+_UP_TO_FLOW_TOKEN = re.compile(r"(?:[ \t\n]++|\#[^\n\0]*+)*+")
+_END_OF_LINE = re.compile(rf"[ \t]*+{_COMMENT}(?=[\n\0])")
+_LIST_ITEM = re.compile(r"-(?=[ \t\n\0])")
+_ANCHOR = re.compile(r"[&*]([A-Za-z0-9_-]++)(?=[ \t\n\0,\]}])")
+_KEY = re.compile(
+    rf"(?:&[A-Za-z0-9_-]++[ \t]++)?+(?:{_PLAIN_LINE}"
+    r"|\"(?:[^\"\\\n\0]++|\\.)*+\"|'(?:[^'\n\0]++|'')*+')[ \t]*+:(?=[ \t\n\0])"
+)
+_Entries = dict[str, tuple[YamlScalar, YamlNode]]
 
 
 def parse_yaml(text: str | bytes) -> YamlDocument:
@@ -11359,126 +11485,8 @@ def _flow_comma(src: YamlDocument, position: int, bracket: str) -> int:
     return position
 
 
-def _scalar_of(pieces: list[tuple[str, int]], position: int, plain: bool = False) -> YamlScalar:
-    """A scalar of pieces of text and their positions."""
-    offsets = itertools.accumulate((len(piece) for piece, _ in pieces), initial=0)
-    starts = [(offset, start) for offset, (_, start) in zip(offsets, pieces)]
-    text = "".join(piece for piece, _ in pieces)
-    return YamlScalar(text, position, plain, starts or [(0, position)])
-
-
-def _fold(breaks: int) -> str:
-    """What line breaks between two lines of text become: one a space, more of them one less."""
-    return " " if breaks == 1 else "\n" * (breaks - 1)
-
-
-def _plain(src: YamlDocument, position: int, indent: int, in_flow: bool) -> tuple[YamlScalar, int]:
-    text = src.text
-    first = _FLOW_PLAIN.match(text, position) if in_flow else _BLOCK_PLAIN.match(text, position)
-    if first is None:
-        letter = text[position]
-        reason = f"text that begins with {letter!a} needs quotes"
-        raise src.error(_MISPLACED.get(letter, reason), position)
-    pieces, end = [(first[0], position)], first.end()
-    while True:
-        breaks, start = 0, end
-        while line := _NEXT_LINE.match(text, start):
-            breaks, start = breaks + 1, line.end()
-            if line[2] and len(line[1]) <= indent:
-                raise src.error(_MISPLACED["\t"], line.start(2))
-        if not breaks or src.indentation(start) <= indent:
-            break
-        rest = _FLOW_REST.match(text, start) if in_flow else _BLOCK_REST.match(text, start)
-        if not rest or not rest[0]:
-            break
-        pieces += [(_fold(breaks), end), (rest[0], start)]
-        end = rest.end()
-    return _scalar_of(pieces, position, plain=True), end
-
-
-def _quoted_scalar(src: YamlDocument, position: int) -> tuple[YamlScalar, int]:
-    start, quote = position, src.text[position]
-    pieces: list[tuple[str, int]] = []
-    position += 1
-    while True:
-        if run := _QUOTED_TEXT.match(src.text, position):
-            pieces.append((run[0], position))
-            position = run.end()
-        letter = src.text[position]
-        piece, end = letter, position + 1
-        if fold := _LINE_FOLD.match(src.text, position):
-            piece, end = _fold(fold[0].count("\n")), fold.end()
-        elif letter == "\\" and quote == '"':
-            piece, end = _yaml_escape(src, position)
-        elif quote == "'" and src.text.startswith("''", position):
-            end += 1
-        elif letter == quote:
-            return _scalar_of(pieces, start), end
-        elif letter == "\0":
-            raise src.error(f"no {quote} ends this text", start)
-        pieces.append((piece, position))
-        position = end
-
-
-def _yaml_escape(src: YamlDocument, position: int) -> tuple[str, int]:
-    match = _YAML_ESCAPE.match(src.text, position)
-    if match is None:
-        raise src.error(f"unknown escape {src.text[position : position + 2]!a}", position)
-    if match["letter"]:
-        return _YAML_LETTERS.get(match["letter"], match["letter"]), match.end()
-    if match["breaks"] is not None:
-        return match["breaks"].count("\n") * "\n", match.end()
-    if match["pair"]:  # as JSON has it
-        high, low = int(match["pair"][1:5], 16), int(match["pair"][7:], 16)
-        return chr(0x10000 + ((high - 0xD800) << 10) + low - 0xDC00), match.end()
-    code = int(match["x"] or match["u"] or match["U"], 16)
-    if code > 0x10FFFF or 0xD800 <= code < 0xE000:
-        raise src.error("escape of no character", position)
-    return chr(code), match.end()
-
-
-def _block_scalar(src: YamlDocument, position: int, indent: int) -> tuple[YamlScalar, int]:
-    """A literal or folded scalar: the lines that are indented as far as the first one is."""
-    header, style = _BLOCK_HEADER.match(src.text, position), src.text[position]
-    if header is None:
-        reason = f"only '+' or '-', a digit and a comment can follow {style!r}"
-        raise src.error(reason, position)
-    chomp = header[1] or header[4] or ""
-    digit = header[2] or header[3]
-    width = max(indent, 0) + int(digit or 1)
-    if not digit:  # that of the first line with text
-        blank = _INDENTATIONS.match(src.text, header.end())
-        assert blank  # it matches the empty string
-        if src.text[blank.end()] == "\t":
-            raise src.error(_MISPLACED["\t"], blank.end())
-        width = max(width, *map(len, blank[0].split("\n")))
-    pieces: list[tuple[str, int]] = []
-    end, breaks, begins_blank = header.end(), 0, True
-    while line := _BLOCK_LINE.match(src.text, end):
-        breaks += 1
-        start, stop = line.start(1) + width, line.end()
-        if start < stop and start <= line.end(1):
-            is_blank = src.text[start] in " \t"
-            if not pieces:
-                joint = "\n" * (breaks - 1)
-            elif style == ">" and not is_blank and not begins_blank:
-                joint = _fold(breaks)
-            else:
-                joint = "\n" * breaks
-            pieces += [(joint, end), (src.text[start:stop], start)]
-            breaks, begins_blank = 0, is_blank
-        elif line[2]:
-            if line[2][0] == "\t":
-                raise src.error(_MISPLACED["\t"], line.start(2))
-            break
-        end = stop
-    last = breaks if pieces else breaks - 1
-    kept = {"+": last, "-": 0, "": min(last, 1) if pieces else 0}[chomp]
-    return _scalar_of([*pieces, ("\n" * kept, end)], position), end
-
-
 # ==================================================================================================
-# 30. Fields
+# 31. Fields
 # ==================================================================================================
 #
 # The problem: whoever writes a file wants to know everything that is wrong with it, and where. The
@@ -11590,7 +11598,7 @@ def _read_duration_ms(text: str) -> int:
 
 
 # ==================================================================================================
-# 31. Rule files
+# 32. Rule files
 # ==================================================================================================
 #
 # The problem: rules are written for Prometheus, and a fault in an expression should be known before
@@ -11776,7 +11784,7 @@ class _RuleReader(FieldReader):
 
 
 # ==================================================================================================
-# 32. Values of templates
+# 33. Values of templates
 # ==================================================================================================
 #
 # The problem: what a template prints must not differ by a character from what Go prints. The idea:
@@ -11997,7 +12005,7 @@ _METHODS = {datetime.datetime: _TIME_METHODS, datetime.timedelta: _DURATION_METH
 
 
 # ==================================================================================================
-# 33. Formats of templates
+# 34. Formats of templates
 # ==================================================================================================
 #
 # What `printf` and `print` write, for every verb, flag and kind of value: Go's fmt package once
@@ -12361,7 +12369,7 @@ def _printed(*values: Any) -> str:
 
 
 # ==================================================================================================
-# 34. Functions of templates
+# 35. Functions of templates
 # ==================================================================================================
 #
 # What every template may call: the functions that Go has. A function is a row with the types of its
@@ -12528,7 +12536,7 @@ _GO_FUNCTIONS = {
 
 
 # ==================================================================================================
-# 35. Functions of alerts
+# 36. Functions of alerts
 # ==================================================================================================
 #
 # The functions that Prometheus adds for rules, and those that Alertmanager adds for notifications.
@@ -12850,7 +12858,7 @@ NOTIFICATION_FUNCTIONS = _COMMON_FUNCTIONS | {
 
 
 # ==================================================================================================
-# 36. Template items
+# 37. Template items
 # ==================================================================================================
 #
 # The problem: labels and annotations of alerts, and what is sent to a webhook, are templates of
@@ -13033,7 +13041,7 @@ def _number_value(text: str) -> int | float:
 
 
 # ==================================================================================================
-# 37. Template parser
+# 38. Template parser
 # ==================================================================================================
 #
 # Items become a tree, and the next chapter walks over the tree. What `text` holds in a node is what
@@ -13417,7 +13425,7 @@ def _is_blank(statements: list[_Statement]) -> bool:
 
 
 # ==================================================================================================
-# 38. Templates
+# 39. Templates
 # ==================================================================================================
 #
 # A walk over the tree prints, and each step is Go's. What a label holds is printed and never read
@@ -13774,7 +13782,7 @@ class _TemplateRun:
 
 
 # ==================================================================================================
-# 39. Alerting
+# 40. Alerting
 # ==================================================================================================
 #
 # The problem: whether something is wrong is asked again and again, and what was found must neither
@@ -14417,7 +14425,7 @@ def _page_of(groups: list[dict[str, Any]], limit_text: str, token: str) -> dict[
 
 
 # ==================================================================================================
-# 40. Rule tests
+# 41. Rule tests
 # ==================================================================================================
 #
 # The problem: a rule that was never seen to fire is a guess. The idea: evaluate rules as the
@@ -14941,7 +14949,7 @@ def firing_bar(times: Iterable[tuple[int, int]], start_ms: int, end_ms: int) -> 
 
 
 # ==================================================================================================
-# 41. Alerts and routes
+# 42. Alerts and routes
 # ==================================================================================================
 #
 # The problem: hundreds of alerts fire at once, and each is for somebody else. The idea is that of
@@ -15080,7 +15088,7 @@ def route_key(parent_key: str | None, matchers: Iterable[Matcher]) -> str:
 
 
 # ==================================================================================================
-# 42. Notification configuration
+# 43. Notification configuration
 # ==================================================================================================
 #
 # The problem: who is told what stands in a file, credentials included, and people have such files
@@ -15578,7 +15586,7 @@ class _ConfigReader(FieldReader):
 
 
 # ==================================================================================================
-# 43. Notification
+# 44. Notification
 # ==================================================================================================
 #
 # The problem: each firing and each resolve is told once, although alerts come in again every
@@ -16125,7 +16133,7 @@ def _merged(old: Alert, new: Alert, now: float) -> Alert:
 
 
 # ==================================================================================================
-# 44. Receivers
+# 45. Receivers
 # ==================================================================================================
 #
 # The problem: a notification has to reach a service that may be slow, gone or wrong about what it
@@ -16597,7 +16605,7 @@ _CLIENT_STATISTICS: tuple[tuple[str, str, str, Callable[[_Queue], float]], ...] 
 
 
 # ==================================================================================================
-# 45. Alertmanager API
+# 46. Alertmanager API
 # ==================================================================================================
 #
 # The problem: people silence alerts with amtool, look at them in Grafana, and another Prometheus
@@ -16937,7 +16945,7 @@ def _silence_json(silence: Silence, now: float) -> dict[str, Any]:
 
 
 # ==================================================================================================
-# 46. Watcher process
+# 47. Watcher process
 # ==================================================================================================
 #
 # The problem: 200 heavy rules must not slow a POST, a receiver that hangs must not hold up a rule,
@@ -17611,7 +17619,7 @@ def watch_main(arguments: list[str]) -> int:
 
 
 # ==================================================================================================
-# 47. Watcher client
+# 48. Watcher client
 # ==================================================================================================
 #
 # The front's end of the watcher: it gives the watcher connections to this server, hands over what
@@ -17710,7 +17718,7 @@ EMPTY_WATCHER = {
 
 
 # ==================================================================================================
-# 48. Dashboard
+# 49. Dashboard
 # ==================================================================================================
 #
 # The problem: whoever pushed something wants to look at it without installing anything. The idea:
@@ -19300,7 +19308,7 @@ def dashboard_routes(
 
 
 # ==================================================================================================
-# 49. Remote write
+# 50. Remote write
 # ==================================================================================================
 #
 # The problem: who outgrows one machine has an engine for many, and it wants samples in a protocol
@@ -19658,7 +19666,7 @@ def _retry_after_s(text: str) -> float | None:
 
 
 # ==================================================================================================
-# 50. Sender process
+# 51. Sender process
 # ==================================================================================================
 #
 # The problem: every sample of the log is to reach a receiver, whatever dies in between and however
@@ -20192,61 +20200,11 @@ class AgentSegments:
 
 
 # ==================================================================================================
-# 51. Command line
+# 52. Options
 # ==================================================================================================
 #
-# Options become objects, one line says what is running, and a signal ends it. What goes wrong
-# before that is one line on stderr.
-
-
-LOG_CLOSE_S = 0.8  # so long a stop waits for the disk
-
-
-class LineWriter(logging.Handler):
-    """Writes lines to a file descriptor, and never waits for whoever reads it: a thread writes.
-
-    A terminal that is stopped, a full disk or a pipe that nobody reads costs lines, which are
-    counted, and nothing else.
-    """
-
-    MAX_LINES = 10_000  # that wait
-
-    def __init__(self, descriptor: int):
-        super().__init__()
-        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        self._descriptor = descriptor
-        self.dropped = 0
-        # To the thread that writes; None: it is to end. A SimpleQueue needs no lock.
-        self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._write_lines, name="lines", daemon=True)
-        self._thread.start()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Called by logging."""
-        self.say(self.format(record))
-
-    def say(self, line: str) -> None:
-        """Write a line, sooner or later."""
-        if self._lines.qsize() >= self.MAX_LINES:
-            self.dropped += 1
-        else:
-            self._lines.put(line.encode(errors="backslashreplace") + b"\n")
-
-    def _write_lines(self) -> None:
-        while (line := self._lines.get()) is not None:
-            try:
-                while line:
-                    line = line[os.write(self._descriptor, line) :]
-            except BlockingIOError:  # somebody has made it so: then it is waited for here
-                select.select([], [self._descriptor], [], 1.0)
-                self.dropped += 1
-            except OSError:  # nobody is left to be told
-                self.dropped += 1
-
-    def finish(self, timeout_s: float) -> None:
-        """Write what waits, as far as the time allows."""
-        self._lines.put(None)
-        self._thread.join(timeout_s)
+# What a user can choose, with its default and the sentence that `--help` prints: a part of the
+# contract with users. Words become values here, and a mistake is one line and exit status 2.
 
 
 class _Parser(argparse.ArgumentParser):
@@ -20399,9 +20357,55 @@ def _external_label(text: str) -> tuple[str, str]:
     return name, value
 
 
+def parse_options(arguments: list[str]) -> argparse.Namespace:
+    """The options of a server; exits with status 2 where some don't go together."""
+    parser = argument_parser()
+    options = parser.parse_args(arguments)
+    watching = options.rules or options.notify or options.webhook
+    receivers = {Receiver(url).name for url in options.remote_write}
+    for wrong, reason in (
+        (options.stripes & (options.stripes - 1),
+         f"argument --stripes: {options.stripes} is not a power of two"),
+        ((options.tls_cert is None) != (options.tls_key is None),
+         "--tls-cert and --tls-key go together"),
+        (options.agent and watching,
+         "--agent keeps no store, which --rules and notifications need"),
+        (options.agent and not receivers, "--agent needs a receiver: --remote-write URL"),
+        (len(receivers) < len(options.remote_write),
+         "argument --remote-write: the same receiver twice"),
+        (options.dashboards is not None and not os.path.isdir(options.dashboards or ""),
+         f"argument --dashboards: {options.dashboards!a} is no folder"),
+        (options.new_client is not None and not _CLIENT_NAME.fullmatch(options.new_client or ""),
+         f"argument --new-client: {options.new_client!a} must be a letter and up to 63 letters, "
+         "digits, '.', '_' or '-'"),
+    ):  # fmt: skip
+        if wrong:
+            parser.error(reason)
+    return options
+
+
+# ==================================================================================================
+# 53. Commands
+# ==================================================================================================
+#
+# What is asked without a server: the store of a folder, rule files, unit tests of rules, a test
+# notification. Each returns its exit status: 0, or 1 with the reasons on stderr.
+
+
+def complain(reason: str) -> int:
+    """Say why nothing can be done, a line each; the exit status."""
+    for line in reason.splitlines():
+        print(f"metricstream.py: error: {line}", file=sys.stderr)
+    return 1
+
+
+def _command(name: str, description: str) -> argparse.ArgumentParser:
+    return _Parser(prog=f"metricstream.py {name}", description=description)
+
+
 def query_main(arguments: list[str]) -> int:
     """`query EXPRESSION`: ask the store of a folder, without a server; returns the exit status."""
-    parser = _Parser(prog="metricstream.py query", description="Ask what was pushed, in PromQL.")
+    parser = _command("query", "Ask what was pushed, in PromQL.")
     parser.add_argument("expression", help="such as 'sum(rate(requests_total[5m]))'")
     parser.add_argument("--data-dir", metavar="DIR", default=".", help="default: here")
     parser.add_argument("--time", metavar="TIME", help="Unix seconds or ISO 8601 (default: now)")
@@ -20412,7 +20416,7 @@ def query_main(arguments: list[str]) -> int:
         time_ms = _api_time_ms(options.time, "time") if options.time else int(time.time() * 1000)
         result = Engine(_stored(options.data_dir).select).instant(options.expression, time_ms)
     except (APIError, QueryError, ExecutionError, OSError) as error:
-        return _complain(str(error))
+        return complain(str(error))
     if options.json:
         print(f'{{"status":"success","data":{result_json(result)}}}')
     else:
@@ -20426,6 +20430,64 @@ def _stored(folder: str) -> Store:
     for _ in store.open(log=os.path.join(folder, LOG_NAME)):
         pass
     return store
+
+
+def _table(result: Result) -> str:
+    """A result for people: a line a sample."""
+    rows: list[tuple[str, str, str]] = []
+    if isinstance(result, ScalarResult):
+        rows.append(("scalar", utc_timestamp(result.time_ms), format_value(result.value)))
+    elif isinstance(result, StringResult):
+        rows.append(("string", utc_timestamp(result.time_ms), write_json(result.value)))
+    elif isinstance(result, VectorResult):
+        for labels, value in result.samples:
+            rows.append((_series_text(labels), utc_timestamp(result.time_ms), format_value(value)))
+    else:
+        for series in result.series:
+            for time_ms, value in zip(series.times_ms, series.values):
+                rows.append(
+                    (_series_text(series.labels), utc_timestamp(time_ms), format_value(value))
+                )
+    width = max((len(name) for name, _, _ in rows), default=0)
+    return "".join(f"{name:{width}}  {when}  {value}\n" for name, when, value in rows)
+
+
+def _series_text(labels: dict[str, str]) -> str:
+    """A series as one writes it in a query; what is not printable is escaped."""
+    name = labels.get(NAME, "")
+    if not PLAIN_NAME.fullmatch(name):
+        return labels_text(labels)
+    rest = _nameless(labels)
+    return name + (labels_text(rest) if rest else "")
+
+
+def check_rules_main(arguments: list[str]) -> int:
+    """`check-rules FILE…`: say all that is wrong with rule files; returns the exit status."""
+    parser = _command("check-rules", "Check rule files.")
+    parser.add_argument("files", metavar="FILE", nargs="+", help="rules of Prometheus, as YAML")
+    parser.add_argument("--data-dir", metavar="DIR",
+                        help="say which selectors match no series that is stored here")  # fmt: skip
+    options = parser.parse_args(arguments)
+    sys.setrecursionlimit(MAX_RECURSION)
+    status = 0
+    try:
+        store = _stored(options.data_dir) if options.data_dir is not None else None
+    except OSError as error:
+        return complain(str(error))
+    for path in options.files:
+        print(f"Checking {path}", flush=True)
+        try:
+            checked = load_rules(path)
+        except (OSError, FaultyFile) as error:
+            status = 1
+            print(f"  FAILED:\n{_why(path, error)}\n", file=sys.stderr, flush=True)
+        else:
+            rules = sum(len(group.rules) for group in checked.groups)
+            warnings = "".join(f"  WARNING: {warning}\n" for warning in checked.warnings)
+            print(f"  SUCCESS: {rules} rules found\n{warnings}")
+            for line in _silent_rules(checked, store) if store else ():
+                print(f"  {line}")
+    return status
 
 
 def _why(path: str, error: Exception) -> str:
@@ -20445,36 +20507,12 @@ def _silent_rules(checked: RuleFile, store: Store) -> Iterator[str]:
                     yield f"line {rule.line}: {rule.name}: no series matches {selector}"
 
 
-def test_notify_main(arguments: list[str]) -> int:
-    """`test-notify FILE`: send a test to each receiver; the exit status."""
-    parser = _Parser(
-        prog="metricstream.py test-notify",
-        description="Send one marked test notification to each receiver.",
-    )
-    parser.add_argument("file", metavar="FILE", help="a configuration file of Alertmanager")
-    parser.add_argument("--external-url", metavar="URL", default="http://localhost:8080",
-                        help="how people reach the server")  # fmt: skip
-    options = parser.parse_args(arguments)
-    try:
-        config = load_notify(WatchOptions("", notify=options.file))
-    except WatchError as error:
-        return _complain(str(error))
-    assert config is not None  # there is a file
-    failed = 0
-    for delivery in test_deliveries(config, options.external_url, time.time()):
-        outcome = deliver(delivery)
-        failed += bool(outcome)
-        print(f"{delivery.name}: {outcome or 'it arrived'}", flush=True)
-    return int(failed > 0)
-
-
 def test_rules_main(arguments: list[str]) -> int:
     """`test-rules FILE…`: promtool's unit tests, or rules over what is stored; the exit status."""
-    parser = _Parser(
-        prog="metricstream.py test-rules",
-        description="Run unit tests of rules, in promtool's format. With --data-dir: run rule "
+    parser = _command(
+        "test-rules", "Run unit tests of rules, in promtool's format. With --data-dir: run rule "
         "files over what is stored, and show when each alert would have fired.",
-    )
+    )  # fmt: skip
     parser.add_argument("files", metavar="FILE", nargs="+", help="tests, or rules with --data-dir")
     parser.add_argument("--run", metavar="REGEX", action="append", default=[],
                         help="only tests of such names; may be repeated")  # fmt: skip
@@ -20488,7 +20526,7 @@ def test_rules_main(arguments: list[str]) -> int:
     try:
         wanted = [compile_regex(f"(?s:.*)(?:{text})(?s:.*)") for text in options.run]
     except ValueError as error:
-        return _complain(str(error))
+        return complain(str(error))
     failed = False
     for path in options.files:
         print(f"Unit Testing:  {path}", flush=True)
@@ -20531,7 +20569,7 @@ def _backtest_files(options: argparse.Namespace) -> int:
         groups = load_groups(WatchOptions(options.data_dir, options.files))
         store = _stored(options.data_dir)
     except (WatchError, OSError) as error:
-        return _complain(str(error))
+        return complain(str(error))
     end_ms = int(time.time() * 1000)
     start_ms = end_ms - int(options.since * 1000)
     fired, failed = backtest(groups, store.select, start_ms, end_ms)
@@ -20553,90 +20591,106 @@ def _backtest_files(options: argparse.Namespace) -> int:
     return int(bool(failed))
 
 
-def _table(result: Result) -> str:
-    """A result for people: a line a sample."""
-    rows: list[tuple[str, str, str]] = []
-    if isinstance(result, ScalarResult):
-        rows.append(("scalar", utc_timestamp(result.time_ms), format_value(result.value)))
-    elif isinstance(result, StringResult):
-        rows.append(("string", utc_timestamp(result.time_ms), write_json(result.value)))
-    elif isinstance(result, VectorResult):
-        for labels, value in result.samples:
-            rows.append((_series_text(labels), utc_timestamp(result.time_ms), format_value(value)))
-    else:
-        for series in result.series:
-            for time_ms, value in zip(series.times_ms, series.values):
-                rows.append(
-                    (_series_text(series.labels), utc_timestamp(time_ms), format_value(value))
-                )
-    width = max((len(name) for name, _, _ in rows), default=0)
-    return "".join(f"{name:{width}}  {when}  {value}\n" for name, when, value in rows)
-
-
-def _series_text(labels: dict[str, str]) -> str:
-    """A series as one writes it in a query; what is not printable is escaped."""
-    name = labels.get(NAME, "")
-    if not PLAIN_NAME.fullmatch(name):
-        return labels_text(labels)
-    rest = _nameless(labels)
-    return name + (labels_text(rest) if rest else "")
-
-
-def check_rules_main(arguments: list[str]) -> int:
-    """`check-rules FILE…`: say all that is wrong with rule files; returns the exit status."""
-    parser = _Parser(prog="metricstream.py check-rules", description="Check rule files.")
-    parser.add_argument("files", metavar="FILE", nargs="+", help="rules of Prometheus, as YAML")
-    parser.add_argument("--data-dir", metavar="DIR",
-                        help="say which selectors match no series that is stored here")  # fmt: skip
+def test_notify_main(arguments: list[str]) -> int:
+    """`test-notify FILE`: send a test to each receiver; the exit status."""
+    parser = _command("test-notify", "Send one marked test notification to each receiver.")
+    parser.add_argument("file", metavar="FILE", help="a configuration file of Alertmanager")
+    parser.add_argument("--external-url", metavar="URL", default="http://localhost:8080",
+                        help="how people reach the server")  # fmt: skip
     options = parser.parse_args(arguments)
-    sys.setrecursionlimit(MAX_RECURSION)
-    status = 0
     try:
-        store = _stored(options.data_dir) if options.data_dir is not None else None
-    except OSError as error:
-        return _complain(str(error))
-    for path in options.files:
-        print(f"Checking {path}", flush=True)
-        try:
-            checked = load_rules(path)
-        except (OSError, FaultyFile) as error:
-            status = 1
-            print(f"  FAILED:\n{_why(path, error)}\n", file=sys.stderr, flush=True)
+        config = load_notify(WatchOptions("", notify=options.file))
+    except WatchError as error:
+        return complain(str(error))
+    assert config is not None  # there is a file
+    failed = 0
+    for delivery in test_deliveries(config, options.external_url, time.time()):
+        outcome = deliver(delivery)
+        failed += bool(outcome)
+        print(f"{delivery.name}: {outcome or 'it arrived'}", flush=True)
+    return int(failed > 0)
+
+
+# ==================================================================================================
+# 54. Starting
+# ==================================================================================================
+#
+# Options become objects, each made of those before it; one line says what is running, and a signal
+# ends it. What goes wrong before that is one line on stderr.
+
+
+LOG_CLOSE_S = 0.8  # so long a stop waits for the disk
+
+
+class LineWriter(logging.Handler):
+    """Writes lines to a file descriptor, and never waits for whoever reads it: a thread writes.
+
+    A terminal that is stopped, a full disk or a pipe that nobody reads costs lines, which are
+    counted, and nothing else.
+    """
+
+    MAX_LINES = 10_000  # that wait
+
+    def __init__(self, descriptor: int):
+        super().__init__()
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        self._descriptor = descriptor
+        self.dropped = 0
+        # To the thread that writes; None: it is to end. A SimpleQueue needs no lock.
+        self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._write_lines, name="lines", daemon=True)
+        self._thread.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Called by logging."""
+        self.say(self.format(record))
+
+    def say(self, line: str) -> None:
+        """Write a line, sooner or later."""
+        if self._lines.qsize() >= self.MAX_LINES:
+            self.dropped += 1
         else:
-            rules = sum(len(group.rules) for group in checked.groups)
-            warnings = "".join(f"  WARNING: {warning}\n" for warning in checked.warnings)
-            print(f"  SUCCESS: {rules} rules found\n{warnings}")
-            for line in _silent_rules(checked, store) if store else ():
-                print(f"  {line}")
-    return status
+            self._lines.put(line.encode(errors="backslashreplace") + b"\n")
+
+    def _write_lines(self) -> None:
+        while (line := self._lines.get()) is not None:
+            try:
+                while line:
+                    line = line[os.write(self._descriptor, line) :]
+            except BlockingIOError:  # somebody has made it so: then it is waited for here
+                select.select([], [self._descriptor], [], 1.0)
+                self.dropped += 1
+            except OSError:  # nobody is left to be told
+                self.dropped += 1
+
+    def finish(self, timeout_s: float) -> None:
+        """Write what waits, as far as the time allows."""
+        self._lines.put(None)
+        self._thread.join(timeout_s)
+
+
+class StartError(Exception):
+    """Why a server can't start."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the server, a sub-command or the store of a server; returns the exit status."""
+    """Run a command, a server or a process of a server; returns the exit status."""
     if arguments is None:
         arguments = sys.argv[1:]
     if arguments[:1] and arguments[0] in _COMMANDS:
         return _COMMANDS[arguments[0]](arguments[1:])
-    parser = argument_parser()
-    options = parser.parse_args(arguments)
-    if options.stripes & (options.stripes - 1):
-        parser.error(f"argument --stripes: {options.stripes} is not a power of two")
-    if (options.tls_cert is None) != (options.tls_key is None):
-        parser.error("--tls-cert and --tls-key go together")
-    if options.agent and (options.rules or options.notify or options.webhook):
-        parser.error("--agent keeps no store, which --rules and notifications need")
-    if options.agent and not options.remote_write:
-        parser.error("--agent needs a receiver: --remote-write URL")
-    if len({Receiver(url).name for url in options.remote_write}) < len(options.remote_write):
-        parser.error("argument --remote-write: the same receiver twice")
-    if options.dashboards is not None and not os.path.isdir(options.dashboards):
-        parser.error(f"argument --dashboards: {options.dashboards!a} is no folder")
+    options = parse_options(arguments)
     if options.new_client is not None:
-        return _make_client(parser, options.new_client)
+        key, line = new_client(options.new_client)
+        print(f"the key of {options.new_client}, shown only now: {key}", file=sys.stderr)
+        print(line)
+        return 0
     lines = LineWriter(1)
     logging.basicConfig(handlers=[lines], level=options.log_level.upper())
     try:
         return _run_server(options, lines)
+    except (StartError, ClientListError, LogError, WatchError) as error:
+        return complain(str(error))
     finally:
         lines.finish(0.5)
 
@@ -20650,54 +20704,13 @@ _COMMANDS = {
 
 def _run_server(options: argparse.Namespace, lines: LineWriter) -> int:
     """Build what a server consists of, run it, and end it; returns the exit status."""
-    max_connections = fit_connections(options.max_connections)
-    if max_connections < options.max_connections:
-        wanted = options.max_connections
-        message = "the limit on open files allows %d connections, not %d"
-        logger.warning(message, max_connections, wanted)
+    tls = _server_tls(options)
+    clients = ClientList.read(options.clients) if options.clients else None
+    watch = _watch_options(options)
+    log = MetricLog(options.data_dir, options.durability)
     try:
-        clients = ClientList.read(options.clients) if options.clients else None
-        tls = tls_context(options.tls_cert, options.tls_key) if options.tls_cert else None
-        watch = _watch_options(options)
-        log = MetricLog(options.data_dir, options.durability)
-    except OSError as error:  # only TLS lets one pass
-        return _complain(_tls_fault(options, error))
-    except (ClientListError, LogError, WatchError) as error:
-        return _complain(str(error))
-    service = _service(options, log, clients, lines)
-    alerting = partial(service.has_route, "/api/v1/alerts")
-    service.add_routes(dashboard_routes(options.dashboards, alerting))
-    try:
-        try:
-            followers, jobs = _followers(options, service)
-        except OSError as error:
-            return _complain(f"can't use certificates {options.remote_write_ca}: {error.strerror}")
-        watcher = WatcherClient(service, watch) if watch else None
-        if watcher:
-            followers.append(watcher.follower)
-            jobs.append((TICK_S, watcher.follower.look))
-        else:
-            service.add_routes(EMPTY_WATCHER)
-        try:
-            server = Server(
-                (options.host, options.port), service, threads=options.threads, tls=tls, jobs=jobs,
-                max_connections=max_connections, reload=partial(_reload, options, watcher),
-            )  # fmt: skip
-        except OSError as error:
-            reason = error.strerror or error
-            return _complain(f"can't listen on {options.host} port {options.port}: {reason}")
-        with server:
-            if watcher:
-                watcher.begin(server.adopt, _url_of(options, server))
-            try:
-                for follower in followers:
-                    follower.look()
-                _serve(options, server, log, lines)
-            finally:
-                for follower in followers:
-                    follower.stop()
-                for follower in followers:
-                    follower.close()
+        service = _service(options, log, clients, lines)
+        _run_processes(options, service, tls, watch, lines)
     finally:
         kept = log.close(LOG_CLOSE_S)
     lines.say(f"stopped {write_json(service.statistics.snapshot())}")
@@ -20712,6 +20725,46 @@ def _run_server(options: argparse.Namespace, lines: LineWriter) -> int:
     os._exit(1)  # its thread can't be ended while the disk holds it up
 
 
+def _run_processes(
+    options: argparse.Namespace, service: Service, tls: ssl.SSLContext | None,
+    watch: WatchOptions | None, lines: LineWriter,
+) -> None:  # fmt: skip
+    """Serve until a signal comes, with the processes beside this one."""
+    followers, jobs = _followers(options, service)
+    watcher = WatcherClient(service, watch) if watch else None
+    if watcher:
+        followers.append(watcher.follower)
+    else:
+        service.add_routes(EMPTY_WATCHER)
+    jobs += [(TICK_S, follower.look) for follower in followers]
+    max_connections = fit_connections(options.max_connections)
+    if max_connections < options.max_connections:
+        message = "the limit on open files allows %d connections, not %d"
+        logger.warning(message, max_connections, options.max_connections)
+    try:
+        server = Server(
+            (options.host, options.port), service, threads=options.threads, tls=tls, jobs=jobs,
+            max_connections=max_connections, reload=partial(_reload, options, watcher),
+        )  # fmt: skip
+    except OSError as error:
+        reason = error.strerror or error
+        raise StartError(f"can't listen on {options.host} port {options.port}: {reason}") from error
+    with server:
+        if watcher:
+            # nobody can go to a wildcard
+            host = socket.gethostname() if options.host in ("0.0.0.0", "::") else options.host
+            watcher.begin(server.adopt, _url_of(host, server))
+        try:
+            for follower in followers:
+                follower.look()
+            _serve(options, server, lines)
+        finally:
+            for follower in followers:
+                follower.stop()
+            for follower in followers:
+                follower.close()
+
+
 def _service(
     options: argparse.Namespace, log: MetricLog, clients: ClientList | None, lines: LineWriter
 ) -> Service:
@@ -20724,7 +20777,10 @@ def _service(
     if options.rate_limit or clients is not None:  # listed clients may have rates of their own
         limiter = SlidingWindowLimiter(options.rate_limit, stripes=options.stripes)
     hosts = [options.host, *options.allowed_host]
-    return Service(log, limiter, statistics, clients=clients, allowed_hosts=hosts)
+    service = Service(log, limiter, statistics, clients=clients, allowed_hosts=hosts)
+    alerting = partial(service.has_route, "/api/v1/alerts")
+    service.add_routes(dashboard_routes(options.dashboards, alerting))
+    return service
 
 
 _Jobs = list[tuple[float, Callable[[], None]]]  # what is to be done, at intervals in seconds
@@ -20739,7 +20795,11 @@ def _followers(options: argparse.Namespace, service: Service) -> tuple[list[Foll
         )
         for url in options.remote_write
     ]  # fmt: skip
-    followers = add_senders(service, targets) if targets else []
+    try:
+        followers = add_senders(service, targets) if targets else []
+    except OSError as error:
+        reason = f"can't use certificates {options.remote_write_ca}: {error.strerror}"
+        raise StartError(reason) from error
     checkpoints = [target.checkpoint for target in targets]
     # The backlog is given up by segments, so that it has to have some.
     most_bytes = max(1, options.remote_write_backlog // 4) if targets else SEGMENT_BYTES
@@ -20753,7 +20813,7 @@ def _followers(options: argparse.Namespace, service: Service) -> tuple[list[Foll
         followers.append(store.follower)
         if options.self_metrics:
             jobs.append((options.self_metrics, store.send_own_metrics))
-    return followers, [(TICK_S, follower.look) for follower in followers] + jobs
+    return followers, jobs
 
 
 def _store(
@@ -20772,30 +20832,6 @@ def _store(
     return store
 
 
-def _serve(options: argparse.Namespace, server: Server, log: MetricLog, lines: LineWriter) -> None:
-    """Say what runs, and run it until a signal ends it."""
-    if server.service.clients is None and not _is_loopback(server):
-        logger.warning("whoever reaches %s may write: see --clients", options.host)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: server.stop_soon())
-    signal.signal(signal.SIGHUP, lambda *_: server.reload_soon())
-    lines.say(_startup_line(options, server, log))
-    server.serve_forever()
-    server.log_decisions()
-
-
-def _make_client(parser: argparse.ArgumentParser, name: str) -> int:
-    if not _CLIENT_NAME.fullmatch(name):
-        parser.error(
-            f"argument --new-client: {name!a} must be a letter and up to 63 letters, digits, '.', "
-            "'_' or '-'"
-        )
-    key, line = new_client(name)
-    print(f"the key of {name}, shown only now: {key}", file=sys.stderr)
-    print(line)
-    return 0
-
-
 def _watch_options(options: argparse.Namespace) -> WatchOptions | None:
     """What a watcher is told, if any is asked for; its files are read once, to see whether they can
     be used. Raises WatchError.
@@ -20812,63 +20848,34 @@ def _watch_options(options: argparse.Namespace) -> WatchOptions | None:
     return watch
 
 
-def _url_of(options: argparse.Namespace, server: Server) -> str:
-    """How others reach the server, as far as it knows itself."""
-    host = socket.gethostname() if options.host in ("0.0.0.0", "::") else options.host
-    host = f"[{host}]" if ":" in host else host
-    return f"{'https' if server.tls else 'http'}://{host}:{server.server_address[1]}"
+def _server_tls(options: argparse.Namespace) -> ssl.SSLContext | None:
+    if options.tls_cert is None:
+        return None
+    try:
+        return tls_context(options.tls_cert, options.tls_key)
+    except OSError as error:
+        reason = getattr(error, "reason", None) or error.strerror or error
+        pair = f"certificate {options.tls_cert} with key {options.tls_key}"
+        raise StartError(f"can't use {pair}: {reason}") from error
 
 
-def _reload(options: argparse.Namespace, watcher: WatcherClient | None, server: Server) -> None:
-    """On SIGHUP: read the files again that others may have changed; what is broken stays as it
-    was.
-    """
-
-    def read_clients() -> None:
-        server.service.clients = ClientList.read(options.clients)
-
-    def read_certificate() -> None:
-        server.tls = tls_context(options.tls_cert, options.tls_key)
-
-    if watcher:
-        watcher.reload()
-    steps = [(LOG_NAME, server.service.log.reopen)]
-    if options.clients:
-        steps.append((options.clients, read_clients))
-    if options.tls_cert:
-        steps.append((options.tls_cert, read_certificate))
-    for path, step in steps:
-        try:
-            step()
-        except (LogError, ClientListError) as error:
-            logger.error("SIGHUP: %s; what was in force stays in force", error)
-        except OSError as error:
-            logger.error("SIGHUP: %s; what was in force stays in force", _tls_fault(options, error))
-        else:
-            logger.info("SIGHUP: %s is opened again", path)
+def _serve(options: argparse.Namespace, server: Server, lines: LineWriter) -> None:
+    """Say what runs, and run it until a signal ends it."""
+    loopback = ipaddress.ip_address(str(server.server_address[0])).is_loopback
+    if server.service.clients is None and not loopback:
+        logger.warning("whoever reaches %s may write: see --clients", options.host)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: server.stop_soon())
+    signal.signal(signal.SIGHUP, lambda *_: server.reload_soon())
+    lines.say(_startup_line(options, server))
+    server.serve_forever()
+    server.log_decisions()
 
 
-def _tls_fault(options: argparse.Namespace, error: OSError) -> str:
-    reason = getattr(error, "reason", None) or error.strerror or str(error)
-    return f"can't use certificate {options.tls_cert} with key {options.tls_key}: {reason}"
-
-
-def _complain(reason: str) -> int:
-    for line in reason.splitlines():
-        print(f"metricstream.py: error: {line}", file=sys.stderr)
-    return 1
-
-
-def _is_loopback(server: Server) -> bool:
-    return ipaddress.ip_address(str(server.server_address[0])).is_loopback
-
-
-def _startup_line(options: argparse.Namespace, server: Server, log: MetricLog) -> str:
-    host, port = str(server.server_address[0]), server.server_address[1]
-    clients = server.service.clients
+def _startup_line(options: argparse.Namespace, server: Server) -> str:
+    log, clients = server.service.log, server.service.clients
     facts = [
-        f"MetricStream {__version__} on {'https' if server.tls else 'http'}://"
-        f"{f'[{host}]' if ':' in host else host}:{port}",
+        f"MetricStream {__version__} on {_url_of(str(server.server_address[0]), server)}",
         f"log {write_json_string(os.path.abspath(log.path))[1:-1]}",
         f"{options.rate_limit} requests/s a client" if options.rate_limit else "no rate limit",
         f"{server.max_connections} connections",
@@ -20882,6 +20889,38 @@ def _startup_line(options: argparse.Namespace, server: Server, log: MetricLog) -
     if log.cut_bytes:
         facts.append(f"cut a torn line of {log.cut_bytes} bytes off the log")
     return ", ".join(facts)
+
+
+def _url_of(host: str, server: Server) -> str:
+    host = f"[{host}]" if ":" in host else host
+    return f"{'https' if server.tls else 'http'}://{host}:{server.server_address[1]}"
+
+
+def _reload(options: argparse.Namespace, watcher: WatcherClient | None, server: Server) -> None:
+    """On SIGHUP: read the files again that others may have changed; what is broken stays as it
+    was.
+    """
+
+    def read_clients() -> None:
+        server.service.clients = ClientList.read(options.clients)
+
+    def read_certificate() -> None:
+        server.tls = _server_tls(options)
+
+    if watcher:
+        watcher.reload()
+    steps = [(LOG_NAME, server.service.log.reopen)]
+    if options.clients:
+        steps.append((options.clients, read_clients))
+    if options.tls_cert:
+        steps.append((options.tls_cert, read_certificate))
+    for path, step in steps:
+        try:
+            step()
+        except (LogError, ClientListError, StartError) as error:
+            logger.error("SIGHUP: %s; what was in force stays in force", error)
+        else:
+            logger.info("SIGHUP: %s is opened again", path)
 
 
 if __name__ == "__main__":
