@@ -8279,23 +8279,19 @@ _Plan = Callable[[_Windows], _OfValues]
 
 
 def _window_by_window(
-    function: Callable[..., float | None], rows: Sequence[tuple[float, ...]], limits: _Limits
+    function: Callable[..., float | None], rows: Iterable[tuple[float, ...]], limits: _Limits
 ) -> _Plan:
-    """A function of the values of each window that holds any, and of that window's row of scalars,
-    if there are rows.
-    """
+    """A function of the values of each window that holds any, and of its row of scalars."""
 
     def plan(windows: _Windows) -> _OfValues:
-        bounds = windows.bounds
-        work = sum(1 + (high - low) / 2 for low, high in bounds)
+        pairs = list(zip(windows.bounds, rows))
+        work = sum(1 + (high - low) / 2 for low, high in windows.bounds)
 
         def of_values(values: list[float]) -> list[float | None]:
             limits.spend(work)
-            if not rows:
-                return [function(values[low:high]) if high > low else None for low, high in bounds]
             return [
                 function(values[low:high], *row) if high > low else None
-                for (low, high), row in zip(bounds, rows)
+                for (low, high), row in pairs
             ]
 
         return of_values
@@ -8514,31 +8510,20 @@ class _Regression:
             yield slope, (y * spread + rise * far) / (count * spread) * unit
 
 
-def _derivatives(limits: _Limits) -> _Plan:
-    """`deriv`."""
+def _regression(
+    limits: _Limits, origins_ms: Sequence[int] | None, ahead_s: Sequence[float] | None
+) -> _Plan:
+    """`predict_linear`, which looks ahead from the origin of each window; without these `deriv`."""
 
     def plan(windows: _Windows) -> _OfValues:
-        shared = _Regression(windows, None)
+        shared = _Regression(windows, origins_ms)
 
         def of_values(values: list[float]) -> list[float | None]:
             limits.spend(3 * len(values))
-            return [line and line[0] for line in shared.lines(values)]
-
-        return of_values
-
-    return plan
-
-
-def _predictions(limits: _Limits, steps: Sequence[int], ahead_s: Sequence[float]) -> _Plan:
-    """`predict_linear`, which looks ahead from each step."""
-
-    def plan(windows: _Windows) -> _OfValues:
-        shared = _Regression(windows, steps)
-
-        def of_values(values: list[float]) -> list[float | None]:
-            limits.spend(3 * len(values))
-            lines = zip(shared.lines(values), ahead_s)
-            return [line and line[1] + line[0] * after_s for line, after_s in lines]
+            lines = shared.lines(values)
+            if ahead_s is None:
+                return [line and line[0] for line in lines]
+            return [line and line[1] + line[0] * after_s for line, after_s in zip(lines, ahead_s)]
 
         return of_values
 
@@ -8587,26 +8572,18 @@ _AGGREGATES: dict[str, Callable[[Sequence[float]], float]] = {
 }  # fmt: skip
 
 
-def _aggregated(op: str, groups: list[_LabelGroup], limits: _Limits) -> list[Column]:
-    """A column for each group."""
-    function = _AGGREGATES[op]
-    return [
-        Column(labels, [function(row) if row else None for row in _rows(group, limits)])
-        for labels, group in groups
-    ]
-
-
-def _quantiles(
-    groups: list[_LabelGroup], parameter: Sequence[float], limits: _Limits
+def _aggregated(
+    function: Callable[..., float], groups: list[_LabelGroup],
+    parameters: Sequence[Sequence[float]], limits: _Limits,
 ) -> list[Column]:  # fmt: skip
-    """The same for `quantile`, of a scalar for each step."""
-    return [
-        Column(
-            labels,
-            [_quantile(row, q) if row else None for row, q in zip(_rows(group, limits), parameter)],
+    """A column for each group: a function of its values at each step, and of that step's scalars."""
+    columns = []
+    for labels, group in groups:
+        rows = zip(_rows(group, limits), *parameters)
+        columns.append(
+            Column(labels, [function(row, *more) if row else None for row, *more in rows])
         )
-        for labels, group in groups
-    ]
+    return columns
 
 
 def _extremes(
@@ -9013,10 +8990,10 @@ class _Evaluator:
             shown = not node.without or label not in {NAME, *node.labels}
             return _value_counts(label, shown, groups, self.limits)
         if node.parameter is None:
-            return _aggregated(node.op, groups, self.limits)
+            return _aggregated(_AGGREGATES[node.op], groups, [], self.limits)
         parameter = self.scalar(node.parameter)
         if node.op == "quantile":
-            return _quantiles(groups, parameter, self.limits)
+            return _aggregated(_quantile, groups, [parameter], self.limits)
         _check_counts(parameter if groups else [])
         return [
             column
@@ -9071,7 +9048,8 @@ def _over_time(
     def evaluate(run: _Evaluator, nodes: tuple[Node, ...]) -> list[Column]:
         parameters = [run.scalar(node) for node in (*nodes[:place], *nodes[place + 1 :])]
         ranges = run.ranges(nodes[place], each_step=bool(parameters))
-        plan = _window_by_window(function, list(zip(*parameters)), run.limits)
+        rows = list(zip(*parameters)) if parameters else itertools.repeat(())
+        plan = _window_by_window(function, rows, run.limits)
         return run.of_windows(ranges, plan, keeps_name)
 
     return evaluate
@@ -9083,11 +9061,11 @@ def _planned(plan: _Plan) -> _Evaluate:
 
 
 def _deriv(run: _Evaluator, nodes: tuple[Node, ...]) -> list[Column]:
-    return run.of_windows(run.ranges(nodes[0]), _derivatives(run.limits))
+    return run.of_windows(run.ranges(nodes[0]), _regression(run.limits, None, None))
 
 
 def _predict_linear(run: _Evaluator, nodes: tuple[Node, ...]) -> list[Column]:
-    plan = _predictions(run.limits, run.steps, run.scalar(nodes[1]))
+    plan = _regression(run.limits, run.steps, run.scalar(nodes[1]))
     return run.of_windows(run.ranges(nodes[0], each_step=True), plan)
 
 
