@@ -8576,13 +8576,12 @@ def _aggregated(
     function: Callable[..., float], groups: list[_LabelGroup],
     parameters: Sequence[Sequence[float]], limits: _Limits,
 ) -> list[Column]:  # fmt: skip
-    """A column for each group: a function of its values at each step, and of that step's scalars."""
+    """A column for each group: a function of its values at each step and of that step's scalars."""
     columns = []
     for labels, group in groups:
         rows = zip(_rows(group, limits), *parameters)
-        columns.append(
-            Column(labels, [function(row, *more) if row else None for row, *more in rows])
-        )
+        values = [function(row, *more) if row else None for row, *more in rows]
+        columns.append(Column(labels, values))
     return columns
 
 
