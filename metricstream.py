@@ -9549,7 +9549,7 @@ class ResultCache:
     def __init__(self, changed_ms: Callable[[], int], max_bytes: int = CACHED_BYTES):
         self._changed_ms, self._room = changed_ms, max_bytes
         self._kept: dict[_Question, _Result] = {}  # asked longest ago first
-        self._latest: _Question | None = None  # what changed last
+        self._latest: _Question | None = None  # whose result came last
 
     def range(
         self, engine: Engine, text: str, start_ms: int, end_ms: int, step_ms: int, budget: Budget,
@@ -10136,7 +10136,9 @@ class StoreProcess:
         sending = {sock.fileno(): sock for sock in self._sending}
         for descriptor in sending:
             poll.register(descriptor, select.POLLOUT)
-        for descriptor, _ in poll.poll(timeout_s * 1000):
+        ready = [descriptor for descriptor, _ in poll.poll(timeout_s * 1000)]
+        # a fork that sends is heard before its reader has left: it still tells what it found
+        for descriptor in sorted(ready, key=lambda descriptor: descriptor not in self._forks):
             if descriptor == self._control.fileno():
                 self._hear()
                 self._tell("")
@@ -10151,7 +10153,7 @@ class StoreProcess:
         yield from self._waiting
         yield from self._heavy
         for fork in self._forks.values():
-            if fork.question is not None:
+            if fork.question is not None and not fork.sends_since:
                 yield fork.question
 
     # ---- the front speaks
@@ -10368,7 +10370,7 @@ class StoreProcess:
                 question.socket.close()
                 return
         for fork in list(self._forks.values()):
-            if fork.question is question:
+            if fork.question is question and not fork.sends_since:
                 os.kill(fork.pid, signal.SIGKILL)
                 fork.sends_since = fork.deadline
                 self._reap(fork)
