@@ -6341,6 +6341,7 @@ def test_functions_by_columns_are_equal_to_those_of_each_window(seed):
 
     functions = {"changes": changes_of, "resets": resets_of, "count_over_time": lambda values: float(len(values)),
                  "last_over_time": lambda values: values[-1], "max_over_time": metricstream._greatest,
+                 "min_over_time": metricstream._least, "avg_over_time": metricstream._mean_over_time,
                  "idelta": lambda values: values[-1] - values[-2] if len(values) > 1 else None}  # fmt: skip
     expected: dict[str, dict] = defaultdict(dict)
     for series in stored:
@@ -6871,6 +6872,22 @@ def test_the_cache_holds_no_more_than_it_may():
 # ==================================================================================================
 # Query API
 # ==================================================================================================
+
+
+@pytest.mark.parametrize("seed", range(scaled(5, 100)))
+def test_points_are_written_as_each_value_is_by_itself(seed):
+    rng = random.Random(f"points {seed}")
+    odd = (0.0, -0.0, 1e20, 1e21, 1e16, 1e-5, 1e-7, math.inf, -math.inf, math.nan, 5e-324, 100.0, 0.05, -7.0)
+    for _ in range(100):
+        values = [rng.choice([float(rng.randrange(1000)), rng.random() * 100]) for _ in range(rng.randrange(1, 6))]
+        if rng.random() < 0.5:
+            values[rng.randrange(len(values))] = rng.choice(odd)
+        times_ms = array("q", range(1500, 1500 + 500 * len(values), 500))
+        result = json.loads(metricstream.result_json(MatrixResult([Series({}, times_ms, array("d", values))])))
+        assert result["result"][0]["values"] == [
+            [at / 1000, metricstream.format_value(value)] for at, value in zip(times_ms, values)
+        ]
+
 
 
 @pytest.fixture(scope="module")
