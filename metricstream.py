@@ -25,12 +25,14 @@ The way of one POST, from the socket to the disk and back, with the chapter of e
     4              read_batch                          then samples, or every reason why not,
     5              log_line                            then a line for each
     8            Service.check_batch                 too many series? the store says how many more
-    6            MetricLog.append                    write(); or LogError
-    1        Response.encode                     head and body in one piece
-    10     Turns.on_durable                    at level disk: the answer, after the sync
-    10     Turns.send_answers                  send(), when all that were ready have had their turn
-    7        Statistics.record                   one event into the ring, for each
-    9      Connections.park                    epoll_ctl(): wait for the next request
+    10     Turns.end_round                       when all that were ready have had their turn:
+    8        Service.store                         the lines of up to 16 batches
+    6          MetricLog.append                      write(); or LogError
+    10       Turns.on_durable                      at level disk: the rest, after the sync
+    1        Response.encode                       head and body in one piece
+    9        Connection.flush                      send()
+    9        Connections.park_all                  wait for the next request
+    7        Statistics.count                      an event into the ring for each
 
 That is part I, a complete server by itself. The log is the seam: a second process follows it, keeps
 series, and answers queries (parts II and III); no query can hold up ingestion. Another evaluates
@@ -139,15 +141,13 @@ def attempt(job: Callable[[], object]) -> object:
 
 
 # ==================================================================================================
-# 1. HTTP
+# 1. Request heads
 # ==================================================================================================
 #
-# The problem: TCP delivers bytes, in pieces of any size, from anybody. The idea: a reader that
-# knows nothing of sockets. It is fed bytes and gives back whole requests, or the one error after
-# which nothing on that connection can be trusted: two parties who disagree on where a request ends
-# can be made to see different requests (request smuggling), so whatever is ambiguous is refused,
-# never repaired. What this costs: a few clients that other servers tolerate are told to mend their
-# requests.
+# The problem: two parties who disagree on what a request says, or on where it ends, can be made to
+# see different requests (request smuggling). The idea: the grammar of the RFCs as regular
+# expressions; whatever is ambiguous is refused, never repaired. What this costs: a few clients that
+# other servers tolerate are told to mend their requests.
 #
 # The names are those of RFC 9110 (semantics) and RFC 9112 (HTTP/1.1 on the wire).
 
@@ -158,10 +158,9 @@ MAX_HEADER_FIELDS = 100
 MAX_BODY_BYTES = 1024 * 1024  # as sent, and again after gzip is undone
 
 _TCHAR = rb"!#$%&'*+\-.^_`|~0-9A-Za-z"
-_REQUEST_LINE = re.compile(rb"([%b]{1,32}) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])" % _TCHAR)
+_REQUEST_LINE = re.compile(rb"([%b]{1,32}) ([\x21-\x7e]+) HTTP/([0-9]\.[0-9])" % _TCHAR)
 _FIELD_LINE = re.compile(rb"([%b]+):([^\x00-\x08\x0a-\x1f\x7f]*)" % _TCHAR)
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})((?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?)")
-_CONTENT_LENGTH = re.compile(r"[0-9]+")
 _HOST = re.compile(
     r"(?:\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+;=-]|%[0-9A-Fa-f]{2})+)(?::[0-9]{0,5})?"
 )
@@ -181,18 +180,14 @@ KEEP, CLOSE, KEEP_1_0 = b"", b"Connection: close\r\n", b"Connection: keep-alive\
 class HTTPError(Exception):
     """A request that gets an error status.
 
-    `status` is the code, the text of the exception the reason, `fields` are further header fields
-    of the answer as (name, value), and `details` further members of its JSON body. Raised by
-    `RequestReader` it also means that the connection must be closed after the answer.
+    `status` is the code, the text of the exception the reason, and `fields` are further header
+    fields of the answer as (name, value). Raised by `RequestReader` it also means that the
+    connection must be closed after the answer.
     """
 
-    def __init__(
-        self, status: int, reason: str, *, fields: Iterable[tuple[str, str]] = (), **details: Any
-    ):
+    def __init__(self, status: int, reason: str, *, fields: Iterable[tuple[str, str]] = ()):
         super().__init__(reason)
-        self.status = status
-        self.fields = tuple(fields)
-        self.details = details
+        self.status, self.fields = status, tuple(fields)
 
 
 class Head(NamedTuple):
@@ -203,19 +198,9 @@ class Head(NamedTuple):
     query: str  # what follows the first "?", not decoded
     host: str  # from an absolute-form target, else from Host; "" only in HTTP/1.0
     headers: dict[str, str]  # by lower-case name; repeated fields are joined with ", "
-    content_length: int  # 0 if there is no body, or if it is chunked
-    chunked: bool
-    expects_continue: bool
+    content_length: int | None  # 0 if there is no body; None if it is chunked
+    expects_continue: bool  # until it got its `100 Continue`
     persistence: bytes  # the Connection field line of the answer: KEEP, CLOSE or KEEP_1_0
-
-
-class Request(NamedTuple):
-    """A whole request: its head, and its body with the transfer coding undone and the content
-    coding not.
-    """
-
-    head: Head
-    body: bytes
 
 
 def parse_head(section: bytes) -> Head:
@@ -230,21 +215,16 @@ def parse_head(section: bytes) -> Head:
     _refuse_controls(section)  # first, so that a head gets the same error in one piece or in many
     request_line, *field_lines = section.split(b"\r\n")[:-1]
     method, target, version = _parse_request_line(request_line)
-    if len(section) - len(request_line) - 2 > MAX_HEADER_BYTES:
-        raise HTTPError(431, f"header section of more than {MAX_HEADER_BYTES} bytes")
+    _bound("header section", len(section) - len(request_line) - 2)
     headers = _parse_fields(field_lines)
     host, path, query = _parse_target(method, target, _host_field(headers, version))
-    content_length, chunked = _framing(method, version, headers)
-    expects_continue = False
-    if version == (1, 1) and "expect" in headers:  # HTTP/1.0 ignores it: RFC 9110, 10.1.1
-        expects_continue = headers["expect"].lower() == "100-continue"
-        if not expects_continue:
-            raise HTTPError(
-                417, f"unknown expectation {headers['expect'][:80]!r}; known is 100-continue"
-            )
+    content_length = _framing(method, version, headers)
+    expectation = headers.get("expect") if version == "1.1" else None  # RFC 9110, 10.1.1
+    if expectation is not None and expectation.lower() != "100-continue":
+        raise HTTPError(417, f"unknown expectation {expectation[:80]!r}; known is 100-continue")
     return Head(
         method, path, query, host, headers,
-        content_length, chunked, expects_continue, _persistence(version, headers),
+        content_length, expectation is not None, _persistence(version, headers),
     )  # fmt: skip
 
 
@@ -254,22 +234,18 @@ MEMO_HEAD_BYTES = 1024
 known_head = functools.lru_cache(maxsize=2048)(parse_head)
 
 
-def _parse_request_line(line: bytes) -> tuple[str, str, tuple[int, int]]:
+def _parse_request_line(line: bytes) -> tuple[str, str, str]:
     match = _REQUEST_LINE.fullmatch(line)
     if match is None:
-        raise HTTPError(
-            400,
-            f"request line must be 'method SP request-target SP HTTP/1.1', found {_shown(line)}",
-        )
-    method, target, major, minor = match.groups()
+        form = "'method SP request-target SP HTTP/1.1'"
+        raise HTTPError(400, f"request line must be {form}, found {_shown(line)}")
+    method, target, version = match.groups()
     if len(target) > MAX_TARGET_BYTES:
         raise HTTPError(414, f"request target of {len(target)} bytes; at most {MAX_TARGET_BYTES}")
-    version = (int(major), int(minor))
-    if version not in ((1, 0), (1, 1)):
-        raise HTTPError(
-            505, f"HTTP/{version[0]}.{version[1]} is not spoken here; HTTP/1.1 and HTTP/1.0 are"
-        )
-    return method.decode(), target.decode(), version
+    if version not in (b"1.0", b"1.1"):
+        found = version.decode()
+        raise HTTPError(505, f"HTTP/{found} is not spoken here; HTTP/1.1 and HTTP/1.0 are")
+    return method.decode(), target.decode(), version.decode()
 
 
 def _parse_target(method: str, target: str, host: str) -> tuple[str, str, str]:
@@ -284,10 +260,8 @@ def _parse_target(method: str, target: str, host: str) -> tuple[str, str, str]:
     if not target.startswith("/"):
         absolute = _ABSOLUTE_FORM.fullmatch(target)
         if absolute is None:
-            raise HTTPError(
-                400,
-                f"request target must start with '/' or 'http://', found {_shown(target.encode())}",
-            )
+            found = _shown(target.encode())
+            raise HTTPError(400, f"request target must start with '/' or 'http://', found {found}")
         host, rest = absolute.groups()
         if not _HOST.fullmatch(host):
             raise HTTPError(400, f"invalid authority {host[:80]!r} in the request target")
@@ -341,60 +315,61 @@ def _fault_in_field(line: bytes) -> str:
     return "control character in the value"
 
 
-def _host_field(headers: dict[str, str], version: tuple[int, int]) -> str:
-    host = headers.get("host")
-    if host is None:
-        if version == (1, 1):
-            raise HTTPError(400, "no Host header field; HTTP/1.1 requires one")
+def _host_field(headers: dict[str, str], version: str) -> str:
+    if "host" not in headers and version == "1.0":
         return ""
-    if not _HOST.fullmatch(host):
-        raise HTTPError(400, f"invalid Host {host[:80]!r}")
-    return host
+    if "host" not in headers:
+        raise HTTPError(400, "no Host header field; HTTP/1.1 requires one")
+    if not _HOST.fullmatch(headers["host"]):
+        raise HTTPError(400, f"invalid Host {headers['host'][:80]!r}")
+    return headers["host"]
 
 
-def _framing(method: str, version: tuple[int, int], headers: dict[str, str]) -> tuple[int, bool]:
-    """(content length, chunked): where the body ends, or an error; there is no guess in between.
+def _framing(method: str, version: str, headers: dict[str, str]) -> int | None:
+    """The content length, None for a chunked body, or an error; there is no guess in between.
     RFC 9112, 6.
     """
     coding, length = headers.get("transfer-encoding"), headers.get("content-length")
     if coding is not None:
         if length is not None:
             raise HTTPError(400, "Transfer-Encoding and Content-Length exclude each other")
-        if version == (1, 0):
+        if version == "1.0":
             raise HTTPError(400, "Transfer-Encoding in HTTP/1.0")
-        codings = [name.strip(" \t").lower() for name in coding.split(",")]
+        codings, shown = _list_of(coding), repr(coding[:80])
         if "" in codings or "chunked" in codings[:-1]:
-            raise HTTPError(
-                400, f"Transfer-Encoding must be chunked, once and last, found {coding[:80]!r}"
-            )
+            raise HTTPError(400, f"Transfer-Encoding must be chunked, once and last, found {shown}")
         if codings != ["chunked"]:
-            raise HTTPError(
-                501, f"Transfer-Encoding {coding[:80]!r} is not implemented; chunked is"
-            )
-        return 0, True
+            raise HTTPError(501, f"Transfer-Encoding {shown} is not implemented; chunked is")
+        return None
     if length is None:
         if method == "POST":
             raise HTTPError(411, "POST needs Content-Length or Transfer-Encoding: chunked")
-        return 0, False
-    lengths = {part.strip(" \t") for part in length.split(",")}
-    digits = lengths.pop()
-    # int() alone would also take "+5", "1_0" and digits of other scripts, and raise above 4,300
-    # digits
-    if lengths or not _CONTENT_LENGTH.fullmatch(digits):
+        return 0
+    digits, *others = set(_list_of(length))
+    # int() alone would also take "+5" and "1_0", and raise above 4,300 digits
+    if others or not (digits.isascii() and digits.isdigit()):
         raise HTTPError(400, f"Content-Length must be one number in digits, found {length[:80]!r}")
     digits = digits.lstrip("0") or "0"
     if len(digits) > 18 or int(digits) > MAX_BODY_BYTES:
         raise HTTPError(413, f"body of {digits[:19]} bytes; at most {MAX_BODY_BYTES}")
-    return int(digits), False
+    return int(digits)
 
 
-def _persistence(version: tuple[int, int], headers: dict[str, str]) -> bytes:
-    options = {option.strip(" \t").lower() for option in headers.get("connection", "").split(",")}
-    if "close" in options:
+def _list_of(value: str) -> list[str]:
+    """The members of a field value that is a list, in lower case: RFC 9110, 5.6.1."""
+    return [member.strip(" \t").lower() for member in value.split(",")]
+
+
+def _persistence(version: str, headers: dict[str, str]) -> bytes:
+    options = _list_of(headers.get("connection", ""))
+    if "close" in options or (version == "1.0" and "keep-alive" not in options):
         return CLOSE
-    if version == (1, 1):
-        return KEEP
-    return KEEP_1_0 if "keep-alive" in options else CLOSE
+    return KEEP if version == "1.1" else KEEP_1_0
+
+
+def _bound(what: str, size_bytes: int, at_most: int = MAX_HEADER_BYTES, status: int = 431) -> None:
+    if size_bytes > at_most:
+        raise HTTPError(status, f"{what} of more than {at_most} bytes")
 
 
 def _refuse_controls(received: bytes | bytearray, start: int = 0) -> None:
@@ -409,6 +384,25 @@ def _shown(received: bytes) -> str:
     obey.
     """
     return repr(received[:80])[1:] + ("…" if len(received) > 80 else "")
+
+
+# ==================================================================================================
+# 2. Requests and responses
+# ==================================================================================================
+#
+# The problem: TCP delivers bytes, in pieces of any size, from anybody. The idea: a reader that
+# knows nothing of sockets. It is fed bytes and gives back whole requests, or the one error after
+# which nothing on that connection can be trusted. Responses are encoded when they are made: most
+# are alike, and are sent many times. What it costs: a body is held in memory as a whole.
+
+
+class Request(NamedTuple):
+    """A whole request: its head, and its body with the transfer coding undone and the content
+    coding not.
+    """
+
+    head: Head
+    body: bytes
 
 
 class RequestReader:
@@ -426,29 +420,17 @@ class RequestReader:
     None
     None
     /health
-
-    What two readers could understand in two ways is refused:
-
-    >>> reader = RequestReader()
-    >>> reader.feed(b"POST / HTTP/1.1\\r\\nHost: a\\r\\nContent-Length: 4\\r\\n")
-    >>> reader.feed(b"Transfer-Encoding: chunked\\r\\n\\r\\n")
-    >>> reader.next_request()
-    Traceback (most recent call last):
-    metricstream.HTTPError: Transfer-Encoding and Content-Length exclude each other
     """
 
-    __slots__ = (
-        "_buffer", "_scanned", "_skipped_line", "_head", "_chunks", "_continued", "_refusal",
-    )  # fmt: skip
+    __slots__ = ("_buffer", "_scanned", "_skipped_line", "_head", "_chunked_body", "_refusal")
 
     def __init__(self) -> None:
         self._buffer = bytearray()
-        self._scanned = 0  # bytes before this were searched: no line end there
+        self._scanned = 0  # bytes before this were searched: a head does not end there
         self._skipped_line = False
         self._head: Head | None = None
-        self._chunks: _ChunkedBody | None = None
-        self._continued = False  # the interim answer was given
-        self._refusal: HTTPError | None = None  # nothing after it is read
+        self._chunked_body: Iterator[bytes | None] | None = None
+        self._refusal: tuple[int, str] | None = None  # nothing after it is read
 
     def feed(self, received: bytes) -> None:
         """Take bytes as they arrived."""
@@ -460,7 +442,7 @@ class RequestReader:
         Raises HTTPError: the end of the connection. Whatever follows, it is raised again.
         """
         if self._refusal is not None:
-            raise self._refusal
+            raise HTTPError(*self._refusal)
         try:
             head = self._head
             if head is None:
@@ -469,15 +451,40 @@ class RequestReader:
                 head = self._head = self._read_head()
                 if head is None:
                     return None
-            body = self._read_chunked() if head.chunked else self._read_sized(head.content_length)
+            size_bytes = head.content_length
+            if size_bytes is None:
+                if self._chunked_body is None:
+                    self._chunked_body = _read_chunked(self._buffer)
+                body = next(self._chunked_body)
+            else:
+                body = _cut(self._buffer, size_bytes) if size_bytes <= len(self._buffer) else None
         except HTTPError as refusal:
-            self._refusal = refusal
+            # not the exception: its traceback leads back here, and a cycle keeps its body for long
+            self._refusal = refusal.status, str(refusal)
             raise
         if body is None:
             return None
-        self._head = self._chunks = None
+        self._head = self._chunked_body = None
         self._skipped_line = False
         return Request(head, body)
+
+    def whole_request(self, received: bytes) -> Request | None:
+        """The request that these bytes are, no more and no less; None: feed them.
+
+        1 µs instead of 4 for what clients send as a rule: nothing is copied into the buffer and out
+        of it again. A test gives both ways the same requests.
+        """
+        end = received.find(b"\r\n\r\n") + 2
+        if self.in_request or self._refusal is not None or not 2 < end <= MEMO_HEAD_BYTES:
+            return None
+        try:
+            head = known_head(received[:end])
+        except HTTPError:  # it will be told in the order of what arrived
+            return None
+        if head.content_length != len(received) - end - 2:  # None, where it is chunked
+            return None
+        self._skipped_line = False
+        return Request(head, received[end + 2 :])
 
     @property
     def in_body(self) -> bool:
@@ -493,36 +500,29 @@ class RequestReader:
         """Whether `100 Continue` is due now: true once for a request that asked for it and still
         lacks its body.
         """
-        due = self._head is not None and self._head.expects_continue and not self._continued
-        self._continued = self._head is not None and (due or self._continued)
-        return due
-
-    def _cut(self, size: int) -> bytes:
-        """Remove the first `size` bytes and return them."""
-        taken = bytes(self._buffer[:size])
-        del self._buffer[:size]
-        self._scanned = 0
-        return taken
+        head = self._head
+        if head is None or not head.expects_continue:
+            return False
+        self._head = head._replace(expects_continue=False)
+        return True
 
     def _read_head(self) -> Head | None:
         # RFC 9112, 2.2: one empty line before the request line is skipped
-        if self._buffer.startswith(b"\r") and not self._skipped_line:
-            if len(self._buffer) < 2:
-                return None
-            if self._buffer.startswith(b"\r\n"):
-                self._cut(2)
-                self._skipped_line = True
+        if self._buffer.startswith(b"\r\n") and not self._skipped_line:
+            del self._buffer[:2]
+            self._scanned, self._skipped_line = 0, True
         end = self._buffer.find(b"\r\n\r\n", max(0, self._scanned - 3))
         if end < 0:
             self._check_unfinished_head()
             return None
-        section = self._cut(end + 4)[:-2]
-        self._continued = False
+        section = _cut(self._buffer, end + 4)[:-2]
+        self._scanned = 0
         return known_head(section) if len(section) <= MEMO_HEAD_BYTES else parse_head(section)
 
     def _check_unfinished_head(self) -> None:
         """Refuse at once what no further byte can mend."""
-        self._check_bytes()
+        _refuse_controls(self._buffer, max(0, self._scanned - 1))
+        self._scanned = len(self._buffer)
         if self._buffer.startswith(b"\r\n"):
             raise HTTPError(400, "more than one empty line before the request line")
         if len(self._buffer) <= MAX_REQUEST_LINE_BYTES:
@@ -530,95 +530,65 @@ class RequestReader:
         line_bytes = self._buffer.find(b"\r\n", 0, MAX_REQUEST_LINE_BYTES + 2)
         if line_bytes < 0:
             raise HTTPError(414, f"request line of more than {MAX_REQUEST_LINE_BYTES} bytes")
-        if len(self._buffer) - line_bytes > MAX_HEADER_BYTES + 4:
-            raise HTTPError(431, f"header section of more than {MAX_HEADER_BYTES} bytes")
-
-    def _check_bytes(self) -> None:
-        _refuse_controls(self._buffer, max(0, self._scanned - 1))
-        self._scanned = len(self._buffer)
-
-    def _read_line(self, what: str) -> bytes | None:
-        """The next line of a chunked body, without its CRLF."""
-        end = self._buffer.find(b"\r\n", max(0, self._scanned - 1))
-        if end < 0:
-            self._check_bytes()
-            if len(self._buffer) > MAX_HEADER_BYTES:
-                raise HTTPError(431, f"{what} of more than {MAX_HEADER_BYTES} bytes")
-            return None
-        return self._cut(end + 2)[:-2]
-
-    def _read_sized(self, size: int) -> bytes | None:
-        return self._cut(size) if size <= len(self._buffer) else None
-
-    def _read_chunked(self) -> bytes | None:
-        """Decode `chunk-size [chunk-ext] CRLF chunk-data CRLF … 0 CRLF trailers CRLF`: RFC 9112,
-        7.1.
-        """
-        chunks = self._chunks
-        if chunks is None:
-            chunks = self._chunks = _ChunkedBody()
-        while True:
-            if chunks.missing:
-                piece = self._cut(min(chunks.missing, len(self._buffer)))
-                chunks.body += piece
-                chunks.missing -= len(piece)
-                if chunks.missing:
-                    return None
-            if chunks.in_chunk:
-                closing = bytes(self._buffer[:2])
-                if not b"\r\n".startswith(closing):
-                    raise HTTPError(400, f"chunk data must end in CRLF, found {_shown(closing)}")
-                if len(closing) < 2:
-                    return None
-                self._cut(2)
-                chunks.in_chunk = False
-            line = self._read_line("trailer section" if chunks.ended else "chunk-size line")
-            if line is None:
-                return None
-            if not chunks.ended:
-                chunks.start_chunk(line)
-            elif line:
-                chunks.add_trailer(line)
-            else:
-                return bytes(chunks.body)
+        _bound("header section", len(self._buffer) - line_bytes - 4)
 
 
-class _ChunkedBody:
-    """What is known of a chunked body whose end has not come yet."""
+def _cut(buffer: bytearray, size_bytes: int) -> bytes:
+    """Remove the first bytes of a buffer and return them."""
+    taken = bytes(buffer[:size_bytes])
+    del buffer[:size_bytes]
+    return taken
 
-    __slots__ = ("body", "missing", "in_chunk", "ended", "ignored_bytes", "trailer_count")
 
-    def __init__(self) -> None:
-        self.body = bytearray()
-        self.missing = 0  # bytes of the chunk under way that have not arrived
-        self.in_chunk = False  # the CRLF behind its data is still to come
-        self.ended = False  # the last chunk was seen; trailers follow
-        self.ignored_bytes = 0  # of extensions and trailers
-        self.trailer_count = 0
-
-    def start_chunk(self, line: bytes) -> None:
+def _read_chunked(buffer: bytearray) -> Iterator[bytes | None]:
+    """Cut a chunked body from the front of a buffer, as it grows: yields None when more bytes are
+    needed, in the end the body. RFC 9112, 7.1: `chunk-size [chunk-ext] CRLF chunk-data CRLF … 0
+    CRLF trailers CRLF`.
+    """
+    body, ignored_bytes = bytearray(), 0  # of extensions and trailers
+    while True:
+        line = yield from _read_line(buffer, "chunk-size line")
         match = _CHUNK_SIZE.fullmatch(line)
         if match is None:
             raise HTTPError(400, f"chunk size must be 1 to 16 hex digits, found {_shown(line)}")
-        self._ignore(len(match[2]))
-        self.missing = int(match[1], 16)
-        self.in_chunk, self.ended = self.missing > 0, self.missing == 0
-        if len(self.body) + self.missing > MAX_BODY_BYTES:
-            raise HTTPError(413, f"chunked body of more than {MAX_BODY_BYTES} bytes")
-
-    def add_trailer(self, line: bytes) -> None:
-        self._ignore(len(line))
-        self.trailer_count += 1
-        _parse_field(line, f"trailer field {self.trailer_count}")  # and drop it
-        if self.trailer_count > MAX_HEADER_FIELDS:
+        ignored_bytes += len(match[2])
+        _bound("chunk extensions and trailers", ignored_bytes)
+        missing = int(match[1], 16)
+        if not missing:
+            break
+        _bound("chunked body", len(body) + missing, MAX_BODY_BYTES, 413)
+        while missing:
+            piece = _cut(buffer, missing)
+            body += piece
+            missing -= len(piece)
+            if missing:
+                yield None
+        while not buffer.startswith(b"\r\n"):
+            if not b"\r\n".startswith(buffer[:2]):
+                found = _shown(bytes(buffer[:2]))
+                raise HTTPError(400, f"chunk data must end in CRLF, found {found}")
+            yield None
+        del buffer[:2]
+    trailers = 0
+    while line := (yield from _read_line(buffer, "trailer section")):
+        trailers += 1
+        ignored_bytes += len(line)
+        _bound("chunk extensions and trailers", ignored_bytes)
+        _parse_field(line, f"trailer field {trailers}")  # and drop it
+        if trailers > MAX_HEADER_FIELDS:
             raise HTTPError(431, f"more than {MAX_HEADER_FIELDS} trailer fields")
+    yield bytes(body)
 
-    def _ignore(self, size: int) -> None:
-        self.ignored_bytes += size
-        if self.ignored_bytes > MAX_HEADER_BYTES:
-            raise HTTPError(
-                431, f"chunk extensions and trailers of more than {MAX_HEADER_BYTES} bytes"
-            )
+
+def _read_line(buffer: bytearray, what: str) -> Generator[None, None, bytes]:
+    """Cut a line, without its CRLF, from the front of a buffer; yields when more is needed."""
+    scanned = 0
+    while (end := buffer.find(b"\r\n", max(0, scanned - 1))) < 0:
+        _refuse_controls(buffer, max(0, scanned - 1))
+        scanned = len(buffer)
+        _bound(what, scanned)
+        yield None
+    return _cut(buffer, end + 2)[:-2]
 
 
 def decode_content(request: Request) -> bytes:
@@ -655,6 +625,9 @@ def decode_content(request: Request) -> bytes:
     except zlib.error as error:
         raise HTTPError(400, f"gzip body is broken: {error}") from None
     return bytes(content)
+
+
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 class Response:
@@ -705,11 +678,8 @@ def date_field(second: int) -> bytes:
     return b"Date: %b\r\n" % email.utils.formatdate(second, usegmt=True).encode()
 
 
-CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-
-
 # ==================================================================================================
-# 2. Rate limiting
+# 3. Rate limiting
 # ==================================================================================================
 #
 # The problem: one client must not use up the server for the others, and a fixed window (so many a
@@ -808,31 +778,22 @@ class SlidingWindowLimiter:
                 window = stripe.older.pop(client, None)
                 if len(recent) >= self._generation:
                     recent = self._start_generation(stripe, now)
-            if window is None:
-                used = 0
-            elif isinstance(window, float):
-                used = 1 if now - window < self.window_s else 0
-            else:
+            if isinstance(window, float):  # the one request so far
+                window = deque((window,)) if now - window < self.window_s else None
+            used = 0
+            if window is not None:
                 while window and now - window[0] >= self.window_s:
                     window.popleft()
                 used = len(window)
-            allowed = used < limit
-            tally = self._tally_of(stripe.tallies, client)
-            tally[0 if allowed else 1] += 1
-            if not allowed:
-                assert window is not None  # limit is at least 1, so something was used
-                recent[client] = window
-                # the one that must leave first: not the oldest, if the limit has been lowered
-                first = window if isinstance(window, float) else window[used - limit]
-                return Decision(False, 0, self.window_s - (now - first))
-            if not used:
+            self._tally_of(stripe.tallies, client)[0 if used < limit else 1] += 1
+            if not window:
                 recent[client] = now  # 24 bytes; an empty deque alone has 760
-            elif isinstance(window, float):
-                recent[client] = deque((window, now))
             else:
-                assert window is not None
-                window.append(now)
                 recent[client] = window
+                if used >= limit:
+                    # the one that must leave first: not the oldest, if the limit has been lowered
+                    return Decision(False, 0, self.window_s - (now - window[used - limit]))
+                window.append(now)
             return Decision(True, limit - used - 1, 0.0)
 
     def _tally_of(self, tallies: dict[str, list[int]], client: str) -> list[int]:
@@ -881,7 +842,7 @@ class SlidingWindowLimiter:
 
 
 # ==================================================================================================
-# 3. JSON
+# 4. JSON
 # ==================================================================================================
 #
 # The problem: text from strangers is to become values, exactly as RFC 8259 says or not at all. The
@@ -959,10 +920,10 @@ def _value(text: str, position: int, depth: int) -> tuple[Any, int]:
     first = text[position]
     if first == '"':
         return _string(text, position)
-    if first == "{":
-        return _object(text, position, depth + 1)
-    if first == "[":
-        return _array(text, position, depth + 1)
+    if first in "{[":
+        if depth == MAX_JSON_DEPTH:
+            raise JSONError(f"nesting deeper than {MAX_JSON_DEPTH}", text, position)
+        return (_object if first == "{" else _array)(text, position, depth + 1)
     if first in _LITERALS:
         word, value = _LITERALS[first]
         if text.startswith(word, position):
@@ -971,8 +932,6 @@ def _value(text: str, position: int, depth: int) -> tuple[Any, int]:
 
 
 def _object(text: str, position: int, depth: int) -> tuple[dict[str, Any], int]:
-    if depth > MAX_JSON_DEPTH:
-        raise JSONError(f"nesting deeper than {MAX_JSON_DEPTH}", text, position)
     members: dict[str, Any] = {}
     position = _skip_space(text, position + 1)
     if text[position] == "}":
@@ -994,8 +953,6 @@ def _object(text: str, position: int, depth: int) -> tuple[dict[str, Any], int]:
 
 
 def _array(text: str, position: int, depth: int) -> tuple[list[Any], int]:
-    if depth > MAX_JSON_DEPTH:
-        raise JSONError(f"nesting deeper than {MAX_JSON_DEPTH}", text, position)
     items: list[Any] = []
     position = _skip_space(text, position + 1)
     if text[position] == "]":
@@ -1069,8 +1026,7 @@ _SHORT_ESCAPES = {value: f"\\{letter}" for letter, value in _ESCAPES.items() if 
 
 
 def write_json(value: Any) -> str:
-    """The JSON text of a value made of dict, list, tuple, str, int, float, bool and None, without
-    white space.
+    """The JSON text, without white space, of dict, list, tuple, str, int, float, bool or None.
 
     >>> write_json({"text": 'a "b"\\n', "numbers": [1, 2.5, True, None]})
     '{"text":"a \\\\"b\\\\"\\\\n","numbers":[1,2.5,true,null]}'
@@ -1084,13 +1040,8 @@ def write_json(value: Any) -> str:
             raise ValueError(f"{value} has no JSON form")
         return repr(value)
     if isinstance(value, dict):
-        return (
-            "{"
-            + ",".join(
-                f"{write_json_string(name)}:{write_json(item)}" for name, item in value.items()
-            )
-            + "}"
-        )
+        members = [f"{write_json_string(name)}:{write_json(item)}" for name, item in value.items()]
+        return "{" + ",".join(members) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ",".join(map(write_json, value)) + "]"
     raise TypeError(f"{type(value).__name__} has no JSON form")
@@ -1106,7 +1057,7 @@ def _escaped(match: re.Match[str]) -> str:
 
 
 # ==================================================================================================
-# 4. Metrics
+# 5. Metrics
 # ==================================================================================================
 #
 # The problem: a batch is stored whole or not at all, and a client that sent a bad one must be able
@@ -1125,6 +1076,9 @@ METRIC_FIELDS = ("name", "value", "type", "tags", "timestamp")
 UNIX_EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 END_OF_TIME_MS = 7_289_654_400_000  # 2201-01-01T00:00:00Z
 
+_UNKNOWN_FIELD = f"unknown field; known are {', '.join(METRIC_FIELDS)}"
+_BAD_NAME = f"must be a string of 1 to {MAX_NAME_LENGTH} characters without control characters"
+_KINDS = {dict: "an object", list: "an array", str: "a string", bool: "a boolean"}
 _ISO_8601 = re.compile(
     r"([0-9]{4}-[0-9]{2}-[0-9]{2})[Tt ]((?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9])"
     r"(?:[.,]([0-9]{1,9}))?([Zz]|[+-](?:[01][0-9]|2[0-3]):?[0-5][0-9])"
@@ -1149,9 +1103,9 @@ class Reason(NamedTuple):
     message: str
 
     def __str__(self) -> str:
-        place = (
-            self.field if self.index is None else f"metrics[{self.index}].{self.field}".rstrip(".")
-        )
+        place = self.field
+        if self.index is not None:
+            place = f"metrics[{self.index}].{self.field}".rstrip(".")
         return f"{place}: {self.message}" if place else self.message
 
 
@@ -1160,7 +1114,7 @@ class BatchError(ValueError):
 
     def __init__(self, reasons: list[Reason]):
         super().__init__(str(reasons[0]))
-        self.reasons = reasons
+        self.reasons = reasons[:MAX_REASONS]
 
 
 def read_batch(document: Any, now_ms: int) -> list[Sample]:
@@ -1175,18 +1129,13 @@ def read_batch(document: Any, now_ms: int) -> list[Sample]:
     """
     if not isinstance(document, dict) or "metrics" not in document:
         raise BatchError([Reason(None, "", 'body must be an object with the list "metrics"')])
-    reasons = [
-        Reason(None, _clipped(name), 'unknown field beside "metrics"')
-        for name in document
-        if name != "metrics"
-    ]
+    others = [name for name in document if name != "metrics"]
+    reasons = [Reason(None, _clipped(name), 'unknown field beside "metrics"') for name in others]
     metrics = document["metrics"]
     if not isinstance(metrics, list) or not 1 <= len(metrics) <= MAX_BATCH:
         found = f"{len(metrics)} metrics" if isinstance(metrics, list) else _kind(metrics)
-        reasons.append(
-            Reason(None, "metrics", f"must be a list of 1 to {MAX_BATCH} metrics, not {found}")
-        )
-        raise BatchError(reasons[:MAX_REASONS])
+        message = f"must be a list of 1 to {MAX_BATCH} metrics, not {found}"
+        raise BatchError([*reasons, Reason(None, "metrics", message)])
     samples = []
     for index, metric in enumerate(metrics):
         try:
@@ -1196,44 +1145,28 @@ def read_batch(document: Any, now_ms: int) -> list[Sample]:
             if len(reasons) >= MAX_REASONS:
                 break
     if reasons:
-        raise BatchError(reasons[:MAX_REASONS])
+        raise BatchError(reasons)
     return samples
 
 
 def _read_metric(metric: Any, now_ms: int, index: int = 0) -> Sample:
     if not isinstance(metric, dict):
         raise BatchError([Reason(index, "", f"must be an object, not {_kind(metric)}")])
-    faults = [
-        (_clipped(field), f"unknown field; known are {', '.join(METRIC_FIELDS)}")
-        for field in metric
-        if field not in METRIC_FIELDS
-    ]
+    faults = [(_clipped(field), _UNKNOWN_FIELD) for field in metric if field not in METRIC_FIELDS]
     name = metric.get("name")
     if not isinstance(name, str) or not 1 <= len(name) <= MAX_NAME_LENGTH or _CONTROL.search(name):
-        faults.append(
-            (
-                "name",
-                f"must be a string of 1 to {MAX_NAME_LENGTH} characters without control characters"
-                if "name" in metric
-                else "is missing",
-            )
-        )
+        faults.append(("name", _BAD_NAME if "name" in metric else "is missing"))
     value = metric.get("value", "")
     # not isinstance: bool is an int to Python
     if type(value) is not float and type(value) is not int and value is not None:
-        faults.append(
-            (
-                "value",
-                f"must be a finite number or null, not {_kind(value)}"
-                if "value" in metric
-                else "is missing",
-            )
-        )
+        bad_value = f"must be a finite number or null, not {_kind(value)}"
+        faults.append(("value", bad_value if "value" in metric else "is missing"))
     type_ = metric.get("type", "gauge")
     if type_ not in METRIC_TYPES:
         faults.append(("type", f"must be one of {', '.join(METRIC_TYPES)}"))
     tags = metric.get("tags", {})
-    faults += _faults_in_tags(tags)
+    if "tags" in metric:
+        faults += _faults_in_tags(tags)
     timestamp_ms = now_ms
     if "timestamp" in metric:
         try:
@@ -1253,15 +1186,13 @@ def _faults_in_tags(tags: Any) -> list[tuple[str, str]]:
         faults.append(("tags", f"must be at most {MAX_TAGS}, not {len(tags)}"))
     for key, value in tags.items():
         if not 1 <= len(key) <= MAX_TAG_KEY_LENGTH:
-            faults.append(
-                ("tags", f"key {_clipped(key)!a} must have 1 to {MAX_TAG_KEY_LENGTH} characters")
-            )
+            shown = ascii(_clipped(key))
+            faults.append(("tags", f"key {shown} must have 1 to {MAX_TAG_KEY_LENGTH} characters"))
         if not isinstance(value, str):
             faults.append((f"tags.{_clipped(key)}", f"must be a string, not {_kind(value)}"))
         elif len(value) > MAX_TAG_VALUE_LENGTH:
-            faults.append(
-                (f"tags.{_clipped(key)}", f"must have at most {MAX_TAG_VALUE_LENGTH} characters")
-            )
+            reason = f"must have at most {MAX_TAG_VALUE_LENGTH} characters"
+            faults.append((f"tags.{_clipped(key)}", reason))
     return faults
 
 
@@ -1277,9 +1208,7 @@ def read_iso_8601(text: str) -> tuple[int, int] | None:
         return None
     date, clock, fraction, zone = match.groups()
     try:
-        moment = datetime.datetime.fromisoformat(
-            f"{date}T{clock}{'+00:00' if zone in 'Zz' else zone}"
-        )
+        moment = datetime.datetime.fromisoformat(f"{date}T{clock}{zone.upper()}")
     except ValueError:
         raise ValueError("must be a date that the calendar has") from None
     second = (moment - UNIX_EPOCH) // datetime.timedelta(seconds=1)
@@ -1310,14 +1239,7 @@ def _read_timestamp(timestamp: Any) -> int:
 
 def _kind(value: Any) -> str:
     """What JSON calls a value."""
-    names = {
-        dict: "an object",
-        list: "an array",
-        str: "a string",
-        bool: "a boolean",
-        type(None): "null",
-    }
-    return names.get(type(value), "a number")
+    return "null" if value is None else _KINDS.get(type(value), "a number")
 
 
 def _clipped(text: str) -> str:
@@ -1325,7 +1247,7 @@ def _clipped(text: str) -> str:
 
 
 # ==================================================================================================
-# 5. Log lines
+# 6. Log lines
 # ==================================================================================================
 #
 # The problem: what came as JSON is to be kept as lines that could be sent again. The idea: the
@@ -1365,13 +1287,14 @@ def log_line(sample: Sample) -> str:
 # Bodies as programs write them: no escapes, the fields in the usual order, spaces as json.dumps has
 # them or none.
 _USUAL_METRIC = re.compile(
-    rb'\{"name": ?"([^"\\\x00-\x1f\x7f-\xff]{1,255})", ?"value": ?'
+    rb'\{"name": ?"([^"\\\x00-\x1f\x7f-\xff]{1,255}(?:","value":|", "value": )'
     # repr() gives the same digits: copy them
-    rb"(?:(0|-?[1-9][0-9]{0,9}(?:\.[0-9]{0,4}[1-9])?|-?0\.[0-9]{0,3}[1-9]|null)"
+    rb"(?:-?[1-9][0-9]{0,9}(?:\.[0-9]{0,4}[1-9])?|0|-?0\.[0-9]{0,3}[1-9]|null"
     # any other usual number
-    rb"|(-?(?:0|[1-9][0-9]{0,17})(?:\.[0-9]{1,18})?))"
-    # the rest: type and tags, checked by _line_tail
-    rb"(?=[,}])([^{}]{0,64}(?:\{[^{}]{0,512}\})?)\}"
+    rb"|(-?(?:0|[1-9][0-9]{0,17})(?:\.[0-9]{1,18})?)))"
+    # the rest: type and tags, checked by _line_tail. One excluded byte: 0.3 µs a metric instead of
+    # 0.7 for a set of two.
+    rb"(?=[,}])([^}]{0,576}\}?)\}"
 )
 
 
@@ -1407,32 +1330,32 @@ def fast_batch(body: bytes, now_ms: int) -> Batch | None:
     """The batch of a body in its usual shape; None: take the plain way.
 
     One regular expression splits the body into the parts of its metrics; what stands between them
-    must be commas and nothing else. 1.2 µs a metric where `parse_json`, `read_batch` and `log_line`
+    must be commas and nothing else. 0.7 µs a metric where `parse_json`, `read_batch` and `log_line`
     take 10; a test feeds both ways the same bodies.
 
     >>> fast_batch(b'{"metrics":[{"name":"cpu","value":1.50}]}', 0).lines
     b'{"timestamp":"1970-01-01T00:00:00.000Z","name":"cpu","value":1.5,"type":"gauge"}\\n'
     """
     pieces: list[Any] = _USUAL_METRIC.split(body)
-    count, between = len(pieces) // 5, pieces[5:-1:5]
+    count, between = len(pieces) // 4, pieces[4:-1:4]
     if not 1 <= count <= MAX_BATCH or pieces[0] not in (b'{"metrics":[', b'{"metrics": ['):
         return None
     if pieces[-1] != b"]}" or between.count(b",") + between.count(b", ") != count - 1:
         return None
-    names, values, fields = pieces[1::5], pieces[2::5], pieces[4::5]
-    tails = list(map(_line_tail, fields))
+    # each from the name to the value, and each number that is to be written as repr() does
+    starts, others, tails = pieces[1::4], pieces[2::4], list(map(_line_tail, pieces[3::4]))
     if None in tails:
         return None
-    if None in values:
-        for index, text in enumerate(pieces[3::5]):
+    if others.count(None) != count:
+        for index, text in enumerate(others):
             if text is not None:
-                values[index] = repr(float(text) if b"." in text else int(text)).encode()
-    line: list[Any] = [None] * (5 * count)
-    line[0::5] = [_line_head(now_ms)] * count
-    line[1::5] = names
-    line[2::5] = [b'","value":'] * count
-    line[3::5] = values
-    line[4::5] = tails
+                number = repr(float(text) if b"." in text else int(text)).encode()
+                starts[index] = starts[index].removesuffix(text) + number
+    if b'": ' in body:
+        starts = [start.replace(b'", "value": ', b'","value":') for start in starts]
+    line: list[Any] = [_line_head(now_ms)] * (3 * count)
+    line[1::3] = starts
+    line[2::3] = tails
     return Batch(b"".join(line), count)
 
 
@@ -1446,41 +1369,23 @@ def read_body(body: bytes, now_ms: int) -> Batch:
 
 
 # ==================================================================================================
-# 6. Log
+# 7. Log file
 # ==================================================================================================
 #
-# The problem: what was acknowledged must not be lost, disks are slow, and they fail half-way. The
-# idea: one file to which lines are only ever appended, each a JSON object that could be sent again.
-# Three levels say what a 200 promises: `memory` (queued for a writer thread), `os` (written:
-# survives the death of the process), `disk` (synced: survives loss of power). An fsync takes as
-# long for a thousand batches as for one, so at `disk` all that wait share one: group commit. What
-# it costs: at `disk`, the wait.
-#
-# The invariant: the file holds whole lines only. A write that fails part of the way is cut off
-# again before anything else is written; a tail torn by a crash is cut off at the next start.
+# The problem: a disk may be full after half a line, fail in the middle of a write, or not answer at
+# all. The idea: lines are only ever appended, all that come together or none of them: what a failed
+# write left is cut off before anything else is written, and a tail torn by a crash at the next
+# start. So the file holds whole lines only. Each call of the disk is timed, so that others can see
+# that it hangs. What it costs: a look at the clock for each.
 
-DURABILITY_LEVELS = ("memory", "os", "disk")
 LOG_NAME = "metrics.jsonl"
-MAX_QUEUED_BYTES = 64 * 1024 * 1024  # at level memory
-WRITER_PAUSE_S = 0.05  # how long the writer of level memory gathers batches for one write
-WRITE_RETRY_S = 0.5  # wait before the writer of level memory tries a failed write again
 PROBE_BLOCK = b" " * 4096  # written to see whether writing works again
-APPEND_WAIT_S = 0.5  # how long a batch waits for others that are being written
 STALL_S = 2.0  # a disk that takes longer for one call does not answer
 NO_ANSWER = "the disk does not answer"
 
 
 class LogError(Exception):
     """The log can't take or keep a batch now; nothing of it was stored."""
-
-
-class Position(NamedTuple):
-    """How far the log is acknowledged. Readers may read up to here. Nothing before it is taken
-    back, except when somebody else empties the file.
-    """
-
-    file: int  # number of the file, from 0 at the start
-    size_bytes: int
 
 
 def _own_folder(folder: str) -> int:
@@ -1494,21 +1399,18 @@ def _own_folder(folder: str) -> int:
         fcntl.flock(folder_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(folder_fd)
-        in_use = error.errno in (errno.EWOULDBLOCK, errno.EACCES)
-        raise LogError(
-            f"the data folder {folder} is in use by another server"
-            if in_use
-            else f"can't lock the data folder {folder}: {error.strerror}"
-        ) from None
+        if isinstance(error, BlockingIOError):
+            raise LogError(f"the data folder {folder} is in use by another server") from None
+        raise LogError(f"can't lock the data folder {folder}: {error.strerror}") from None
     return folder_fd
 
 
 class _LogFile:
-    """An open file to which lines are appended, all of them or none. Its methods raise OSError.
+    """An open file to which lines are appended, all of them or none.
 
     It is opened by its name, or made, in the folder `folder_fd`. To open it changes nothing in it:
     the log may have a line half written to the same file. It has no lock: the log that owns it
-    calls one method at a time.
+    calls one method at a time. Only `stall_error` may be read at any time.
     """
 
     def __init__(
@@ -1517,10 +1419,13 @@ class _LogFile:
         folder_fd: int,
         write: Callable[[int, Any], int],
         fsync: Callable[[int], None],
+        clock: Callable[[], float],
     ):
-        self._write, self._fsync = write, fsync
+        self._path, self._write, self._fsync, self._clock = path, write, fsync, clock
+        self._call_started = 0.0  # when the call under way began; 0.0: none
         self.torn_at: int | None = None  # where it is to be cut before the next write
         self.seen_bytes = 0  # its size at the last look, when it still had a name
+        self.refusal = ""  # why nothing more is appended
         # O_NONBLOCK: to open a pipe by that name must not block; for a regular file it means
         # nothing
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
@@ -1543,33 +1448,59 @@ class _LogFile:
         """Whether no folder has a name for it any more."""
         return not os.fstat(self.descriptor).st_nlink
 
-    def append(self, lines: bytes) -> None:
-        """Write all of the lines or, as far as the file shows, none."""
-        self.cut()
-        written = 0
+    @property
+    def stall_error(self) -> str:
+        """Says that the disk does not answer, or ""."""
+        started = self._call_started
+        return NO_ANSWER if started and self._clock() - started >= STALL_S else ""
+
+    def append(self, lines: bytes, durably: bool = False) -> None:
+        """Write all of the lines, and sync them if asked to; or none, as far as the file shows:
+        then raise LogError.
+        """
+        if self.refusal:
+            raise LogError(self.refusal)
+        self._call_started = self._clock()
+        written, is_kept = 0, False
         try:
+            if self.torn_at is not None:
+                self._cut(self.torn_at)
             written = self._write(self.descriptor, lines)
             while written < len(lines):  # a short write: the rest, or the error that stopped it
                 more = self._write(self.descriptor, memoryview(lines)[written:])
                 if more <= 0:
                     raise OSError(errno.EIO, "the file takes no more bytes")
                 written += more
-        except BaseException:
-            if written:
+            if durably:
+                self.sync()
+            is_kept = True
+        except OSError as error:
+            raise LogError(f"can't write {self._path}: {error.strerror}") from None
+        finally:
+            if written and not is_kept:  # after a failed fsync nobody knows what is there
                 self.torn_at = self.size_bytes - written
                 self.try_to_cut()
-            raise
+            self._call_started = 0.0
 
-    def cut(self) -> None:
-        """Cut off what should not be there, if anything."""
-        if self.torn_at is not None:
-            os.ftruncate(self.descriptor, min(self.torn_at, self.size_bytes))
-            self.torn_at = None
+    def sync(self) -> None:
+        """Wait until the disk has all of it. Raises LogError."""
+        self._call_started = self._clock()
+        try:
+            self._fsync(self.descriptor)
+        except OSError as error:
+            raise LogError(f"can't sync {self._path}: {error.strerror}") from None
+
+    def _cut(self, size_bytes: int) -> None:
+        os.ftruncate(self.descriptor, min(size_bytes, self.size_bytes))
+        self.torn_at = None
 
     def try_to_cut(self) -> None:
-        """The same; if it fails, it is tried again before the next write."""
-        with contextlib.suppress(OSError):
-            self.cut()
+        """Cut off what should not be there, if anything. If that fails, it is tried again before
+        the next write.
+        """
+        if self.torn_at is not None:
+            with contextlib.suppress(OSError):
+                self._cut(self.torn_at)
 
     def cut_torn_line(self) -> int:
         """Cut off what follows the last line end; return how many bytes that was."""
@@ -1585,191 +1516,146 @@ class _LogFile:
             os.ftruncate(self.descriptor, end)
         return size - end
 
-    def try_write(self) -> None:
-        """Write a block and cut it off again."""
-        end = self.size_bytes if self.torn_at is None else self.torn_at
-        self.append(PROBE_BLOCK)
-        self.torn_at = end
-        self.cut()
-
-    def sync(self) -> None:
-        """Wait until the disk has all of it."""
-        self._fsync(self.descriptor)
+    def try_to_write(self) -> None:
+        """Write and sync a block, and cut it off again. Raises LogError."""
+        self.append(PROBE_BLOCK, durably=True)
+        self.torn_at = self.size_bytes - len(PROBE_BLOCK)
+        self.try_to_cut()
 
     def close(self) -> None:
         """Give the descriptor back."""
         os.close(self.descriptor)
-        self.descriptor = -1
+        self.descriptor, self._call_started = -1, 0.0
 
 
-class _DiskLock:
-    """A lock that is held during calls of the disk. It knows when the disk does not answer."""
+# ==================================================================================================
+# 8. Log
+# ==================================================================================================
+#
+# The problem: what was acknowledged must not be lost, and disks are slow. The idea: three levels
+# say what a 200 promises: `memory` (queued for a writer thread), `os` (written: survives the death
+# of the process), `disk` (synced: survives loss of power). An fsync takes as long for a thousand
+# batches as for one, so at `disk` all that wait share one: group commit. What it costs: at `disk`,
+# the wait.
 
-    def __init__(self, clock: Callable[[], float]):
-        self._lock, self._clock = threading.Lock(), clock
-        # When the disk call under way began; 0.0: none. Written by the holder of the lock; to read
-        # an attribute is atomic.
-        self._call_started = 0.0
-
-    def start_call(self) -> None:
-        """A call of the disk begins now; release() ends it."""
-        self._call_started = self._clock()
-
-    @property
-    def stall_error(self) -> str:
-        """Says that the disk does not answer, or ""."""
-        started = self._call_started
-        return NO_ANSWER if started and self._clock() - started >= STALL_S else ""
-
-    def acquire(self, timeout_s: float) -> bool:
-        """Take the lock; False if it is not free in time. `with` waits for as long as it takes."""
-        return self._lock.acquire(timeout=timeout_s)
-
-    def release(self) -> None:
-        """Give the lock back."""
-        self._call_started = 0.0
-        self._lock.release()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *error: object) -> None:
-        self.release()
+DURABILITY_LEVELS = ("memory", "os", "disk")
+MAX_QUEUED_BYTES = 64 * 1024 * 1024  # of batches that wait for the log's thread
+WRITER_PAUSE_S = 0.05  # how long the writer of level memory gathers batches for one write
+WRITE_RETRY_S = 0.5  # wait before the writer of level memory tries a failed write again
+APPEND_WAIT_S = 0.5  # how long a batch waits for others that are being written
 
 
-class _Group(NamedTuple):
-    """Batches that are written together, and the futures of those that wait for it."""
+class Position(NamedTuple):
+    """How far the log is acknowledged. Readers may read up to here. Nothing before it is taken
+    back, except when somebody else empties the file.
+    """
 
-    lines: list[bytes]
-    waiting: "list[Future[None]]"
+    file: int  # number of the file, from 0 at the start
+    size_bytes: int
+
+
+_Queued = list[tuple[bytes, "Future[None] | None"]]  # batches, and who waits for them
 
 
 class _LogThread:
-    """The thread of a log: it writes what has gathered, and does tasks.
+    """The thread of a log: it does tasks one after the other. One of them is to write the batches
+    that have gathered.
 
-    `write` stores lines, or returns why it can't; `leave` is called at the end. `acknowledges` says
-    that batches are acknowledged when they are queued: then the thread gathers a while, and what
-    can't be written is kept, and tried again for ever. Otherwise each batch gets a future.
+    `write` stores lines, or raises LogError. `acknowledges` says that batches are acknowledged when
+    they are queued: then the thread gathers a while, and what can't be written is kept, and tried
+    again for ever. Otherwise each batch gets a future.
     """
 
-    def __init__(
-        self,
-        write: Callable[[bytes], LogError | None],
-        leave: Callable[[], None],
-        max_queued_bytes: int,
-        acknowledges: bool,
-    ):
-        self._write, self._leave = write, leave
-        self._max_queued_bytes, self._acknowledges = max_queued_bytes, acknowledges
-        # Guards all fields below. No other lock is taken under it.
-        self._changed = threading.Condition()
-        self._group = _Group([], [])
+    def __init__(self, write: Callable[[bytes], None], max_queued_bytes: int, acknowledges: bool):
+        self._write, self._max_queued_bytes = write, max_queued_bytes
+        self._acknowledges = acknowledges
+        # Guards the two below. No other lock is taken under it.
+        self._lock = threading.Lock()
+        self._group: _Queued = []  # while it holds any, a task to write them is queued
         self._queued_bytes = 0  # in the group, or taken from it and not yet written
         self._failure = ""  # why the last group could not be written
-        self._tasks: list[Callable[[], None]] = []
-        self._closing = False
+        self._closing = threading.Event()
+        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
 
     def enqueue(self, lines: bytes) -> "Future[None] | None":
         """Have lines written; a future that is done when they are. Raises LogError."""
-        with self._changed:
-            if self._closing:
+        written: Future[None] | None = None if self._acknowledges else Future()
+        with self._lock:
+            if self._closing.is_set():
                 raise LogError("the log is closed")
             if self._queued_bytes + len(lines) > self._max_queued_bytes:
                 raise LogError(self._failure or "the queue of the log is full")
-            if not self._group.lines:
-                self._changed.notify()
-            self._group.lines.append(lines)
+            if not self._group:
+                self._tasks.put(self._write_group)
+            self._group.append((lines, written))
             self._queued_bytes += len(lines)
-            if self._acknowledges:
-                return None
-            written: Future[None] = Future()
-            self._group.waiting.append(written)
-            return written
+        return written
 
-    def do(self, task: Callable[[], None]) -> None:
-        """Have a task done. What it raises is logged."""
-        with self._changed:
-            self._tasks.append(task)
-            self._changed.notify()
-
-    def do_and_wait(self, task: Callable[[], None], timeout_s: float) -> bool:
-        """Have a task done; False if that takes longer."""
-        done: Future[None] = Future()
-
-        def do() -> None:
-            try:
-                task()
-            finally:
-                done.set_result(None)
-
-        self.do(do)
-        try:
-            done.result(timeout_s)
-        except TimeoutError:
-            return False
-        return True
+    def do(self, task: Callable[[], None], timeout_s: float = 0.0) -> bool:
+        """Have a task done; whether it was, in that time. What it raises is logged."""
+        done = threading.Event()
+        self._tasks.put(task)
+        self._tasks.put(done.set)
+        return done.wait(timeout_s)
 
     def refuse_queued(self, reason: str) -> None:
         """Refuse the batches that wait, unless they are acknowledged already."""
-        if self._acknowledges:
-            return
-        with self._changed:
-            group, self._group = self._group, _Group([], [])
-            self._queued_bytes -= sum(map(len, group.lines))
-        for written in group.waiting:
-            written.set_exception(LogError(reason))
+        if not self._acknowledges:
+            self._settle(self._take_group(), LogError(reason))
 
-    def close(self, timeout_s: float) -> bool:
-        """Have everything written, then end; False if that takes longer."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify()
+    def close(self, leave: Callable[[], None], timeout_s: float) -> bool:
+        """Have everything written, then `leave` called, and end; False if that takes longer."""
+        with self._lock:
+            self._closing.set()
+        for task in (self._write_the_rest, leave, None):
+            self._tasks.put(task)
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        kept: list[bytes] = []  # acknowledged batches that could not be written yet
-        while True:
-            with self._changed:
-                self._changed.wait_for(
-                    lambda: self._tasks or self._group.lines or self._closing,
-                    WRITE_RETRY_S if kept else None,
-                )
-                if self._acknowledges:  # gather, unless there is a task or the log closes
-                    self._changed.wait_for(lambda: self._closing or self._tasks, WRITER_PAUSE_S)
-                tasks, self._tasks = self._tasks, []
-                group, self._group = self._group, _Group([], [])
-                closing = self._closing
-            for task in tasks:
-                attempt(task)
-            group = _Group(kept + group.lines, group.waiting)
-            kept = [] if not group.lines or self._write_group(group) else group.lines
-            if closing:
-                if kept and self._acknowledges:
-                    lost = sum(map(len, kept))
-                    logger.error(
-                        "%d bytes of acknowledged metrics are lost: %s", lost, self._failure
-                    )
-                self._leave()
-                return
+        for task in iter(self._tasks.get, None):
+            attempt(task)
 
-    def _write_group(self, group: _Group) -> bool:
-        """Write a group and tell all that wait for it; False if it is to be tried again."""
-        lines = b"".join(group.lines)
-        failure = self._write(lines)
-        done = failure is None or not self._acknowledges
-        with self._changed:
-            self._failure = str(failure or "")
-            if done:
-                self._queued_bytes -= len(lines)
-        for written in group.waiting:
-            if failure is None:
-                written.set_result(None)
-            else:
+    def _write_group(self) -> None:
+        """Write what has gathered, and tell all that wait for it."""
+        if self._acknowledges:
+            self._closing.wait(WRITE_RETRY_S if self._failure else WRITER_PAUSE_S)
+        group, failure = self._take_group(), None
+        try:
+            if group:
+                self._write(b"".join([lines for lines, _ in group]))
+        except LogError as error:
+            failure = error
+        self._failure = str(failure or "")
+        if failure is None or not self._acknowledges:
+            self._settle(group, failure)
+            return
+        with self._lock:
+            if not self._group:
+                self._tasks.put(self._write_group)
+            self._group[:0] = group
+
+    def _take_group(self) -> _Queued:
+        with self._lock:
+            group, self._group = self._group, []
+        return group
+
+    def _settle(self, group: _Queued, failure: LogError | None) -> None:
+        """Batches are written, or refused."""
+        with self._lock:
+            self._queued_bytes -= sum([len(lines) for lines, _ in group])
+        for _, written in group:
+            if written and failure:
                 written.set_exception(failure)
-        return done
+            elif written:
+                written.set_result(None)
+
+    def _write_the_rest(self) -> None:
+        self._write_group()
+        if lost := sum([len(lines) for lines, _ in self._take_group()]):
+            logger.error("%d bytes of acknowledged metrics are lost: %s", lost, self._failure)
 
 
 class MetricLog:
@@ -1821,13 +1707,12 @@ class MetricLog:
         self.path = os.path.join(folder, LOG_NAME)
         self.error = ""
         self.on_switch: list[Callable[[int, int, int], None]] = []
-        # Guards the file and its end: error, position, _file, _recreate_error and _closed. Held
-        # across a write, so that a failed write is the last thing in the file and can be cut off.
-        self._lock = _DiskLock(clock)
-        self._recreate_error: OSError | None = None  # why a deleted file can't be made anew
+        # Guards the file and its end: error, position, _file and _closed. Held across a write, so
+        # that a failed write is the last thing in the file and can be cut off.
+        self._lock = threading.Lock()
         self._closed = False
         self._folder_fd = _own_folder(folder)
-        self._open = partial(_LogFile, self.path, self._folder_fd, write, fsync)
+        self._open = partial(_LogFile, self.path, self._folder_fd, write, fsync, clock)
         try:
             self._file = self._open()
             self.cut_bytes = self._file.cut_torn_line()
@@ -1836,9 +1721,7 @@ class MetricLog:
             raise LogError(f"can't use {self.path}: {error.strerror}") from None
         self._file.seen_bytes = self._file.size_bytes
         self.position = Position(0, self._file.size_bytes)
-        self._thread = _LogThread(
-            self._write_group, self._leave, max_queued_bytes, durability == "memory"
-        )
+        self._thread = _LogThread(self._write_lines, max_queued_bytes, durability == "memory")
 
     @property
     def size_bytes(self) -> int:
@@ -1859,85 +1742,51 @@ class MetricLog:
         Returns None if the lines are as safe as promised; at `disk`, a future that is done when
         they are, or has the LogError.
         """
-        if stall_error := self._lock.stall_error:
+        if stall_error := self._file.stall_error:
             raise LogError(stall_error)
         if self.durability != "os":
             return self._thread.enqueue(lines)
-        if not self._lock.acquire(APPEND_WAIT_S):
+        self._write_lines(lines, APPEND_WAIT_S)
+        return None
+
+    def _write_lines(self, lines: bytes, timeout_s: float = -1) -> None:
+        """Append lines to the file, if the lock is free in time."""
+        if not self._lock.acquire(timeout=timeout_s):
             raise LogError(NO_ANSWER)
         try:
             if self._closed:
                 raise LogError("the log is closed")
-            self._write_lines(lines)
+            number, size_bytes = self.position
+            self._file.append(lines, self.durability == "disk")
+            self.position = Position(number, size_bytes + len(lines))
+            self.error = ""
+        except Exception as error:
+            if not isinstance(error, LogError):  # a fault of ours: it costs these lines alone
+                log_unexpected(error)
+                error = LogError("internal error in the log; the server's log has the details")
+            self.error = str(error)
+            raise error from None
         finally:
             self._lock.release()
-        return None
-
-    def _write_lines(self, lines: bytes) -> None:
-        """Append lines to the file, at level disk with an fsync. Raises LogError; then none of them
-        are kept. The lock is held.
-        """
-        file, (number, size_bytes) = self._file, self.position
-        failed_call = "write"
-        self._lock.start_call()
-        try:
-            if self._recreate_error is not None:
-                raise self._recreate_error
-            file.append(lines)
-            if self.durability == "disk":
-                failed_call = "sync"
-                file.torn_at = size_bytes  # after a failed fsync nobody knows what is there
-                self._lock.start_call()
-                file.sync()
-                file.torn_at = None
-        except OSError as error:
-            self.error = f"can't {failed_call} {self.path}: {error.strerror}"
-            file.try_to_cut()
-            raise LogError(self.error) from None
-        self.position = Position(number, size_bytes + len(lines))
-        self.error = ""
-
-    def _write_group(self, lines: bytes) -> LogError | None:
-        """Write the lines of some batches; returns why that failed, if it did."""
-        with self._lock:
-            try:
-                self._write_lines(lines)
-            except LogError as error:
-                return error
-            except Exception as error:
-                # A fault of ours. At level disk it costs this group alone; at level memory the
-                # group is acknowledged already, so it is kept, and tried again for ever.
-                log_unexpected(error)
-                self.error = "internal error in the log; the server's log has the details"
-                self._file.torn_at = self.position.size_bytes
-                self._file.try_to_cut()
-                return LogError(self.error)
-        return None
 
     def probe(self) -> str:
         """Why the log can't be written, or "". While it can't, each call tries again: a write that
         is taken back, and an fsync.
         """
         # at level memory the writer retries by itself
-        stall_error = self._lock.stall_error
+        stall_error = self._file.stall_error
         if stall_error or not self.error or self.durability == "memory":
             return stall_error or self.error
-        return self.error if self._thread.do_and_wait(self._try_write, STALL_S) else NO_ANSWER
+        return self.error if self._thread.do(self._try_to_write, STALL_S) else NO_ANSWER
 
-    def _try_write(self) -> None:
+    def _try_to_write(self) -> None:
         """Set `error` to what is wrong now."""
-        failed_call = "write"
         with self._lock:
-            self._lock.start_call()
             try:
-                if self._recreate_error is not None:
-                    raise self._recreate_error
-                self._file.try_write()
-                failed_call = "sync"
-                self._file.sync()
+                self._file.try_to_write()
                 self.error = ""
-            except OSError as error:
-                self.error = f"can't {failed_call} {self.path}: {error.strerror}"
+            except LogError as error:
+                self.error = str(error)
 
     # ---- files change
 
@@ -1952,107 +1801,89 @@ class MetricLog:
         self._thread.do(self._change_file)
 
     def _change_file(self, path: str = "") -> None:
-        moved = False
+        """Move the file to `path`, if one is given, and go on in the file that has the log's name
+        then.
+        """
+        is_moved, old = False, self._file
         try:
             if path:
                 with contextlib.suppress(FileNotFoundError):  # somebody else took it away
                     os.rename(self.path, path)
-                    moved = True
+                    is_moved = True
             file = self._open()
-        except OSError as error:
-            if moved:
+            with self._lock:
+                self._switch_to(file)
+        except (OSError, LogError) as error:
+            if is_moved:
                 os.rename(path, self.path)
-            self._report(f"can't go on in a new {self.path}: {error.strerror}")
-            return
-        with self._lock:
-            old = self._file
-            if os.path.sameopenfile(file.descriptor, old.descriptor):
-                file.close()  # a line may be half written to it: it must not be cut
-                return
-            if old.is_deleted:  # nobody would find what is in it
-                file.close()
-                self._replace_deleted()
-                return
-            try:
-                file.cut_torn_line()
-            except OSError as error:
-                file.close()
-                self._report(f"can't cut a torn line off {self.path}: {error.strerror}")
-                return
-            old.try_to_cut()
-            self._switch_to(file)
-        self._sync_and_close(old)
+            with self._lock:
+                self._report(f"can't go on in a new {self.path}: {error}")
+        if old is not self._file:
+            self._sync_and_close(old)
 
     def _switch_to(self, file: _LogFile) -> None:
-        """Append to another file from now on. The lock is held."""
-        number, size_bytes = self.position.file + 1, file.size_bytes
-        for tell in self.on_switch:
-            tell(number, file.descriptor, self.position.size_bytes)
-        self._file, self._recreate_error, file.seen_bytes = file, None, size_bytes
-        self.position = Position(number, size_bytes)
+        """Append to a file from now on, unless it is the one of now: a line may be half written to
+        that, and must not be cut. The lock is held.
+        """
+        old, (number, size_bytes) = self._file, self.position
+        try:
+            if os.path.sameopenfile(file.descriptor, old.descriptor):
+                return
+            old.try_to_cut()
+            file.cut_torn_line()
+            if old.is_deleted:  # nobody would find what was appended to it since the last look
+                file.append(os.pread(old.descriptor, old.size_bytes, old.seen_bytes))
+                logger.warning("%s was deleted; the server made it anew", self.path)
+            for tell in self.on_switch:
+                tell(number + 1, file.descriptor, size_bytes)
+            self._file, file.seen_bytes = file, file.size_bytes
+            self.position = Position(number + 1, file.seen_bytes)
+        finally:
+            if self._file is not file:
+                file.close()
+
+    def _report(self, error: str) -> None:
+        """Log what goes wrong with nobody there to be told: once, not at each attempt. Where the
+        file is deleted, nothing more is acknowledged until there is another. The lock is held.
+        """
+        if self._file.is_deleted:
+            self._file.refusal = error
+        if self.error != error:
+            self.error = error
+            logger.error("%s", error)
 
     def _sync_and_close(self, file: _LogFile) -> None:
         """End a file to which nothing is appended any more."""
         try:
             file.sync()
-        except OSError as error:
-            logger.error("can't sync the file that is or was %s: %s", self.path, error.strerror)
+        except LogError as error:
+            logger.error("%s (the file that has or had this name)", error)
         file.close()
 
     def recreate_if_deleted(self) -> None:
-        """Where the file was deleted, go on in a new one, with what was appended since the last
-        look: nobody would find it in the old one. Where batches wait for a disk that does not
-        answer, refuse them: they are not written yet.
+        """Where the file was deleted, have the log go on in a new one, with what was appended since
+        the last look: nobody would find it in the old one. Where batches wait for a disk that does
+        not answer, refuse them: they are not written yet.
 
         A file that was moved needs nothing: what is appended to it is still to be found. Call this
         often: what is acknowledged between a deletion and the next look is safe from everything but
         a crash.
         """
-        if self._lock.stall_error:
+        if self._file.stall_error:
             self._thread.refuse_queued(NO_ANSWER)
-        elif self._lock.acquire(0):  # the housekeeper must not wait for a slow disk
+        elif self._lock.acquire(blocking=False):  # the housekeeper must not wait for a slow disk
             try:
-                if not self._closed:
-                    self._look_at_file()
+                file, (number, size_bytes) = self._file, self.position
+                if self._closed:
+                    return
+                if file.is_deleted:
+                    self._thread.do(self._change_file)
+                elif file.torn_at is None:
+                    file.seen_bytes, file.refusal = file.size_bytes, ""
+                    if file.seen_bytes < size_bytes:  # others have emptied it
+                        self.position = Position(number, file.seen_bytes)
             finally:
                 self._lock.release()
-
-    def _look_at_file(self) -> None:
-        """The lock is held."""
-        if self._file.is_deleted:
-            self._replace_deleted()
-        elif self._file.torn_at is None:
-            self._recreate_error = None
-            self._file.seen_bytes = seen_bytes = self._file.size_bytes
-            number, size_bytes = self.position
-            if seen_bytes < size_bytes:  # others have emptied it
-                self.position = Position(number, seen_bytes)
-
-    def _replace_deleted(self) -> None:
-        """Make a deleted file anew. The lock is held."""
-        old, file = self._file, None
-        old.try_to_cut()
-        try:
-            file = self._open()
-            file.cut_torn_line()
-            unseen = os.pread(old.descriptor, old.size_bytes, old.seen_bytes)
-            if unseen:
-                file.append(unseen)
-        except OSError as error:
-            if file is not None:
-                file.close()
-            self._recreate_error = error  # nothing more is acknowledged until it works
-            self._report(f"can't write {self.path}: {error.strerror}")
-            return
-        self._switch_to(file)
-        old.close()
-        logger.warning("%s was deleted; the server made it anew", self.path)
-
-    def _report(self, error: str) -> None:
-        """Log what goes wrong with nobody there to be told: once, not at each attempt."""
-        if self.error != error:
-            self.error = error
-            logger.error("%s", error)
 
     # ---- the end
 
@@ -2060,21 +1891,21 @@ class MetricLog:
         """Write and sync everything, then give the folder back; False if the disk does not answer
         in time.
         """
-        return self._thread.close(timeout_s)
+        return self._thread.close(self._leave, timeout_s)
 
     def _leave(self) -> None:
         """What the thread does last."""
         with self._lock:
-            self._file.try_to_cut()
-            if self._file.is_deleted:
-                self._replace_deleted()
             self._closed = True
+            self._file.try_to_cut()
+        if self._file.is_deleted:
+            self._change_file()
         self._sync_and_close(self._file)
         os.close(self._folder_fd)  # and with it the lock
 
 
 # ==================================================================================================
-# 7. Statistics
+# 9. Statistics
 # ==================================================================================================
 #
 # The problem: to say how the server is doing without slowing it down. The idea: every request
@@ -2107,7 +1938,6 @@ class Event(NamedTuple):
     """What happened to one request."""
 
     time: float  # at which it was answered, by time.perf_counter: no step of the clock shifts it
-    client: str
     status: int
     latency_s: float  # from its last byte's arrival to its answer
     metrics: int  # how many of its metrics were stored
@@ -2121,7 +1951,7 @@ class EventRing:
     number than the expected one has been overwritten: so a slow reader knows what it missed.
 
     >>> ring = EventRing(2)
-    >>> for event in "abc": ring.append(event)
+    >>> ring.extend("abc")
     >>> ring.read(since=0)
     (['b', 'c'], 3, 1)
     """
@@ -2129,16 +1959,17 @@ class EventRing:
     def __init__(self, size: int = RING_SIZE):
         self._slots: list[tuple[int, Any]] = [(-1, None)] * size
         self._mask = size - 1
-        # Guards the write index; nothing else is done under it but filling the slot.
+        # Guards the write index; nothing else is done under it but filling slots.
         self._lock = threading.Lock()
         self._end = 0  # the write index: how many events there ever were
 
-    def append(self, event: Any) -> None:
-        """Put an event in the place of the oldest."""
+    def extend(self, events: Iterable[Any]) -> None:
+        """Put events in the places of the oldest."""
+        slots, mask = self._slots, self._mask
         with self._lock:
-            end = self._end
-            self._slots[end & self._mask] = (end, event)
-            self._end = end + 1
+            for numbered in enumerate(events, self._end):
+                slots[numbered[0] & mask] = numbered
+                self._end = numbered[0] + 1
 
     def read(self, since: int = 0) -> tuple[list[Any], int, int]:
         """(events from number `since` on, the number to go on from, how many of them were
@@ -2190,6 +2021,8 @@ class Statistics:
         self._rows: list[Callable[[], Iterable[OwnMetric]]] = []
         self._clock = clock
         self._started = clock()
+        # Answered and not counted yet; to append and to take one is atomic.
+        self._noted: deque[tuple[int, float, int, bool]] = deque()
         self._lock = threading.Lock()  # guards the counters below
         self._by_status: Counter[int] = Counter()
         self._metrics = 0
@@ -2199,18 +2032,33 @@ class Statistics:
         self._last_look: tuple[float, int, tuple[dict[str, float], float]]
         self._last_look = -math.inf, -1, ({}, 0.0)  # when, at which end of the ring, what was found
 
-    def record(self, event: Event, invalid: bool = False) -> None:
-        """Count one request; `invalid` if it was refused for what its body held."""
-        self.ring.append(event)
-        _, _, status, latency_s, metrics = event
+    def note(self, status: int, started: float, metrics: int, invalid: bool = False) -> None:
+        """Remember a request that is answered in this round, `invalid` if it was refused for what
+        its body held. `started` is when its last byte came, by the clock.
+        """
+        self._noted.append((status, started, metrics, invalid))
+
+    def count(self) -> None:
+        """Count the requests that were noted: their answers are sent. The clock is looked at and
+        the locks are taken once for all of a round: 1 µs a request instead of 3.
+        """
+        noted = []
+        with contextlib.suppress(IndexError):  # that there are no more, or others were faster
+            while self._noted:
+                noted.append(self._noted.popleft())
+        if not noted:
+            return
+        ended = self._clock()
+        self.ring.extend(
+            [Event(ended, status, ended - started, stored) for status, started, stored, _ in noted]
+        )
+        statuses, starts, metrics, invalid = zip(*noted, strict=True)
         with self._lock:
-            self._by_status[status] += 1
-            self._latency_sum_s += latency_s
-            if metrics:
-                self._metrics += metrics
-                self._batches += 1
-            if invalid:
-                self._invalid += 1
+            self._by_status.update(statuses)
+            self._latency_sum_s += len(noted) * ended - math.fsum(starts)
+            self._metrics += sum(metrics)
+            self._batches += len(metrics) - metrics.count(0)
+            self._invalid += sum(invalid)
 
     def add(
         self,
@@ -2387,7 +2235,7 @@ def limiter_summary(limiter: SlidingWindowLimiter) -> str:
 
 
 # ==================================================================================================
-# 8. Service
+# 10. Service
 # ==================================================================================================
 #
 # The problem: a request passes through six chapters, each of which may refuse it. The idea: a
@@ -2437,7 +2285,7 @@ class Answer(NamedTuple):
 
     response: "Response | None"  # None for a Relay: the other process writes the response
     more_fields: bytes = b""
-    source: "Future[None] | Relay | None" = None
+    source: "bytes | Relay | None" = None  # lines for the log, or another process
 
 
 Handler = Callable[[Request, str], Answer]
@@ -2447,7 +2295,7 @@ class Pending(NamedTuple):
     """An answer that waits for its source."""
 
     answer: Answer
-    source: "Future[None] | Relay"
+    source: "bytes | Future[None] | Relay"  # lines that are to be written, or are being written
     head: Head
     client: str
     started: float
@@ -2475,7 +2323,7 @@ def error_response(error: Exception) -> Response:
     raised again.
     """
     if isinstance(error, HTTPError):
-        return json_response(error.status, {"error": str(error), **error.details}, error.fields)
+        return json_response(error.status, {"error": str(error)}, error.fields)
     if isinstance(error, JSONError):
         return json_response(400, {"error": f"body is not JSON: {error}"})
     if isinstance(error, BatchError):
@@ -2623,8 +2471,6 @@ class Service:
         self.health_facts: list[Callable[[], dict[str, Any]]] = []
         self._allowed_hosts = frozenset({"localhost", *map(str.lower, allowed_hosts)})
         self.stopping = False  # set once, when the server shuts down
-        # Answered, and not counted yet. A deque is atomic.
-        self._answered: deque[tuple[str, int, float, int, bool]] = deque()
         self._clock = clock
         self._routes: dict[str, dict[str, Handler]] = {}
         self._prefixes: dict[str, dict[str, Handler]] = {}
@@ -2662,10 +2508,6 @@ class Service:
             else:
                 self._routes[path] = table
 
-    def has_route(self, path: str) -> bool:
-        """Whether a path has a route of its own."""
-        return path in self._routes
-
     def ingest(self, request: Request, client: str) -> Answer:
         """The pipeline of `POST /metrics`: allowed? → JSON → batch → log (durable) → Response."""
         refuse_other_origins(request.head, self._allowed_hosts)
@@ -2674,8 +2516,7 @@ class Service:
         batch = read_body(decode_content(request), int(self._clock() * 1000))
         if self.check_batch is not None:
             self.check_batch(batch)
-        durable = self.log.append(batch.lines)
-        return Answer(accepted(batch.metrics), quota, durable)
+        return Answer(accepted(batch.metrics), quota, batch.lines)
 
     def _take_quota(self, client: str) -> bytes:
         """Count a request against its client's rate: the RateLimit field line of the answer, or
@@ -2723,7 +2564,7 @@ class Service:
 
     def show_statistics(self, request: Request, client: str) -> Answer:
         """`GET /metrics`: the server's own numbers."""
-        self.record_answered()
+        self.statistics.count()
         if prefers_text(request.head.headers.get("accept", "")):
             text = self.statistics.prometheus().encode()
             return Answer(Response(200, text, "text/plain; version=0.0.4; charset=utf-8"))
@@ -2773,9 +2614,11 @@ class Service:
             )
         return handlers[head.method]
 
-    def answer(self, request: Request, peer: str, started: float) -> Answer | Pending:
+    def answer(
+        self, request: Request, peer: str, started: float, joins: bool = False
+    ) -> Answer | Pending:
         """Answer a whole request of the address `peer`, whose last byte came at `started`
-        (time.perf_counter).
+        (time.perf_counter). Where it `joins` others, the caller has its lines stored with theirs.
         """
         if self.clients is None:
             client = client_id(request.head, peer)
@@ -2786,15 +2629,25 @@ class Service:
             answer = self._handler(request.head)(request, client)
             response, _, source = answer
             if source is not None:
-                return Pending(answer, source, request.head, client, started)
+                pending = Pending(answer, source, request.head, client, started)
+                if joins or isinstance(source, Relay):
+                    return pending
+                durable = self.store([pending])
+                if durable is not None:
+                    return pending._replace(source=durable)
             assert response is not None  # only a relay has none yet
             metrics = response.metrics
         except (HTTPError, JSONError, BatchError, LogError) as error:
             response = error_response(error)
             answer = Answer(response)
             invalid = isinstance(error, (JSONError, BatchError))
-        self._note_answered(client, response.status, started, metrics, invalid)
+        self._note(client, response.status, started, metrics, invalid)
         return answer
+
+    def store(self, joined: Iterable[Pending]) -> "Future[None] | None":
+        """Append the lines of requests to the log in one piece; see MetricLog.append."""
+        lines = [pending.source for pending in joined]
+        return self.log.append(b"".join(lines))  # type: ignore[arg-type]  # none of them is a relay
 
     def settle(self, pending: Pending, error: BaseException | None) -> Answer:
         """The answer to a request whose batch is durable, or could not be kept."""
@@ -2805,12 +2658,12 @@ class Service:
             answer = Answer(self._failed(error))
         assert answer.response is not None  # a batch has one
         status, metrics = answer.response.status, answer.response.metrics
-        self._note_answered(pending.client, status, pending.started, metrics)
+        self._note(pending.client, status, pending.started, metrics)
         return answer
 
     def relayed(self, pending: Pending, status: int) -> None:
         """Count an answer that came from another process."""
-        self._note_answered(pending.client, status, pending.started, 0)
+        self._note(pending.client, status, pending.started, 0)
 
     @staticmethod
     def _failed(error: BaseException) -> Response:
@@ -2823,25 +2676,14 @@ class Service:
         `started` is when its last bytes came, or when it was given up.
         """
         response = error_response(error) if isinstance(error, HTTPError) else self._failed(error)
-        self._note_answered(peer, response.status, started, 0)
+        self._note(peer, response.status, started, 0)
         return response
 
-    def _note_answered(
-        self, client: str, status: int, started: float, metrics: int, invalid: bool = False
+    def _note(
+        self, client: str, status: int, started: float, metrics: int = 0, invalid: bool = False
     ) -> None:
-        """Remember a request for `record_answered`, which looks at the clock once for many."""
         if not isinstance(client, OwnPeer):
-            self._answered.append((client, status, started, metrics, invalid))
-
-    def record_answered(self) -> None:
-        """Record the requests whose answers were sent just now."""
-        ended = time.perf_counter()
-        while self._answered:
-            try:
-                client, status, started, metrics, invalid = self._answered.popleft()
-            except IndexError:  # another thread was faster
-                return
-            self.statistics.record(Event(ended, client, status, ended - started, metrics), invalid)
+            self.statistics.note(status, started, metrics, invalid)
 
 
 def refuse_other_origins(head: Head, allowed_hosts: Container[str]) -> None:
@@ -2907,7 +2749,7 @@ def prefers_text(accept: str) -> bool:
 
 
 # ==================================================================================================
-# 9. Connections
+# 11. Connections
 # ==================================================================================================
 #
 # The problem: ten thousand connections, most of them idle, some slow, some hostile, and a request
@@ -2935,7 +2777,7 @@ RECEIVE_BYTES = 64 * 1024
 RELAY_S = 125.0  # how long an answer of another process is waited for, at each step
 READ, WRITE = select.POLLIN, select.POLLOUT  # epoll gives them the same values
 HUNG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
-_ONESHOT = getattr(select, "EPOLLONESHOT", 0)
+_ONESHOT = getattr(select, "EPOLLONESHOT", 0)  # alone: report nothing
 
 
 class WaitQueue:
@@ -2973,7 +2815,7 @@ class Connection:
     waits_in: WaitQueue | None = None  # guarded by Connections.lock, as the three below
     deadline: float = 0.0
     parked: bool = False  # whether it may be claimed
-    registered: bool = False  # with epoll
+    armed: int = 0  # the events that epoll reports of it; 0: it is not registered
     # What only TLS changes: whether the handshake is still to be made, whether something was
     # decrypted that no recv() has asked for, and whether TLS must write before it can read.
     shaking_hands: bool = False
@@ -3104,6 +2946,7 @@ class Connections:
         # Claimed too, but with requests left from an earlier turn; filled under the lock.
         self._backlog: deque[Connection] = deque()
         self.epoll = select.epoll() if has_epoll else None
+        self.oneshot = 0  # _ONESHOT where several workers ask epoll: each tells one of them
         self._listener_fd = -1
 
     def watch(self, listener_fd: int, stop_fd: int) -> None:
@@ -3135,25 +2978,56 @@ class Connections:
 
     def park(self, connection: Connection, queue: WaitQueue) -> None:
         """Let a connection wait, and let others claim it."""
+        self.park_all([(connection, queue)])
+
+    def park_all(self, waiting: Iterable[tuple[Connection, WaitQueue]]) -> None:
+        """The same for some connections. One that epoll does not take is closed.
+
+        Where one worker asks it, epoll is level-triggered and goes on reporting, so one that waits
+        for the same as before needs no arming: 1 µs less a request.
+        """
+        refused = []
         with self.lock:
-            if connection.waits_in is not queue or connection.restart_timeout:
-                if connection.waits_in is queue:
-                    queue.members.move_to_end(connection)
-                else:
-                    self._move(connection, queue)
-                connection.deadline = self._clock() + queue.limit_s
-                connection.restart_timeout = False
-            connection.parked = queue is not self.committing
-            if self.epoll is not None and connection.parked:
-                # Under the lock: once claimed it can be closed, and its descriptor be another's.
-                arm = self.epoll.modify if connection.registered else self.epoll.register
-                arm(connection.fd, queue.events | _ONESHOT)
-                connection.registered = True
-                if queue is self.relaying:
-                    relay = connection.relay_fd
-                    arm = self.epoll.modify if relay in self._relays else self.epoll.register
-                    arm(relay, READ | _ONESHOT)
-                    self._relays[relay] = connection
+            now = self._clock()
+            for connection, queue in waiting:
+                self._start_wait(connection, queue, now)
+                if self.epoll is not None and connection.parked:
+                    # Under the lock: once claimed it can be closed, its descriptor be another's.
+                    try:
+                        self._arm(connection, queue.events)
+                        if queue is self.relaying:
+                            self._arm_relay(connection)
+                    except OSError as error:
+                        logger.warning("can't wait for %s: %s", connection.peer, error.strerror)
+                        connection.parked = False
+                        refused.append(connection)
+        for connection in refused:
+            self.close(connection)
+
+    def _start_wait(self, connection: Connection, queue: WaitQueue, now: float) -> None:
+        if connection.waits_in is not queue or connection.restart_timeout:
+            if connection.waits_in is queue:
+                queue.members.move_to_end(connection)
+            else:
+                self._move(connection, queue)
+            connection.deadline = now + queue.limit_s
+            connection.restart_timeout = False
+        connection.parked = queue is not self.committing
+
+    def _arm(self, connection: Connection, events: int) -> None:
+        """Have epoll report these events of a connection, and no others. The lock is held."""
+        if self.epoll is not None and connection.armed != events:
+            arm = self.epoll.modify if connection.armed else self.epoll.register
+            arm(connection.fd, events | self.oneshot)
+            connection.armed = events
+
+    def _arm_relay(self, connection: Connection) -> None:
+        """Have epoll report a relay once. The lock is held."""
+        assert self.epoll is not None
+        relay = connection.relay_fd
+        arm = self.epoll.modify if relay in self._relays else self.epoll.register
+        arm(relay, READ | _ONESHOT)
+        self._relays[relay] = connection
 
     @staticmethod
     def _move(connection: Connection, queue: WaitQueue | None) -> None:
@@ -3202,8 +3076,12 @@ class Connections:
             for fd, events in ready:
                 if fd in self.open or fd in self._relays:
                     connection = self.open[fd] if fd in self.open else self._relays[fd]
-                    if connection.parked:
+                    if not connection.parked:
+                        if connection.armed and fd == connection.fd:
+                            self._arm(connection, _ONESHOT)  # others would be woken again and again
+                    else:
                         connection.parked = False
+                        connection.armed |= self.oneshot
                         connection.ready_at = now
                         connection.hung_up = fd == connection.fd and bool(events & HUNG_UP)
                         left_over = connection.waits_in is self.ready
@@ -3282,7 +3160,7 @@ class Connections:
 
 
 # ==================================================================================================
-# 10. Turns
+# 12. Turns
 # ==================================================================================================
 #
 # The problem: a thread that waits for one client serves no other. The idea: a turn is what is done
@@ -3293,6 +3171,16 @@ class Connections:
 
 LINGER_BYTES = 1024 * 1024  # how much is read and dropped after an error
 REQUESTS_A_TURN = 4  # pipelined; then the others have their turn
+# Batches of a round that are written to the log at once: 25,000 requests/s instead of 22,000, and
+# no more connections wait where the disk does not answer.
+JOINED_WRITES = 16
+
+
+def _taken(waiting: "deque[Connection]") -> Iterator[Connection]:
+    """All that wait, unless another worker is faster; to take one is atomic."""
+    with contextlib.suppress(IndexError):
+        while True:
+            yield waiting.popleft()
 
 
 class Turns:
@@ -3303,28 +3191,23 @@ class Turns:
         # Not a real queue: a step returns it to say "send after this round"; the connection goes
         # to _unsent.
         self._after_round = WaitQueue(0, math.inf)
-        self._unsent: deque[Connection] = deque()  # any worker may take from it; it is atomic
+        self._unsent: deque[Connection] = deque()  # any worker may take from it
+        # The same for what is to be written to the log before it is answered.
+        self._to_write = WaitQueue(0, math.inf)
+        self._unwritten: deque[Connection] = deque()
+        self._joins_writes = connections.epoll is not None
 
     def step(
         self, connection: Connection, action: Callable[[Connection], WaitQueue | None]
     ) -> None:
         """Take a step for a claimed connection; then park it, or close it."""
-        try:
-            self._park(connection, action(connection))
-        except OSError:  # the client is gone: nobody is left to be told
-            self._connections.close(connection)
-        except Exception as error:  # an error of ours costs the one connection on which it showed
-            if connection.ending:
-                log_unexpected(error)
-                self._connections.close(connection)
-            else:
-                self.step(connection, partial(self._refuse, error=error))
-
-    def _park(self, connection: Connection, queue: WaitQueue | None) -> None:
+        queue = self._attempt(connection, action)
         if queue is None:
             self._connections.close(connection)
         elif queue is self._after_round:
             self._unsent.append(connection)
+        elif queue is self._to_write:
+            self._unwritten.append(connection)
         else:
             self._connections.park(connection, queue)
             if queue is self._connections.committing and self._connections.epoll is not None:
@@ -3333,24 +3216,65 @@ class Turns:
                 assert isinstance(durable, Future)
                 durable.add_done_callback(partial(self.on_durable, connection))
 
-    def send_answers(self) -> None:
-        """Send what the last turns put aside.
+    def _attempt(
+        self, connection: Connection, action: Callable[[Connection], WaitQueue | None]
+    ) -> WaitQueue | None:
+        """The queue that a step gives, whatever goes wrong in it."""
+        try:
+            return action(connection)
+        except OSError:  # the client is gone: nobody is left to be told
+            return None
+        except Exception as error:  # an error of ours costs the one connection on which it showed
+            if connection.ending:
+                log_unexpected(error)
+                return None
+            return self._attempt(connection, partial(self._refuse, error=error))
+
+    def end_round(self) -> None:
+        """Write the batches that the last turns put aside, send their answers, and count them.
 
         Answers of one round leave together, so that a client with many connections is woken once
         and not for each: 44,900 requests/s instead of 41,000 with 50 connections.
         """
-        while True:
-            try:
-                connection = self._unsent.popleft()
-            except IndexError:
-                break
-            self.step(connection, self._send)
-        self._service.record_answered()
+        while joined := list(itertools.islice(_taken(self._unwritten), JOINED_WRITES)):
+            self._write(joined)
+        waiting = []
+        for connection in _taken(self._unsent):
+            queue = self._attempt(connection, self._send)
+            if queue is None:
+                self._connections.close(connection)
+            else:
+                waiting.append((connection, queue))
+        if waiting:
+            self._connections.park_all(waiting)
+        self._service.statistics.count()
+
+    def _write(self, joined: list[Connection]) -> None:
+        """Append the batches of some connections to the log, and answer when they are written."""
+        durable = error = None
+        try:
+            durable = self._service.store([c.pending for c in joined if c.pending is not None])
+        except Exception as failure:  # settle() tells what it means
+            error = failure
+        answer = partial(self._answer_stored, durable=durable, error=error)
+        for connection in joined:
+            self.step(connection, answer)
+
+    def _answer_stored(
+        self, connection: Connection, durable: "Future[None] | None", error: Exception | None
+    ) -> WaitQueue | None:
+        pending, connection.pending = connection.pending, None
+        assert pending is not None  # only then was it put aside
+        if durable is not None:
+            connection.pending = pending._replace(source=durable)
+            return self._connections.committing
+        self._put_response(connection, self._service.settle(pending, error), pending.head)
+        return self._after_round
 
     def on_durable(self, connection: Connection, durable: "Future[None]") -> None:
         """Answer a request with whose batch the log is done. Runs in the log's thread."""
         self.step(connection, partial(self._answer_durable, error=durable.exception()))
-        self._service.record_answered()
+        self._service.statistics.count()
 
     def _answer_durable(
         self, connection: Connection, error: BaseException | None
@@ -3379,12 +3303,15 @@ class Turns:
                     return None
                 fault = HTTPError(400, "the connection ended in the middle of a request")
                 return self._refuse(connection, fault)
+            request = connection.reader.whole_request(received)
+            if request is not None:
+                return self._answer(connection, request) or self._finish_turn(connection)
             connection.reader.feed(received)
         return self._serve(connection)
 
     def _serve(self, connection: Connection) -> WaitQueue | None:
         """Answer the whole requests that have arrived, in their order."""
-        reader, started = connection.reader, connection.ready_at
+        reader = connection.reader
         for _ in range(REQUESTS_A_TURN):
             try:
                 request = reader.next_request()
@@ -3394,17 +3321,28 @@ class Turns:
                 if reader.take_continue():
                     connection.put(CONTINUE)
                 break
-            answer = self._service.answer(request, connection.peer, started)
-            if isinstance(answer, Pending):
-                connection.pending = answer
-                if not isinstance(answer.source, Relay):
-                    return self._connections.committing
-                return self._send(connection) if connection.unsent else self._connections.relaying
-            self._put_response(connection, answer, request.head)
+            queue = self._answer(connection, request)
+            if queue is not None:
+                return queue
             if connection.ending:
                 break
         else:
             connection.has_buffered_requests = reader.in_request
+        return self._finish_turn(connection)
+
+    def _answer(self, connection: Connection, request: Request) -> WaitQueue | None:
+        """Answer a request; None, or the queue in which its connection waits for the answer."""
+        joins = self._joins_writes and not connection.reader.in_request
+        answer = self._service.answer(request, connection.peer, connection.ready_at, joins)
+        if not isinstance(answer, Pending):
+            self._put_response(connection, answer, request.head)
+            return None
+        connection.pending = answer
+        if isinstance(answer.source, Relay):
+            return self._send(connection) if connection.unsent else self._connections.relaying
+        return self._to_write if isinstance(answer.source, bytes) else self._connections.committing
+
+    def _finish_turn(self, connection: Connection) -> WaitQueue | None:
         if connection.unsent and self._connections.epoll is not None:
             return self._after_round
         return self._send(connection)
@@ -3551,7 +3489,7 @@ class Turns:
 
 
 # ==================================================================================================
-# 11. Server
+# 13. Server
 # ==================================================================================================
 #
 # The problem: which threads give the connections their turns, and how many? The plain way is
@@ -3611,6 +3549,7 @@ class _Workers:
     def start(self, count: int) -> None:
         """Start the steady workers, which share what is ready. Raises OSError."""
         self.most_ready = 64 if count == 1 else 4
+        self._connections.oneshot = 0 if count == 1 else _ONESHOT
         for _ in range(count):
             self.start_one()
 
@@ -3633,7 +3572,7 @@ class _Workers:
             try:
                 connection = claimed.popleft()
             except IndexError:
-                turns.send_answers()
+                turns.end_round()
                 worker.busy = False
                 self._connections.claim_ready(self.most_ready)
                 worker.turns += 1
@@ -3645,7 +3584,7 @@ class _Workers:
                 self._accept(worker)
             else:
                 turns.step(connection, turns.take_turn)
-        turns.send_answers()
+        turns.end_round()
         # It may have been replaced while it claimed: its successor, which waits for epoll by then,
         # would look there only when the wait times out.
         for connection in self._connections.take_claimed():
@@ -3840,7 +3779,7 @@ class Server(socketserver.ThreadingTCPServer):
     def _serve(self, connection: Connection) -> None:
         turns = self._turns
         turns.step(connection, turns.take_turn)
-        self.service.record_answered()
+        self.service.statistics.count()
         while (waits_in := connection.waits_in) is not None:
             self._wake_housekeeper()
             source = connection.pending.source if connection.pending else None
@@ -3859,7 +3798,7 @@ class Server(socketserver.ThreadingTCPServer):
                 connection.ready_at = time.perf_counter()
                 connection.hung_up = bool(ready.get(connection.fd, 0) & HUNG_UP)
                 turns.step(connection, turns.take_turn if ready else turns.time_out)
-                self.service.record_answered()
+                self.service.statistics.count()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Called by socketserver with what got past everything else."""
@@ -3948,7 +3887,7 @@ class Server(socketserver.ThreadingTCPServer):
             for connection in connections.claim_idle():
                 turns.step(connection, turns.take_turn)  # serve what has just arrived
                 connections.close_if_idle(connection)
-            turns.send_answers()
+            turns.end_round()
             self._stopped.wait(TICK_S / 4)
         self._workers.finish()
         self._stop_sender.send(b"!")  # stays unread: every worker sees it
@@ -4005,206 +3944,193 @@ def fit_connections(wanted: int) -> int:
 
 
 # ==================================================================================================
-# 12. Classes of characters
-# ==================================================================================================
-#
-# A class is what one place in a regular expression matches: a set of the 1,114,112 characters. The
-# idea: it is kept as the borders of its ranges, so that to unite, to complement and to look into it
-# take as long as it has ranges. Names of classes are those of Unicode, POSIX and Perl.
-
-# Ascending borders: the class begins at each even one and has ended at each odd one.
-_Class = tuple[int, ...]
-_NO_CHARACTER: _Class = ()
-_ANY_CHARACTER: _Class = (0, sys.maxunicode + 1)
-_NO_LINE_END: _Class = (0, 0x0A, 0x0B, sys.maxunicode + 1)
-
-
-def _is_in(character: int, borders: _Class) -> bool:
-    return bisect_right(borders, character) & 1 == 1
-
-
-def _ranges(borders: _Class) -> Iterator[tuple[int, int]]:
-    return zip(borders[::2], borders[1::2])
-
-
-def _union(ranges: Iterable[tuple[int, int]]) -> _Class:
-    borders: list[int] = []
-    for start, end in sorted(ranges):
-        if borders and start <= borders[-1]:
-            borders[-1] = max(borders[-1], end)
-        else:
-            borders += start, end
-    return tuple(borders)
-
-
-def _complement(borders: _Class) -> _Class:
-    inner = borders[1:] if borders[:1] == (0,) else (0, *borders)
-    end = sys.maxunicode + 1
-    return inner[:-1] if inner[-1:] == (end,) else (*inner, end)
-
-
-def _named(ends: str) -> _Class:
-    """The class whose ranges have these first and last characters.
-
-    >>> _named("09AF")
-    (48, 58, 65, 71)
-    """
-    return _union((ord(first), ord(last) + 1) for first, last in zip(ends[::2], ends[1::2]))
-
-
-_POSIX_CLASSES = {
-    "alnum": _named("09AZaz"), "alpha": _named("AZaz"), "ascii": _named("\0\x7f"),
-    "blank": _named("\t\t  "), "cntrl": _named("\0\x1f\x7f\x7f"), "digit": _named("09"),
-    "graph": _named("!~"), "lower": _named("az"), "print": _named(" ~"),
-    "punct": _named("!/:@[`{~"), "space": _named("\t\r  "), "upper": _named("AZ"),
-    "word": _named("09AZ__az"), "xdigit": _named("09AFaf"),
-}  # fmt: skip
-_WORD = _POSIX_CLASSES["word"]
-_PERL_CLASSES = {"d": _named("09"), "s": _named("\t\n\f\r  "), "w": _WORD}
-
-
-@functools.cache
-def _categories() -> dict[str, _Class]:
-    """The general categories of Unicode, as `Lu` and `L`, and `Any`; 0.1 s when first called."""
-    ranges: dict[str, list[tuple[int, int]]] = {}
-    start = 0
-    for name, run in itertools.groupby(map(unicodedata.category, map(chr, range(0x110000)))):
-        end = start + len(list(run))
-        # Go has no category of what is not assigned
-        if name != "Cn":
-            for key in (name, name[0]):
-                ranges.setdefault(key, []).append((start, end))
-        start = end
-    return {"Any": _ANY_CHARACTER, **{name: _union(runs) for name, runs in ranges.items()}}
-
-
-@functools.cache
-def _cases() -> tuple[list[int], dict[int, set[int]]]:
-    """All letters that have cases, ascending; and each with those it equals under `(?i)`.
-
-    This is Unicode's simple case folding, one letter to one letter: K, k and the Kelvin sign are
-    equal, s and the long s; ß is not ss. The Turkish letters without and with a dot stand alone.
-    """
-    equal: dict[int, set[int]] = {}
-    for code in range(0x41, 0x1E944):
-        letter = chr(code)
-        for other in (letter.lower(), letter.upper(), letter.title()):
-            if other != letter and len(other) == 1 and code not in (0x130, 0x131):
-                both = equal.get(code, {code}) | equal.get(ord(other), {ord(other)})
-                equal.update(dict.fromkeys(both, both))
-    return sorted(equal), equal
-
-
-@functools.lru_cache(256)
-def _folded(borders: _Class) -> _Class:
-    """The class with all letters that equal one of it."""
-    letters, equal = _cases()
-    ranges = list(_ranges(borders))
-    for start, end in _ranges(borders):
-        for code in letters[bisect_left(letters, start) : bisect_left(letters, end)]:
-            ranges += ((other, other + 1) for other in equal[code])
-    return _union(ranges)
-
-
-# ==================================================================================================
-# 13. Patterns
+# 14. Patterns
 # ==================================================================================================
 #
 # The text of a regular expression becomes a program for Thompson's machine: instructions that match
-# a character, branch, or note a place. Syntax and errors are those of Go's regexp/syntax, which
-# Prometheus uses, with "s" set: a dot also matches a line end. Not here: classes of scripts, as
-# \p{Greek}, of which Python has no table. What it costs: counted repetitions are copies, so the
-# size of a program is bounded.
+# a character, branch, or note a place. Where one goes on is relative to its own place. So the parts
+# of a program are plain lists: a sequence is their sum, and x{1000} is 1,000 copies of x. What it
+# costs: a short pattern can be a large program, so its size is bounded.
+#
+# Syntax and errors are those of Go's regexp/syntax, which Prometheus uses, with "s" set: a dot also
+# matches a line end. Not here: classes of scripts, as \p{Greek}, of which Python has no table.
 
 MAX_REGEX_CHARACTERS = 100_000
-MAX_REGEX_SIZE = 200_000  # instructions, and borders of classes
+MAX_REGEX_SIZE = 200_000  # instructions
 MAX_REGEX_REPEAT = 1_000  # copies of what is innermost in nested counted repetitions
 MAX_REGEX_DEPTH = 1_000  # of groups
-
-# What an instruction does, and its argument. Where it goes on is relative to its own place: so a
-# repeated part of a program is copied as it is.
-_Instruction = tuple[str, Any]
-_CHARACTER = "character"  # matches one of a class
-_BRANCH = "branch"  # goes on in several places, the preferred one first
-_JUMP = "jump"
-_SAVE = "save"  # notes the place in the text: 2n where group n begins, 2n + 1 where it ends
-_ASSERT = "assert"  # holds between two characters
-
-_NUMBER_OF_REPEAT = "(?:0|[1-9][0-9]*)"
-_REPEAT = re.compile(
-    rf"[*+?]|\{{(?P<least>{_NUMBER_OF_REPEAT})(?P<range>,(?P<most>{_NUMBER_OF_REPEAT})?)?\}}"
-)
-_GROUP_NAME = re.compile(r"\(\?P?<(?P<name>[^>]*)>")
-_ESCAPED = re.compile(
-    r"\\(?:(?P<octal>0[0-7]{0,2}|[1-7][0-7]{1,2})|x\{0*(?P<hex>[0-9A-Fa-f]{1,6})\}"
-    r"|x(?P<byte>[0-9A-Fa-f]{2})|(?P<control>[afnrtv])|(?P<itself>[^0-9A-Za-z\x80-\U0010ffff]))"
-)
-_BAD_ESCAPE = re.compile(r"\\(?:x(?:\{[0-9A-Fa-f]*.?|.{1,2})?|.)", re.DOTALL)
-_RANGE = re.compile(r"-[^\]]", re.DOTALL)
-_CONTROLS = dict(zip("afnrtv", b"\a\f\n\r\t\v"))
-_SIMPLE_ASSERTIONS = frozenset("AbBz")
 
 
 def _refused(reason: str, excerpt: str) -> ValueError:
     return ValueError(f"error parsing regexp: {reason}: `{excerpt}`")
 
 
-def _read_escape(pattern: str, place: int) -> tuple[int, int]:
-    """The character that an escape stands for, and where it ends."""
-    match = _ESCAPED.match(pattern, place)
-    code = 0
-    if match:
-        kind = match.lastgroup or ""
-        base = {"octal": 8, "hex": 16, "byte": 16}.get(kind)
-        text = match[kind]
-        code = int(text, base) if base else _CONTROLS.get(text, ord(text))
-    if match is None or code > sys.maxunicode:
-        bad = _BAD_ESCAPE.match(pattern, place)
-        if bad is None:
-            raise _refused("trailing backslash at end of expression", "")
-        raise _refused("invalid escape sequence", bad[0])
-    return code, match.end()
+# -- classes of characters --
 
 
-def _read_named_class(pattern: str, place: int) -> tuple[_Class, bool, int] | None:
-    r"""A class as \d, \pL or \P{Lu}, whether it is negated, and where it ends; None: no such."""
-    kind = pattern[place + 1 : place + 2]
-    if pattern[place] != "\\" or kind.lower() not in ("p", *_PERL_CLASSES):
-        return None
-    if kind not in "pP":
-        return _PERL_CLASSES[kind.lower()], kind.isupper(), place + 2
-    end = place + 3
-    if pattern[place + 2 : end] == "{":
-        end = pattern.find("}", place) + 1 or len(pattern)
-    name = pattern[place + 2 : end].removeprefix("{").removesuffix("}")
-    borders = _categories().get(name.removeprefix("^"))
-    if borders is None:
-        raise _refused("invalid character class range", pattern[place:end])
-    return borders, (kind == "P") != name.startswith("^"), end
+@functools.cache
+def _cases() -> dict[str, str]:
+    """All letters that have cases, each with those it equals under `(?i)`; 0.1 s when first called.
+
+    This is Unicode's simple case folding, one letter to one letter: K, k and the Kelvin sign are
+    equal, s and the long s; ß is not ss. The Turkish letters without and with a dot stand alone.
+    """
+    equal = defaultdict[str, str](str)
+    for letter in map(chr, range(0x1E944)):
+        if letter not in "İı":
+            lower = letter.upper().lower()
+            equal[lower if len(lower) == 1 else letter.lower()] += letter
+    return {letter: all_equal for all_equal in equal.values() for letter in all_equal}
 
 
-def _read_posix_class(pattern: str, place: int) -> tuple[_Class, bool, int] | None:
-    """The same for a class as [:alpha:] or [:^alpha:]."""
-    end = pattern.find(":]", place + 2) if pattern.startswith("[:", place) else -1
-    if end < 0:
-        return None
-    name = pattern[place + 2 : end]
-    borders = _POSIX_CLASSES.get(name.removeprefix("^"))
-    if borders is None:
-        raise _refused("invalid character class range", pattern[place : end + 2])
-    return borders, name.startswith("^"), end + 2
+@dataclasses.dataclass(frozen=True, eq=False, slots=True)
+class _Class:
+    """A set of characters: those of some ranges, categories and other classes; or all but these."""
+
+    borders: tuple[int, ...] = ()  # ascending: where a range begins, and where it has ended
+    categories: tuple[str, ...] = ()  # of Unicode; "L" stands for all that begin so
+    inner: Iterable["_Class"] = ()
+    negated: bool = False
+    any_case: bool = False
+
+    def has(self, character: str) -> bool:
+        equal = _cases().get(character, character) if self.any_case else character
+        return self.negated != any(
+            bisect_right(self.borders, ord(letter)) & 1
+            or unicodedata.category(letter).startswith(self.categories)
+            or any(inner.has(letter) for inner in self.inner)
+            for letter in equal
+        )
 
 
-def _repeat_counts(match: re.Match[str]) -> tuple[int, int | None]:
+def _borders(ends: str) -> tuple[int, ...]:
+    """The borders of the ranges that have these first and last characters.
+
+    >>> _borders("09AF")
+    (48, 58, 65, 71)
+    """
+    borders: list[int] = []
+    for first, last in sorted(zip(ends[::2], ends[1::2])):
+        if borders and ord(first) <= borders[-1]:
+            borders[-1] = max(borders[-1], ord(last) + 1)
+        else:
+            borders += ord(first), ord(last) + 1
+    return tuple(borders)
+
+
+_ANY_CHARACTER = _Class(negated=True)
+_NO_LINE_END = _Class(_borders("\n\n"), negated=True)
+_NAMED_RANGES = {
+    r"\d": "09", r"\s": "\t\n\f\r  ", r"\w": "09AZ__az", r"\pAny": "\0\U0010ffff",
+    "[:alnum:]": "09AZaz", "[:alpha:]": "AZaz", "[:ascii:]": "\0\x7f", "[:blank:]": "\t\t  ",
+    "[:cntrl:]": "\0\x1f\x7f\x7f", "[:digit:]": "09", "[:graph:]": "!~", "[:lower:]": "az",
+    "[:print:]": " ~", "[:punct:]": "!/:@[`{~", "[:space:]": "\t\r  ", "[:upper:]": "AZ",
+    "[:word:]": "09AZ__az", "[:xdigit:]": "09AFaf",
+}  # fmt: skip
+_CATEGORY = re.compile("C[cfos]?|L[lmotu]?|M[cen]?|N[dlo]?|P[cdefios]?|S[ckmo]?|Z[lps]?")
+_NAMED_CLASS = re.compile(
+    r"\\(?P<letter>[dDsSwW]|[pP](?:\{(?P<long>[^}]*)(?:\}|\Z)|(?P<short>.?)))"
+    r"|\[:(?P<posix>.*?):\]",
+    re.DOTALL,
+)
+
+
+@functools.cache
+def _named_class(text: str, any_case: bool) -> _Class:
+    r"""The class that is written as \d, \pL, \P{^Lu} or [:alpha:]. Raises ValueError."""
+    match = _NAMED_CLASS.fullmatch(text)
+    assert match is not None
+    letter = (match["letter"] or "")[:1]
+    name = match["long"] or match["short"] or match["posix"] or ""
+    negated = letter.isupper() != name.startswith("^")
+    name = name.removeprefix("^")
+    ends = _NAMED_RANGES.get(rf"\{letter.lower()}{name}" if letter else f"[:{name}:]")
+    if ends:
+        return _Class(_borders(ends), negated=negated, any_case=any_case)
+    if letter not in ("p", "P") or not _CATEGORY.fullmatch(name):
+        raise _refused("invalid character class range", text)
+    # in Go, C is without what is not assigned
+    categories = ("Cc", "Cf", "Co", "Cs") if name == "C" else (name,)
+    return _Class((), categories, negated=negated, any_case=any_case)
+
+
+# -- programs --
+
+_Program = list[tuple[str, Any]]  # instructions: what each does, and its argument
+_CHARACTER = "character"  # matches one of a string or class, and goes on with the next instruction
+_BRANCH = "branch"  # goes on at these distances, the preferred one first
+_SAVE = "save"  # notes the place in the text: 2n where group n begins, 2n + 1 where it ends
+_ASSERT = "assert"  # goes on if it holds between two characters
+
+
+def _either(alternatives: list[_Program]) -> _Program:
+    if len(alternatives) == 1:
+        return alternatives[0]
+    starts = list(itertools.accumulate((len(each) + 1 for each in alternatives), initial=1))
+    program: _Program = [(_BRANCH, tuple(starts[:-1]))]
+    for alternative in alternatives:
+        program += alternative
+        # from behind each alternative to the end
+        program.append((_BRANCH, (starts[-1] - len(program),)))
+    return program
+
+
+class _Atom(NamedTuple):
+    """A part of a pattern that a repetition may follow."""
+
+    program: _Program
+    nullable: bool  # whether it may match nothing
+    repeats: int = 1  # the largest product of nested counts in it
+
+
+def _repeated(atom: _Atom, least: int, most: int | None, lazy: bool) -> _Program:
+    def branch(*distances: int) -> tuple[str, Any]:
+        return _BRANCH, distances[::-1] if lazy else distances
+
+    body = atom.program
+    if most is None and least == 0 and not atom.nullable:
+        return [branch(1, len(body) + 2), *body, (_BRANCH, (-len(body) - 1,))]
+    if most is None:
+        # x* is (x+)? here, as in Go: the loop above would prefer no x to an empty one
+        program = [*body * max(least, 1), branch(-len(body), 1)]
+        return program if least else [branch(1, len(program) + 1), *program]
+    # x{0,3} is (x(x(x)?)?)?
+    program = body * least
+    for left in range(most - least, 0, -1):
+        program += [branch(1, left * (len(body) + 1)), *body]
+    return program
+
+
+# -- syntax --
+
+_COUNT = "(?:0|[1-9][0-9]*)"
+_REPETITION = re.compile(
+    rf"(?P<operator>[*+?]|\{{(?P<least>{_COUNT})(?P<range>,(?P<most>{_COUNT})?)?\}})(?P<lazy>\??)"
+)
+_GROUP = re.compile(
+    r"\((?:(?!\?)|\?P?<(?P<name>[^>]*)>|\?(?P<set>[imsU]*)(?:-(?P<clear>[imsU]+))?(?P<end>[:)]))"
+)
+_BAD_FLAGS = re.compile(r"\(\?[imsU]*(?:-[imsU]*)?.?", re.DOTALL)
+_ESCAPED = re.compile(
+    r"\\(?:(?P<octal>0[0-7]{0,2}|[1-7][0-7]{1,2})|x\{0*(?P<hex>[0-9A-Fa-f]{1,6})\}"
+    r"|x(?P<byte>[0-9A-Fa-f]{2})|(?P<control>[afnrtv])|(?P<itself>[^0-9A-Za-z\x80-\U0010ffff]))"
+)
+_BAD_ESCAPE = re.compile(r"\\(?:x(?:\{[0-9A-Fa-f]*.?|.{1,2})?|.)", re.DOTALL)
+_IS_RANGE = re.compile(r"-[^\]]", re.DOTALL)
+_CONTROLS = dict(zip("afnrtv", b"\a\f\n\r\t\v"))
+
+
+def _counts(repetition: re.Match[str]) -> tuple[int, int | None]:
     """How often it repeats: at least, and at most; None: without end."""
-    if not match["least"]:
-        return {"*": (0, None), "+": (1, None), "?": (0, 1)}[match[0]]
-    if max(len(match["least"]), len(match["most"] or "")) > 4:
-        raise _refused("invalid repeat count", match[0])
-    least = int(match["least"])
-    most = int(match["most"]) if match["most"] else None if match["range"] else least
+    operator = repetition["operator"]
+    if operator in "*+?":
+        return int(operator == "+"), 1 if operator == "?" else None
+    # five digits are too many already
+    least = int(repetition["least"][:5])
+    most = int(repetition["most"][:5]) if repetition["most"] else None
+    most = most if repetition["range"] else least
     if max(least, most or 0) > MAX_REGEX_REPEAT or (most is not None and most < least):
-        raise _refused("invalid repeat count", match[0])
+        raise _refused("invalid repeat count", operator)
     return least, most
 
 
@@ -4212,314 +4138,212 @@ def _repeat_counts(match: re.Match[str]) -> tuple[int, int | None]:
 class _OpenGroup:
     """A group whose end has not been read yet; the outermost is the whole pattern."""
 
-    atom: int  # where its program begins
-    start: int  # and that of its first alternative
     flags: frozenset[str]  # in force before it, and after it again
     slot: int | None  # None: it captures nothing
-    others: list[int] = dataclasses.field(default_factory=list)  # where other alternatives begin
-    repeats: int = 1  # the largest product of nested counts
-    nullable: bool = True  # whether the alternative, as far as it was read, may match nothing
-    other_nullable: bool = False  # whether one before it may
+    alternatives: list[list[_Atom]] = dataclasses.field(default_factory=lambda: [[]])
+
+    def atom(self) -> _Atom:
+        sequences: list[_Program] = []
+        for atoms in self.alternatives:
+            # nothing is copied: 1,000 groups in each other would cost 1 s
+            sequences.append(atoms[0].program if atoms else [])
+            for atom in atoms[1:]:
+                sequences[-1] += atom.program
+        program = _either(sequences)
+        if self.slot is not None:
+            program.insert(0, (_SAVE, self.slot))
+            program.append((_SAVE, self.slot + 1))
+        nullable = any(all(atom.nullable for atom in atoms) for atoms in self.alternatives)
+        repeats = (atom.repeats for atoms in self.alternatives for atom in atoms)
+        return _Atom(program, nullable, max(repeats, default=1))
 
 
-class _Compiler:
-    """Reads a pattern from left to right and writes its program in one go, without a tree.
-
-    Nothing here is recursive, so that no nesting can exhaust the stack. What the last atom needs
-    in front of it, as for `*` or `|`, is inserted when it is known.
-    """
+class _PatternParser:
+    """Reads a pattern from left to right. Nothing is recursive: no nesting exhausts the stack."""
 
     def __init__(self, pattern: str) -> None:
         self.pattern = pattern
         self.place = 0
-        # what stands for the beginning of the text; no character matches it
-        self.code: list[_Instruction] = [(_CHARACTER, _NO_CHARACTER)]
         self.flags = frozenset("s")
-        self.groups = [_OpenGroup(1, 1, self.flags, None)]
+        self.groups = [_OpenGroup(self.flags, None)]
         self.names: dict[str, int] = {}
         self.captures = 1
-        self.last_posix_end = pattern.rfind(":]")
-        self.atom: int | None = None  # where the program of the last atom begins
-        self.repeats = 1  # the largest product of nested counts in it
-        self.nullable = True  # whether it may match nothing
+        self.size = 0
         self.repeated = (0, 0)  # where the last repetition operator stands
-        self.borders = 0
+        self.last_posix_end = pattern.rfind(":]")
 
-    def compile(self) -> list[_Instruction]:
+    def parse(self) -> _Program:
         if surrogate := _SURROGATE.search(self.pattern):
             raise _refused("invalid UTF-8", self.pattern[surrogate.start() :])
         while self.place < len(self.pattern):
-            character = self.pattern[self.place]
-            read = self.OPERATORS.get(character)
-            if read:
-                read(self)
-            else:
-                self.place += 1
-                self.add_letter(ord(character))
-            if len(self.code) > MAX_REGEX_SIZE:
-                raise self.too_large()
+            self.read(self.pattern[self.place])
         if len(self.groups) > 1:
             raise _refused("missing closing )", self.pattern)
-        self.end_group()
-        return [*self.code, (_CHARACTER, _NO_CHARACTER)]
+        return self.groups[0].atom().program
 
-    def too_large(self) -> ValueError:
-        return _refused("expression too large", self.pattern[:64])
+    def read(self, first: str) -> None:
+        """Read the next atom, operator or parenthesis."""
+        match first:
+            case "*" | "+" | "?" | "{":
+                self.read_repetition()
+            case "(":
+                self.open_group()
+            case ")":
+                self.close_group()
+            case "|":
+                self.place += 1
+                self.grow(2)
+                self.groups[-1].alternatives.append([])
+            case ".":
+                self.place += 1
+                self.add(_CHARACTER, _ANY_CHARACTER if "s" in self.flags else _NO_LINE_END)
+            case "^" | "$":
+                self.place += 1
+                self.add(_ASSERT, first if "m" in self.flags else {"^": "A", "$": "z"}[first])
+            case "[":
+                self.add(_CHARACTER, self.bracketed_class())
+            case "\\":
+                self.read_backslash()
+            case _:
+                self.add_letter(self.character())
 
-    # -- atoms --
+    def grow(self, size: int) -> None:
+        self.size += size
+        if self.size > MAX_REGEX_SIZE:
+            raise _refused("expression too large", self.pattern[:64])
 
-    def add(self, *instruction: Any) -> None:
-        self.begin_atom(len(self.code), nullable=instruction[0] == _ASSERT)
-        self.code.append((instruction[0], instruction[1]))
+    def add(self, operation: str, argument: Any) -> None:
+        self.grow(1)
+        atoms = self.groups[-1].alternatives[-1]
+        atoms.append(_Atom([(operation, argument)], nullable=operation == _ASSERT))
 
-    def begin_atom(self, start: int | None, nullable: bool = True) -> None:
-        group = self.groups[-1]
-        group.repeats = max(group.repeats, self.repeats)
-        group.nullable = group.nullable and self.nullable
-        self.atom, self.repeats, self.nullable = start, 1, nullable
-
-    def add_letter(self, code: int) -> None:
-        self.add(_CHARACTER, self.folded((code, code + 1)))
-
-    def folded(self, borders: _Class) -> _Class:
-        if "i" not in self.flags:
-            return borders
-        folded = _folded(borders)
-        return self.counted(folded, len(folded))
-
-    def counted(self, borders: _Class, work: int) -> _Class:
-        if work > 8:
-            self.borders += work
-            if self.borders > MAX_REGEX_SIZE:
-                raise self.too_large()
-        return borders
-
-    def read_dot(self) -> None:
-        self.place += 1
-        self.add(_CHARACTER, _ANY_CHARACTER if "s" in self.flags else _NO_LINE_END)
-
-    def read_caret(self) -> None:
-        self.place += 1
-        self.add(_ASSERT, "^" if "m" in self.flags else "A")
-
-    def read_dollar(self) -> None:
-        self.place += 1
-        self.add(_ASSERT, "$" if "m" in self.flags else "z")
+    def add_letter(self, letter: str) -> None:
+        self.add(_CHARACTER, _cases().get(letter, letter) if "i" in self.flags else letter)
 
     def read_backslash(self) -> None:
         kind = self.pattern[self.place + 1 : self.place + 2]
-        if kind in _SIMPLE_ASSERTIONS:
+        if kind and kind in "AbBz":
             self.place += 2
             self.add(_ASSERT, kind)
         elif kind == "Q":
             literal, _, _ = self.pattern[self.place + 2 :].partition(r"\E")
             self.place += 4 + len(literal)
-            for character in literal:
-                self.add_letter(ord(character))
-        elif named := _read_named_class(self.pattern, self.place):
-            self.add(_CHARACTER, self.named_class(*named))
+            for letter in literal:
+                self.add_letter(letter)
+        elif named := self.named_class():
+            self.add(_CHARACTER, named)
         else:
-            code, self.place = _read_escape(self.pattern, self.place)
-            self.add_letter(code)
+            self.add_letter(self.character())
 
-    # -- classes --
+    def character(self) -> str:
+        """The next character, which may be escaped."""
+        start = self.place
+        if self.pattern[start] != "\\":
+            self.place += 1
+            return self.pattern[start]
+        match = _ESCAPED.match(self.pattern, start)
+        if match:
+            self.place = match.end()
+            kind = match.lastgroup or ""
+            base = {"octal": 8, "hex": 16, "byte": 16}.get(kind)
+            code = int(match[kind], base) if base else _CONTROLS.get(match[kind], ord(match[kind]))
+            if code <= sys.maxunicode:
+                return chr(code)
+        bad = _BAD_ESCAPE.match(self.pattern, start)
+        if bad is None:
+            raise _refused("trailing backslash at end of expression", "")
+        raise _refused("invalid escape sequence", bad[0])
 
-    def named_class(self, borders: _Class, negated: bool, end: int) -> _Class:
-        self.place = end
-        borders = self.folded(borders)
-        return _complement(borders) if negated else borders
+    def named_class(self) -> _Class | None:
+        """The next class if it has a name."""
+        match = _NAMED_CLASS.match(self.pattern, self.place)
+        if match is None:
+            return None
+        self.place = match.end()
+        return _named_class(match[0], "i" in self.flags)
 
-    def read_class(self) -> None:
+    def bracketed_class(self) -> _Class:
         start = self.place
         negated = self.pattern.startswith("^", start + 1)
         self.place += 2 if negated else 1
-        first, ranges = self.place, list[tuple[int, int]]()
-        while self.place == first or not self.pattern.startswith("]", self.place):
+        ends, inner = list[str](), dict[_Class, None]()
+        # a bracket that comes first is one of the class
+        while not (ends or inner) or not self.pattern.startswith("]", self.place):
             if self.place >= len(self.pattern):
                 raise _refused("missing closing ]", self.pattern[start:])
-            named = _read_named_class(self.pattern, self.place)
-            if named is None and self.place < self.last_posix_end:
-                named = _read_posix_class(self.pattern, self.place)
-            if named:
-                ranges += _ranges(self.named_class(*named))
+            may_have_name = self.pattern[self.place] == "\\" or self.place < self.last_posix_end
+            if may_have_name and (named := self.named_class()):
+                inner[named] = None
                 continue
-            least_at = self.place
-            most = least = self.class_character(start)
-            if _RANGE.match(self.pattern, self.place):
+            at = self.place
+            least = most = self.character()
+            if _IS_RANGE.match(self.pattern, self.place):
                 self.place += 1
-                most = self.class_character(start)
-                if most < least:
-                    raise _refused(
-                        "invalid character class range", self.pattern[least_at : self.place]
-                    )
-            ranges += _ranges(self.folded((least, most + 1)))
+                most = self.character()
+            if most < least:
+                raise _refused("invalid character class range", self.pattern[at : self.place])
+            ends += least, most
         self.place += 1
-        borders_of_all = self.counted(_union(ranges), len(ranges))
-        self.add(_CHARACTER, _complement(borders_of_all) if negated else borders_of_all)
-
-    def class_character(self, class_start: int) -> int:
-        if self.place >= len(self.pattern):
-            raise _refused("missing closing ]", self.pattern[class_start:])
-        if self.pattern[self.place] == "\\":
-            code, self.place = _read_escape(self.pattern, self.place)
-            return code
-        self.place += 1
-        return ord(self.pattern[self.place - 1])
-
-    # -- repetitions --
+        return _Class(_borders("".join(ends)), (), tuple(inner), negated, "i" in self.flags)
 
     def read_repetition(self) -> None:
-        start = self.place
-        match = _REPEAT.match(self.pattern, start)
+        match = _REPETITION.match(self.pattern, self.place)
         if match is None:
-            self.place += 1
-            self.add_letter(ord("{"))
+            # a brace that holds no count
+            self.add_letter(self.character())
             return
-        least, most = _repeat_counts(match)
-        lazy = self.pattern.startswith("?", match.end())
-        self.place = match.end() + lazy
-        text = self.pattern[start : self.place]
+        least, most = _counts(match)
+        start, self.place = match.span()
         if self.repeated[1] == start > 0:
             whole = self.pattern[self.repeated[0] : self.place]
             raise _refused("invalid nested repetition operator", whole)
-        if self.atom is None:
-            raise _refused("missing argument to repetition operator", text)
-        if match["least"]:
-            self.repeats = (
-                1 if most == 0 else self.repeats * max(1, least if most is None else most)
-            )
-            if self.repeats > MAX_REGEX_REPEAT and max(least, most or 0) >= 2:
-                raise _refused("invalid repeat count", text)
-        self.repeated = start, self.place
-        self.repeat(self.atom, least, most, lazy != ("U" in self.flags))
-        self.nullable = self.nullable or least == 0
+        self.repeated = match.span()
+        atoms = self.groups[-1].alternatives[-1]
+        if not atoms:
+            raise _refused("missing argument to repetition operator", match[0])
+        atom = atoms.pop()
+        count = max(least, most or 0)
+        repeats = 1 if most == 0 else atom.repeats * max(1, count)
+        if count > 1 and repeats > MAX_REGEX_REPEAT:
+            raise _refused("invalid repeat count", match[0])
+        self.grow(max(count, 1) * (len(atom.program) + 1))
+        program = _repeated(atom, least, most, bool(match["lazy"]) != ("U" in self.flags))
+        atoms.append(_Atom(program, atom.nullable or least == 0, repeats))
 
-    def repeat(self, start: int, least: int, most: int | None, lazy: bool) -> None:
-        body = self.code[start:]
-        if max(least, most or 1) * (len(body) + 1) > MAX_REGEX_SIZE:
-            raise self.too_large()
-        del self.code[start:]
-
-        def branch(*offsets: int) -> _Instruction:
-            return _BRANCH, offsets[::-1] if lazy else offsets
-
-        self.code += body * least
-        if most is None and least == 0 and not self.nullable:
-            self.code += [branch(1, len(body) + 2), *body, (_JUMP, -len(body) - 1)]
-            return
-        if most is None:
-            if least == 0:
-                # (x+)?, as Go does it: or the preferred way would be to match nothing first
-                self.code += [branch(1, len(body) + 2), *body]
-            self.code.append(branch(-len(body), 1))
-            return
-        # x{0,3} as (x(x(x)?)?)?
-        for left in range(most - least, 0, -1):
-            self.code += [branch(1, left * (len(body) + 1)), *body]
-
-    # -- groups and alternatives --
-
-    def open_group(self, flags: frozenset[str], slot: int | None) -> None:
-        if len(self.groups) > MAX_REGEX_DEPTH:
-            raise _refused("expression nests too deeply", self.pattern)
-        atom = len(self.code)
-        self.begin_atom(atom)
-        if slot is not None:
-            self.code.append((_SAVE, slot))
-        self.groups.append(_OpenGroup(atom, len(self.code), self.flags, slot))
-        self.atom, self.flags = None, flags
-
-    def open_capture(self) -> None:
-        self.open_group(self.flags, 2 * self.captures)
-        self.captures += 1
-
-    def read_parenthesis(self) -> None:
-        if not self.pattern.startswith("(?", self.place):
-            self.place += 1
-            self.open_capture()
-        elif self.pattern.startswith(("(?P<", "(?<"), self.place):
-            match = _GROUP_NAME.match(self.pattern, self.place)
-            if match is None:
+    def open_group(self) -> None:
+        match = _GROUP.match(self.pattern, self.place)
+        if match is None:
+            if self.pattern.startswith(("(?P<", "(?<"), self.place):
                 raise _refused("invalid named capture", self.pattern[self.place :])
-            name = match["name"]
+            bad = next(_BAD_FLAGS.finditer(self.pattern, self.place))[0]
+            raise _refused("invalid or unsupported Perl syntax", bad)
+        self.place = match.end()
+        name, end = match.group("name", "end")
+        if name is not None:
             if not re.fullmatch("[A-Za-z0-9_]+", name):
                 raise _refused("invalid named capture", match[0])
             self.names.setdefault(name, self.captures)
-            self.place = match.end()
-            self.open_capture()
+        if end != ")":
+            self.groups.append(_OpenGroup(self.flags, None if end else 2 * self.captures))
+        if end:
+            self.flags = (self.flags | set(match["set"])) - set(match["clear"] or "")
         else:
-            self.read_flags()
-
-    def read_flags(self) -> None:
-        start = self.place
-        set_flags, cleared, target = set(self.flags), False, False
-        self.place += 2
-        while self.place < len(self.pattern):
-            character = self.pattern[self.place]
-            self.place += 1
-            if character in "imsU":
-                target = True
-                (set_flags.discard if cleared else set_flags.add)(character)
-            elif character == "-" and not cleared:
-                cleared, target = True, False
-            elif character in ":)" and (target or not cleared):
-                if character == ":":
-                    self.open_group(frozenset(set_flags), None)
-                else:
-                    self.flags = frozenset(set_flags)
-                return
-            else:
-                break
-        raise _refused("invalid or unsupported Perl syntax", self.pattern[start : self.place])
-
-    def read_bar(self) -> None:
-        self.place += 1
-        # where it jumps to is known when the group ends
-        self.code.append((_JUMP, 0))
-        self.begin_atom(None)
-        group = self.groups[-1]
-        group.others.append(len(self.code))
-        group.nullable, group.other_nullable = True, group.other_nullable or group.nullable
+            self.captures += 1
+        if len(self.groups) > MAX_REGEX_DEPTH + 1:
+            raise _refused("expression nests too deeply", self.pattern)
 
     def close_group(self) -> None:
         if len(self.groups) == 1:
             raise _refused("unexpected )", self.pattern)
         self.place += 1
-        group = self.end_group()
-        if group.slot is not None:
-            self.code.append((_SAVE, group.slot + 1))
-        self.atom, self.repeats, self.flags = group.atom, group.repeats, group.flags
-        self.nullable = group.nullable or group.other_nullable
-
-    def end_group(self) -> _OpenGroup:
-        self.begin_atom(None)
+        self.grow(3)
         group = self.groups.pop()
-        starts = [group.start, *group.others]
-        ends = [*(start - 1 for start in group.others), len(self.code)]
-        alternatives = [self.code[start:end] for start, end in zip(starts, ends)]
-        if len(starts) > 1 and all(
-            len(alternative) == 1 and alternative[0][0] == _CHARACTER
-            for alternative in alternatives
-        ):
-            # x|y is [xy]: fewer places to be in
-            ranges = [pair for ((_, borders),) in alternatives for pair in _ranges(borders)]
-            self.code[group.start :] = [(_CHARACTER, self.counted(_union(ranges), len(ranges)))]
-        elif len(starts) > 1:
-            for end in ends[:-1]:
-                self.code[end] = (_JUMP, len(self.code) - end)
-            offsets = tuple(start + 1 - group.start for start in starts)
-            self.code.insert(group.start, (_BRANCH, offsets))
-        return group
-
-    OPERATORS: ClassVar[dict[str, Callable[["_Compiler"], None]]] = {
-        ".": read_dot, "^": read_caret, "$": read_dollar, "\\": read_backslash, "[": read_class,
-        "*": read_repetition, "+": read_repetition, "?": read_repetition, "{": read_repetition,
-        "(": read_parenthesis, "|": read_bar, ")": close_group,
-    }  # fmt: skip
+        self.flags = group.flags
+        self.groups[-1].alternatives[-1].append(group.atom())
 
 
 # ==================================================================================================
-# 14. Regular expressions
+# 15. Regular expressions
 # ==================================================================================================
 #
 # The problem: anybody may send a regular expression. `re` tries one way through it after the other,
@@ -4538,46 +4362,46 @@ class _Compiler:
 #   a|b|c                               0.02 µs  0.07 µs
 #   [a-z]+[0-9]+, .*(.*ingester.*).*    0.70 µs  0.09 to 0.28 µs
 #   the groups of ([a-z]+)-([a-z]+)-([0-9]+), 5 µs
-# 60 values of 1,001 characters: .*.*.*! 2 ms; (x|.){1,900}y 8 ms; .{300}a.* 110 ms.
-# (?i)(ab|AB)*c on 1,000 characters: 24 ms when letters are first folded, then less than 1 ms.
+# 60 values of 1,001 characters: .*.*.*! 2 ms; (x|.){1,900}y 20 ms; .{300}a.* 120 ms.
 #
 # Sources: Cox, Regular Expression Matching Can Be Simple And Fast (2007), Regular Expression
 # Matching in the Wild (2010); the syntax page of RE2.
 
-MAX_REGEX_EDGES = 1 << 23  # what may branch times what may match: (a?b?){1000}
+MAX_REGEX_EDGES = 1 << 23  # what may branch times what may match: (a?b?c?){1000}
 MAX_AUTOMATON_BYTES = 1 << 20
 KEPT_REGEX_CHARACTERS = 2_048  # a longer pattern is not kept for the next call
 
-# What stands on one side of a place in the text, as far as assertions ask for it.
-_EDGE, _LINE_END, _WORD_CHARACTER_KIND, _OTHER = range(4)
+# Whether an assertion holds between two neighbours. Of each kind of characters that assertions can
+# tell apart, one stands for all; nothing, for an end of the text.
+_HOLDS: dict[str, Callable[[str, str], bool]] = {
+    "A": lambda before, after: before == "",
+    "z": lambda before, after: after == "",
+    "^": lambda before, after: before in ("", "\n"),
+    "$": lambda before, after: after in ("", "\n"),
+    "b": lambda before, after: (before == "w") != (after == "w"),
+    "B": lambda before, after: (before == "w") == (after == "w"),
+}
 
 
-def _holds(assertion: str, before: int, after: int) -> bool:
-    match assertion:
-        case "A":
-            return before == _EDGE
-        case "z":
-            return after == _EDGE
-        case "^":
-            return before in (_EDGE, _LINE_END)
-        case "$":
-            return after in (_EDGE, _LINE_END)
-    at_border = (before == _WORD_CHARACTER_KIND) != (after == _WORD_CHARACTER_KIND)
-    return at_border == (assertion == "b")
+def _neighbour(character: str) -> str:
+    if character in ("", "\n"):
+        return character
+    return "w" if character == "_" or (character.isascii() and character.isalnum()) else "-"
 
 
-def _bits(numbers: Iterable[int], size: int) -> int:
-    octets = bytearray(size // 8 + 1)
+def _bits(numbers: Sequence[int]) -> int:
+    # one by one, 100,000 of them would cost 0.2 s
+    octets = bytearray(max(numbers, default=0) // 8 + 1)
     for number in numbers:
         octets[number >> 3] |= 1 << (number & 7)
     return int.from_bytes(octets, "little")
 
 
 class _Edges(NamedTuple):
-    """What may follow each character instruction; they are numbered, and sets of them are bits."""
+    """What may follow each leaf, between two kinds of characters."""
 
-    by_next: int  # those that the next number may follow
-    others: tuple[tuple[int, int], ...]  # (what may follow else, all those that it may follow)
+    by_next: int  # the leaves that the next one may follow
+    others: list[tuple[int, int]]  # (leaves that may follow else, all those that they may follow)
 
 
 class _State(dict[str, "_State"]):
@@ -4586,74 +4410,74 @@ class _State(dict[str, "_State"]):
     An empty string stands for the beginning of the text.
     """
 
-    __slots__ = ("ahead", "automaton", "before", "kind", "walks")
+    __slots__ = ("ahead", "automaton", "before", "first", "walks")
 
-    def __init__(self, automaton: "_Automaton", ahead: int, kind: int) -> None:
+    def __init__(self, automaton: "_Automaton", ahead: int, first: str) -> None:
         self.automaton = automaton
-        self.ahead = ahead  # the instructions that match its first character, and all else follows
-        self.kind = kind  # of its first character
-        self.before: dict[int, int] = {}  # kind of a character before it → what may match that
-        self.walks: dict[tuple[int, int], tuple[int, tuple[int, ...]]] = {}
+        self.ahead = ahead  # the leaves that match its first character, and all else follows
+        self.first = first  # the kind of its first character
+        self.before: dict[str, int] = {}  # kind of a character before it → what may match that
+        self.walks: dict[tuple[int, str], tuple[int, list[int]]] = {}
 
     def __missing__(self, character: str) -> "_State":
         return self.automaton.step(self, character)
 
-    def forget(self) -> None:
-        self.clear()
-        self.before.clear()
-        self.walks.clear()
-
 
 class _Automaton:
-    """Runs a program over texts, from their ends, in time linear in their lengths."""
+    """Runs a program over texts, from their ends, in time linear in their lengths.
 
-    def __init__(self, code: list[_Instruction]) -> None:
-        self.code = code
-        self.leaves = [place for place, (op, _) in enumerate(code) if op == _CHARACTER]
+    A leaf is an instruction that matches a character. Leaves are numbered, and sets of them are
+    bits. The first one matches the beginning of a text, the last one its end.
+    """
+
+    def __init__(self, program: _Program) -> None:
+        self.program = program = [(_CHARACTER, ""), *program, (_CHARACTER, "")]
+        self.leaves = [place for place, (op, _) in enumerate(program) if op == _CHARACTER]
         self.number = {place: number for number, place in enumerate(self.leaves)}
-        self.asserts = any(op == _ASSERT for op, _ in code)
-        branches = sum(op == _BRANCH for op, _ in code)
+        self.asserts = any(op == _ASSERT for op, _ in program)
+        branches = sum(op == _BRANCH and len(distances) > 1 for op, distances in program)
         # with assertions there are edges for each kind of neighbours
         if branches * len(self.leaves) * (4 if self.asserts else 1) > MAX_REGEX_EDGES:
             raise ValueError("error parsing regexp: expression too large")
-        self.places: dict[_Class, list[int]] = {}
+        self.letters = defaultdict[str, list[int]](list)
+        self.classes = defaultdict[_Class, list[int]](list)
         for number, place in enumerate(self.leaves):
-            self.places.setdefault(code[place][1], []).append(number)
-        self.wide = [
-            item for item in self.places.items() if len(item[0]) != 2 or item[0][1] - item[0][0] > 1
-        ]
+            matched = program[place][1]
+            if isinstance(matched, _Class):
+                self.classes[matched].append(number)
+            else:
+                for letter in matched:
+                    self.letters[letter].append(number)
         # Kept: they are bounded by the program, and made again slowly.
-        self.edges: dict[tuple[int, int], _Edges] = {}
+        self.edges: dict[tuple[str, str], _Edges] = {}
         self.work = 0  # steps that were not remembered
-        self.end = _State(self, 1 << (len(self.leaves) - 1), _EDGE)
+        self.end = _State(self, 1 << (len(self.leaves) - 1), "")
+        self.states = {(self.end.ahead, ""): self.end}
         self.forget()
 
     def forget(self) -> None:
-        for state in getattr(self, "states", {}).values():
-            state.forget()
-        self.end.forget()
-        self.states = {(self.end.ahead, _EDGE): self.end}
+        # states refer to each other: without this they would wait for the garbage collector
+        for state in self.states.values():
+            state.clear()
+        self.states = {(self.end.ahead, ""): self.end}
         self.masks = {"": 1}
         self.size_bytes = 0
 
-    def kind(self, character: str) -> int:
-        if not character or not self.asserts:
-            return _EDGE
-        if character == "\n":
-            return _LINE_END
-        return _WORD_CHARACTER_KIND if _is_in(ord(character), _WORD) else _OTHER
+    def matches(self, text: str) -> bool:
+        end = functools.reduce(operator.getitem, reversed(text), self.end)
+        return end[""].ahead != 0
 
     def step(self, state: _State, character: str) -> _State:
         """The state after one more character, which is remembered."""
         if self.size_bytes > MAX_AUTOMATON_BYTES:
             self.forget()
-        kind = self.kind(character)
+        kind = _neighbour(character) if self.asserts else ""
         before = state.before.get(kind)
         if before is None:
             before = state.before[kind] = self.followed_by(state, kind)
         mask = self.masks.get(character)
         if mask is None:
-            mask = self.masks[character] = self.mask(ord(character))
+            mask = self.masks[character] = self.mask(character)
         ahead = before & mask
         following = self.states.get((ahead, kind))
         if following is None:
@@ -4664,117 +4488,103 @@ class _Automaton:
         self.work += 1
         return following
 
-    def mask(self, code: int) -> int:
-        """The instructions that match a character."""
-        numbers = list(self.places.get((code, code + 1), ()))
-        for borders, places in self.wide:
-            if _is_in(code, borders):
-                numbers += places
+    def mask(self, character: str) -> int:
+        """The leaves that match a character."""
+        numbers = list(self.letters.get(character, ()))
+        for matched, its_numbers in self.classes.items():
+            if matched.has(character):
+                numbers += its_numbers
         self.size_bytes += 100 + len(self.leaves) // 8
-        self.work += len(self.wide)
-        return _bits(numbers, len(self.leaves))
+        self.work += len(self.classes)
+        return _bits(numbers)
 
-    def followed_by(self, state: _State, before: int) -> int:
-        """The instructions after which one of those that are ahead may come."""
-        edges = self.edges.get((before, state.kind))
+    def followed_by(self, state: _State, before: str) -> int:
+        """The leaves after which one of those that are ahead may come."""
+        edges = self.edges.get((before, state.first))
         if edges is None:
-            edges = self.edges[before, state.kind] = self.edges_between(before, state.kind)
+            edges = self.edges[before, state.first] = self.edges_between(before, state.first)
         self.work += len(edges.others)
         found = (state.ahead >> 1) & edges.by_next
-        for following, numbers in edges.others:
+        for following, leaves in edges.others:
             if following & state.ahead:
-                found |= numbers
+                found |= leaves
         return found
 
-    def edges_between(self, before: int, after: int) -> _Edges:
-        """What may follow what between a character of one kind and one of another."""
-        code, number = self.code, self.number
-        reach = dict[int, int]()
+    def onward(self, place: int, before: str, after: str) -> Sequence[int]:
+        """Where an instruction that is no leaf goes on."""
+        op, argument = self.program[place]
+        if op == _BRANCH:
+            return [place + distance for distance in argument]
+        return () if op == _ASSERT and not _HOLDS[argument](before, after) else (place + 1,)
+
+    def edges_between(self, before: str, after: str) -> _Edges:
+        number = self.number
+        reach: dict[int, int] = {}  # by the place of an instruction that is no leaf
 
         def reached(place: int) -> int:
             return 1 << number[place] if place in number else reach.get(place, 0)
 
-        inner = [place for place in range(len(code) - 1, -1, -1) if place not in number]
+        inner = [place for place in range(len(self.program) - 1, -1, -1) if place not in number]
         # From the end on, all that is ahead is known. The second time also what a loop goes back
         # to; after one way back, another one reaches nothing new.
         for place in inner * 2:
-            op, argument = code[place]
-            if op == _BRANCH:
-                targets = 0
-                for offset in argument:
-                    targets |= reached(place + offset)
-                reach[place] = targets
-            elif op == _JUMP:
-                reach[place] = reached(place + argument)
-                if argument < 0:
-                    # the branch that it goes back to may leave the loop, to here
-                    reach[place] |= reached(place + 1)
-            elif op == _SAVE or _holds(argument, before, after):
-                reach[place] = reached(place + 1)
+            onward = [*self.onward(place, before, after)]
+            if onward and onward[0] < place:
+                # a loop can be left where it begins again
+                onward.append(place + 1)
+            targets = [reached(each) for each in onward]
+            # a single one is not copied: 33,000 groups in a row would take 70 MB more
+            reach[place] = functools.reduce(operator.or_, targets) if targets else 0
         by_next: list[int] = []
-        others: dict[int, list[int]] = {}
-        for index, place in enumerate(self.leaves[:-1]):
+        others = defaultdict[int, list[int]](list)
+        for leaf, place in enumerate(self.leaves[:-1]):
             if place + 1 in number:
-                by_next.append(index)
+                by_next.append(leaf)
                 continue
-            following, next_bit = reached(place + 1), 1 << (index + 1)
+            following, next_bit = reached(place + 1), 2 << leaf
             if following & next_bit:
-                by_next.append(index)
+                by_next.append(leaf)
                 following ^= next_bit
             if following:
-                others.setdefault(following, []).append(index)
-        size = len(self.leaves)
-        self.work += 2 * len(inner) + size
-        return _Edges(
-            _bits(by_next, size),
-            tuple((following, _bits(numbers, size)) for following, numbers in others.items()),
-        )
+                others[following].append(leaf)
+        self.work += 2 * len(inner) + len(self.leaves)
+        return _Edges(_bits(by_next), [(leaves, _bits(them)) for leaves, them in others.items()])
 
-    def matches(self, text: str) -> bool:
-        end = functools.reduce(operator.getitem, reversed(text), self.end)
-        return end[""].ahead != 0
-
-    def walk(self, state: _State, number: int, before: int) -> tuple[int, tuple[int, ...]]:
-        """The preferred way from one instruction to the next that can succeed, and what it saves.
+    def walk(self, state: _State, leaf: int, before: str) -> tuple[int, list[int]]:
+        """The preferred way from one leaf to the next that can succeed, and what it saves.
 
         This is the choice of a backtracking search, and of Pike's simulation: the first way, of
         all that succeed. A place that was reached on a preferred way is not looked at again.
         """
-        ways: list[tuple[int, tuple[int, ...]]] = [(self.leaves[number] + 1, ())]
+        ways: list[tuple[int, list[int]]] = [(self.leaves[leaf] + 1, [])]
         seen = set[int]()
         while True:
             place, saved = ways.pop()
             if place in seen:
                 continue
             seen.add(place)
-            op, argument = self.code[place]
+            op, argument = self.program[place]
             if op == _CHARACTER:
                 if state.ahead >> self.number[place] & 1:
                     break
-            elif op == _BRANCH:
-                ways += ((place + offset, saved) for offset in reversed(argument))
-            elif op == _JUMP:
-                ways.append((place + argument, saved))
-            elif op == _SAVE:
-                ways.append((place + 1, (*saved, argument)))
-            elif _holds(argument, before, state.kind):
-                ways.append((place + 1, saved))
+                continue
+            if op == _SAVE:
+                saved = [*saved, argument]
+            ways += ((each, saved) for each in reversed(self.onward(place, before, state.first)))
         self.work += len(seen)
         self.size_bytes += 300
-        found = state.walks[number, before] = self.number[place], saved
+        found = state.walks[leaf, before] = self.number[place], saved
         return found
 
-    def saves(self, text: str) -> dict[int, int] | None:
-        """Where each group begins and ends, by slot; None if the text does not match."""
+    def saves(self, text: str) -> dict[int, int]:
+        """Where each group of a text that matches begins and ends, by slot."""
         states = list(itertools.accumulate(reversed(text), operator.getitem, initial=self.end))
-        if not states[-1][""].ahead:
-            return None
         places: dict[int, int] = {}
-        number, before = 0, _EDGE
+        leaf, before = 0, ""
         for place, state in enumerate(reversed(states)):
-            step = state.walks.get((number, before)) or self.walk(state, number, before)
-            number, before = step[0], state.kind
-            for slot in step[1]:
+            leaf, saved = state.walks.get((leaf, before)) or self.walk(state, leaf, before)
+            before = state.first
+            for slot in saved:
                 places[slot] = place
         return places
 
@@ -4801,11 +4611,8 @@ def _without_automaton(pattern: str) -> Callable[[str], bool] | None:
     match = _AROUND_LITERAL.fullmatch(pattern)
     if match is None:
         return None
+    before, after = match.group("before", "after")
     literal = _BACKSLASH.sub(r"\1", match["literal"])
-    before, after = match["before"], match["after"]
-    if not literal:
-        only = f"{before or ''}{after or ''}"
-        return (lambda text: True) if only == ".*" else bool if only == ".+" else None
     start, end = int(before == ".+"), -1 if after == ".+" else None
     if before and after:
         return lambda text: text.find(literal, start, end) >= 0
@@ -4837,9 +4644,9 @@ class Regex:
 
     def _automaton(self) -> _Automaton:
         if self._made is None:
-            compiler = _Compiler(self.pattern)
-            self._made = _Automaton(compiler.compile())
-            self.names, self._captures = compiler.names, compiler.captures
+            parser = _PatternParser(self.pattern)
+            self._made = _Automaton(parser.parse())
+            self.names, self._captures = parser.names, parser.captures
         return self._made
 
     @property
@@ -4851,14 +4658,10 @@ class Regex:
         if not self.matches(text):
             return None
         places = self._automaton().saves(text)
-        if places is None:
-            return None
+        slots = range(2, 2 * self._captures, 2)
         return [
             text,
-            *(
-                text[places[2 * group] : places[2 * group + 1]] if 2 * group + 1 in places else None
-                for group in range(1, self._captures)
-            ),
+            *(text[places[n] : places[n + 1]] if n + 1 in places else None for n in slots),
         ]
 
 
@@ -4887,7 +4690,9 @@ def _new_regex(pattern: str) -> Regex:
 
 _kept_regex = functools.lru_cache(32)(_new_regex)
 
-_TEMPLATE_NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
+# Letters, decimal digits and "_". The numerals that are left out are no digits: $1² is ${1}².
+_REFERENCE_NAME = r"[^\W\xb2\xb3\xb9\xbc-\xbe\u2070-\u2089\u2150-\u218b\u2460-\u24ff]+"
+_REFERENCE = re.compile(rf"\$(?:\$|({_REFERENCE_NAME})|\{{({_REFERENCE_NAME})\}})")
 
 
 def expand(template: str, groups: Sequence[str | None], names: dict[str, int]) -> str:
@@ -4899,33 +4704,22 @@ def expand(template: str, groups: Sequence[str | None], names: dict[str, int]) -
     >>> expand("$1-${n}$$", ["ab", "a", "b"], {"n": 2})
     'a-b$'
     """
-    first, *pieces = template.split("$")
-    written, escaped = [first], False
-    for piece in pieces:
-        if escaped:
-            written.append(piece)
-            escaped = False
-            continue
-        brace = piece.startswith("{")
-        end = start = int(brace)
-        while end < len(piece) and (
-            piece[end] == "_" or piece[end].isalpha() or piece[end].isdecimal()
-        ):
-            end += 1
-        name = piece[start:end]
-        if not name or (brace and not piece.startswith("}", end)):
-            written += "$", piece
-            # of two dollar signs in a row, the first makes the second one plain
-            escaped = not piece
-            continue
-        number = int(name) if _TEMPLATE_NUMBER.fullmatch(name) else names.get(name, len(groups))
-        value = groups[number] if number < len(groups) else None
-        written += value or "", piece[end + brace :]
-    return "".join(written)
+
+    def value(reference: re.Match[str]) -> str:
+        name = reference[1] or reference[2]
+        if name is None:
+            return "$"
+        if re.fullmatch("0|[1-9][0-9]{0,8}", name):
+            number = int(name)
+        else:
+            number = names.get(name, len(groups))
+        return groups[number] or "" if number < len(groups) else ""
+
+    return _REFERENCE.sub(value, template)
 
 
 # ==================================================================================================
-# 15. Series
+# 16. Series
 # ==================================================================================================
 #
 # A series is all samples of one metric with the same tags, and is known by its labels: the tags,
@@ -5104,7 +4898,7 @@ def _intersection(chosen: Sequence[int], posting: Sequence[int], budget: Budget)
 
 
 # ==================================================================================================
-# 16. Chunks
+# 17. Chunks
 # ==================================================================================================
 #
 # A chunk is up to 1,024 samples of one series as few bytes. The problem: series compress well, as
@@ -5229,7 +5023,7 @@ def encode_values(values: "array[float]") -> bytes:
     scale, integers = scaled
     deltas = list(map(operator.sub, integers[1:], integers))
     # what is spread less packs better: 0.21 µs a value instead of 0.29 for packing both
-    if deltas and max(deltas) - min(deltas) < max(integers) - min(integers):
+    if deltas and max(deltas) - min(deltas) < round((max(values) - min(values)) * scale):
         return struct.pack("<BIq", _DELTAS, scale, integers[0]) + _pack(deltas)
     return struct.pack("<BI", _PLAIN, scale) + _pack(integers)
 
@@ -5237,18 +5031,19 @@ def encode_values(values: "array[float]") -> bytes:
 def _scaled(values: "array[float]", raw: bytes) -> tuple[int, list[int]] | None:
     """(scale, integers) whose quotients are the values, to the bit; None: there are none."""
     probe = values[:_PROBED]
-    least, most = min(values), max(values)
-    if not -(2**52) <= least <= most <= 2**52 or any(map(math.isnan, values)):
-        return None
+    largest = math.nan if math.isnan(sum(values)) else max(max(values), -min(values))
     for scale in _SCALES:
+        if not largest * scale < 2**52:
+            return None
         if all(round(value * scale) / scale == value for value in probe):
             # `map` all the way: 0.10 µs a value, 0.17 with comprehensions
-            scaled = values if scale == 1 else map(operator.mul, values, itertools.repeat(scale))
-            integers = list(map(round, scaled))
-            quotients = array("d", map(operator.truediv, integers, itertools.repeat(scale)))
-            # of the bits: -0.0 equals 0.0
-            exact = _little_endian(quotients).tobytes() == raw
-            if exact and min(integers) > -(2**53) and max(integers) < 2**53:
+            if scale == 1:
+                integers = list(map(int, values))
+                quotients = array("d", integers)
+            else:
+                integers = list(map(round, map(operator.mul, values, itertools.repeat(scale))))
+                quotients = array("d", map(operator.truediv, integers, itertools.repeat(scale)))
+            if _little_endian(quotients).tobytes() == raw:  # the bits: -0.0 equals 0.0
                 return scale, integers
     return None
 
@@ -5374,24 +5169,30 @@ def concatenated(code: str, parts: Sequence[Any]) -> Any:
 
 
 # ==================================================================================================
-# 17. Memtable
+# 18. Memtable
 # ==================================================================================================
 #
 # The problem: what was pushed lately changes all the time, and is asked for most. The idea: series
 # that one client pushes together share their times, so a push of a hundred metrics is one row: one
 # time, one sequence number, a hundred values at the end of a plain array. Rows that have become a
-# thousand are sealed into chunks. Samples come in one way only, as lines of the log; the lines of
-# a batch that came before are recognized as a whole, and cost a comparison. What it costs: 0.6 µs
+# thousand are sealed into chunks. Samples come in one way only, as lines of the log. One regular
+# expression cuts the values out of them; what is left of a batch is, but for the time, the same
+# bytes as when it came before, so it is recognized by one comparison. What it costs: 0.5 to 0.8 µs
 # a line, and a series that is pushed now with these and now with those stands in several groups.
 
+# No number of these is too large for a float.
+_VALUE_FIELD = (
+    rb'"value":(-?(?:[1-9][0-9]{0,300}+|0)(?:\.[0-9]++)?'
+    rb"(?:e[-+]?(?:30[0-7]|[0-2]?[0-9]{1,2}))?|null)"
+)
 # Possessive quantifiers: a line that does not match is given up at once, 0.4 µs instead of 0.6.
 _LOG_LINE = re.compile(
     rb'\{"timestamp":"([0-9T:-]{17}[0-5][0-9]\.[0-9]{3}Z)",'
-    rb'"name":"([^"\\\n]++(?:\\.[^"\\\n]*+)*+)","value":'
-    rb"(-?(?:0|[1-9][0-9]{0,300}+)(?:\.[0-9]++)?(?:e[-+]?(?:[0-2]?[0-9]{1,2}|30[0-7]))?|null)"
-    rb'(,"type":[^\n]*+)\n'
+    rb'"name":"([^"\\\n]++(?:\\.[^"\\\n]*+)*+)",' + _VALUE_FIELD + rb'(,"type":[^\n]*+)\n'
 )
-_LineKey = tuple[bytes, bytes]  # the name of a line, and all that stands behind its value
+_VALUE = re.compile(_VALUE_FIELD + rb',"type":"')
+_STAMP = re.compile(rb'\{"timestamp":"([0-9T:-]{17}[0-5][0-9]\.[0-9]{3}Z)"')
+_STAMP_BYTES = len('{"timestamp":"2025-09-17T13:45:23.123Z"')
 
 
 @functools.lru_cache(maxsize=1024)
@@ -5406,6 +5207,14 @@ def _line_time_ms(text: bytes) -> int | None:
     """The time of a line in milliseconds; None: the calendar has no such."""
     minute_ms = _minute_ms(text[:17])  # 0.4 µs instead of 5 for the whole time
     return None if minute_ms is None else minute_ms + int(text[17:19] + text[20:23])
+
+
+@functools.lru_cache(maxsize=1024)
+def _stamp_ms(stamp: bytes) -> int:
+    """The time of a line that begins so; -1: no line of the log does."""
+    match = _STAMP.fullmatch(stamp)
+    time_ms = _line_time_ms(match[1]) if match else None
+    return -1 if time_ms is None else time_ms
 
 
 def _floats(values: Iterable[bytes]) -> list[float]:
@@ -5428,18 +5237,17 @@ class RowGroup:
         self.chunks: list[list[Chunk]] = []  # sealed ones, each time a chunk for each series
         self.ascending = True  # whether the times ascend
 
-    def append(self, time_ms: int, sequence: int, values: Iterable[float]) -> None:
+    def append(self, time_ms: int, sequence: int, values: list[float]) -> None:
         """Add a row. Of rows of the same time the later one wins."""
         times = self.times
-        if times:
-            last_ms = times[-1]
-            if time_ms == last_ms:
-                del times[-1], self.sequence[-1], self.values[-len(self.series) :]
-            elif time_ms < last_ms:
+        if times and time_ms <= times[-1]:
+            if time_ms == times[-1]:
+                del times[-1], self.sequence[-1], self.values[-len(values) :]
+            else:
                 self.ascending = False
         times.append(time_ms)
         self.sequence.append(sequence)
-        self.values.extend(values)
+        self.values.fromlist(values)  # 0.06 µs a value instead of 0.1
 
     def sort(self) -> None:
         """Bring rows into the order of their times; of the same time the last one stays."""
@@ -5456,10 +5264,34 @@ class RowGroup:
 
 
 class _Layout(NamedTuple):
-    """The lines of a batch that may come again, all but their values."""
+    """The lines of a batch that may come again, all but their times and values."""
 
-    keys: list[_LineKey]
+    text: bytes  # with b"\1" for each stamp and b"\0" for each value
+    last_at: int  # where the key of the last line begins, in lines with stamps
+    last_key: bytes
+    width: int  # lines
     group: RowGroup
+    lasts: list[int] | None  # the last line of each series, where some have several
+
+    def row(self, values: list[float], at: int) -> list[float]:
+        """The row of a batch, whose values begin there."""
+        row = values[at : at + self.width]
+        return row if self.lasts is None else [row[last] for last in self.lasts]
+
+
+class _UnknownLine(NamedTuple):
+    """A line that is in no known layout."""
+
+    time_ms: int
+    key: bytes  # the line without its stamp, with b"\0" for its value
+    series: int
+    value: float
+
+
+def _with_values(line: bytes, values: Iterable[bytes]) -> bytes:
+    for value in values:
+        line = line.replace(b"\0", b'"value":%b,"type":"' % value, 1)
+    return line
 
 
 class Memtable:
@@ -5489,119 +5321,102 @@ class Memtable:
         self._columns = 0
         self._full: dict[RowGroup, None] = {}  # groups with rows to seal
         self._seen: set[int] = set()  # hashes of rows that came once
-        self._layouts: dict[_LineKey, list[_Layout]] = {}  # by the first line, the longest first
+        self._layouts: dict[bytes, list[_Layout]] = {}  # by the first key, the longest first
         self._layout_count = 0
-        self._numbers: dict[_LineKey, int] = {}  # series by the text of a line; -1: no metric
+        self._numbers: dict[bytes, int] = {}  # of series, by the keys of lines
+        self._unknown: list[_UnknownLine] = []  # of one time, and not added yet
 
     # ---- lines come in
 
     def add_lines(self, lines: bytes) -> int:
         """Add whole lines of the log; returns how many of them were metrics."""
-        rows_before = len(self.unreadable)
-        found = _LOG_LINE.findall(lines)
-        count = lines.count(b"\n")
-        if len(found) == count:
-            self._add_found(found)
-        else:  # some are not as the log writes them
-            found = []
-            for line in lines.splitlines(keepends=True):
-                if match := _LOG_LINE.fullmatch(line):
-                    found.append(match.groups())
-                else:
-                    self._add_found(found)
-                    found = []
-                    self._add_odd_line(line)
-            self._add_found(found)
-        return count - (len(self.unreadable) - rows_before)
-
-    def _add_odd_line(self, line: bytes) -> None:
-        """A line that is not as the log writes it: a metric all the same, or nothing."""
-        try:
-            sample = _read_metric(parse_json(line), 0)
-            usual = _LOG_LINE.findall(log_line(sample).encode())
-            if not usual:  # a number such as 1.7e308
-                number = self._number(sample)
-                value = STALE if sample.value is None else float(sample.value)
-                self._push(self._single(number), sample.timestamp_ms, (value,))
-            self._add_found(usual)
-        except ValueError:
-            self.unreadable.append(line)
-
-    def _add_found(self, found: list[tuple[bytes, bytes, bytes, bytes]]) -> None:
-        for time_text, run in itertools.groupby(found, operator.itemgetter(0)):
-            _, names, values, rests = zip(*run)
-            time_ms = _line_time_ms(time_text)
-            if time_ms is None:
-                self.unreadable += [time_text] * len(names)
-            else:
-                self._add_run(time_ms, list(zip(names, rests)), _floats(values))
-
-    def _add_run(self, time_ms: int, keys: list[_LineKey], values: list[float]) -> None:
-        """Add lines of one time: rows of known layouts, and what stands between them."""
-        at = known = 0  # up to `known` all is added
-        while at < len(keys):
-            for layout in self._layouts.get(keys[at], ()):
-                end = at + len(layout.keys)
-                if keys[at:end] == layout.keys:
-                    if known < at:
-                        self._add_batches(time_ms, keys[known:at], values[known:at])
-                    self._push(layout.group, time_ms, values[at:end])
-                    at = known = end
+        unreadable_before = len(self.unreadable)
+        pieces = _VALUE.split(lines.replace(b"\0", b"\1"))  # a damaged file may hold NULs
+        text, value_texts = b"\0".join(pieces[::2]), pieces[1::2]
+        values = _floats(value_texts)
+        start = at = 0  # of the next line: in the text, and among the values
+        while start < len(text):
+            stamp = text[start : start + _STAMP_BYTES]
+            end = text.index(b"\n", start) + 1
+            key = text[start + _STAMP_BYTES : end]
+            time_ms = _stamp_ms(stamp)
+            if self._unknown and self._unknown[0].time_ms != time_ms:
+                self._end_unknown()
+            for layout in self._layouts.get(key, ()) if time_ms >= 0 else ():
+                # its last line first: 0.2 µs instead of 5 for a long batch that is another one
+                if not text.startswith(layout.last_key, start + layout.last_at):
+                    continue
+                batch = layout.text.replace(b"\1", stamp)
+                if text.startswith(batch, start):
+                    self._end_unknown()
+                    self._push(layout.group, time_ms, layout.row(values, at))
+                    start, at = start + len(batch), at + layout.width
                     break
             else:
-                at += 1
-        if known < at:
-            self._add_batches(time_ms, keys[known:], values[known:])
+                next_at = at + key.count(b"\0")
+                series = self._numbers.get(key) if time_ms >= 0 else None
+                if series is None:
+                    line = _with_values(text[start:end], value_texts[at:next_at])
+                    self._add_new_line(line, key)
+                else:
+                    self._unknown.append(_UnknownLine(time_ms, key, series, values[at]))
+                start, at = end, next_at
+        self._end_unknown()
+        return lines.count(b"\n") - (len(self.unreadable) - unreadable_before)
 
-    def _add_batches(self, time_ms: int, keys: list[_LineKey], values: list[float]) -> None:
+    def _add_new_line(self, line: bytes, key: bytes) -> None:
+        """Add a line whose key is not known, or which is not as the log writes it."""
+        try:
+            sample = _read_metric(parse_json(line), 0)
+        except ValueError:
+            self.unreadable.append(line)
+            return
+        series = self._number(sample)
+        value = STALE if sample.value is None else float(sample.value)
+        if b"\0" in key and log_line(sample).encode() == line:
+            if len(self._numbers) > 2 * len(self.index) + 65_536:  # series by several texts each
+                self._numbers.clear()
+            self._numbers[key] = series
+            self._unknown.append(_UnknownLine(sample.timestamp_ms, key, series, value))
+        else:
+            self._end_unknown()
+            self._push(self._single(series), sample.timestamp_ms, [value])
+
+    def _end_unknown(self) -> None:
+        if self._unknown:
+            unknown, self._unknown = self._unknown, []
+            self._add_unknown(unknown)
+
+    def _add_unknown(self, lines: list[_UnknownLine]) -> None:
         """Add lines of one time that may be of one batch; or of several, that begin with the same
         metric.
         """
-        if len(keys) <= MAX_BATCH and self._add_row(time_ms, keys, values):
+        time_ms = lines[0].time_ms
+        lasts = {line.series: at for at, line in enumerate(lines)}
+        group = self._group(tuple(lasts)) if len(lines) <= MAX_BATCH else None
+        if group is not None:
+            self._push(group, time_ms, [lines[at].value for at in lasts.values()])
+            self._remember(lines, group, list(lasts.values()))
             return
-        first = keys[0][0]
-        starts = [at for at, (name, _) in enumerate(keys) if name == first]
-        for start, end in zip(starts, [*starts[1:], len(keys)]):
-            if not self._add_row(time_ms, keys[start:end], values[start:end]):
-                for number, value in self._row(keys[start:end], values[start:end]).items():
-                    self._push(self._single(number), time_ms, (value,))
+        name = lines[0].key.partition(b"\0")[0]
+        starts = [at for at, line in enumerate(lines) if line.key.startswith(name)]
+        if len(starts) > 1:
+            for start, end in itertools.pairwise([*starts, len(lines)]):
+                self._add_unknown(lines[start:end])
+        else:
+            for series, at in lasts.items():
+                self._push(self._single(series), time_ms, [lines[at].value])
 
-    def _row(self, keys: list[_LineKey], values: list[float]) -> dict[int, float]:
-        """Values by series; of one that stands there twice, the last."""
-        numbers = self._numbers
-        row = {numbers[key] if key in numbers else self._number_of_line(key): value
-               for key, value in zip(keys, values)}  # fmt: skip
-        if -1 in row:
-            self.unreadable += [b" ".join(key) for key in keys if self._numbers[key] < 0]
-            del row[-1]
-        return row
-
-    def _add_row(self, time_ms: int, keys: list[_LineKey], values: list[float]) -> bool:
-        """Add lines as a row of their group, if they have one; whether they have."""
-        row = self._row(keys, values)
-        group = self._group(tuple(row)) if row else None
-        if group is None:
-            return not row
-        self._push(group, time_ms, row.values())
-        if len(row) == len(keys) and self._layout_count < self.MAX_LAYOUTS:
+    def _remember(self, lines: list[_UnknownLine], group: RowGroup, lasts: list[int]) -> None:
+        layouts = self._layouts.setdefault(lines[0].key, [])
+        text, last_key = b"".join([b"\1" + line.key for line in lines]), lines[-1].key
+        known = any(layout.text == text for layout in layouts)  # it is twice in these lines
+        if not known and self._layout_count < self.MAX_LAYOUTS:
             self._layout_count += 1
-            layouts = self._layouts.setdefault(keys[0], [])
-            layouts.append(_Layout(keys, group))
-            layouts.sort(key=lambda layout: -len(layout.keys))
-        return True
-
-    def _number_of_line(self, key: _LineKey) -> int:
-        if key in self._numbers:
-            return self._numbers[key]
-        if len(self._numbers) > 2 * len(self.index) + 65_536:  # series by more than one text each
-            self._numbers.clear()
-        try:
-            metric = parse_json(b'{"name":"%b","value":0%b' % key)
-            number = self._number(_read_metric(metric, 0))
-        except ValueError:
-            number = -1
-        self._numbers[key] = number
-        return number
+            last_at = len(text) + len(lines) * (_STAMP_BYTES - 1) - len(last_key)
+            repeated = lasts if len(lasts) < len(lines) else None
+            layouts.append(_Layout(text, last_at, last_key, len(lines), group, repeated))
+            layouts.sort(key=lambda layout: -layout.width)
 
     def _number(self, sample: Sample) -> int:
         number = self.index.number(series_labels(sample.name, sample.tags))
@@ -5633,7 +5448,7 @@ class Memtable:
         assert group is not None  # a series may always stand alone
         return group
 
-    def _push(self, group: RowGroup, time_ms: int, values: Iterable[float]) -> None:
+    def _push(self, group: RowGroup, time_ms: int, values: list[float]) -> None:
         self.rows += 1
         group.append(time_ms, self.rows, values)
         if time_ms > self.last_ms:
@@ -5699,7 +5514,7 @@ class Memtable:
 
 
 # ==================================================================================================
-# 18. Blocks
+# 19. Blocks
 # ==================================================================================================
 #
 # A memtable that is no longer pushed to becomes a block: a file that never changes. The problem: a
@@ -6017,7 +5832,7 @@ class Block:
 
 
 # ==================================================================================================
-# 19. Store
+# 20. Store
 # ==================================================================================================
 #
 # The idea is that of a log-structured merge tree. Lines of the log go into a memtable. From time to
@@ -6039,7 +5854,6 @@ RETENTION_S = 30 * 86_400
 CLOCK_DOUBT_S = 3600.0  # a step of the clock is believed after so long
 READ_BYTES = 256 * 1024  # the log is read in pieces of so many
 MAX_INDEXED_SERIES = 1_000_000  # of blocks whose indexes are in memory
-_STAMP_BYTES = len('{"timestamp":"2025-09-17T13:45:23.123Z"')
 _SEGMENT_NAME = re.compile(r"metrics\.([0-9]{8})\.jsonl")
 _EVER = END_OF_TIME_MS  # no sample is so late
 
@@ -6713,7 +6527,7 @@ class Store:
 
 
 # ==================================================================================================
-# 20. Query language
+# 21. Query language
 # ==================================================================================================
 #
 # The problem: PromQL is the language that Grafana and every Prometheus client speak. The idea: text
@@ -6736,14 +6550,15 @@ SUBQUERY_STEP_MS = 60_000  # the step of a subquery that names none
 MAX_SAMPLES = 50_000_000
 MAX_DURATION_MS = 2**63 // 10**6  # 292 years, what Go's durations hold
 MAX_TIME_MS = 2**63 - 2**45  # ranges and offsets fit behind it; later times are taken for this one
-MAX_RECURSION = 5_000  # frames: 600 calls, or 2,400 operators in a row
-MAX_LINE = 100  # format_query breaks longer lines
+MAX_RECURSION = 5_000  # frames: 990 calls, or 2,400 operators in a row
 
 SCALAR, STRING, VECTOR, RANGE = "scalar", "string", "instant vector", "range vector"
 
 
 class QueryError(ValueError):
     """A query that can't be evaluated: what was expected, and where, from line and column 1."""
+
+    kind = "bad_data"  # the errorType of Prometheus's HTTP API
 
     def __init__(self, reason: str, text: str, position: int):
         self.line = text.count("\n", 0, position) + 1
@@ -6753,6 +6568,8 @@ class QueryError(ValueError):
 
 class ExecutionError(Exception):
     """A query that failed while it was evaluated: what the series hold does not fit it."""
+
+    kind = "execution"
 
 
 class SampleLimitError(ExecutionError):
@@ -6764,7 +6581,7 @@ class SampleLimitError(ExecutionError):
         )
 
 
-# ---- the tree: `position` is where in the text a node begins ----
+# ---- the tree: `position` is where in the text a node begins, `type` what it evaluates to ----
 
 
 class Number(NamedTuple):
@@ -6773,10 +6590,7 @@ class Number(NamedTuple):
     value: float
     position: int
     is_duration: bool = False
-
-    @property
-    def type(self) -> str:
-        return SCALAR
+    type: str = SCALAR
 
 
 class Text(NamedTuple):
@@ -6784,10 +6598,7 @@ class Text(NamedTuple):
 
     value: str
     position: int
-
-    @property
-    def type(self) -> str:
-        return STRING
+    type: str = STRING
 
 
 class Duration(NamedTuple):
@@ -6821,10 +6632,7 @@ class Subquery(NamedTuple):
     position: int
     offset: Duration | None = None
     at: int | str | None = None
-
-    @property
-    def type(self) -> str:
-        return RANGE
+    type: str = RANGE
 
 
 class Paren(NamedTuple):
@@ -6874,10 +6682,7 @@ class Aggregate(NamedTuple):
     labels: tuple[str, ...]
     without: bool
     position: int
-
-    @property
-    def type(self) -> str:
-        return VECTOR
+    type: str = VECTOR
 
 
 class Call(NamedTuple):
@@ -6886,10 +6691,7 @@ class Call(NamedTuple):
     name: str
     arguments: tuple["Node", ...]
     position: int
-
-    @property
-    def type(self) -> str:
-        return SIGNATURES[self.name].returns
+    type: str
 
 
 Node = Number | Text | Selector | Subquery | Paren | Unary | Binary | Aggregate | Call
@@ -6913,154 +6715,30 @@ class Signature(NamedTuple):
     variadic: bool = False  # the last argument may be repeated
 
 
-_OF_VECTOR = """
-    abs absent acos acosh asin asinh atan atanh ceil cos cosh deg exp floor ln log10 log2 rad sgn
-    sin sinh sort sort_desc sqrt tan tanh timestamp
-"""
-_OF_RANGE = """
-    absent_over_time avg_over_time changes count_over_time delta deriv first_over_time idelta
-    increase irate
-    last_over_time max_over_time min_over_time present_over_time rate resets stddev_over_time
-    stdvar_over_time sum_over_time
-"""
-# Without a vector they are of the time of the step.
-_OF_CALENDAR = "day_of_month day_of_week day_of_year days_in_month hour minute month year"
-_SMOOTHING = Signature((RANGE, SCALAR, SCALAR), 3)
-_NO_ARGUMENTS = Signature((), 0, SCALAR)
-
-SIGNATURES: dict[str, Signature] = {
-    **dict.fromkeys(_OF_VECTOR.split(), Signature()),
-    **dict.fromkeys(_OF_RANGE.split(), Signature((RANGE,))),
-    **dict.fromkeys(_OF_CALENDAR.split(), Signature((VECTOR,), 0)),
-    "clamp": Signature((VECTOR, SCALAR, SCALAR), 3),
-    "clamp_max": Signature((VECTOR, SCALAR), 2),
-    "clamp_min": Signature((VECTOR, SCALAR), 2),
-    "double_exponential_smoothing": _SMOOTHING,
-    "histogram_fraction": Signature((SCALAR, SCALAR, VECTOR), 3),
-    "histogram_quantile": Signature((SCALAR, VECTOR), 2),
-    "holt_winters": _SMOOTHING,
-    "label_join": Signature((VECTOR, STRING, STRING, STRING), 3, variadic=True),
-    "label_replace": Signature((VECTOR, STRING, STRING, STRING, STRING), 5),
-    "pi": _NO_ARGUMENTS,
-    "predict_linear": Signature((RANGE, SCALAR), 2),
-    "quantile_over_time": Signature((SCALAR, RANGE), 2),
-    "round": Signature((VECTOR, SCALAR)),
-    "scalar": Signature(returns=SCALAR),
-    "time": _NO_ARGUMENTS,
-    "vector": Signature((SCALAR,)),
+_NAMES = {
+    Signature(): """abs absent acos acosh asin asinh atan atanh ceil cos cosh deg exp floor ln log10
+        log2 rad sgn sin sinh sort sort_desc sqrt tan tanh timestamp""",
+    Signature((RANGE,)): """absent_over_time avg_over_time changes count_over_time delta deriv
+        first_over_time idelta increase irate last_over_time max_over_time min_over_time
+        present_over_time rate resets stddev_over_time stdvar_over_time sum_over_time""",
+    # Without a vector they are of the time of the step.
+    Signature((VECTOR,), 0): """day_of_month day_of_week day_of_year days_in_month hour minute
+        month year""",
+    Signature((VECTOR, SCALAR, SCALAR), 3): "clamp",
+    Signature((VECTOR, SCALAR), 2): "clamp_max clamp_min",
+    Signature((RANGE, SCALAR, SCALAR), 3): "double_exponential_smoothing holt_winters",
+    Signature((SCALAR, SCALAR, VECTOR), 3): "histogram_fraction",
+    Signature((SCALAR, VECTOR), 2): "histogram_quantile",
+    Signature((VECTOR, STRING, STRING, STRING), 3, variadic=True): "label_join",
+    Signature((VECTOR, STRING, STRING, STRING, STRING), 5): "label_replace",
+    Signature((), 0, SCALAR): "pi time",
+    Signature((RANGE, SCALAR), 2): "predict_linear",
+    Signature((SCALAR, RANGE), 2): "quantile_over_time",
+    Signature((VECTOR, SCALAR)): "round",
+    Signature(returns=SCALAR): "scalar",
+    Signature((SCALAR,)): "vector",
 }
-
-
-# ---- tokens ----
-
-
-class Token(NamedTuple):
-    """A word of a query, and where it stands."""
-
-    kind: str  # "number", "duration", "identifier", "string", "operator" or "end"
-    text: str
-    position: int
-
-
-_DURATION_UNITS = {
-    "ms": 1,
-    "s": 1_000,
-    "m": 60_000,
-    "h": 3_600_000,
-    "d": 86_400_000,
-    "w": 7 * 86_400_000,
-    "y": 365 * 86_400_000,
-}
-_DIGITS = r"[0-9](?:_?[0-9])*"
-_TOKEN = re.compile(
-    rf"""
-    (?P<space>      [ \t\r\n]+ | \#[^\n]* )
-  | (?P<duration>   (?:[0-9]+(?:ms|[smhdwy]))+ )
-  | (?P<number>     0[xX](?:_?[0-9a-fA-F])+
-                  | (?:{_DIGITS}(?:\.(?:{_DIGITS})?)?|\.{_DIGITS})(?:[eE][+-]?{_DIGITS})? )
-  | (?P<identifier> [A-Za-z_:][A-Za-z0-9_:]* )
-  | (?P<string>     "(?:[^"\\\n]|\\.)*" | '(?:[^'\\\n]|\\.)*' | `[^`]*` )
-  | (?P<operator>   [=!]~ | [=!<>]= | [-+*/%^=<>(){{}}\[\],:@] )
-    """,
-    re.VERBOSE,
-)
-_DURATION = re.compile(
-    r"(?:[0-9]+y)?(?:[0-9]+w)?(?:[0-9]+d)?(?:[0-9]+h)?(?:[0-9]+m)?(?:[0-9]+s)?(?:[0-9]+ms)?"
-)
-_DURATION_PART = re.compile(r"([0-9]+)(ms|[smhdwy])")
-PLAIN_NAME = re.compile(r"[A-Za-z_:][A-Za-z0-9_:]*")
-_WORD_CHARACTER = re.compile(r"[A-Za-z0-9_.:]")
-_NON_FINITE = {"nan": math.nan, "inf": math.inf}
-_STRING_ESCAPE = re.compile(
-    r"\\(?:x([0-9A-Fa-f]{2})|([0-7]{3})|u([0-9A-Fa-f]{4})|U([0-9A-Fa-f]{8})|(.))", re.DOTALL
-)
-_LETTER_ESCAPES = {
-    "a": "\a", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v", "\\": "\\",
-}  # fmt: skip
-
-
-def _tokens(text: str) -> list[Token]:
-    tokens: list[Token] = []
-    position, in_range = 0, False
-    while position < len(text):
-        match = _TOKEN.match(text, position)
-        if match is None:
-            what = "unterminated string" if text[position] in "\"'`" else "unexpected character"
-            raise QueryError(f"{what}: {text[position]!r}", text, position)
-        kind, token, end = match.lastgroup or "", match[0], match.end()
-        if kind in ("number", "duration") and _WORD_CHARACTER.match(text, end):
-            if not (in_range and text[end] == ":"):
-                raise QueryError(f"bad number or duration: {text[position : end + 1]!r}", text, end)
-        elif in_range and token[0] == ":":  # [5m:1m], where no name can stand
-            kind, token, end = "operator", ":", position + 1
-        elif token in "[]":
-            in_range = token == "["
-        if kind != "space":
-            tokens.append(Token(kind, token, position))
-        position = end
-    tokens.append(Token("end", "", len(text)))
-    return tokens
-
-
-def parse_duration_ms(text: str) -> int:
-    """The milliseconds of a duration as PromQL writes it. Raises ValueError.
-
-    >>> parse_duration_ms("1h30m"), parse_duration_ms("1w2d"), parse_duration_ms("250ms")
-    (5400000, 777600000, 250)
-    """
-    if not text or not _DURATION.fullmatch(text):
-        raise ValueError(f"not a duration such as 5m or 1h30m: {text!r}")
-    parts = _DURATION_PART.findall(text[:100])  # longer ones are out of range anyway
-    duration_ms = sum(int(n) * _DURATION_UNITS[unit] for n, unit in parts)
-    if len(text) > 100 or duration_ms > MAX_DURATION_MS:
-        raise ValueError("duration out of range")
-    return duration_ms
-
-
-def _duration_text(duration_ms: int) -> str:
-    if not duration_ms:
-        return "0s"
-    pieces, rest = ["-"] if duration_ms < 0 else [], abs(duration_ms)
-    for unit, length in reversed(_DURATION_UNITS.items()):
-        if rest >= length and (unit not in "wy" or rest % length == 0):
-            pieces.append(f"{rest // length}{unit}")
-            rest %= length
-    return "".join(pieces)
-
-
-def _number_of(text: str) -> float:
-    """A number as Go reads it: hexadecimal by 0x, octal by a leading 0. Raises ValueError.
-
-    >>> [_number_of(text) for text in ("1_000.5", "0x1F", "017", "08")]
-    [1000.5, 31.0, 15.0, 8.0]
-    """
-    digits = text.replace("_", "").lower()
-    if re.fullmatch("0[0-7]+", digits) and int(digits, 8) < 2**63:
-        return float(int(digits, 8))
-    value = int(digits, 16) if digits.startswith("0x") else float(digits)
-    if math.isinf(value) or (isinstance(value, int) and value >= 2**63):
-        raise ValueError(f"number out of range: {_clipped(text)}")
-    return float(value)
+SIGNATURES = {name: signature for signature in _NAMES for name in _NAMES[signature].split()}
 
 
 # ---- arithmetic of floats as IEEE 754 and Go have it: nothing raises ----
@@ -7100,9 +6778,76 @@ COMPARE: dict[str, Callable[[float, float], bool]] = {
 }  # fmt: skip
 
 
+# ==================================================================================================
+# 22. Query text
+# ==================================================================================================
+#
+# Numbers, durations and strings as PromQL writes them, read and written; and a tree as text, on one
+# line where it fits, else with a line for each part. Values have the texts that Prometheus gives
+# them.
+
+_DURATION_UNITS = {
+    "y": 365 * 86_400_000, "w": 7 * 86_400_000, "d": 86_400_000, "h": 3_600_000, "m": 60_000,
+    "s": 1_000, "ms": 1,
+}  # fmt: skip
+_DURATION = re.compile("".join(rf"(?:([0-9]+){unit})?" for unit in _DURATION_UNITS))
 GO_FLOAT = re.compile(
     r"[-+]?(?:(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|(?i:inf|infinity))|(?i:nan)"
 )
+PLAIN_NAME = re.compile(r"[A-Za-z_:][A-Za-z0-9_:]*")
+MAX_LINE = 100  # format_query breaks longer lines
+_NEVER_LABELS = frozenset({"inf", "nan", "without"})  # of an aggregation or a matching
+_STRING_ESCAPE = re.compile(
+    r"\\(?:x([0-9A-Fa-f]{2})|([0-7]{3})|u([0-9A-Fa-f]{4})|U([0-9A-Fa-f]{8})|(.))", re.DOTALL
+)
+_LETTER_ESCAPES = {
+    "a": "\a", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v", "\\": "\\",
+}  # fmt: skip
+_GO_ESCAPES = {'"': '\\"'} | {c: f"\\{letter}" for letter, c in _LETTER_ESCAPES.items()}
+
+
+# ---- durations and numbers ----
+
+
+def parse_duration_ms(text: str) -> int:
+    """The milliseconds of a duration as PromQL writes it. Raises ValueError.
+
+    >>> parse_duration_ms("1h30m"), parse_duration_ms("1w2d"), parse_duration_ms("250ms")
+    (5400000, 777600000, 250)
+    """
+    match = _DURATION.fullmatch(text)
+    if not text or match is None:
+        raise ValueError(f"not a duration such as 5m or 1h30m: {text!r}")
+    lengths = zip(match.groups("0"), _DURATION_UNITS.values())
+    if len(text) > 100 or (ms := sum(int(n) * unit_ms for n, unit_ms in lengths)) > MAX_DURATION_MS:
+        raise ValueError("duration out of range")
+    return ms
+
+
+def _duration_text(duration_ms: int) -> str:
+    if not duration_ms:
+        return "0s"
+    pieces, rest = ["-"] if duration_ms < 0 else [], abs(duration_ms)
+    for unit, length in _DURATION_UNITS.items():
+        if rest >= length and (unit not in "wy" or rest % length == 0):
+            pieces.append(f"{rest // length}{unit}")
+            rest %= length
+    return "".join(pieces)
+
+
+def _number_of(text: str) -> float:
+    """A number as Go reads it: hexadecimal by 0x, octal by a leading 0. Raises ValueError.
+
+    >>> [_number_of(text) for text in ("1_000.5", "0x1F", "017", "08")]
+    [1000.5, 31.0, 15.0, 8.0]
+    """
+    digits = text.replace("_", "").lower()
+    if re.fullmatch("0[0-7]+", digits) and int(digits, 8) < 2**63:
+        return float(int(digits, 8))
+    value = int(digits, 16) if digits.startswith("0x") else float(digits)
+    if math.isinf(value) or (isinstance(value, int) and value >= 2**63):
+        raise ValueError(f"number out of range: {_clipped(text)}")
+    return float(value)
 
 
 def read_float(text: str) -> float:
@@ -7115,16 +6860,6 @@ def read_float(text: str) -> float:
     if value is None or (math.isinf(value) and text[-1].isdigit()):
         raise ValueError(f"not a number: {_clipped(text)}")
     return value
-
-
-# ==================================================================================================
-# 21. Query text
-# ==================================================================================================
-#
-# A tree becomes text again, as `format_query` shows it: on one line where it fits, else with a line
-# for each part. Values and labels have the texts that Prometheus gives them.
-
-_NEVER_LABELS = frozenset({"inf", "nan", "without"})  # of an aggregation or a matching
 
 
 def format_value(value: float) -> str:
@@ -7176,14 +6911,40 @@ def _number_text(node: Number) -> str:
     return decimal_text(node.value)
 
 
+# ---- strings and labels ----
+
+
+def _string_value(quoted: str) -> str:
+    r"""What a string in quotes or backquotes stands for. Escapes are those of Go, of which \x and
+    octal ones name bytes. Raises ValueError.
+
+    >>> _string_value(r"'\xe2\x82\xac\t'"), _string_value(r"`\t`")
+    ('€\t', '\\t')
+    """
+    quote, inner = quoted[0], quoted[1:-1]
+    if quote == "`" or "\\" not in inner:
+        return inner
+
+    def unescaped(match: re.Match[str]) -> str:
+        byte, octal, short, long, letter = match.groups()
+        if letter is not None:
+            if letter != quote and letter not in _LETTER_ESCAPES:
+                raise ValueError(f"unknown escape \\{letter}")
+            return _LETTER_ESCAPES.get(letter, letter)
+        code = int(byte or short or long or octal, 8 if octal else 16)
+        if code > (0x10FFFF if short or long else 255) or (short and 0xD800 <= code < 0xE000):
+            raise ValueError(f"escape out of range {match[0]}")
+        if (byte or octal) and code > 127:
+            return chr(0xDC00 + code)  # the byte, as errors="surrogateescape" has it
+        return chr(code)
+
+    value = _STRING_ESCAPE.sub(unescaped, inner).encode(errors="surrogateescape")
+    return value.decode(errors="surrogateescape")
+
+
 def _quoted(text: str) -> str:
     """Text in double quotes, escaped as Go does."""
     return '"' + "".join(map(_go_escaped, text)) + '"'
-
-
-_GO_ESCAPES = {'"': '\\"'} | {
-    character: f"\\{letter}" for letter, character in _LETTER_ESCAPES.items()
-}
 
 
 def _go_escaped(character: str) -> str:
@@ -7221,6 +6982,77 @@ def labels_text(labels: dict[str, str]) -> str:
     return "{" + ", ".join(pairs) + "}"
 
 
+# ---- trees ----
+
+
+def query_text(node: Node) -> str:
+    """A tree as a query on one line."""
+    return _layout(node, 0)[0]
+
+
+def _layout(node: Node, level: int) -> tuple[str, list[str]]:
+    """(a node on one line, the lines that it is laid out in at an indentation)."""
+    before, parts, between, behind = _shape(node)
+    on_its_line = isinstance(node, Unary | Subquery)  # a sign or a range stays with its operand
+    texts, blocks = list[str](), list[list[str]]()
+    for part in parts:
+        text, lines = _layout(part, level + (not on_its_line))
+        texts.append(text)
+        blocks.append(lines)
+    text, indent = before + between.join(texts) + behind, "  " * level
+    if not parts or len(text) <= MAX_LINE:
+        return text, [indent + text]
+    if on_its_line:
+        (lines,) = blocks
+        lines[0] = indent + before + lines[0].lstrip(" ")
+        lines[-1] += behind
+        return text, lines
+    if isinstance(node, Binary):
+        return text, [*blocks[0], indent + between.strip(" "), *blocks[1]]
+    for lines in blocks[:-1]:
+        lines[-1] += ","
+    return text, [indent + before, *itertools.chain(*blocks), indent + behind]
+
+
+class _Shape(NamedTuple):
+    """How a node is written: some text, its parts with some text between them, some text."""
+
+    before: str
+    parts: Sequence[Node] = ()
+    between: str = ""
+    behind: str = ""
+
+
+def _shape(node: Node) -> _Shape:
+    match node:
+        case Number():
+            return _Shape(_number_text(node))
+        case Text():
+            return _Shape(_quoted(node.value))
+        case Selector():
+            return _Shape(_selector_text(node))
+        case Subquery():
+            step = node.step.text if node.step else ""
+            window = f"[{node.range.text}:{step}]"
+            return _Shape("", (node.expression,), behind=window + _modifiers(node))
+        case Paren():
+            return _Shape("(", (node.expression,), behind=")")
+        case Unary():
+            return _Shape(node.op, (node.operand,))
+        case Binary():
+            op = node.op + (" bool" if node.as_bool else "") + _matching_text(node.matching)
+            return _Shape("", (node.left, node.right), f" {op} ")
+        case Call():
+            return _Shape(f"{node.name}(", node.arguments, ", ", ")")
+        case Aggregate():
+            head = node.op
+            if node.without or node.labels:
+                clause = "without" if node.without else "by"
+                head += f" {clause} ({_label_list(node.labels)}) "
+            parts = (node.parameter, node.expression) if node.parameter else (node.expression,)
+            return _Shape(f"{head}(", parts, ", ", ")")
+
+
 def _modifiers(node: Selector | Subquery) -> str:
     at = "" if node.at is None else f" @ {node.at}()"
     if isinstance(node.at, int):
@@ -7240,26 +7072,8 @@ def _selector_text(node: Selector) -> str:
     return node.name + braces + window + _modifiers(node)
 
 
-def _subquery_range(node: Subquery) -> str:
-    return f"[{node.range.text}:{node.step.text if node.step else ''}]{_modifiers(node)}"
-
-
-def _aggregate_head(node: Aggregate) -> str:
-    if node.without:
-        return f"{node.op} without ({_label_list(node.labels)}) "
-    return f"{node.op} by ({_label_list(node.labels)}) " if node.labels else node.op
-
-
-def _operator_text(node: Binary) -> str:
-    return node.op + (" bool" if node.as_bool else "") + _matching_text(node.matching)
-
-
 def _matching_text(matching: Matching) -> str:
-    """A matching as it stands behind an operator.
-
-    >>> _matching_text(Matching(True, ("host",), "group_left", ("os",)))
-    ' on (host) group_left (os)'
-    """
+    """A matching as it stands behind an operator: ` on (host) group_left (os)`."""
     if not (matching.on or matching.labels or matching.group):
         return ""
     text = f" {'on' if matching.on else 'ignoring'} ({_label_list(matching.labels)})"
@@ -7267,101 +7081,144 @@ def _matching_text(matching: Matching) -> str:
     return text + (included if matching.group else "")
 
 
-class _Printer:
-    """Lays out one tree; the text of each node is made once."""
-
-    def __init__(self) -> None:
-        self._texts: dict[int, str] = {}  # by the node's id
-
-    def text(self, node: Node) -> str:
-        """A node on one line."""
-        if id(node) not in self._texts:
-            self._texts[id(node)] = self._text(node)
-        return self._texts[id(node)]
-
-    def _text(self, node: Node) -> str:
-        if isinstance(node, Number):
-            return _number_text(node)
-        if isinstance(node, Text):
-            return _quoted(node.value)
-        if isinstance(node, Selector):
-            return _selector_text(node)
-        if isinstance(node, Subquery):
-            return self.text(node.expression) + _subquery_range(node)
-        if isinstance(node, Paren):
-            return f"({self.text(node.expression)})"
-        if isinstance(node, Unary):
-            return node.op + self.text(node.operand)
-        if isinstance(node, Binary):
-            return f"{self.text(node.left)} {_operator_text(node)} {self.text(node.right)}"
-        head, parts = self._call(node)
-        return f"{head}({', '.join(map(self.text, parts))})"
-
-    @staticmethod
-    def _call(node: Call | Aggregate) -> tuple[str, Sequence[Node]]:
-        if isinstance(node, Call):
-            return node.name, node.arguments
-        parameter = [node.parameter] if node.parameter else []
-        return _aggregate_head(node), [*parameter, node.expression]
-
-    def lines(self, node: Node, level: int) -> list[str]:
-        """A node at an indentation, its parts on lines of their own where one would be long."""
-        indent = "  " * level
-        if isinstance(node, Number | Text | Selector) or len(self.text(node)) <= MAX_LINE:
-            return [indent + self.text(node)]
-        if isinstance(node, Subquery):
-            *lines, last = self.lines(node.expression, level)
-            return [*lines, last + _subquery_range(node)]
-        if isinstance(node, Paren):
-            return [f"{indent}(", *self.lines(node.expression, level + 1), f"{indent})"]
-        if isinstance(node, Unary):
-            first, *lines = self.lines(node.operand, level)
-            return [indent + node.op + first.lstrip(" "), *lines]
-        if isinstance(node, Binary):
-            left, right = self.lines(node.left, level + 1), self.lines(node.right, level + 1)
-            return [*left, indent + _operator_text(node), *right]
-        head, parts = self._call(node)
-        lines = [f"{indent}{head}("]
-        for part in parts:
-            lines += self.lines(part, level + 1)
-            lines[-1] += ","
-        return [*lines[:-1], lines[-1][:-1], f"{indent})"]
-
-
 # ==================================================================================================
-# 22. Query parser
+# 23. Query tokens
 # ==================================================================================================
 #
-# Recursive descent with precedence climbing over the tokens. Types are checked while the tree
-# grows, so that an error names the place of the part that is wrong. Durations may be expressions:
-# `[5m + 1m]` is folded to a number as it is read.
+# The words that a query is made of, and how far a parser has read them. A colon is the one that
+# depends on its place: `a:b` is the name of a metric, but in `[5m:1m]` it separates two durations.
+
+_T = TypeVar("_T")
+
+_DIGITS = r"[0-9](?:_?[0-9])*"
+_TOKEN = re.compile(
+    rf"""
+    (?P<space>      [ \t\r\n]+ | \#[^\n]* )
+  | (?P<duration>   (?:[0-9]+(?:ms|[smhdwy]))+ )
+  | (?P<number>     0[xX](?:_?[0-9a-fA-F])+
+                  | (?:{_DIGITS}(?:\.(?:{_DIGITS})?)?|\.{_DIGITS})(?:[eE][+-]?{_DIGITS})? )
+  | (?P<identifier> [A-Za-z_:][A-Za-z0-9_:]* )
+  | (?P<string>     "(?:[^"\\\n]|\\.)*" | '(?:[^'\\\n]|\\.)*' | `[^`]*` )
+  | (?P<operator>   [=!]~ | [=!<>]= | [-+*/%^=<>(){{}}\[\],:@] )
+    """,
+    re.VERBOSE,
+)
+_WORD_CHARACTER = re.compile(r"[A-Za-z0-9_.:]")
+
+
+class Token(NamedTuple):
+    """A word of a query, and where it stands."""
+
+    kind: str  # "number", "duration", "identifier", "string", "operator" or "end"
+    text: str
+    position: int
+
+
+def _tokens_of(text: str) -> Iterator[Token]:
+    position, in_range = 0, False
+    while position < len(text):
+        match = _TOKEN.match(text, position)
+        if match is None:
+            what = "unterminated string" if text[position] in "\"'`" else "unexpected character"
+            raise QueryError(f"{what}: {text[position]!r}", text, position)
+        kind, token, end = match.lastgroup or "", match[0], match.end()
+        if kind in ("number", "duration") and _WORD_CHARACTER.match(text, end):
+            if not (in_range and text[end] == ":"):
+                raise QueryError(f"bad number or duration: {text[position : end + 1]!r}", text, end)
+        elif in_range and token[0] == ":":  # [5m:1m], where no name can stand
+            kind, token, end = "operator", ":", position + 1
+        elif token in "[]":
+            in_range = token == "["
+        if kind != "space":
+            yield Token(kind, token, position)
+        position = end
+    yield Token("end", "", len(text))
+
+
+class _Tokens:
+    """The tokens of a query, of which `next` is the first that no rule has taken. `word` is its
+    text if it is an operator or a keyword, which are written in either case, else "".
+    """
+
+    def __init__(self, text: str):
+        self.text = text
+        self._rest = iter(list(_tokens_of(text)))
+        self.next = Token("begin", "", 0)
+        self.take()
+
+    def take(self) -> Token:
+        """The next token, which is taken."""
+        token, self.next = self.next, next(self._rest, self.next)
+        is_word = self.next.kind in ("identifier", "operator")
+        self.word = self.next.text.lower() if is_word else ""
+        return token
+
+    def accept(self, *words: str) -> str:
+        """Take the next token if it is one of these words, which is given back; else ""."""
+        word = self.word
+        if word not in words:
+            return ""
+        self.take()
+        return word
+
+    def require(self, word: str, where: str) -> None:
+        """Take a word that must stand here."""
+        if not self.accept(word):
+            raise self.expected(f"{word!r} {where}")
+
+    def string(self) -> str:
+        """Take a string, and read it."""
+        token = self.take()
+        try:
+            return _string_value(token.text)
+        except ValueError as error:
+            raise self.error(str(error), token.position) from None
+
+    def items(
+        self, begin: str, end: str, rule: Callable[["_Tokens"], _T], trailing: bool = True
+    ) -> tuple[_T, ...]:
+        """What stands between two brackets, separated by commas; one may be `trailing`."""
+        self.require(begin, "before a list")
+        items: list[_T] = []
+        while not self.accept(end):
+            items.append(rule(self))
+            if not self.accept(","):
+                if self.word != end:
+                    raise self.expected(f"',' or {end!r}")
+            elif not trailing and self.word == end:
+                raise self.expected("an expression")
+        return tuple(items)
+
+    def error(self, reason: str, position: int) -> QueryError:
+        """The error for what is wrong at a place."""
+        return QueryError(reason, self.text, position)
+
+    def expected(self, what: str) -> QueryError:
+        """The error for a next token that can't stand here."""
+        found = self.next.text or "the end of the query"
+        return self.error(f"expected {what}, found {_clipped(found)}", self.next.position)
+
+
+# ==================================================================================================
+# 24. Query parser
+# ==================================================================================================
+#
+# Recursive descent with precedence climbing: each rule of the grammar is one function over the
+# tokens. Types are checked while the tree grows, so that an error names the place of the part
+# that is wrong. Durations may be expressions: `[5m + 1m]` is folded to a number as it is read.
 
 _PRECEDENCE = {
     "or": 1, "and": 2, "unless": 2, "==": 3, "!=": 3, "<": 3, "<=": 3, ">": 3, ">=": 3,
     "+": 4, "-": 4, "*": 5, "/": 5, "%": 5, "atan2": 5, "^": 6,
 }  # fmt: skip
 _SET_OPERATORS = frozenset({"and", "or", "unless"})
-_COMPARISONS = frozenset({"==", "!=", "<", "<=", ">", ">="})
 _PARAMETER_TYPES = {"topk": SCALAR, "bottomk": SCALAR, "quantile": SCALAR, "count_values": STRING}
 _AGGREGATIONS = frozenset(
     {"sum", "avg", "min", "max", "count", "group", "stddev", "stdvar", *_PARAMETER_TYPES}
 )
 _NEVER_METRICS = frozenset({"bool", "on", "ignoring", "group_left", "group_right", "atan2"})
 _OPERAND = 7  # binds more tightly than any operator
-
-_T = TypeVar("_T")
-
-
-class _Seconds(NamedTuple):
-    """A duration, or a part of an expression that is one."""
-
-    value: float
-    text: str
-    kind: str  # "literal"; "wrapped" in parentheses, or "open"
-
-    @staticmethod
-    def of(number: Number) -> "_Seconds":
-        return _Seconds(number.value, _number_text(number), "literal")
+_NON_FINITE = {"nan": math.nan, "inf": math.inf}
 
 
 def parse_query(text: str) -> Node:
@@ -7374,415 +7231,16 @@ def parse_query(text: str) -> Node:
     metricstream.QueryError: 1:6: parse error: expected type range vector in call to function \
 "rate", got instant vector
     """
+    tokens = _Tokens(text)
+    if tokens.next.kind == "end":
+        raise tokens.error("no expression found in input", 0)
     try:
-        return _QueryParser(text).whole()
+        node = _expression(tokens)
     except RecursionError:
-        raise QueryError("nested too deeply", text, 0) from None
-
-
-class _QueryParser:
-    """Recursive descent over the tokens of one query; `self.token` is the next one."""
-
-    def __init__(self, text: str):
-        self.text = text
-        self.tokens = _tokens(text)
-        self.index = 0
-
-    @property
-    def token(self) -> Token:
-        return self.tokens[self.index]
-
-    @property
-    def word(self) -> str:
-        """The next token as an operator or a keyword, which are written in either case."""
-        token = self.token
-        return token.text.lower() if token.kind in ("identifier", "operator") else ""
-
-    def error(self, reason: str, position: int) -> QueryError:
-        return QueryError(reason, self.text, position)
-
-    def expected(self, what: str) -> QueryError:
-        found = self.token.text or "the end of the query"
-        return self.error(f"expected {what}, found {_clipped(found)}", self.token.position)
-
-    def take(self) -> Token:
-        token = self.token
-        self.index += 1
-        return token
-
-    def accept(self, *words: str) -> str:
-        """The next token, if it is one of these, else ""."""
-        word = self.word
-        if word not in words:
-            return ""
-        self.index += 1
-        return word
-
-    def require(self, word: str, where: str) -> None:
-        if not self.accept(word):
-            raise self.expected(f"{word!r} {where}")
-
-    def whole(self) -> Node:
-        if self.token.kind == "end":
-            raise self.error("no expression found in input", 0)
-        node = self.expression()
-        if self.token.kind != "end":
-            raise self.expected("an operator or the end of the query")
-        return node
-
-    def expression(self, least: int = 1) -> Node:
-        """Operands joined by operators that bind at least so tightly: precedence climbing."""
-        left = self.operand()
-        while (precedence := _PRECEDENCE.get(self.word, 0)) >= least:
-            operator = self.take()
-            op = operator.text.lower()
-            as_bool = bool(self.accept("bool"))
-            matching = self.matching()
-            right = self.expression(precedence + (op != "^"))
-            left = self.binary(op, left, right, as_bool, matching, operator.position)
-        return left
-
-    def matching(self) -> Matching:
-        on = self.accept("on", "ignoring")
-        if not on:
-            return Matching()
-        labels = self.label_list()
-        group = self.accept("group_left", "group_right")
-        include = self.label_list() if group and self.word == "(" else ()
-        if on == "on" and (both := set(labels) & set(include)):
-            raise self.error(
-                f'label "{min(both)}" must not occur in ON and GROUP clause at once',
-                self.token.position,
-            )
-        return Matching(on == "on", labels, group, include)
-
-    def binary(
-        self, op: str, left: Node, right: Node, as_bool: bool, matching: Matching, position: int
-    ) -> Binary:
-        types = {left.type, right.type}
-        reason = ""
-        if types - {SCALAR, VECTOR}:
-            reason = "binary expression must contain only scalar and instant vector types"
-        elif as_bool and op not in _COMPARISONS:
-            reason = "bool modifier can only be used on comparison operators"
-        elif types == {SCALAR} and op in _COMPARISONS and not as_bool:
-            reason = "comparisons between scalars must use BOOL modifier"
-        elif SCALAR in types and op in _SET_OPERATORS:
-            reason = f'set operator "{op}" not allowed in binary scalar expression'
-        elif SCALAR in types and matching.labels:
-            reason = "vector matching only allowed between instant vectors"
-        elif op in _SET_OPERATORS and matching.group:
-            reason = f'no grouping allowed for "{op}" operation'
-        if reason:
-            raise self.error(reason, position)
-        if SCALAR in types:
-            matching = Matching()
-        result = SCALAR if types == {SCALAR} else VECTOR
-        return Binary(op, left, right, as_bool, matching, left.position, result)
-
-    def operand(self) -> Node:
-        sign = self.token
-        if not self.accept("+", "-"):
-            return self.with_modifiers(self.primary())
-        operand = self.expression(_PRECEDENCE["^"])  # -1 ^ 2 is -(1 ^ 2), but -1 * 2 is (-1) * 2
-        if operand.type not in (SCALAR, VECTOR):
-            raise self.error(
-                "unary expression only allowed on expressions of type scalar or instant vector, "
-                f'got "{operand.type}"',
-                operand.position,
-            )
-        if isinstance(operand, Number):
-            value = -operand.value if sign.text == "-" else operand.value
-            return operand._replace(value=value, position=sign.position)
-        return Unary(sign.text, operand, sign.position, operand.type)
-
-    def with_modifiers(self, node: Node) -> Node:
-        """The node with what stands behind it: a range, a subquery, offsets and times."""
-        while True:
-            modifier = self.token
-            if self.accept("["):
-                node = self.range_of(node, modifier.position)
-            elif self.accept("offset", "@"):
-                what = "offset" if modifier.text != "@" else "@"
-                if not isinstance(node, Selector | Subquery):
-                    raise self.error(
-                        f"{what} modifier must be preceded by an instant vector selector or range "
-                        "vector selector or a subquery",
-                        modifier.position,
-                    )
-                change = self.with_offset if what == "offset" else self.with_time
-                node = change(node, modifier.position)
-            else:
-                return node
-
-    def range_of(self, node: Node, position: int) -> Node:
-        window = self.duration(positive=True)
-        if self.accept(":"):
-            step = None if self.word == "]" else self.duration(positive=True)
-            self.require("]", "behind the step of a subquery")
-            if node.type != VECTOR:
-                raise self.error(
-                    f"subquery is only allowed on instant vector, got {node.type} instead",
-                    node.position,
-                )
-            return Subquery(node, window, step, node.position)
-        self.require("]", "or ':' behind the range")
-        if not isinstance(node, Selector) or node.range:
-            raise self.error("ranges only allowed for vector selectors", position)
-        if node.offset and node.offset.ms:
-            raise self.error("no offset modifiers allowed before range", position)
-        if node.at is not None:
-            raise self.error("no @ modifiers allowed before range", position)
-        return node._replace(range=window, offset=None)
-
-    def with_offset(self, node: Selector | Subquery, position: int) -> Node:
-        offset = self.duration(least=_OPERAND)  # `x offset 5m + 1` adds to what x is
-        if node.offset and node.offset.ms:
-            raise self.error("offset may not be set multiple times", position)
-        return node._replace(offset=None if offset.text == "0s" else offset)
-
-    def with_time(self, node: Selector | Subquery, position: int) -> Node:
-        at: int | str
-        if bound := self.accept("start", "end"):
-            self.require("(", f"behind {bound}")
-            self.require(")", f"behind {bound}(")
-            at = bound
-        else:
-            sign = -1 if self.accept("-", "+") == "-" else 1
-            seconds = sign * self.number("a time in seconds, start() or end()").value
-            if not abs(seconds) < 2**63:
-                raise self.error("timestamp out of bounds for @ modifier", position)
-            at = max(-MAX_TIME_MS, min(round(seconds * 1000), MAX_TIME_MS))
-        if node.at is not None:
-            raise self.error("@ <timestamp> may not be set multiple times", position)
-        return node._replace(at=at)
-
-    def number(self, what: str) -> Number:
-        """A number, or a duration in seconds."""
-        token = self.token
-        is_duration = token.kind == "duration"
-        if not is_duration and token.kind != "number" and token.text.lower() not in _NON_FINITE:
-            raise self.expected(what)
-        self.index += 1
-        try:
-            value = (
-                parse_duration_ms(token.text) / 1000 if is_duration
-                else _NON_FINITE.get(token.text.lower()) or _number_of(token.text)
-            )  # fmt: skip
-        except ValueError as error:
-            raise self.error(str(error), token.position) from None
-        return Number(value, token.position, is_duration)
-
-    def duration(self, least: int = 1, positive: bool = False) -> Duration:
-        """A duration, whose numbers count seconds, and which may be an expression.
-
-        `least`: of operators, those that bind at least so tightly belong to it.
-        """
-        position = self.token.position
-        seconds = self.seconds(least)
-        if positive and seconds.value <= 0:
-            raise self.error("duration must be greater than 0", position)
-        if not abs(seconds.value) * 1000 <= MAX_DURATION_MS:
-            raise self.error("duration out of range", position)
-        if seconds.kind != "literal":
-            return Duration(math.trunc(seconds.value * 1000), seconds.text)
-        ms = math.trunc(round(seconds.value * 1e9) / 1e6)
-        return Duration(ms, _duration_text(ms))
-
-    def seconds(self, least: int) -> "_Seconds":
-        if sign := self.accept("+", "-"):
-            left = self.seconds(max(least, _PRECEDENCE["^"]))
-            if sign == "-":
-                text = left.text[1:] if left.text[0] == "-" else f"-{left.text}"
-                left = left._replace(value=-left.value, text=text)
-        elif self.accept("("):
-            left = self.seconds(1)
-            self.require(")", "or an operator")
-            if left.kind == "open":
-                left = _Seconds(left.value, f"({left.text})", "wrapped")
-        else:
-            left = _Seconds.of(self.number("a duration such as 5m"))
-        while (precedence := _PRECEDENCE.get(self.word, 0)) >= least and self.word in "+-*/%^":
-            op = self.take()
-            right = self.seconds(precedence + (op.text != "^"))
-            if op.text in "/%" and not right.value:
-                what = "division" if op.text == "/" else "modulo"
-                raise self.error(f"{what} by zero", op.position)
-            value = ARITHMETIC[op.text](left.value, right.value)
-            left = _Seconds(value, f"{left.text} {op.text} {right.text}", "open")
-        return left
-
-    def primary(self) -> Node:
-        token = self.token
-        if token.kind in ("number", "duration") or token.text.lower() in _NON_FINITE:
-            return self.number("a number")
-        if token.kind == "string":
-            return Text(self.string(), token.position)
-        if self.accept("("):
-            inner = self.expression()
-            self.require(")", "or an operator")
-            return Paren(inner, token.position, inner.type)
-        if self.word == "{":
-            return self.selector("")
-        if token.kind != "identifier" or self.word in _NEVER_METRICS:
-            raise self.expected("an expression")
-        self.index += 1
-        if token.text.lower() in _AGGREGATIONS and self.word in ("(", "by", "without"):
-            return self.aggregate(token)
-        if self.word == "(":
-            return self.call(token)
-        self.index -= 1
-        return self.selector(self.take().text)
-
-    def string(self) -> str:
-        """The text of a string token. Escapes are those of Go; \\x and octal ones name bytes."""
-        token = self.take()
-        quote, inner = token.text[0], token.text[1:-1]
-        if quote == "`" or "\\" not in inner:
-            return inner
-
-        def unescaped(match: re.Match[str]) -> str:
-            byte, octal, short, long, letter = match.groups()
-            if letter is not None:
-                if letter != quote and letter not in _LETTER_ESCAPES:
-                    raise self.error(f"unknown escape \\{letter}", token.position)
-                return _LETTER_ESCAPES.get(letter, letter)
-            code = int(byte or short or long or octal, 8 if octal else 16)
-            if code > (0x10FFFF if short or long else 255) or (short and 0xD800 <= code < 0xE000):
-                raise self.error(f"escape out of range {match[0]}", token.position)
-            if (byte or octal) and code > 127:
-                return chr(0xDC00 + code)  # the byte, as errors="surrogateescape" has it
-            return chr(code)
-
-        octets = _STRING_ESCAPE.sub(unescaped, inner).encode(errors="surrogateescape")
-        return octets.decode(errors="surrogateescape")
-
-    def selector(self, name: str) -> Selector:
-        position = self.tokens[self.index - bool(name)].position
-        matchers = list(self.items("{", "}", self.matcher)) if self.word == "{" else []
-        if not name and all(map(_matches_empty, matchers)):
-            raise self.error(
-                "vector selector must contain at least one non-empty matcher", position
-            )
-        for matcher in matchers if name else ():
-            if matcher.name == NAME:
-                raise self.error(
-                    f'metric name must not be set twice: "{name}" or "{matcher.value}"', position
-                )
-        if name:
-            matchers.append(Matcher(NAME, "=", name))
-        return Selector(name, tuple(matchers), position)
-
-    def items(
-        self, begin: str, end: str, item: Callable[[], _T], trailing: bool = True
-    ) -> list[_T]:
-        """What stands between two brackets, separated by commas; one may be `trailing`."""
-        self.require(begin, "before a list")
-        items: list[_T] = []
-        while not self.accept(end):
-            items.append(item())
-            if not self.accept(","):
-                if self.word != end:
-                    raise self.expected(f"',' or {end!r}")
-            elif not trailing and self.word == end:
-                raise self.expected("an expression")
-        return items
-
-    def matcher(self) -> Matcher:
-        """A matcher, or the quoted name of a metric, which is one too."""
-        label = self.token
-        name = self.label_name(in_braces=True)
-        op = self.accept("=", "!=", "=~", "!~")
-        if not op:
-            if label.kind == "string" and self.word in (",", "}"):
-                return Matcher(NAME, "=", name)
-            raise self.expected("one of = != =~ !~")
-        value = self.token
-        if value.kind != "string":
-            raise self.expected("a value in quotes")
-        matcher = Matcher(name, op, self.string())
-        if op in ("=~", "!~"):
-            try:
-                compile_regex(matcher.value)
-            except ValueError as error:
-                raise self.error(str(error), value.position) from None
-        return matcher
-
-    def label_name(self, in_braces: bool = False) -> str:
-        token = self.token
-        if token.kind == "string":
-            name = self.string()
-            if not is_label_name(name) and (name or not in_braces):
-                raise self.error(f"invalid label name {token.text}", token.position)
-            return name
-        refused = ":" in token.text if in_braces else token.text.lower() in _NEVER_LABELS
-        if token.kind != "identifier" or refused:
-            raise self.expected("a label name")
-        return self.take().text
-
-    def label_list(self) -> tuple[str, ...]:
-        return tuple(self.items("(", ")", self.label_name))
-
-    def arguments(self) -> list[Node]:
-        return self.items("(", ")", self.expression, trailing=False)
-
-    def aggregate(self, operator: Token) -> Node:
-        op = operator.text.lower()
-        clause = self.accept("by", "without")
-        labels = self.label_list() if clause else ()
-        arguments = self.arguments()
-        if not clause and (clause := self.accept("by", "without")):
-            labels = self.label_list()
-        types = [_PARAMETER_TYPES[op], VECTOR] if op in _PARAMETER_TYPES else [VECTOR]
-        if not arguments:
-            raise self.error("no arguments for aggregate expression provided", operator.position)
-        if len(arguments) != len(types):
-            raise self.error(
-                "wrong number of arguments for aggregate expression provided, "
-                f"expected {len(types)}, got {len(arguments)}",
-                operator.position,
-            )
-        for expected, argument in zip(types, arguments):
-            where = "aggregation expression" if expected == VECTOR else "aggregation parameter"
-            self.check_type(argument, expected, where)
-        parameter = arguments[0] if len(types) == 2 else None
-        without = clause == "without"
-        return Aggregate(op, arguments[-1], parameter, labels, without, operator.position)
-
-    def call(self, name: Token) -> Node:
-        function = SIGNATURES.get(name.text)
-        if function is None:
-            raise self.error(f'unknown function with name "{name.text}"', name.position)
-        arguments = self.arguments()
-        most = len(function.arguments) if not function.variadic else len(arguments)
-        if not function.required <= len(arguments) <= most:
-            bound = (
-                "" if most == function.required
-                else "at least " if len(arguments) < function.required else "at most "
-            )  # fmt: skip
-            number = function.required if len(arguments) < function.required else most
-            raise self.error(
-                f'expected {bound}{number} argument(s) in call to "{name.text}", '
-                f"got {len(arguments)}",
-                name.position,
-            )
-        for index, argument in enumerate(arguments):
-            expected = function.arguments[min(index, len(function.arguments) - 1)]
-            self.check_type(argument, expected, f'call to function "{name.text}"')
-        return Call(name.text, tuple(arguments), name.position)
-
-    def check_type(self, node: Node, expected: str, where: str) -> None:
-        if node.type != expected:
-            raise self.error(f"expected type {expected} in {where}, got {node.type}", node.position)
-
-
-def _matches_empty(matcher: Matcher) -> bool:
-    return matcher.accepts("")
-
-
-def is_label_name(name: str) -> bool:
-    """Whether a label may be called so: any UTF-8 that is not empty."""
-    return bool(name) and not _SURROGATE.search(name)
+        raise tokens.error("nested too deeply", 0) from None
+    if tokens.next.kind != "end":
+        raise tokens.expected("an operator or the end of the query")
+    return node
 
 
 def format_query(text: str) -> str:
@@ -7791,15 +7249,339 @@ def format_query(text: str) -> str:
     >>> format_query("sum   by(host)(rate(cpu[5m]))>1")
     'sum by (host) (rate(cpu[5m])) > 1'
     """
-    node = parse_query(text)
     try:
-        return "\n".join(_Printer().lines(node, 0))
+        return "\n".join(_layout(parse_query(text), 0)[1])
     except RecursionError:
         raise QueryError("nested too deeply", text, 0) from None
 
 
+# ---- operators ----
+
+
+def _expression(tokens: _Tokens, least: int = 1) -> Node:
+    """Operands joined by operators that bind at least so tightly: precedence climbing."""
+    left = _operand(tokens)
+    while (precedence := _PRECEDENCE.get(tokens.word, 0)) >= least:
+        position, op = tokens.next.position, tokens.take().text.lower()
+        as_bool = bool(tokens.accept("bool"))
+        matching = _matching(tokens)
+        right = _expression(tokens, precedence + (op != "^"))
+        types = {left.type, right.type}
+        if fault := _fault_of_operation(op, types, as_bool, matching):
+            raise tokens.error(fault, position)
+        if SCALAR in types:
+            matching = Matching()
+        result = SCALAR if types == {SCALAR} else VECTOR
+        left = Binary(op, left, right, as_bool, matching, left.position, result)
+    return left
+
+
+def _fault_of_operation(op: str, types: set[str], as_bool: bool, matching: Matching) -> str:
+    """Why an operator does not fit its operands or what stands behind it; "" if it does."""
+    if types - {SCALAR, VECTOR}:
+        return "binary expression must contain only scalar and instant vector types"
+    if as_bool and op not in COMPARE:
+        return "bool modifier can only be used on comparison operators"
+    if types == {SCALAR} and op in COMPARE and not as_bool:
+        return "comparisons between scalars must use BOOL modifier"
+    if SCALAR in types and op in _SET_OPERATORS:
+        return f'set operator "{op}" not allowed in binary scalar expression'
+    if SCALAR in types and matching.labels:
+        return "vector matching only allowed between instant vectors"
+    if op in _SET_OPERATORS and matching.group:
+        return f'no grouping allowed for "{op}" operation'
+    return ""
+
+
+def _matching(tokens: _Tokens) -> Matching:
+    on = tokens.accept("on", "ignoring")
+    if not on:
+        return Matching()
+    labels = tokens.items("(", ")", _label_name)
+    group = tokens.accept("group_left", "group_right")
+    include = tokens.items("(", ")", _label_name) if group and tokens.word == "(" else ()
+    if on == "on" and (both := set(labels) & set(include)):
+        raise tokens.error(
+            f'label "{min(both)}" must not occur in ON and GROUP clause at once',
+            tokens.next.position,
+        )
+    return Matching(on == "on", labels, group, include)
+
+
+def _operand(tokens: _Tokens) -> Node:
+    position, sign = tokens.next.position, tokens.accept("+", "-")
+    if not sign:
+        return _modified(tokens, _primary(tokens))
+    operand = _expression(tokens, _PRECEDENCE["^"])  # -1 ^ 2 is -(1 ^ 2), but -1 * 2 is (-1) * 2
+    if operand.type not in (SCALAR, VECTOR):
+        raise tokens.error(
+            "unary expression only allowed on expressions of type scalar or instant vector, "
+            f'got "{operand.type}"',
+            operand.position,
+        )
+    if isinstance(operand, Number):
+        value = -operand.value if sign == "-" else operand.value
+        return operand._replace(value=value, position=position)
+    return Unary(sign, operand, position, operand.type)
+
+
+def _primary(tokens: _Tokens) -> Node:
+    token, word = tokens.next, tokens.word
+    if token.kind in ("number", "duration") or word in _NON_FINITE:
+        return _number_at(tokens, "a number")
+    if token.kind == "string":
+        return Text(tokens.string(), token.position)
+    if tokens.accept("("):
+        inner = _expression(tokens)
+        tokens.require(")", "or an operator")
+        return Paren(inner, token.position, inner.type)
+    if word == "{":
+        return _selector(tokens, "", token.position)
+    if token.kind != "identifier" or word in _NEVER_METRICS:
+        raise tokens.expected("an expression")
+    tokens.take()
+    if word in _AGGREGATIONS and tokens.word in ("(", "by", "without"):
+        return _aggregation(tokens, word, token.position)
+    if tokens.word == "(":
+        return _call(tokens, token.text, token.position)
+    return _selector(tokens, token.text, token.position)
+
+
+def _number_at(tokens: _Tokens, what: str) -> Number:
+    """A number, or a duration in seconds; `what` is said to be expected if there is neither."""
+    token, is_duration = tokens.next, tokens.next.kind == "duration"
+    if not is_duration and token.kind != "number" and tokens.word not in _NON_FINITE:
+        raise tokens.expected(what)
+    word, text = tokens.word, tokens.take().text
+    try:
+        value = parse_duration_ms(text) / 1000 if is_duration else (
+            _NON_FINITE.get(word) or _number_of(text)
+        )  # fmt: skip
+    except ValueError as error:
+        raise tokens.error(str(error), token.position) from None
+    return Number(value, token.position, is_duration)
+
+
+# ---- what stands behind an operand: ranges, subqueries, offsets and times ----
+
+
+def _modified(tokens: _Tokens, node: Node) -> Node:
+    while True:
+        position = tokens.next.position
+        if tokens.accept("["):
+            node = _range_of(tokens, node, position)
+        elif what := tokens.accept("offset", "@"):
+            if not isinstance(node, Selector | Subquery):
+                raise tokens.error(
+                    f"{what} modifier must be preceded by an instant vector selector or range "
+                    "vector selector or a subquery",
+                    position,
+                )
+            change = _with_offset if what == "offset" else _with_time
+            node = change(tokens, node, position)
+        else:
+            return node
+
+
+def _range_of(tokens: _Tokens, node: Node, position: int) -> Node:
+    window = _duration_at(tokens, positive=True)
+    if tokens.accept(":"):
+        step = None if tokens.word == "]" else _duration_at(tokens, positive=True)
+        tokens.require("]", "behind the step of a subquery")
+        if node.type != VECTOR:
+            raise tokens.error(
+                f"subquery is only allowed on instant vector, got {node.type} instead",
+                node.position,
+            )
+        return Subquery(node, window, step, node.position)
+    tokens.require("]", "or ':' behind the range")
+    if not isinstance(node, Selector) or node.range:
+        raise tokens.error("ranges only allowed for vector selectors", position)
+    if node.offset and node.offset.ms:
+        raise tokens.error("no offset modifiers allowed before range", position)
+    if node.at is not None:
+        raise tokens.error("no @ modifiers allowed before range", position)
+    return node._replace(range=window, offset=None)
+
+
+def _with_offset(tokens: _Tokens, node: Selector | Subquery, position: int) -> Node:
+    offset = _duration_at(tokens, least=_OPERAND)  # `x offset 5m + 1` adds to what x is
+    if node.offset and node.offset.ms:
+        raise tokens.error("offset may not be set multiple times", position)
+    return node._replace(offset=None if offset.text == "0s" else offset)
+
+
+def _with_time(tokens: _Tokens, node: Selector | Subquery, position: int) -> Node:
+    at: int | str = tokens.accept("start", "end")
+    if at:
+        tokens.require("(", f"behind {at}")
+        tokens.require(")", f"behind {at}(")
+    else:
+        sign = -1 if tokens.accept("-", "+") == "-" else 1
+        seconds = sign * _number_at(tokens, "a time in seconds, start() or end()").value
+        if not abs(seconds) < 2**63:
+            raise tokens.error("timestamp out of bounds for @ modifier", position)
+        at = max(-MAX_TIME_MS, min(round(seconds * 1000), MAX_TIME_MS))
+    if node.at is not None:
+        raise tokens.error("@ <timestamp> may not be set multiple times", position)
+    return node._replace(at=at)
+
+
+class _Seconds(NamedTuple):
+    """A duration, or a part of an expression that is one."""
+
+    value: float
+    text: str
+    kind: str  # "literal"; "wrapped" in parentheses, or "open"
+
+
+def _duration_at(tokens: _Tokens, least: int = 1, positive: bool = False) -> Duration:
+    """A duration, whose numbers count seconds, and which may be an expression.
+
+    `least`: of operators, those that bind at least so tightly belong to it.
+    """
+    position = tokens.next.position
+    seconds = _seconds(tokens, least)
+    if positive and seconds.value <= 0:
+        raise tokens.error("duration must be greater than 0", position)
+    if not abs(seconds.value) * 1000 <= MAX_DURATION_MS:
+        raise tokens.error("duration out of range", position)
+    ms = math.trunc(round(seconds.value * 1e9) / 1e6)
+    return Duration(ms, _duration_text(ms) if seconds.kind == "literal" else seconds.text)
+
+
+def _seconds(tokens: _Tokens, least: int) -> _Seconds:
+    if sign := tokens.accept("+", "-"):
+        left = _seconds(tokens, max(least, _PRECEDENCE["^"]))
+        if sign == "-":
+            text = left.text[1:] if left.text[0] == "-" else f"-{left.text}"
+            left = left._replace(value=-left.value, text=text)
+    elif tokens.accept("("):
+        left = _seconds(tokens, 1)
+        tokens.require(")", "or an operator")
+        if left.kind == "open":
+            left = _Seconds(left.value, f"({left.text})", "wrapped")
+    else:
+        number = _number_at(tokens, "a duration such as 5m")
+        left = _Seconds(number.value, _number_text(number), "literal")
+    while (precedence := _PRECEDENCE.get(tokens.word, 0)) >= least and tokens.word in "+-*/%^":
+        op = tokens.take()
+        right = _seconds(tokens, precedence + (op.text != "^"))
+        if op.text in "/%" and not right.value:
+            what = "division" if op.text == "/" else "modulo"
+            raise tokens.error(f"{what} by zero", op.position)
+        value = ARITHMETIC[op.text](left.value, right.value)
+        left = _Seconds(value, f"{left.text} {op.text} {right.text}", "open")
+    return left
+
+
+# ---- selectors ----
+
+
+def _selector(tokens: _Tokens, name: str, position: int) -> Selector:
+    matchers = tokens.items("{", "}", _matcher) if tokens.word == "{" else ()
+    if not name and all(matcher.accepts("") for matcher in matchers):
+        raise tokens.error("vector selector must contain at least one non-empty matcher", position)
+    for matcher in matchers if name else ():
+        if matcher.name == NAME:
+            raise tokens.error(
+                f'metric name must not be set twice: "{name}" or "{matcher.value}"', position
+            )
+    if name:
+        matchers += (Matcher(NAME, "=", name),)
+    return Selector(name, matchers, position)
+
+
+def _matcher(tokens: _Tokens) -> Matcher:
+    """A matcher, or the quoted name of a metric, which is one too."""
+    is_quoted = tokens.next.kind == "string"
+    name = _label_name(tokens, in_braces=True)
+    op = tokens.accept("=", "!=", "=~", "!~")
+    if not op:
+        if is_quoted and tokens.word in (",", "}"):
+            return Matcher(NAME, "=", name)
+        raise tokens.expected("one of = != =~ !~")
+    value = tokens.next
+    if value.kind != "string":
+        raise tokens.expected("a value in quotes")
+    matcher = Matcher(name, op, tokens.string())
+    if op in ("=~", "!~"):
+        try:
+            compile_regex(matcher.value)
+        except ValueError as error:
+            raise tokens.error(str(error), value.position) from None
+    return matcher
+
+
+def is_label_name(name: str) -> bool:
+    """Whether a label may be called so: any UTF-8 that is not empty."""
+    return bool(name) and not _SURROGATE.search(name)
+
+
+def _label_name(tokens: _Tokens, in_braces: bool = False) -> str:
+    token = tokens.next
+    if token.kind == "string":
+        name = tokens.string()
+        if not is_label_name(name) and (name or not in_braces):
+            raise tokens.error(f"invalid label name {token.text}", token.position)
+        return name
+    refused = ":" in token.text if in_braces else tokens.word in _NEVER_LABELS
+    if token.kind != "identifier" or refused:
+        raise tokens.expected("a label name")
+    return tokens.take().text
+
+
+# ---- aggregations and functions ----
+
+
+def _aggregation(tokens: _Tokens, op: str, position: int) -> Node:
+    clause = tokens.accept("by", "without")
+    labels = tokens.items("(", ")", _label_name) if clause else ()
+    arguments = tokens.items("(", ")", _expression, trailing=False)
+    if not clause and (clause := tokens.accept("by", "without")):
+        labels = tokens.items("(", ")", _label_name)
+    types = [_PARAMETER_TYPES[op], VECTOR] if op in _PARAMETER_TYPES else [VECTOR]
+    if not arguments:
+        raise tokens.error("no arguments for aggregate expression provided", position)
+    if len(arguments) != len(types):
+        raise tokens.error(
+            "wrong number of arguments for aggregate expression provided, "
+            f"expected {len(types)}, got {len(arguments)}",
+            position,
+        )
+    for expected, argument in zip(types, arguments):
+        where = "aggregation expression" if expected == VECTOR else "aggregation parameter"
+        _check_type(tokens, argument, expected, where)
+    parameter = arguments[0] if len(types) == 2 else None
+    return Aggregate(op, arguments[-1], parameter, labels, clause == "without", position)
+
+
+def _call(tokens: _Tokens, name: str, position: int) -> Node:
+    if name not in SIGNATURES:
+        raise tokens.error(f'unknown function with name "{name}"', position)
+    types, required, returns, variadic = SIGNATURES[name]
+    arguments = tokens.items("(", ")", _expression, trailing=False)
+    given = len(arguments)
+    most = given if variadic else len(types)
+    if not required <= given <= most:
+        number = required if given < required else most
+        bound = "" if most == required else "at least " if given < required else "at most "
+        raise tokens.error(
+            f'expected {bound}{number} argument(s) in call to "{name}", got {given}', position
+        )
+    for index, argument in enumerate(arguments):
+        expected = types[min(index, len(types) - 1)]
+        _check_type(tokens, argument, expected, f'call to function "{name}"')
+    return Call(name, arguments, position, returns)
+
+
+def _check_type(tokens: _Tokens, node: Node, expected: str, where: str) -> None:
+    if node.type != expected:
+        raise tokens.error(f"expected type {expected} in {where}, got {node.type}", node.position)
+
+
 # ==================================================================================================
-# 23. Query functions
+# 25. Query functions
 # ==================================================================================================
 #
 # What the functions and aggregations of PromQL compute: floats in, a float out. They know nothing
@@ -8078,7 +7860,7 @@ def _clamped(value: float, least: float, most: float) -> float | None:
 
 
 # ==================================================================================================
-# 24. Columns
+# 26. Columns
 # ==================================================================================================
 #
 # The problem: to evaluate a tree for hundreds of steps of a graph at once, without numpy. The idea:
@@ -8265,7 +8047,7 @@ class _Ranges(NamedTuple):
 
 
 # ==================================================================================================
-# 25. Range functions
+# 27. Range functions
 # ==================================================================================================
 #
 # What functions make of the windows of a range vector. All but the values is shared by series with
@@ -8540,7 +8322,7 @@ def _regression(
 
 
 # ==================================================================================================
-# 26. Aggregation
+# 28. Aggregation
 # ==================================================================================================
 #
 # Columns become groups by their labels, and the columns of a group are aggregated row by row: what
@@ -8644,7 +8426,7 @@ def _value_counts(
 
 
 # ==================================================================================================
-# 27. Vector matching
+# 29. Vector matching
 # ==================================================================================================
 #
 # The operators between two vectors: series of both sides find each other by their labels, step by
@@ -8792,7 +8574,7 @@ def _result_labels(node: Binary, many: dict[str, str], one: dict[str, str]) -> d
 
 
 # ==================================================================================================
-# 28. Evaluation
+# 30. Evaluation
 # ==================================================================================================
 #
 # The tree is walked once: each node gives its columns, for all steps at once. A subquery is
@@ -9014,7 +8796,7 @@ _Evaluate = Callable[[_Evaluator, tuple[Node, ...]], list[Column]]
 
 
 # ==================================================================================================
-# 29. Functions of PromQL
+# 31. Functions of PromQL
 # ==================================================================================================
 #
 # A function of PromQL takes nodes and makes columns: most evaluate their arguments and apply a
@@ -9334,7 +9116,7 @@ _FUNCTIONS: dict[str, _Evaluate] = {
 
 
 # ==================================================================================================
-# 30. Query engine
+# 32. Query engine
 # ==================================================================================================
 #
 # The engine evaluates a text at one time or over a range. It needs no store, only a function that
@@ -9484,7 +9266,7 @@ def matrix_result(series: Iterable[Series]) -> MatrixResult:
 
 
 # ==================================================================================================
-# 31. Result cache
+# 33. Result cache
 # ==================================================================================================
 #
 # The problem: dashboards ask the same queries again and again, each time a few steps further. The
@@ -9627,7 +9409,7 @@ def _before(time_ms: int, result: _Result, step_ms: int) -> _Result:
 
 
 # ==================================================================================================
-# 26. Query API
+# 34. Query API
 # ==================================================================================================
 #
 # What the engine can do, as Prometheus's HTTP API offers it: Grafana and other clients speak it.
@@ -9635,15 +9417,11 @@ def _before(time_ms: int, result: _Result, step_ms: int) -> _Result:
 API_PREFIX = "/api/v1/"
 QUERY_TIMEOUT_S = 120.0
 MAX_POINTS = 11_000  # steps of a range query
+MAX_PARAMETERS = 1_000
+MAX_QUERY_BYTES = 64 * 1024  # they take up to 0.3 s to parse
 _API_STATUS = {
-    "bad_data": 400, "execution": 422, "timeout": 503, "not_found": 404, "unavailable": 503,
-    "internal": 500,
+    "bad_data": 400, "execution": 422, "internal": 500, "timeout": 503, "unavailable": 503,
 }  # fmt: skip
-MAX_QUERY_BYTES = 64 * 1024
-_API_ROUTES = (
-    "query", "query_range", "series", "labels", "metadata", "status/buildinfo", "format_query",
-)  # fmt: skip
-_LABEL_VALUES = re.compile(r"label/(.+)/values", re.DOTALL)
 _RFC_3339 = re.compile(
     r"([0-9]{4})-([0-9]{2})-([0-9]{2})T([0-9]{1,2}):([0-9]{2}):([0-9]{2}(?:[.,][0-9]+)?)"
     r"(?:Z|([-+](?:[01][0-9]|2[0-4])):([0-5][0-9]|60))"
@@ -9654,23 +9432,83 @@ _BOUNDARY_TIMES = {
     "292277025-08-18T07:12:54.999999999Z": MAX_TIME_MS,
 }
 _ESCAPED_NAME = re.compile(r"U__((?:[^_]|__|_[0-9a-fA-F]{1,6}_)*)")
+_LABEL_VALUES = re.compile(r"label/(.+)/values", re.DOTALL)
 
 
 class APIError(Exception):
-    """A request to the API that gets an error: its type is a key of _API_STATUS."""
+    """A request to the API that gets an error; its kind is Prometheus's errorType."""
 
-    def __init__(self, kind: str, reason: str):
+    def __init__(self, reason: str, kind: str = "bad_data"):
         super().__init__(reason)
         self.kind = kind
 
 
-def has_api_route(path: str) -> bool:
-    """Whether the API has a path."""
-    rest = path.removeprefix(API_PREFIX)
-    return rest != path and (rest in _API_ROUTES or _LABEL_VALUES.fullmatch(rest) is not None)
+def _wrong(name: str, reason: str) -> APIError:
+    return APIError(f'invalid parameter "{name}": {reason}')
 
 
-_Form = dict[str, list[str]]
+class _Parameters:
+    """The parameters of a request, as a form has them; an empty one is as if it were missing. What
+    reads one raises APIError where it is wrong.
+    """
+
+    def __init__(self, form: str):
+        try:
+            self._values = urllib.parse.parse_qs(form, True, max_num_fields=MAX_PARAMETERS)
+        except ValueError:
+            raise APIError("too many parameters") from None
+
+    def every(self, name: str) -> list[str]:
+        return self._values.get(name, [])
+
+    def text(self, name: str) -> str:
+        return self._values.get(name, [""])[0]
+
+    def required(self, name: str) -> str:
+        text = self.text(name)
+        if not text:
+            raise _wrong(name, "it is missing")
+        if len(text.encode(errors="replace")) > MAX_QUERY_BYTES:
+            raise APIError(f"the {name} has more than {MAX_QUERY_BYTES} bytes")
+        return text
+
+    def time_ms(self, name: str, missing_ms: int | None = None) -> int:
+        """A time; without one that stands for a missing one, it must be there."""
+        text = self.text(name)
+        return missing_ms if not text and missing_ms is not None else api_time_ms(text, name)
+
+    def seconds(self, name: str) -> float | None:
+        """Seconds, or a duration such as 5m; None where it is missing."""
+        text = self.text(name)
+        if not text:
+            return None
+        try:
+            if not GO_FLOAT.fullmatch(text):
+                return parse_duration_ms(text) / 1000
+            seconds = read_float(text)
+            if abs(seconds) * 1000 <= MAX_DURATION_MS:
+                return seconds
+        except ValueError as error:
+            logger.debug("no duration: %s", error)
+        raise _wrong(name, f"cannot parse {text!a} to a valid duration")
+
+    def limit(self) -> int | None:
+        """How many results are wanted at most; None: all."""
+        text = self.text("limit") or "0"
+        if not re.fullmatch("[-+]?[0-9]{1,19}", text) or not 0 <= int(text) < 2**63:
+            raise _wrong("limit", "not a whole number")
+        return int(text) or None
+
+    def timeout_s(self) -> float | None:
+        timeout_s = self.seconds("timeout")
+        if timeout_s is not None and timeout_s <= 0:
+            raise APIError("query timed out in expression evaluation", "timeout")
+        return timeout_s
+
+    def lookback_ms(self) -> int:
+        """The asked lookback, 0 for the usual one; the time-out is looked at, too."""
+        self.timeout_s()
+        return max(0, round((self.seconds("lookback_delta") or 0) * 1000))
 
 
 class QueryAPI:
@@ -9680,37 +9518,29 @@ class QueryAPI:
     """
 
     def __init__(
-        self,
-        store: Store,
-        *,
-        timeout_s: float = QUERY_TIMEOUT_S,
-        max_samples: int = MAX_SAMPLES,
-        clock: Callable[[], float] = time.time,
-        version: str = "",
+        self, store: Store, *, timeout_s: float = QUERY_TIMEOUT_S, max_samples: int = MAX_SAMPLES,
+        clock: Callable[[], float] = time.time, version: str = "",
         cache: ResultCache | None = None,
-    ):
+    ):  # fmt: skip
         self._store, self._clock, self._version = store, clock, version
         self.cache = cache or ResultCache(store.take_changed_ms)
         self._timeout_s = timeout_s
-        self._max_samples = max_samples
+        self._engine = Engine(store.select, max_samples=max_samples)
 
-    def answer(self, path: str, text: str, budget: Budget) -> tuple[int, bytes]:
+    def answer(self, path: str, form: str, budget: Budget) -> tuple[int, bytes]:
         """(status, JSON) for a path of `has_api_route` and its parameters as a form has them.
         Raises OverBudgetError.
         """
+        route = path.removeprefix(API_PREFIX)
         try:
-            form = urllib.parse.parse_qs(text, keep_blank_values=True, max_num_fields=1_000)
-            budget.spend(10 * len(text))
-        except ValueError:
-            return self.error("bad_data", "too many parameters")
-        try:
-            data = self._data(path, form, budget)
-        except APIError as error:
+            parameters = _Parameters(form)
+            budget.spend(10 * len(form))
+            if label := _LABEL_VALUES.fullmatch(route):
+                data = self._label_values(_unescaped_name(label[1]), parameters, budget)
+            else:
+                data = _API_ROUTES[route](self, parameters, budget)
+        except (APIError, QueryError, ExecutionError) as error:
             return self.error(error.kind, str(error))
-        except QueryError as error:
-            return self.error("bad_data", str(error))
-        except ExecutionError as error:
-            return self.error("execution", str(error))
         warnings = self._store.warnings
         more = f',"warnings":{write_json(warnings)}' if warnings else ""
         return 200, _utf_8(f'{{"status":"success","data":{data}{more}}}')
@@ -9721,151 +9551,114 @@ class QueryAPI:
         answer = {"status": "error", "errorType": kind, "error": reason}
         return _API_STATUS[kind], _utf_8(write_json(answer))
 
-    def timeout_s(self, text: str) -> float:
+    def timeout_s(self, form: str) -> float:
         """How long a query with these parameters may take, in seconds."""
         try:
-            form = urllib.parse.parse_qs(text, keep_blank_values=True, max_num_fields=1_000)
-            return min(self._timeout_s, _asked_timeout_s(form) or self._timeout_s)
-        except (ValueError, APIError) as error:  # the answer will say so
+            return min(self._timeout_s, _Parameters(form).timeout_s() or self._timeout_s)
+        except APIError as error:  # the answer will say so
             logger.debug("no time-out can be read: %s", error)
         return self._timeout_s
 
-    def _data(self, path: str, form: _Form, budget: Budget) -> str:
-        route = path.removeprefix(API_PREFIX)
-        if len(form.get("query", [""])[0].encode(errors="replace")) > MAX_QUERY_BYTES:
-            raise APIError("bad_data", f"the query has more than {MAX_QUERY_BYTES} bytes")
-        if route in ("query", "query_range"):
-            engine = Engine(self._store.select, max_samples=self._max_samples)
-            evaluate = self._query if route == "query" else self._query_range
-            return result_json(evaluate(engine, form, budget), _limit(form), budget)
-        if route == "format_query":
-            text = _only(form, "query")
-            budget.spend(len(text) ** 2 / 50)  # each level is indented more
-            return write_json(format_query(text))
-        if route == "series":
-            if "match[]" not in form:
-                raise APIError("bad_data", "no match[] parameter provided")
-            series = self._series(form, budget)[: _limit(form)]
-            return f"[{','.join(map(write_json, series))}]"
-        if route == "metadata":
-            return self._metadata(form, budget)
-        if route == "status/buildinfo":
-            facts = {"version": self._version, "revision": "", "branch": "", "buildUser": ""}
-            return write_json(facts | {"buildDate": "", "goVersion": ""})
-        if route == "labels":
-            names = {name for labels in self._series(form, budget) for name in labels}
-        else:
-            match = _LABEL_VALUES.fullmatch(route)
-            assert match is not None  # has_api_route has seen it
-            label = _unescaped_name(match[1])
-            series = self._series(form, budget)
-            names = {labels[label] for labels in series if label in labels}
-        return write_json(sorted(names)[: _limit(form)])
+    # ---- the routes: each gives its data as JSON
 
-    def _time_ms(self, form: _Form, name: str, missing_ms: int | None) -> int:
-        text = form.get(name, [""])[0]
-        if text or missing_ms is None:
-            return _api_time_ms(text, name)
-        return missing_ms
+    def _query(self, form: _Parameters, budget: Budget) -> str:
+        time_ms = form.time_ms("time", int(self._clock() * 1000))
+        lookback_ms, limit = form.lookback_ms(), form.limit()
+        result = self._engine.instant(form.required("query"), time_ms, budget, lookback_ms)
+        return result_json(result, limit, budget)
 
-    def _query(self, engine: Engine, form: _Form, budget: Budget) -> Result:
-        time_ms = self._time_ms(form, "time", int(self._clock() * 1000))
-        lookback_ms = _check_options(form)
-        return engine.instant(_only(form, "query"), time_ms, budget, lookback_ms)
-
-    def _query_range(self, engine: Engine, form: _Form, budget: Budget) -> Result:
-        start_ms, end_ms = self._time_ms(form, "start", None), self._time_ms(form, "end", None)
-        step_ms = round(_api_seconds(_only(form, "step"), "step") * 1000)
+    def _query_range(self, form: _Parameters, budget: Budget) -> str:
+        start_ms, end_ms = form.time_ms("start"), form.time_ms("end")
+        form.required("step")
+        step_ms = round((form.seconds("step") or 0) * 1000)
         if end_ms < start_ms:
-            raise APIError(
-                "bad_data", 'invalid parameter "end": end timestamp must not be before start time'
-            )
+            raise _wrong("end", "end timestamp must not be before start time")
         if step_ms <= 0:
-            raise APIError(
-                "bad_data",
-                'invalid parameter "step": zero or negative query resolution step widths are not '
-                "accepted. Try a positive integer",
+            raise _wrong(
+                "step",
+                "zero or negative query resolution step widths are not accepted. Try a positive "
+                "integer",
             )
         if (end_ms - start_ms) // step_ms > MAX_POINTS:
             raise APIError(
-                "bad_data",
                 f"exceeded maximum resolution of {MAX_POINTS:,} points per timeseries. Try "
-                "decreasing the query resolution (?step=XX)",
+                "decreasing the query resolution (?step=XX)"
             )
-        lookback_ms = _check_options(form)
-        query = _only(form, "query")
-        return self.cache.range(engine, query, start_ms, end_ms, step_ms, budget, lookback_ms)
+        lookback_ms, limit, query = form.lookback_ms(), form.limit(), form.required("query")
+        asked = self._engine, query, start_ms, end_ms, step_ms, budget, lookback_ms
+        return result_json(self.cache.range(*asked), limit, budget)
 
-    def _series(self, form: _Form, budget: Budget) -> list[dict[str, str]]:
+    def _format_query(self, form: _Parameters, budget: Budget) -> str:
+        query = form.required("query")
+        budget.spend(len(query) ** 2 / 50)  # each level is indented more
+        return write_json(format_query(query))
+
+    def _series(self, form: _Parameters, budget: Budget) -> str:
+        if not form.every("match[]"):
+            raise APIError("no match[] parameter provided")
+        return write_json(self._found(form, budget)[: form.limit()])
+
+    def _labels(self, form: _Parameters, budget: Budget) -> str:
+        names = {name for labels in self._found(form, budget) for name in labels}
+        return write_json(sorted(names)[: form.limit()])
+
+    def _label_values(self, label: str, form: _Parameters, budget: Budget) -> str:
+        values = {labels[label] for labels in self._found(form, budget) if label in labels}
+        return write_json(sorted(values)[: form.limit()])
+
+    def _metadata(self, form: _Parameters, budget: Budget) -> str:
+        types, metric = self._store.types(budget), form.text("metric")
+        names = [name for name in sorted(types) if metric in ("", name)][: form.limit()]
+        return write_json({name: [{"type": types[name], "help": "", "unit": ""}] for name in names})
+
+    def _build_info(self, form: _Parameters, budget: Budget) -> str:
+        facts = ("revision", "branch", "buildUser", "buildDate", "goVersion")
+        return write_json({"version": self._version, **dict.fromkeys(facts, "")})
+
+    def _found(self, form: _Parameters, budget: Budget) -> list[dict[str, str]]:
+        """The labels of the series that one of the selectors finds."""
         selectors: list[Sequence[Matcher]] = []
-        for text in form.get("match[]", ()):
+        for text in form.every("match[]"):
             node = parse_query(text)
             if not isinstance(node, Selector) or node.range or node.offset or node.at is not None:
-                raise APIError("bad_data", f'invalid parameter "match[]": no selector: {text}')
+                raise _wrong("match[]", f"no selector: {text}")
             selectors.append(node.matchers)
-        start_ms = self._time_ms(form, "start", 0)
-        end_ms = self._time_ms(form, "end", END_OF_TIME_MS)
+        start_ms, end_ms = form.time_ms("start", 0), form.time_ms("end", END_OF_TIME_MS)
         return self._store.series(selectors or [()], start_ms, end_ms, budget)
 
-    def _metadata(self, form: _Form, budget: Budget) -> str:
-        types = self._store.types(budget)
-        names = form["metric"][:1] if form.get("metric", [""])[0] else sorted(types)
-        facts = {
-            name: [{"type": types[name], "help": "", "unit": ""}] for name in names if name in types
-        }
-        limit = _limit(form)
-        return write_json(dict(itertools.islice(facts.items(), limit)))
+
+_API_ROUTES = {
+    "query": QueryAPI._query,
+    "query_range": QueryAPI._query_range,
+    "format_query": QueryAPI._format_query,
+    "series": QueryAPI._series,
+    "labels": QueryAPI._labels,
+    "metadata": QueryAPI._metadata,
+    "status/buildinfo": QueryAPI._build_info,
+}
 
 
-def _utf_8(json: str) -> bytes:
-    """JSON as UTF-8; what is no Unicode becomes U+FFFD, as Go writes it."""
-    if "\\ud" in json:  # 3 ms for 10 MB
-        json = _JSON_ESCAPE.sub(lambda match: "\ufffd" if match[1] else match[0], json)
-    return json.encode()
+def has_api_route(path: str) -> bool:
+    """Whether the API has a path."""
+    route = path.removeprefix(API_PREFIX)
+    return route != path and (route in _API_ROUTES or _LABEL_VALUES.fullmatch(route) is not None)
 
 
-_JSON_ESCAPE = re.compile(r"\\(?:u(d[89a-f][0-9a-f]{2})|.)")
+# ---- what parameters mean ----
 
 
-def _only(form: _Form, name: str) -> str:
-    if not form.get(name, [""])[0]:
-        raise APIError("bad_data", f'invalid parameter "{name}": it is missing')
-    return form[name][0]
-
-
-def _limit(form: _Form) -> int | None:
-    """How many results are wanted at most; None: all."""
-    text = form.get("limit", [""])[0] or "0"
-    if not re.fullmatch("[-+]?[0-9]{1,19}", text) or not 0 <= int(text) < 2**63:
-        raise APIError("bad_data", 'invalid parameter "limit": not a whole number')
-    return int(text) or None
-
-
-def _check_options(form: _Form) -> int:
-    """The asked lookback in milliseconds, 0 for the usual one; the time-out is looked at, too."""
-    timeout_s = _asked_timeout_s(form)
-    if timeout_s is not None and timeout_s <= 0:
-        raise APIError("timeout", "query timed out in expression evaluation")
-    text = form.get("lookback_delta", [""])[0]
-    return max(0, round(_api_seconds(text, "lookback_delta") * 1000)) if text else 0
-
-
-def _asked_timeout_s(form: _Form) -> float | None:
-    text = form.get("timeout", [""])[0]
-    return _api_seconds(text, "timeout") if text else None
-
-
-def _api_time_ms(text: str, name: str) -> int:
-    """Unix seconds, or a time as RFC 3339 writes it, in milliseconds."""
+def api_time_ms(text: str, name: str) -> int:
+    """The time of a parameter in milliseconds. Raises APIError."""
     try:
-        return _BOUNDARY_TIMES[text] if text in _BOUNDARY_TIMES else _read_api_time(text)
+        return _read_api_time(text)
     except ValueError:
-        raise APIError(
-            "bad_data", f'invalid parameter "{name}": cannot parse {text!a} to a valid timestamp'
-        ) from None
+        raise _wrong(name, f"cannot parse {text!a} to a valid timestamp") from None
 
 
 def _read_api_time(text: str) -> int:
+    """Unix seconds, or a time as RFC 3339 writes it, in milliseconds. Raises ValueError."""
+    if text in _BOUNDARY_TIMES:
+        return _BOUNDARY_TIMES[text]
     match = _RFC_3339.fullmatch(text)
     if match is None:
         seconds = read_float(text)
@@ -9880,21 +9673,6 @@ def _read_api_time(text: str) -> int:
     zone_s = int(match[7] or 0) * 3600 + int(f"{(match[7] or '+')[0]}{match[8] or 0}") * 60
     whole_s = (days - 719_163) * 86_400 + hour * 3600 + minute * 60 - zone_s
     return whole_s * 1000 + round(second * 1000)
-
-
-def _api_seconds(text: str, name: str) -> float:
-    """Seconds, or a duration such as 5m, in seconds."""
-    try:
-        if not GO_FLOAT.fullmatch(text):
-            return parse_duration_ms(text) / 1000
-        seconds = read_float(text)
-        if not abs(seconds) * 1000 <= MAX_DURATION_MS:
-            raise ValueError("out of range")
-        return seconds
-    except ValueError:
-        raise APIError(
-            "bad_data", f'invalid parameter "{name}": cannot parse {text!a} to a valid duration'
-        ) from None
 
 
 def _unescaped_name(name: str) -> str:
@@ -9912,16 +9690,18 @@ def _unescaped_name(name: str) -> str:
         return name
 
 
-def _time_json(time_ms: int) -> str:
-    return f"{time_ms / 1000:.3f}".rstrip("0").rstrip(".")
+# ---- results as JSON ----
 
 
-def _points_json(starts: list[str], values: Sequence[float]) -> str:
-    """Values as the API writes them, each behind its time."""
-    points = '"],'.join(map(operator.add, starts, map(repr, values))) + '"]'
-    if "e" in points or "n" in points:  # an exponent, NaN, an infinity
-        return '"],'.join(map(operator.add, starts, map(format_value, values))) + '"]'
-    return points.replace('.0"', '"')  # 0.25 µs a value instead of 0.45
+_JSON_ESCAPE = re.compile(r"\\(?:u(d[89a-f][0-9a-f]{2})|.)")
+_EXPONENT = re.compile('"([^"e]*e[^"]*)"')  # a number with one, as `repr` writes it
+
+
+def _utf_8(json: str) -> bytes:
+    """JSON as UTF-8; what is no Unicode becomes U+FFFD, as Go writes it."""
+    if "\\ud" in json:  # 3 ms for 10 MB
+        json = _JSON_ESCAPE.sub(lambda match: "\ufffd" if match[1] else match[0], json)
+    return json.encode()
 
 
 def result_json(result: Result, limit: int | None = None, budget: Budget | None = None) -> str:
@@ -9930,34 +9710,61 @@ def result_json(result: Result, limit: int | None = None, budget: Budget | None 
     >>> result_json(ScalarResult(1500, 2.0))
     '{"resultType":"scalar","result":[1.5,"2"]}'
     """
+    budget = budget or Budget()
+    if isinstance(result, MatrixResult):
+        return f'{{"resultType":"matrix","result":[{_matrix_json(result.series[:limit], budget)}]}}'
+    time_s = _time_json(result.time_ms)
     if isinstance(result, VectorResult):
-        if budget is not None:
-            budget.spend(40 * len(result.samples))
-        kind, pieces = "vector", [
-            f'{{"metric":{write_json(labels)},'
-            f'"value":[{_time_json(result.time_ms)},"{format_value(value)}"]}}'
+        budget.spend(40 * len(result.samples))
+        kind, items = "vector", ",".join(
+            f'{{"metric":{write_json(labels)},"value":[{time_s},"{format_value(value)}"]}}'
             for labels, value in result.samples[:limit]
-        ]  # fmt: skip
-    elif isinstance(result, MatrixResult):
-        kind, pieces = "matrix", []
-        known: Sequence[int] = ()
-        for labels, times_ms, values in result.series[:limit]:
-            if budget is not None:
-                budget.spend(20 + 5 * len(times_ms))
-            if times_ms != known:  # 0.5 µs a point less where series share their times
-                known, starts = times_ms, [f'[{_time_json(time_ms)},"' for time_ms in times_ms]
-            points = _points_json(starts, values)
-            pieces.append(f'{{"metric":{write_json(labels)},"values":[{points}]}}')
+        )  # fmt: skip
+    elif isinstance(result, StringResult):
+        kind, items = "string", f"{time_s},{write_json(result.value)}"
     else:
-        is_text = isinstance(result, StringResult)
-        text = write_json(result.value if is_text else decimal_text(float(result.value)))
-        pieces = [_time_json(result.time_ms), text]
-        kind = "string" if is_text else "scalar"
-    return f'{{"resultType":"{kind}","result":[{",".join(pieces)}]}}'
+        kind, items = "scalar", f'{time_s},"{decimal_text(result.value)}"'
+    return f'{{"resultType":"{kind}","result":[{items}]}}'
+
+
+def _time_json(time_ms: int) -> str:
+    if time_ms % 1000 == 0:
+        return str(time_ms // 1000)
+    return f"{time_ms / 1000:.3f}".rstrip("0").rstrip(".")
+
+
+def _matrix_json(matrix: list[Series], budget: Budget) -> str:
+    pieces = []
+    times: array[int] | None = None
+    template = ""  # of the points of all series that have the same times
+    for labels, times_ms, values in matrix:
+        budget.spend(20 + 4 * len(times_ms))
+        if times_ms != times:
+            times = times_ms
+            template = "[" + ',"%r"],['.join(map(_time_json, times)) + ',"%r"]'
+        points = _points_json(template, values)
+        pieces.append(f'{{"metric":{write_json(labels)},"values":[{points}]}}')
+    return ",".join(pieces)
+
+
+def _points_json(template: str, values: "array[float]") -> str:
+    """The points of a series, each value as `format_value` has it, in one call in C: 0.6 µs a
+    point, or 0.2 where all are integers, instead of 1.3 and 1.
+    """
+    numbers = tuple(values)
+    whole = all(map(float.is_integer, numbers)) and max(map(abs, numbers)) < 2**53
+    if whole and struct.pack("=d", -0.0) not in values.tobytes():  # %d would lose its sign
+        return template.replace("%r", "%d") % numbers
+    text = (template % numbers).replace('.0"', '"')
+    if "n" in text:
+        text = text.replace("nan", "NaN").replace('"inf', '"+Inf').replace("-inf", "-Inf")
+    if "e" in text:
+        text = _EXPONENT.sub(lambda match: f'"{format_value(float(match[1]))}"', text)
+    return text
 
 
 # ==================================================================================================
-# 27. Store process
+# 35. Store process
 # ==================================================================================================
 #
 # The problem: whoever holds the interpreter lock stops everybody, and a query, a sealed chunk or a
@@ -9968,7 +9775,7 @@ def result_json(result: Result, limit: int | None = None, budget: Budget | None 
 # within a budget of work; what takes more begins anew in a fork, which is a snapshot of all memory
 # for the price of a page table. The operating system does the rest: a late query is killed, its
 # memory is limited, several run on several cores. What it costs: 3 to 10 ms for each fork, and the
-# log is read once more, 0.6 µs a line.
+# log is read once more, 0.5 to 0.8 µs a line.
 #
 #     front ── frames of fixed size, each with a descriptor ──► store     a question's socket, a log
 #           ◄── lines of JSON: what it does, what it logs ────
@@ -9990,7 +9797,10 @@ OWN_METRICS_S = 15.0
 
 _FRAME = struct.Struct("<4sIqd")  # what; file of the log, bytes of it; when, by time.monotonic
 _QUESTION, _POSITION, _SWITCH, _OWN, _STOP = b"ask.", b"pos.", b"file", b"own.", b"stop"
-_LENGTHS = struct.Struct("<II")  # of the path and the form of a question
+# Of a question: the bytes of its path and of its form, and whether its answer may be gzipped.
+_LENGTHS = struct.Struct("<II?")
+GZIP_BYTES = 4096  # less is not worth it
+GZIP_WORK = 0.1  # units of a Budget a byte: level 1 takes 8 ns
 
 
 class Frame(NamedTuple):
@@ -10035,23 +9845,24 @@ class StoreOptions(NamedTuple):
 class Question:
     """A request to the query API that waits for its answer."""
 
-    __slots__ = ("socket", "position", "arrived", "path", "form", "deadline")
+    __slots__ = ("socket", "position", "arrived", "path", "form", "takes_gzip", "deadline")
 
     def __init__(self, sock: socket.socket, position: Position, arrived: float):
         """Read a question that was written whole before its socket was sent. Raises OSError."""
         self.socket, self.position, self.arrived = sock, position, arrived
         sock.setblocking(False)
         received = b""
-        lengths = (0, _LENGTHS.size)
+        path_end = whole = _LENGTHS.size
         files: list[int] = []
-        while len(received) < _LENGTHS.size + sum(lengths):
+        while len(received) < whole:
             piece, descriptors, _, _ = socket.recv_fds(sock, MAX_FORM_BYTES, 1)
             files += descriptors
             if not piece:
                 raise OSError(errno.EPIPE, "the question is not whole")
             received += piece
-            lengths = _LENGTHS.unpack_from(received)
-        path_end = _LENGTHS.size + lengths[0]
+            path_bytes, form_bytes, self.takes_gzip = _LENGTHS.unpack_from(received)
+            path_end = _LENGTHS.size + path_bytes
+            whole = path_end + form_bytes
         self.path = received[_LENGTHS.size : path_end].decode()
         self.form = received[path_end:].decode()
         for descriptor in files:  # a long form
@@ -10275,6 +10086,7 @@ class StoreProcess:
         signal.setitimer(signal.ITIMER_REAL, INLINE_S)
         try:
             status, body = self.api.answer(question.path, question.form, budget)
+            budget.spend(question.takes_gzip * GZIP_WORK * len(body))
         except OverBudgetError:
             self._heavy.append(question)
         except Exception as error:
@@ -10399,7 +10211,7 @@ class StoreProcess:
         self._send(question, *self.api.error("unavailable", reason))
 
     def _send(self, question: Question, status: int, body: bytes) -> None:
-        self._sending[question.socket] = memoryview(_relayed(status, body))
+        self._sending[question.socket] = memoryview(_relayed(question, status, body))
         self._send_more(question.socket)
 
     def _send_more(self, sock: socket.socket) -> None:
@@ -10504,10 +10316,11 @@ class _Child:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
         if not status:
             status, body = api.error("execution", str(SampleLimitError()))
+        answer = _relayed(question, status, body)
         self._deadline = math.inf  # the rest is up to the reader; a front that goes closes it
         self._tell(sending=True)
         question.socket.setblocking(True)
-        question.socket.sendall(_relayed(status, body))
+        question.socket.sendall(answer)
         if result := api.cache.exported():
             self._tell(result=base64.b64encode(result).decode())
         return 0
@@ -10535,12 +10348,35 @@ def _address_space() -> int:
         return 1 << 30
 
 
-def _relayed(status: int, body: bytes) -> bytes:
+def _relayed(question: Question, status: int, body: bytes) -> bytes:
     """An answer as the front relays it."""
-    fields = b"Content-Type: application/json; charset=utf-8\r\n"
+    fields = b"Content-Type: application/json; charset=utf-8\r\nVary: Accept-Encoding\r\n"
     if status == 503:
         fields += b"Retry-After: %d\r\n" % RETRY_AFTER_S
+    if question.takes_gzip and len(body) > GZIP_BYTES:
+        body = gzip.compress(body, 1, mtime=0)  # 40 % of the size; level 6 takes 6 times as long
+        fields += b"Content-Encoding: gzip\r\n"
     return RELAY_HEAD.pack(status, len(fields), len(body)) + fields + body
+
+
+_GZIP_CODING = re.compile(r"(?:^|[\s,])gzip(?![\w-]|\s*;\s*q=0(?:\.0*)?\s*(?:,|$))", re.IGNORECASE)
+_LOOPBACK_HOST = re.compile(r"(?:localhost|127\.[0-9.]+|\[::1\])(?::[0-9]*)?", re.IGNORECASE)
+
+
+def accepts_gzip(headers: dict[str, str]) -> bool:
+    """Whether Accept-Encoding (RFC 9110, 12.5.3) names gzip.
+
+    >>> [accepts_gzip({"accept-encoding": text}) for text in ("br, gzip", "gzip;q=0, br", "gzip2")]
+    [True, False, False]
+    """
+    return _GZIP_CODING.search(headers.get("accept-encoding", "")) is not None
+
+
+def pays_gzip(head: Head) -> bool:
+    """Whether a client accepts gzip and is elsewhere, which the address that it asked for tells: on
+    loopback, bytes cost less than the work.
+    """
+    return accepts_gzip(head.headers) and not _LOOPBACK_HOST.fullmatch(head.host)
 
 
 def begin_following(arguments: list[str]) -> tuple[socket.socket, dict[str, Any]]:
@@ -10592,7 +10428,7 @@ def only_one(path: str, flags: int) -> Iterator[None]:
 
 
 # ==================================================================================================
-# 28. Store client
+# 36. Store client
 # ==================================================================================================
 #
 # The front's end of the store process. A follower is a process that follows the log; the front
@@ -10650,8 +10486,9 @@ class Follower:
         """It does its work: where it dies it is started anew at once."""
         self._backoff_s = 0.0
 
-    def ask(self, path: bytes, form: bytes, max_bytes: int = MAX_FORM_BYTES) -> Answer:
+    def ask(self, head: Head, path: bytes, form: bytes, max_bytes: int = MAX_FORM_BYTES) -> Answer:
         """Hand a question over; its answer comes from the process. Raises HTTPError."""
+        gzips = pays_gzip(head)
         if len(form) + len(path) > max_bytes:
             raise HTTPError(413, f"parameters of more than {max_bytes} bytes")
         mine, theirs = socket.socketpair()
@@ -10660,12 +10497,12 @@ class Follower:
                 mine.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * MAX_FORM_BYTES)
                 mine.setblocking(False)
                 if len(form) + len(path) <= MAX_FORM_BYTES:
-                    mine.sendall(_LENGTHS.pack(len(path), len(form)) + path + form)
+                    mine.sendall(_LENGTHS.pack(len(path), len(form), gzips) + path + form)
                 else:  # no socket is sure to have room for it, but a file without a name has
                     with tempfile.TemporaryFile(buffering=0) as file:
                         file.write(form)
                         file.seek(0)
-                        question = _LENGTHS.pack(len(path), 0) + path
+                        question = _LENGTHS.pack(len(path), 0, gzips) + path
                         socket.send_fds(mine, [question], [file.fileno()])
                 self.send(_QUESTION, self._log.position, theirs.fileno())
             except OSError as error:
@@ -10887,7 +10724,7 @@ class StoreClient:
             form.decode()
         except UnicodeDecodeError:
             raise HTTPError(400, "the form is not UTF-8") from None
-        return self.follower.ask(head.path.encode(), form)
+        return self.follower.ask(head, head.path.encode(), form)
 
     def send_own_metrics(self) -> None:
         """Store the server's own numbers as series."""
@@ -10938,7 +10775,7 @@ _STORE_STATISTICS = (
 
 
 # ==================================================================================================
-# 29. Scalars of YAML
+# 37. Scalars of YAML
 # ==================================================================================================
 #
 # The problem: rule files are YAML, the standard library reads none, and all of YAML is far more
@@ -11201,7 +11038,7 @@ def _block_scalar(src: YamlDocument, position: int, indent: int) -> tuple[YamlSc
 
 
 # ==================================================================================================
-# 30. YAML
+# 38. YAML
 # ==================================================================================================
 #
 # Maps and lists in block and flow style, anchors, aliases and merges. What is left out (tags,
@@ -11482,7 +11319,7 @@ def _flow_comma(src: YamlDocument, position: int, bracket: str) -> int:
 
 
 # ==================================================================================================
-# 31. Fields
+# 39. Fields
 # ==================================================================================================
 #
 # The problem: whoever writes a file wants to know everything that is wrong with it, and where. The
@@ -11594,7 +11431,7 @@ def _read_duration_ms(text: str) -> int:
 
 
 # ==================================================================================================
-# 32. Rule files
+# 40. Rule files
 # ==================================================================================================
 #
 # The problem: rules are written for Prometheus, and a fault in an expression should be known before
@@ -11780,7 +11617,7 @@ class _RuleReader(FieldReader):
 
 
 # ==================================================================================================
-# 33. Values of templates
+# 41. Values of templates
 # ==================================================================================================
 #
 # The problem: what a template prints must not differ by a character from what Go prints. The idea:
@@ -12001,7 +11838,7 @@ _METHODS = {datetime.datetime: _TIME_METHODS, datetime.timedelta: _DURATION_METH
 
 
 # ==================================================================================================
-# 34. Formats of templates
+# 42. Formats of templates
 # ==================================================================================================
 #
 # What `printf` and `print` write, for every verb, flag and kind of value: Go's fmt package once
@@ -12365,7 +12202,7 @@ def _printed(*values: Any) -> str:
 
 
 # ==================================================================================================
-# 35. Functions of templates
+# 43. Functions of templates
 # ==================================================================================================
 #
 # What every template may call: the functions that Go has. A function is a row with the types of its
@@ -12532,7 +12369,7 @@ _GO_FUNCTIONS = {
 
 
 # ==================================================================================================
-# 36. Functions of alerts
+# 44. Functions of alerts
 # ==================================================================================================
 #
 # The functions that Prometheus adds for rules, and those that Alertmanager adds for notifications.
@@ -12854,7 +12691,7 @@ NOTIFICATION_FUNCTIONS = _COMMON_FUNCTIONS | {
 
 
 # ==================================================================================================
-# 37. Template items
+# 45. Template items
 # ==================================================================================================
 #
 # The problem: labels and annotations of alerts, and what is sent to a webhook, are templates of
@@ -13037,7 +12874,7 @@ def _number_value(text: str) -> int | float:
 
 
 # ==================================================================================================
-# 38. Template parser
+# 46. Template parser
 # ==================================================================================================
 #
 # Items become a tree, and the next chapter walks over the tree. What `text` holds in a node is what
@@ -13421,7 +13258,7 @@ def _is_blank(statements: list[_Statement]) -> bool:
 
 
 # ==================================================================================================
-# 39. Templates
+# 47. Templates
 # ==================================================================================================
 #
 # A walk over the tree prints, and each step is Go's. What a label holds is printed and never read
@@ -13778,7 +13615,7 @@ class _TemplateRun:
 
 
 # ==================================================================================================
-# 40. Alerting
+# 48. Alerting
 # ==================================================================================================
 #
 # The problem: whether something is wrong is asked again and again, and what was found must neither
@@ -13961,7 +13798,7 @@ class RecordingState:
 
     def __init__(self, rule: Rule, labels: dict[str, str], limit: int):
         self.rule, self.labels, self.limit = rule, labels, limit
-        self.query = _Printer().text(parse_query(rule.expr))  # as the API shows it
+        self.query = query_text(parse_query(rule.expr))  # as the API shows it
         self.health, self.last_error = "unknown", ""
         self.evaluated_at = self.duration_s = 0.0
         self.silent_selectors: list[str] = []  # those that match no series
@@ -14144,11 +13981,11 @@ def _before_comparison(expression: str) -> str:
     while True:
         if isinstance(node, Paren):
             node = node.expression
-        elif isinstance(node, Binary) and node.op in ("and", "unless", *_COMPARISONS):
-            compares = compares or node.op in _COMPARISONS
+        elif isinstance(node, Binary) and node.op in ("and", "unless", *COMPARE):
+            compares = compares or node.op in COMPARE
             node = node.left
         else:
-            return _Printer().text(node) if compares else ""
+            return query_text(node) if compares else ""
 
 
 class GroupState:
@@ -14265,7 +14102,7 @@ def selectors_of(expression: str) -> list[str]:
 
     def look(node: object) -> None:
         if isinstance(node, Selector):
-            found.append(_Printer().text(node._replace(range=None, offset=None, at=None)))
+            found.append(query_text(node._replace(range=None, offset=None, at=None)))
         elif isinstance(node, Call) and node.name in ("absent", "absent_over_time"):
             return
         elif isinstance(node, tuple):
@@ -14421,7 +14258,7 @@ def _page_of(groups: list[dict[str, Any]], limit_text: str, token: str) -> dict[
 
 
 # ==================================================================================================
-# 41. Rule tests
+# 49. Rule tests
 # ==================================================================================================
 #
 # The problem: a rule that was never seen to fire is a guess. The idea: evaluate rules as the
@@ -14945,7 +14782,7 @@ def firing_bar(times: Iterable[tuple[int, int]], start_ms: int, end_ms: int) -> 
 
 
 # ==================================================================================================
-# 42. Alerts and routes
+# 50. Alerts and routes
 # ==================================================================================================
 #
 # The problem: hundreds of alerts fire at once, and each is for somebody else. The idea is that of
@@ -15084,7 +14921,7 @@ def route_key(parent_key: str | None, matchers: Iterable[Matcher]) -> str:
 
 
 # ==================================================================================================
-# 43. Notification configuration
+# 51. Notification configuration
 # ==================================================================================================
 #
 # The problem: who is told what stands in a file, credentials included, and people have such files
@@ -15582,7 +15419,7 @@ class _ConfigReader(FieldReader):
 
 
 # ==================================================================================================
-# 44. Notification
+# 52. Notification
 # ==================================================================================================
 #
 # The problem: each firing and each resolve is told once, although alerts come in again every
@@ -16129,7 +15966,7 @@ def _merged(old: Alert, new: Alert, now: float) -> Alert:
 
 
 # ==================================================================================================
-# 45. Receivers
+# 53. Receivers
 # ==================================================================================================
 #
 # The problem: a notification has to reach a service that may be slow, gone or wrong about what it
@@ -16601,7 +16438,7 @@ _CLIENT_STATISTICS: tuple[tuple[str, str, str, Callable[[_Queue], float]], ...] 
 
 
 # ==================================================================================================
-# 46. Alertmanager API
+# 54. Alertmanager API
 # ==================================================================================================
 #
 # The problem: people silence alerts with amtool, look at them in Grafana, and another Prometheus
@@ -16614,6 +16451,9 @@ _CLIENT_STATISTICS: tuple[tuple[str, str, str, Callable[[_Queue], float]], ...] 
 _YES = frozenset({"true", "1", "yes", "ok", "y", "on", "selected", "checked", "t", "enabled"})
 _MATCHER_OPS = {(True, False): "=", (False, False): "!=", (True, True): "=~", (False, True): "!~"}
 _SILENCE_ORDER = {"active": 1, "pending": 2, "expired": 3}
+
+
+_Form = dict[str, list[str]]
 
 
 class _RefusedRequest(Exception):
@@ -16941,7 +16781,7 @@ def _silence_json(silence: Silence, now: float) -> dict[str, Any]:
 
 
 # ==================================================================================================
-# 47. Watcher process
+# 55. Watcher process
 # ==================================================================================================
 #
 # The problem: 200 heavy rules must not slow a POST, a receiver that hangs must not hold up a rule,
@@ -17541,7 +17381,7 @@ class Watcher:
             try:
                 async with asyncio.timeout(SENDING_S):
                     loop = asyncio.get_running_loop()
-                    await loop.sock_sendall(sock, _relayed(status, body))
+                    await loop.sock_sendall(sock, _relayed(question, status, body))
             except (OSError, TimeoutError) as error:
                 logger.debug("an answer was not read: %s", error)
 
@@ -17615,7 +17455,7 @@ def watch_main(arguments: list[str]) -> int:
 
 
 # ==================================================================================================
-# 48. Watcher client
+# 56. Watcher client
 # ==================================================================================================
 #
 # The front's end of the watcher: it gives the watcher connections to this server, hands over what
@@ -17680,7 +17520,7 @@ class WatcherClient:
         except UnicodeDecodeError:
             raise HTTPError(400, "the body is not UTF-8") from None
         path = f"{method} {head.path}?{head.query}".encode()
-        return self.follower.ask(path, body, len(path) + MAX_BODY_BYTES)
+        return self.follower.ask(head, path, body, len(path) + MAX_BODY_BYTES)
 
     def reload(self) -> None:
         """Have the files read again."""
@@ -17714,193 +17554,180 @@ EMPTY_WATCHER = {
 
 
 # ==================================================================================================
-# 49. Dashboard
+# 57. Saved dashboards
+# ==================================================================================================
+#
+# The problem: a view that was worth arranging is worth keeping and sharing. The idea: JSON files
+# in a folder, which people write, or save from the page, and keep under version control. A file is
+# checked whole before the page sees it, its queries too: a broken one is named with its fault, and
+# the others are drawn all the same.
+
+MAX_DASHBOARD_BYTES = 1024 * 1024
+
+
+class DashboardError(ValueError):
+    """A saved dashboard that can't be drawn: which member of it, and what is wrong."""
+
+
+def _is_texts(value: Any) -> bool:
+    texts = value if isinstance(value, list) else [value]
+    return all(isinstance(text, str) for text in texts)
+
+
+# What a member of an object must be, in words, and whether a value is that.
+_MEMBER_KINDS: dict[str, Callable[[Any], bool]] = {
+    "a string": lambda value: isinstance(value, str),
+    "an array": lambda value: isinstance(value, list),
+    "a string or an array of strings": _is_texts,
+    "letters, digits and '_'": lambda value: (
+        isinstance(value, str) and re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", value) is not None
+    ),
+    "a whole number from 1 to 12": lambda value: type(value) is int and 1 <= value <= 12,
+}
+# The members of each object: what each must be, and what it is where it is missing.
+_Members = dict[str, tuple[str, Any]]
+_DASHBOARD: _Members = {
+    "title": ("a string", None),
+    "variables": ("an array", []),
+    "panels": ("an array", None),
+}
+_VARIABLE: _Members = {
+    "name": ("letters, digits and '_'", None),
+    "tag": ("a string", None),
+    "metric": ("a string", ""),  # whose tag it is; "": of any
+}
+_PANEL: _Members = {
+    "title": ("a string", None),
+    "query": ("a string or an array of strings", None),
+    "unit": ("a string", ""),
+    "legend": ("a string or an array of strings", []),  # with {{tag}}
+    "width": ("a whole number from 1 to 12", 6),  # in twelfths of the page
+}
+
+
+def _checked(value: Any, place: str, members: _Members) -> dict[str, Any]:
+    """An object with all of its members; `place` is where it stands in the document."""
+    if not isinstance(value, dict):
+        raise DashboardError(f"{place.rstrip('.') or 'the document'} must be an object")
+    for name in value:
+        if name not in members:
+            known = ", ".join(members)
+            raise DashboardError(f"{place}{name[:80]}: unknown member; known are {known}")
+    found = {name: value.get(name, missing) for name, (_, missing) in members.items()}
+    for name, (must_be, _) in members.items():
+        if not _MEMBER_KINDS[must_be](found[name]):
+            raise DashboardError(f"{place}{name}: must be {must_be}")
+    return found
+
+
+def read_dashboard(text: str | bytes) -> dict[str, Any]:
+    """A saved dashboard, with what it leaves out. Raises JSONError or DashboardError.
+
+    >>> text = '{"title": "Host", "panels": [{"title": "Load", "query": "load1"}]}'
+    >>> read_dashboard(text)["panels"]
+    [{'title': 'Load', 'query': ['load1'], 'unit': '', 'legend': [], 'width': 6}]
+    >>> read_dashboard(text.replace('"load1"', '"load1", "width": 13'))
+    Traceback (most recent call last):
+    metricstream.DashboardError: panels[0].width: must be a whole number from 1 to 12
+    """
+    dashboard = _checked(parse_json(text), "", _DASHBOARD)
+    for name, members in (("variables", _VARIABLE), ("panels", _PANEL)):
+        dashboard[name] = [
+            _checked(item, f"{name}[{number}].", members)
+            for number, item in enumerate(dashboard[name])
+        ]
+    values = {"window": "5m", "step": "1m"}
+    values |= {variable["name"]: "x" for variable in dashboard["variables"]}
+    for number, panel in enumerate(dashboard["panels"]):
+        for name in ("query", "legend"):
+            if isinstance(panel[name], str):
+                panel[name] = [panel[name]]
+        for query in panel["query"]:
+            # As the page does it.
+            filled = re.sub(r"\$([A-Za-z0-9_]+)", lambda name: values.get(name[1], name[0]), query)
+            try:
+                parse_query(filled)
+            except QueryError as error:
+                raise DashboardError(f"panels[{number}].query: {error}") from None
+    return dashboard
+
+
+def read_dashboards(folder: str) -> dict[str, Any]:
+    """The saved dashboards of a folder as it is now, and what can't be read and why."""
+    dashboards, faults = [], []
+    for file in sorted(file for file in os.listdir(folder) if file.endswith(".json")):
+        try:
+            with open(os.path.join(folder, file), "rb") as opened:
+                text = opened.read(MAX_DASHBOARD_BYTES + 1)
+            if len(text) > MAX_DASHBOARD_BYTES:
+                raise DashboardError(f"more than {MAX_DASHBOARD_BYTES} bytes")
+            dashboards.append({"file": file, **read_dashboard(text)})
+        except OSError as error:
+            faults.append({"file": file, "error": error.strerror or str(error)})
+        except (DashboardError, JSONError) as error:
+            faults.append({"file": file, "error": str(error)})
+    return {"dashboards": dashboards, "faults": faults}
+
+
+# ==================================================================================================
+# 58. Dashboard: queries
 # ==================================================================================================
 #
 # The problem: whoever pushed something wants to look at it without installing anything. The idea:
 # one document, with its style and script in it, at `/`. It asks the query API like any client and
-# has no rights of its own. Each metric is drawn without a query: its type decides how. What it
-# costs: 20 KB once for a browser, and no framework that keeps elements and state together.
+# has no rights of its own. What it costs: 20 KB once for a browser, and no framework that keeps
+# elements and state together.
 #
-# Names and tags are the text of strangers. The page makes elements and sets their text; it never
-# makes markup of text, and its Content-Security-Policy forbids the browser to do so: it runs this
-# script alone, takes this style alone, and talks to this server alone.
+# The script comes in four chapters. This one is what is asked: the state, all of it in the URL;
+# the metrics, each drawn without a query, since its type and name decide how; and the series of a
+# panel, on a grid of times with NaN where nothing was pushed.
 
-PAGE = r"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>MetricStream</title>
-<link rel="icon" href="data:image/svg+xml,%ICON%">
-<style>%STYLE%</style>
-</head>
-<body>
-<header>
-  <a class="brand" href="#"><svg width="22" height="22" viewBox="0 0 16 16" aria-hidden="true">
-    <path d="M1 11 5 5l4 6 6-9" fill="none" stroke="currentColor" stroke-width="2"/>
-  </svg>MetricStream</a>
-  <nav aria-label="Views" id="views"></nav>
-  <form class="row space" id="time"></form>
-</header>
-<p class="notice" id="notice" role="alert" hidden></p>
-<main id="main"><noscript>The page is drawn by a script.</noscript></main>
-<div class="spoken" id="spoken" role="status"></div>
-<script>%SCRIPT%</script>
-</body>
-</html>
-"""
-
-STYLE = r"""
-:root {
-  color-scheme: light dark;
-  --page: #f5f6f8; --card: #fff; --line: #d9dde3; --grid: #e8ebef; --field: #7b8494;
-  --text: #1b2230; --muted: #596273; --accent: #1d5fc4; --bad: #b42318; --warn: #8a5300;
-  --shade: #d92d2026;
-  --series-0: #1f6fd0; --series-1: #c2410c; --series-2: #15803d; --series-3: #9333ea;
-  --series-4: #a16207; --series-5: #be185d; --series-6: #0e7490; --series-7: #4b5563;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --page: #12151a; --card: #1a1e25; --line: #323843; --grid: #262b34; --field: #7f8999;
-    --text: #e7eaf0; --muted: #a0a9b8; --accent: #8ab4f8; --bad: #ff9a8f; --warn: #f5c26b;
-    --shade: #ff6b5e2e;
-    --series-0: #6ea8fe; --series-1: #fb923c; --series-2: #4ade80; --series-3: #c99bff;
-    --series-4: #facc15; --series-5: #f583bd; --series-6: #22d3ee; --series-7: #cbd5e1;
-  }
-}
-* { box-sizing: border-box; }
-[hidden] { display: none !important; }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; border-radius: 4px; }
-body {
-  margin: 0; background: var(--page); color: var(--text); overflow-y: scroll;
-  font: 15px/1.5 system-ui, sans-serif;
-}
-header, main { max-width: 1280px; margin: 0 auto; padding: .75rem 1.25rem; }
-main { min-height: 80vh; padding-bottom: 4rem; }
-header, .row { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem 1rem; }
-.row { margin: 0 0 .75rem; }
-.space { margin: 0 0 0 auto; }
-h1, h2, h3 { font-weight: 600; margin: 0; min-width: 0; overflow-wrap: anywhere; }
-h1 { font-size: 1.4rem; }
-h2 { font-size: 1.05rem; }
-h3 { font-size: .95rem; }
-main > h2 { margin: 2rem 0 .75rem; }
-h3, .meta { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-ul { list-style: none; margin: 0; padding: 0; }
-a { color: var(--accent); text-decoration: none; }
-a:hover { text-decoration: underline; }
-.brand { font-weight: 650; color: var(--text); display: flex; gap: .5rem; align-items: center; }
-nav a { padding: .25rem .6rem; border-radius: 6px; color: var(--muted); }
-nav a[aria-current] { background: var(--card); color: var(--text); font-weight: 600; }
-label { color: var(--muted); font-size: .9rem; }
-button, select, input, textarea {
-  font: inherit; font-size: .9rem; color: var(--text); background: var(--card);
-  border: 1px solid var(--field); border-radius: 6px; padding: .25rem .6rem; max-width: 100%;
-}
-button { cursor: pointer; }
-button:hover { border-color: var(--accent); }
-button[aria-pressed=true] { background: var(--accent); color: var(--card); }
-textarea { width: 100%; resize: vertical; display: block; padding: .5rem .75rem; }
-textarea, pre { font: .85rem/1.5 ui-monospace, monospace; }
-pre { background: var(--card); border-radius: 8px; padding: .75rem; white-space: pre-wrap; }
-.example { user-select: all; }
-.cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(290px, 1fr)); }
-.panels { display: grid; gap: 1rem; grid-template-columns: repeat(12, minmax(0, 1fr)); }
-.card, .tip, .options { background: var(--card); border: 1px solid var(--line); }
-.card, .tip, .options { border-radius: 8px; }
-.card { padding: .75rem .9rem; min-width: 0; }
-.top { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 .75rem; }
-.top { align-items: baseline; }
-.value { font-weight: 600; font-size: .9rem; white-space: nowrap; }
-.meta { color: var(--muted); font-size: .82rem; margin: .25rem 0; min-height: 1.5em; }
-.error { color: var(--bad); white-space: pre-wrap; overflow-wrap: anywhere; }
-.notice { background: var(--bad); color: var(--card); margin: 0; padding: .5rem 1.25rem; }
-.chart { position: relative; height: 150px; margin-top: .4rem; touch-action: pan-y; }
-.chart.medium { height: 220px; }
-.chart.large { height: 340px; }
-.chart canvas { position: absolute; width: 100%; height: 100%; }
-.slow { opacity: .45; }
-.cursor, .selection { position: absolute; top: 8px; bottom: 22px; left: 0; pointer-events: none; }
-.cursor { width: 1px; background: var(--muted); }
-.selection { background: var(--accent); opacity: .2; }
-.tip { position: absolute; top: 4px; left: 0; z-index: 2; pointer-events: none; max-width: 75%; }
-.tip { padding: .3rem .5rem; font-size: .8rem; box-shadow: 0 2px 8px #0003; }
-.tip div, td button { display: flex; gap: .5rem; align-items: center; }
-.tip span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-.tip b { margin-left: auto; white-space: nowrap; }
-i { flex: none; width: 24px; border-top: 3px solid; }
-.scroll { overflow: auto; max-height: 26rem; margin-bottom: .75rem; }
-table { border-collapse: collapse; width: 100%; font-size: .85rem; }
-th, td { text-align: right; padding: .2rem .6rem; white-space: nowrap; }
-td, .value, .tip b { font-variant-numeric: tabular-nums; }
-th:first-child, td:first-child { text-align: left; }
-tr { border-bottom: 1px solid var(--grid); }
-th button, td button { border-color: transparent; background: none; padding: .1rem .3rem; }
-th button { font-weight: 600; padding: 0; }
-.query { position: relative; margin-bottom: .75rem; }
-.options { position: absolute; z-index: 3; width: 100%; max-height: 16rem; overflow: auto; }
-.options li { padding: .2rem .75rem; cursor: pointer; overflow-wrap: anywhere; }
-.options li[aria-selected=true] { background: var(--accent); color: var(--card); }
-.firing, .pending { color: var(--warn); font-weight: 600; }
-.firing { color: var(--bad); }
-.spoken { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
-@media (max-width: 700px) {
-  .panels > * { grid-column: 1 / -1 !important; }
-  header, main { padding: .5rem .75rem; }
-  .space { margin: 0; }
-}
-@media (prefers-reduced-motion: no-preference) { .chart canvas { transition: opacity .2s; } }
-@media print {
-  nav, form, button, .notice { display: none !important; }
-  .card { break-inside: avoid; }
-}
-"""
-
-_STATE_SCRIPT = r"""
+_QUERY_SCRIPT = r"""
 "use strict";
 
 // ---- State: what is looked at. All of it is in the URL, behind the "#". ----
 
-const SINGLE = {view: "metrics", name: "", range: "1h", refresh: "15", search: "", all: ""};
-const SEVERAL = ["by", "only", "q"];
+const FRESH = { // what a new view begins with
+  view: "metrics", name: "", search: "", all: "", by: [], only: [], q: [], variables: new Map(),
+};
+const DEFAULTS = {...FRESH, range: "1h", refresh: "15"};
 const RANGES = {
   "5m": "5 minutes", "15m": "15 minutes", "1h": "1 hour", "6h": "6 hours", "24h": "24 hours",
   "7d": "7 days", "30d": "30 days",
 };
 const REFRESHES = {0: "off", 5: "5 s", 15: "15 s", 60: "1 min"};
+const MAX_TIME = 8.64e12; // of a Date, in seconds
 const UNIT_SECONDS = {s: 1, m: 60, h: 3600, d: 86400};
 
 let state = readState();
 
 function readState() {
-  const fields = new URLSearchParams(location.hash.slice(1)), read = {variables: new Map()};
-  for (const name in SINGLE) read[name] = fields.get(name) ?? SINGLE[name];
-  for (const name of SEVERAL) read[name] = fields.getAll(name);
-  for (const [name, value] of fields) {
-    if (name.startsWith("$")) read.variables.set(name.slice(1), value);
+  const fields = new URLSearchParams(location.hash.slice(1)), read = {...DEFAULTS};
+  for (const name of Object.keys(DEFAULTS).filter((name) => fields.has(name))) {
+    read[name] = Array.isArray(DEFAULTS[name]) ? fields.getAll(name) : fields.get(name);
   }
+  const variables = [...fields].filter(([name]) => name.startsWith("$"));
+  read.variables = new Map(variables.map(([name, value]) => [name.slice(1), value]));
   return read;
 }
 
 function hashOf(changes) {
-  const fields = new URLSearchParams(), wanted = {...state, ...changes};
-  for (const name in SINGLE) if (wanted[name] !== SINGLE[name]) fields.set(name, wanted[name]);
-  for (const name of SEVERAL) for (const value of wanted[name]) fields.append(name, value);
-  for (const [name, value] of wanted.variables) fields.set("$" + name, value);
+  const fields = new URLSearchParams(), {variables, ...wanted} = {...state, ...changes};
+  for (const name in wanted) {
+    if (wanted[name] === DEFAULTS[name]) continue;
+    for (const value of [wanted[name]].flat()) fields.append(name, value);
+  }
+  for (const [name, value] of variables) fields.set("$" + name, value);
   return "#" + fields;
 }
 
 // Another view, with nothing of this one but the time.
-function linkTo(view, changes = {}) {
-  const fresh = {name: "", search: "", all: "", by: [], only: [], q: [], variables: new Map()};
-  return hashOf({...fresh, view, ...changes});
-}
+const linkTo = (view, changes) => hashOf({...FRESH, view, ...changes});
 
 // A change that "back" undoes, and Escape if it is one of the time.
 function go(changes) {
   history.pushState({isOfTime: "range" in changes}, "", hashOf(changes));
-  render();
+  dispatchEvent(new Event("popstate"));
 }
 
 // A change too small for that.
@@ -17912,35 +17739,25 @@ function adjust(changes) {
 // First and last second of "1h", or of "1700000000-1700003600".
 function timeRange() {
   const [from, to] = state.range.split("-").map(Number), now = Date.now() / 1000;
-  if (to > from) return [from, to];
+  if (to > from && to < MAX_TIME) return [from, to];
   const [, count, unit] = /^(\d{1,4})([smhd])$/.exec(state.range) ?? [null, 1, "h"];
   return [now - count * UNIT_SECONDS[unit], now];
 }
-"""
 
-_ASK_SCRIPT = r"""
-// ---- Asking: four requests at a time ----
-
-const MAX_ASKING = 4;
-const waiting = [];
-let asking = 0;
+// ---- Asking ----
 
 class Refusal extends Error {}
 
-// The answer of the API to parameters; `signal` takes the question back.
-async function ask(path, parameters, signal, options) {
-  if (asking < MAX_ASKING) asking++;
-  else await new Promise((resolve) => waiting.push(resolve));
-  try {
-    const body = parameters && new URLSearchParams(parameters);
-    return await answerOf(path, options ?? {method: body ? "POST" : "GET", body, signal});
-  } finally {
-    if (waiting.length) waiting.shift()();
-    else asking--;
-  }
+// What may happen to a question; any other error is a fault of this script.
+const isExpected = (error) => error instanceof Refusal || error.name === "AbortError";
+
+// The answer of the API; parameters are sent as a form, and `signal` takes the question back.
+function ask(path, parameters, signal) {
+  const body = parameters && new URLSearchParams(parameters);
+  return request(path, {method: body ? "POST" : "GET", body, signal});
 }
 
-async function answerOf(path, options) {
+async function request(path, options) {
   let answer, value;
   try {
     answer = await fetch("api/" + path, options);
@@ -17959,13 +17776,24 @@ function setNotice(text) {
   const notice = document.getElementById("notice");
   if (notice.textContent !== text) notice.textContent = text;
   notice.hidden = !text;
-  if (text) schedule();
 }
 
-// What may happen to a question; any other error is a fault of this script.
-const isExpected = (error) => error instanceof Refusal || error.name === "AbortError";
+const MAX_READING = 4; // panels: the first are drawn before the last are asked for
+const waiting = [];
+let reading = 0;
 
-// ---- Metrics: their names, types, units, and how often they are pushed ----
+async function inTurn(read) {
+  if (reading < MAX_READING) reading++;
+  else await new Promise((resolve) => waiting.push(resolve));
+  try {
+    return await read();
+  } finally {
+    if (waiting.length) waiting.shift()();
+    else reading--;
+  }
+}
+
+// ---- Metrics: their names, types and units, and how they are drawn ----
 
 const WORDS = %WORDS%; // of the query language
 let catalogue = null;
@@ -17983,6 +17811,7 @@ async function readCatalogue(signal) {
 
 const isPlain = (name) => /^[A-Za-z_][A-Za-z0-9_]*$/.test(name);
 const quoted = (text) => JSON.stringify(text).replaceAll("$", "\\u0024"); // no variable in it
+const wordsOf = (text) => text.match(/[\w:]+/g) ?? [];
 const tagName = (name) => isPlain(name) ? name : quoted(name);
 
 // A name as a query has it.
@@ -18017,39 +17846,66 @@ function panelOf(metric, by = []) {
   } else if (kind === "counter") {
     panel.query = [grouped("sum", rate)];
     panel.unit += "/s";
-  } else {
-    panel.query = [grouped("avg", selector)];
-    panel.low = grouped("min", `min_over_time(${selector}[$step])`);
-    panel.high = grouped("max", `max_over_time(${selector}[$step])`);
-  }
+  } else panel.query = [grouped("avg", selector)];
   return panel;
 }
 
 const intervals = new Map();
 
-// When a metric was last pushed, and the usual time between two pushes of a series, in seconds.
-async function pushesOf(name, signal) {
-  const [from, to] = timeRange(), selector = selectorOf(name), known = intervals.get(name);
-  const latest = {query: `max(timestamp(${selector}))`, time: to, lookback_delta: to - from};
-  const [found] = (await ask("v1/query", latest, signal)).result;
-  const last = found ? Number(found.value[1]) : NaN;
-  if (!found || known?.until > to) return {last, interval: known?.interval ?? 0};
+// The usual time between two pushes of a series, in seconds; 0 where it isn't known.
+async function intervalOf(name, signal) {
+  const [, time] = timeRange(), known = intervals.get(name);
+  if (known?.until > time) return known.interval;
   let gaps = [];
   for (const window of ["10m", "1d"]) {
-    if (gaps.length > 1) break;
-    const samples = {query: `${selector}[${window}]`, time: last, limit: 1};
+    const samples = {query: `${selectorOf(name)}[${window}]`, time, limit: 1};
     const [{values} = {values: []}] = (await ask("v1/query", samples, signal)).result;
-    gaps = values.slice(1).map(([time], i) => time - values[i][0]);
+    gaps = values.slice(1).map(([later], i) => later - values[i][0]);
+    if (gaps.length > 1) break;
   }
   const interval = gaps.sort((a, b) => a - b)[gaps.length >> 1] ?? 0; // the median
-  intervals.set(name, {interval, until: to + (gaps.length > 1 ? 300 : 0)});
-  return {last, interval};
+  intervals.set(name, {interval, until: time + (gaps.length > 1 ? 300 : 0)});
+  return interval;
 }
 
-// ---- Series: what a panel asks for, on a grid of times; NaN where nothing was pushed ----
+async function lastPush(name, signal) {
+  const [from, time] = timeRange(), query = `max(timestamp(${selectorOf(name)}))`;
+  const latest = await ask("v1/query", {query, time, lookback_delta: time - from}, signal);
+  return Number(latest.result[0]?.value[1] ?? NaN);
+}
+
+// ---- Alerts ----
+
+let alertingRules = [], alertsRead;
+
+async function readAlerts(signal) {
+  const {groups} = await ask("v1/rules?type=alert", null, signal);
+  alertingRules = groups.flatMap(({rules}) => rules);
+}
+
+// What fires, then what pends.
+function activeAlerts() {
+  const all = alertingRules.flatMap(({alerts}) => alerts ?? []);
+  return ["firing", "pending"].flatMap((which) => all.filter(({state}) => state === which));
+}
+
+// The times in which an alert fired whose rule reads one of some metrics, as [from, to].
+async function firingTimes(metrics, {start, end, step}, signal) {
+  await alertsRead;
+  const names = alertingRules.filter(({query}) => (
+    wordsOf(query).some((word) => metrics.includes(word))))
+    .map(({name}) => `ALERTS{alertname=${JSON.stringify(name)},alertstate="firing"}`);
+  if (!names.length) return [];
+  const asked = {query: `count(${names.join(" or ")})`, start, end, step};
+  const {result: [found]} = await ask("v1/query_range", asked, signal);
+  return found?.values.map(([time]) => [time - step, time]) ?? [];
+}
+
+// ---- Series of a panel ----
 
 const MAX_SERIES = 1000; // of an answer
 const MAX_DRAWN = 20;
+const MAX_STEPS = 300; // of a series: fewer than a chart has columns of pixels, or nearly so
 const STEPS = [
   1, 2, 5, 10, 15, 20, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200, 86400,
 ];
@@ -18058,39 +17914,47 @@ function stepFrom(least) {
   return STEPS.find((step) => step >= least) ?? Math.ceil(least / 86400) * 86400;
 }
 
-async function readPanel(panel, variables, signal) {
-  const {query, metric = metricIn(query)} = panel, [from, to] = timeRange();
-  const pushes = metric ? await pushesOf(metric, signal) : {last: NaN, interval: 0};
-  const {interval} = pushes, step = stepFrom(Math.max(interval * 0.99, (to - from) / 300));
+// {start, end, step, last: of the first metric, shades, series}
+async function readPanel({query, metric, legend, isCard}, variables, signal) {
+  const [from, to] = timeRange(), words = new Set(query.flatMap(wordsOf));
+  const metrics = metric ? [metric] : [...words].filter((word) => catalogue.has(word));
+  const found = await Promise.all(metrics.map((name) => intervalOf(name, signal)));
+  const intervalIn = (text) => Math.max(0, ...found.filter((_, i) => (
+    metric || wordsOf(text).includes(metrics[i]))));
+  const least = found.length && Math.min(...query.map(intervalIn)) * 0.99;
+  const step = stepFrom(Math.max(least, (to - from) / MAX_STEPS));
   // A rate needs samples up to its time; a sample is drawn at the next step behind it.
   const round = query.some((text) => text.includes("$window")) ? Math.floor : Math.ceil;
   const start = Math.floor(from / step) * step;
   const grid = {start, end: Math.max(round(to / step) * step, start + step), step};
-  // Not the usual lookback of five minutes: a client that died ends its line.
-  const asked = {...grid, lookback_delta: Math.max(step, 2 * interval)};
-  asked.limit = panel.isCard ? MAX_DRAWN : MAX_SERIES;
-  const window = Math.ceil(Math.max(4 * interval, step + interval, 4)) + "s";
-  const known = new Map([...variables, ["window", window], ["step", step + "s"]]);
-  const read = async (text, index) => {
-    const filled = text.replace(/\$(\w+)/g, (all, name) => known.get(name) ?? all);
-    const {resultType, result} = await ask("v1/query_range", {...asked, query: filled}, signal);
-    return resultType === "matrix" ? result.map((one) => ({tags: one.metric, query: text,
-      template: panel.legend?.[index], values: onGrid(one.values, grid)})) : [];
+  const seriesOf = async (text, index) => {
+    const interval = intervalIn(text), isDense = interval && step > 1.5 * interval;
+    const window = Math.ceil(Math.max(4 * interval, step + interval, 4)) + "s";
+    const known = new Map([...variables, ["window", window], ["step", step + "s"]]);
+    // Not the usual lookback of five minutes: a client that died ends its line.
+    const asked = {...grid, lookback_delta: Math.max(step, 2 * interval)};
+    asked.limit = isCard ? MAX_DRAWN : MAX_SERIES;
+    const read = async (query) => {
+      const filled = query.replace(/\$(\w+)/g, (all, name) => known.get(name) ?? all);
+      const {resultType, result} = await ask("v1/query_range", {...asked, query: filled}, signal);
+      return resultType !== "matrix" ? [] : result.map(({metric: tags, values}) => (
+        {tags, values: onGrid(values, grid), query: text, template: legend?.[index]}));
+    };
+    try {
+      const texts = [text, ...(isDense ? bandOf(text) : [])];
+      const [series, lows = [], highs = []] = await Promise.all(texts.map(read));
+      addBands(series, lows, highs);
+      return series;
+    } catch (error) {
+      throw Object.assign(error, {query: text});
+    }
   };
-  const spans = interval && step > 1.5 * interval; // several samples a step
-  const [shades, lows, highs, ...found] = await Promise.all([
-    metric ? firingTimes(metric, grid, signal) : [],
-    ...[panel.low, panel.high].map((text) => text && spans ? read(text) : []),
-    ...query.map(read),
+  const [last, shades, ...series] = await Promise.all([
+    metrics.length ? lastPush(metrics[0], signal) : NaN,
+    firingTimes(metrics, grid, signal),
+    ...query.map(seriesOf),
   ]);
-  const series = found.flat();
-  addBands(series, lows, highs);
-  nameSeries(series);
-  return {...grid, ...pushes, series, shades};
-}
-
-function metricIn(query) {
-  return query.join(" ").match(/[\w:]+/g)?.find((word) => catalogue.has(word));
+  return {...grid, last, shades, series: nameSeries(series.flat())};
 }
 
 function onGrid(values, {start, end, step}) {
@@ -18101,32 +17965,54 @@ function onGrid(values, {start, end, step}) {
   return points;
 }
 
-// The least and the greatest sample of each step.
+const BANDED = /^(avg by \([^()]*\) )?\(?([\w:]*(?:\{[^{}]*\})?)\)?$/;
+
+// For a selector, or an average of one: the least and the greatest sample of each step.
+function bandOf(text) {
+  const [, by = "", selector = ""] = BANDED.exec(text) ?? [];
+  if (!/^[A-Za-z_:{]/.test(selector) || WORDS.includes(selector.toLowerCase())) return [];
+  return ["min", "max"].map((operator) => (
+    by.replace("avg", operator) + `(${operator}_over_time(${selector}[$step]))`));
+}
+
 function addBands(series, lows, highs) {
   const keyOf = ({tags}) => JSON.stringify({...tags, __name__: ""});
-  const low = new Map(lows.map((one) => [keyOf(one), one.values]));
-  const high = new Map(highs.map((one) => [keyOf(one), one.values]));
+  const [low, high] = [lows, highs].map((all) => (
+    new Map(all.map((one) => [keyOf(one), one.values]))));
   for (const one of series) [one.low, one.high] = [low.get(keyOf(one)), high.get(keyOf(one))];
 }
 
-// Names by the template, else by the tags in which the series differ.
+// Series differ by more than hue: the border of a legend's sample, the dashes of a canvas.
+const LINES = [["solid", []], ["dashed", [7, 3]], ["dotted", [2, 2]]];
+
+// Names by the template, else by the tags in which the series differ; lines by their order.
 function nameSeries(series) {
   const isShared = ([tag, value]) => series.every(({tags}) => tags[tag] === value);
   const shared = new Map(Object.entries(series[0]?.tags ?? {}).filter(isShared));
   const seen = new Set();
-  series.forEach((one, index) => {
-    const all = Object.entries(one.tags), differing = all.filter(([tag]) => !shared.has(tag));
+  return series.map(({tags, template, query, ...rest}, index) => {
+    const all = Object.entries(tags), differing = all.filter(([tag]) => !shared.has(tag));
     const texts = (differing.length ? differing : all).map(
       ([tag, value]) => tag === "__name__" ? value : `${tag}=${value}`);
-    const template = one.template?.replace(/\{\{(.+?)\}\}/g, (_, tag) => one.tags[tag] ?? "");
-    const name = template || texts.join(", ") || one.query;
-    one.name = seen.has(name) ? `${name} (${one.query})` : name;
+    const filled = template?.replace(/\{\{(.+?)\}\}/g, (_, tag) => tags[tag] ?? "");
+    const short = filled || texts.join(", ") || query;
+    const name = seen.has(short) ? `${short} (${query})` : short;
     seen.add(name);
-    one.color = `--series-${index % 8}`;
-    [one.border, one.dash] = LINES[index % LINES.length];
+    const [border, dash] = LINES[index % LINES.length];
+    return {...rest, name, color: `--series-${index % 8}`, border, dash};
   });
 }
 """
+
+
+# ==================================================================================================
+# 59. Dashboard: charts
+# ==================================================================================================
+#
+# A chart is a picture on a canvas, drawn anew only when its values or its size change; cursor, tip
+# and selection are elements moved over it (uPlot's way), and one cursor runs over all charts. What
+# a canvas lacks is added: a name that says the last values, and arrow keys whose values are read
+# out.
 
 _CHART_SCRIPT = r"""
 // ---- Values and times as text ----
@@ -18136,7 +18022,8 @@ const BYTES = [[2 ** 40, "TiB"], [2 ** 30, "GiB"], [2 ** 20, "MiB"], [1024, "KiB
 const POWERS = [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"], [1, ""]];
 
 function scaled(value, sizes, digits = 4) {
-  const found = sizes.find(([least]) => Math.abs(value) >= least) ?? sizes.at(-1);
+  const rounded = Math.abs(Number(value.toPrecision(digits))); // 999.99 ms are 1 s
+  const found = sizes.find(([least]) => rounded >= least) ?? sizes.at(-1);
   const [size, name] = value ? found : sizes.find(([one]) => one === 1);
   return `${Number((value / size).toPrecision(digits))} ${name}`;
 }
@@ -18145,18 +18032,20 @@ function format(value, unit = "") {
   if (!Number.isFinite(value)) return Number.isNaN(value) ? "–" : String(value);
   const [, base, rate = ""] = /^(.*?)(\/s)?$/.exec(unit);
   if (base === "B") return scaled(value, BYTES) + rate;
-  if (base === "ratio") return format(value * 100, "%");
-  if (base === "%") return Number(value.toPrecision(4)) + " %";
+  if (base === "ratio") return format(value * 100, "%" + rate);
+  if (base === "%") return Number(value.toPrecision(4)) + " %" + rate;
   if (base === "s" && !rate) return scaled(value, TIMES);
   if (base === "ms" && !rate) return scaled(value / 1000, TIMES);
   return (scaled(value, POWERS) + base).trim() + rate;
 }
 
-function textOfTime(time, options) {
-  return new Date(time * 1000).toLocaleString([], {hourCycle: "h23", ...options});
-}
+// A formatter is made once: that takes longer than all its uses in a picture.
+const clock = (options) => new Intl.DateTimeFormat([], {hourCycle: "h23", ...options});
+const EXACT = clock({dateStyle: "medium", timeStyle: "medium"});
+const exactTime = (time) => EXACT.format(time * 1000);
 
-const exactTime = (time) => textOfTime(time, {dateStyle: "medium", timeStyle: "medium"});
+// What local clocks are behind UTC at a time, in seconds.
+const zoneAt = (time) => new Date(time * 1000).getTimezoneOffset() * 60;
 
 // ---- Scales: where the ticks are ----
 
@@ -18169,15 +18058,18 @@ function valueTicks(low, high, unit) {
   return ticks;
 }
 
+// [time, text] at round times of local clocks.
 function timeTicks(from, to, width) {
-  const step = stepFrom((to - from) / (width / 80)), ticks = [];
-  const zone = new Date(from * 1000).getTimezoneOffset() * 60;
-  const first = Math.ceil((from - zone) / step) * step + zone;
-  for (let time = first; time <= to; time += step) ticks.push(time);
-  const day = {day: "numeric", month: "short"}, clock = {hour: "2-digit", minute: "2-digit"};
-  if (step < 60) clock.second = "2-digit";
-  const parts = step >= 86400 ? day : to - from > 90000 ? {...day, ...clock} : clock;
-  return ticks.map((time) => [time, textOfTime(time, parts)]);
+  const hasDate = to - from > 90000, time = {hour: "2-digit", minute: "2-digit"}, ticks = [];
+  const step = stepFrom((to - from) / (width / (hasDate ? 80 : 60)));
+  if (step < 60) time.second = "2-digit";
+  const day = hasDate ? {day: "numeric", month: "short"} : {};
+  const text = clock(step >= 86400 ? day : {...day, ...time});
+  for (let local = Math.ceil((from - zoneAt(from)) / step) * step; ; local += step) {
+    const at = local + zoneAt(local + zoneAt(from));
+    if (at > to) return ticks;
+    ticks.push([at, text.format(at * 1000)]);
+  }
 }
 
 // ---- Elements ----
@@ -18193,6 +18085,23 @@ function el(tag, properties = {}, ...children) {
   return element;
 }
 
+function selectOf(id, texts, chosen, onchange) {
+  return el("select", {id, onchange}, ...texts.map(([value, text]) => (
+    el("option", {value, selected: value === chosen}, text))));
+}
+
+let focusedId = ""; // of what had the focus when it was replaced
+
+// Elements that are made anew get the focus back, also where they come with a later answer.
+function replace(parent, ...children) {
+  focusedId = document.activeElement.id || focusedId;
+  parent.replaceChildren(...children);
+  const again = document.getElementById(focusedId);
+  if (!again) return;
+  if (again !== document.activeElement) again.focus();
+  focusedId = "";
+}
+
 function speak(text) {
   document.getElementById("spoken").textContent = text;
 }
@@ -18205,34 +18114,36 @@ function sampleOf({color, border}) {
   return sample;
 }
 
-// ---- Chart: a picture on a canvas; the cursor is an element moved over it ----
+function tableOf(name, heads, rows) {
+  return el("table", {ariaLabel: name}, el("thead", {}, el("tr", {}, ...heads)),
+    el("tbody", {}, ...rows));
+}
 
-const LINES = [["solid", []], ["dashed", [7, 3]], ["dotted", [2, 2]]];
+// ---- Chart ----
+
 const LEFT = 64, RIGHT = 8, TOP = 8, BOTTOM = 22; // margins, in pixels
-const KEYS = "Arrow keys move a cursor, t shows a table";
-const charts = new Set();
+const STYLES = getComputedStyle(document.documentElement);
+// Methods of a chart; where it has none, the cursors are hidden.
+const EVENTS = [
+  "pointermove", "pointerdown", "pointerup", "pointercancel", "keydown", "pointerleave", "blur",
+];
 let cursorTime;
 
 class Chart {
-  constructor(size) {
+  constructor(panel, size) {
+    this.panel = panel;
     this.canvas = el("canvas", {ariaHidden: "true"});
     this.cursor = el("div", {className: "cursor", hidden: true});
     this.selection = el("div", {className: "selection", hidden: true});
     this.tip = el("div", {className: "tip", hidden: true});
-    this.root = el("div", {
-      className: `chart ${size}`, tabIndex: 0, role: "application", ariaRoleDescription: "chart",
-      ariaDescription: KEYS, onpointermove: (event) => this.move(event),
-      onpointerdown: (event) => this.press(event), onpointerup: (event) => this.release(event),
-      onpointercancel: () => this.unselect(), onpointerleave: hideCursors, onblur: hideCursors,
-      onkeydown: (event) => this.type(event),
+    this.root = el("div", {className: `chart ${size}`, tabIndex: 0, role: "application",
+      ariaRoleDescription: "chart", ariaDescription: "Arrow keys move a cursor, t shows a table",
     }, this.canvas, this.selection, this.cursor, this.tip);
-    new ResizeObserver(() => this.draw()).observe(this.root);
-    charts.add(this);
-  }
-
-  show(picture, series, unit) {
-    Object.assign(this, {picture, series, unit});
-    this.draw();
+    for (const type of EVENTS) this.root.addEventListener(type, this);
+    new ResizeObserver(([{contentRect: {width, height}}]) => {
+      Object.assign(this, {width, height, floor: height - BOTTOM});
+      this.draw();
+    }).observe(this.root);
   }
 
   x(time) {
@@ -18250,32 +18161,31 @@ class Chart {
   }
 
   draw() {
-    const {clientWidth: width, clientHeight: height} = this.root, scale = devicePixelRatio;
-    if (!this.picture || !width) return;
-    Object.assign(this, {width, height, floor: height - BOTTOM});
-    Object.assign(this.canvas, {width: width * scale, height: height * scale});
-    const pen = this.canvas.getContext("2d"), styles = getComputedStyle(document.documentElement);
-    const colorOf = (name) => styles.getPropertyValue(name);
+    const {picture, canvas, width, height} = this, scale = devicePixelRatio;
+    if (!picture || !width) return;
+    Object.assign(canvas, {width: width * scale, height: height * scale});
+    const pen = canvas.getContext("2d");
     pen.scale(scale, scale);
-    this.drawScales(pen, colorOf);
+    this.drawScales(pen);
     pen.rect(LEFT, 0, width, height);
     pen.clip();
+    pen.lineJoin = "round";
     for (const one of this.series) {
-      pen.strokeStyle = pen.fillStyle = colorOf(one.color);
+      pen.strokeStyle = pen.fillStyle = STYLES.getPropertyValue(one.color);
       if (one.low && one.high) this.drawBand(pen, one);
       this.drawLine(pen, one);
     }
   }
 
-  drawScales(pen, colorOf) {
+  drawScales(pen) {
     const ticks = this.fit(), {start, end, shades} = this.picture;
     pen.font = "11px system-ui, sans-serif";
-    pen.fillStyle = colorOf("--shade");
+    pen.fillStyle = STYLES.getPropertyValue("--shade");
     for (const [from, to] of shades) {
       pen.fillRect(this.x(from), TOP, this.x(to) - this.x(from), this.floor - TOP);
     }
-    pen.strokeStyle = colorOf("--grid");
-    pen.fillStyle = colorOf("--muted");
+    pen.strokeStyle = STYLES.getPropertyValue("--grid");
+    pen.fillStyle = STYLES.getPropertyValue("--muted");
     pen.textAlign = "right";
     for (const value of ticks) {
       const y = Math.round(this.y(value)) + 0.5;
@@ -18283,24 +18193,19 @@ class Chart {
       pen.fillText(format(value, this.unit), LEFT - 6, y + 4);
     }
     pen.textAlign = "center";
-    for (const [time, label] of timeTicks(start, end, this.width - LEFT)) {
-      const x = this.x(time), half = pen.measureText(label).width / 2;
-      if (x + half <= this.width) pen.fillText(label, x, this.height - 6);
+    for (const [time, text] of timeTicks(start, end, this.width - LEFT)) {
+      const x = this.x(time), half = pen.measureText(text).width / 2;
+      if (x + half <= this.width) pen.fillText(text, x, this.height - 6);
     }
   }
 
   // Sets the scale of the values; returns its ticks.
   fit() {
-    let low = Infinity, high = -Infinity;
-    const lists = this.series.flatMap((one) => [one.values, one.low ?? [], one.high ?? []]);
-    for (const value of lists.flat()) {
-      if (!Number.isFinite(value)) continue;
-      low = Math.min(low, value);
-      high = Math.max(high, value);
-    }
+    let [low, high] = extremes(this.series);
     if (low > high || low === 0 && high === 0) [low, high] = [0, 1];
     if (low > 0 && low < high / 2) low = 0;
-    const room = low === high ? Math.abs(low) / 4 : 0;
+    // What differs only in the last digits of a double has no ticks in between.
+    const size = Math.abs(low) + Math.abs(high), room = high - low > size * 1e-12 ? 0 : size / 8;
     const ticks = valueTicks(low - room, high + room, this.unit);
     [this.low, this.high] = [ticks[0], ticks.at(-1)];
     return ticks;
@@ -18341,7 +18246,7 @@ class Chart {
     this.cursor.style.transform = `translateX(${this.x(at)}px)`;
     const found = this.series.filter(({values}) => !Number.isNaN(values[index] ?? NaN));
     const texts = found.map(({values}) => format(values[index], this.unit));
-    this.onpoint(this.series.length === 1 ? texts[0] ?? "–" : null);
+    this.panel.setValue(this.series.length === 1 ? texts[0] ?? "–" : null);
     if (hasTip) this.showTip(at, found, texts);
     const pairs = found.map(({name}, i) => `${name} ${texts[i]}`).slice(0, MAX_DRAWN);
     return `${exactTime(at)}: ${pairs.join("; ") || "no value"}`;
@@ -18356,9 +18261,12 @@ class Chart {
     this.tip.style.transform = `translateX(${Math.max(0, left)}px)`;
   }
 
-  move(event) {
-    if (!this.picture) return;
-    const x = event.clientX - this.root.getBoundingClientRect().left, from = this.pressedAt;
+  handleEvent(event) {
+    if (this.picture) (this[event.type] ?? hideCursors).call(this, event);
+  }
+
+  pointermove({offsetX: x}) {
+    const from = this.pressedAt;
     pointAll(this.timeAt(x), this);
     if (from === undefined || Math.abs(x - from) < 5) return;
     this.selection.hidden = false;
@@ -18367,55 +18275,80 @@ class Chart {
     this.selected = [from, x].sort((a, b) => a - b).map((edge) => Math.round(this.timeAt(edge)));
   }
 
-  press(event) {
-    if (event.button || !this.picture) return;
-    this.pressedAt = event.clientX - this.root.getBoundingClientRect().left;
+  pointerdown(event) {
+    if (event.button) return;
+    this.pressedAt = event.offsetX;
     this.root.setPointerCapture(event.pointerId);
   }
 
-  release() {
+  pointerup() {
     const {selected} = this;
-    this.unselect();
+    this.pointercancel();
     if (selected?.[1] > selected?.[0]) go({range: selected.join("-")});
   }
 
-  unselect() {
+  pointercancel() {
     this.selection.hidden = true;
     this.pressedAt = this.selected = undefined;
   }
 
-  type(event) {
-    if (!this.picture || event.ctrlKey || event.metaKey || event.altKey) return;
+  keydown(event) {
     const {start, step, end} = this.picture, stride = step * (event.shiftKey ? 10 : 1);
-    const now = cursorTime ?? end, steps = {
+    const now = cursorTime ?? end, times = {
       ArrowLeft: now - stride, ArrowRight: now + stride, Home: start, End: end,
     };
-    if (event.key === "t") this.ontable();
-    if (!(event.key in steps)) return;
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    if (event.key === "t") this.panel.toggleTable();
+    if (!(event.key in times)) return;
     event.preventDefault();
-    speak(pointAll(Math.min(end, Math.max(start, steps[event.key])), this));
+    speak(pointAll(Math.min(end, Math.max(start, times[event.key])), this));
   }
 }
 
-// One cursor runs over all charts.
+// The least and the greatest finite value of some series, bands included.
+function extremes(series) {
+  let low = Infinity, high = -Infinity;
+  for (const {values, low: lows = values, high: highs = values} of series) {
+    for (const list of [values, lows, highs]) {
+      for (const value of list) {
+        if (!Number.isFinite(value)) continue;
+        if (value < low) low = value;
+        if (value > high) high = value;
+      }
+    }
+  }
+  return [low, high];
+}
+
+const panels = () => [...document.querySelectorAll(".chart")].map((root) => root.panel);
+
+// One cursor runs over all charts; returns what stands below it on one of them.
 function pointAll(time, chosen) {
   cursorTime = time;
-  const shown = [...charts].filter((chart) => chart.picture);
-  return shown.map((chart) => chart.point(time, chart === chosen))[shown.indexOf(chosen)];
+  for (const {chart, isInView} of panels()) {
+    if (isInView && chart.picture && chart !== chosen) chart.point(time, false);
+  }
+  return chosen.point(time, true);
 }
 
 function hideCursors() {
   cursorTime = undefined;
-  for (const chart of charts) {
-    chart.cursor.hidden = chart.tip.hidden = true;
-    chart.onpoint(null);
+  for (const {chart: {cursor, tip, panel}} of panels()) {
+    cursor.hidden = tip.hidden = true;
+    panel.setValue(null);
   }
 }
 """
 
-_PANEL_SCRIPT = r"""
-// ---- Panels: a chart with its title, legend and table; it asks while it is in view ----
 
+# ==================================================================================================
+# 60. Dashboard: panels
+# ==================================================================================================
+#
+# A panel is a chart with its title, its current value, a legend and a table. It asks while it is
+# in view, cancels when it leaves, and keeps the old picture until it has a new one.
+
+_PANEL_SCRIPT = r"""
 const sight = new IntersectionObserver((entries) => {
   for (const {target: {panel}, isIntersecting} of entries) {
     panel.isInView = isIntersecting;
@@ -18424,15 +18357,13 @@ const sight = new IntersectionObserver((entries) => {
   }
 }, {rootMargin: "200px"});
 
-const panelsShown = () => [...charts].map((chart) => chart.panel);
+let panelCount = 0;
 
 class Panel {
   constructor(spec, size = "", variables = new Map()) {
-    Object.assign(this, {spec, variables, current: "", sorted: "", sign: 1});
-    this.chart = Object.assign(new Chart(size), {panel: this,
-      ontable: () => this.toggleTable(),
-      onpoint: (text) => { this.value.textContent = text ?? this.current; }});
-    this.value = el("span", {className: "value"});
+    Object.assign(this, {spec, variables, current: "", sorted: "", sign: 1, id: ++panelCount});
+    this.chart = new Chart(this, size);
+    this.value = el("b");
     this.meta = el("p", {className: "meta"});
     this.legend = el("div", {className: "scroll"});
     this.table = el("div", {className: "scroll", hidden: true, tabIndex: 0, role: "region",
@@ -18441,12 +18372,11 @@ class Panel {
       "Table");
     const tools = [this.legend, el("div", {className: "row"}, this.button,
       el("button", {onclick: () => this.download()}, "Download CSV"))];
-    const title = spec.isCard ? el("h3", {title: spec.title}, this.link = el("a", {}, spec.title))
-      : el("h2", {}, spec.title);
+    this.link = el("a", {}, spec.title);
     this.root = el(spec.isCard ? "li" : "section", {className: "card"},
-      el("div", {className: "top"}, title, this.value), this.chart.root, this.meta,
+      el("h2", {title: spec.title}, this.link), this.value, this.chart.root, this.meta,
       ...(spec.isCard ? [] : tools), this.table);
-    this.root.panel = this;
+    this.chart.root.panel = this.root.panel = this;
     this.describe("not read yet");
     sight.observe(this.root);
   }
@@ -18455,11 +18385,9 @@ class Panel {
     this.chart.root.ariaLabel = `${this.spec.title}: ${text}`;
   }
 
-  remove() {
-    this.cancel();
-    sight.unobserve(this.root);
-    charts.delete(this.chart);
-    this.root.remove();
+  // The value under the cursor; null: the current one.
+  setValue(text) {
+    this.value.textContent = text ?? this.current;
   }
 
   cancel() {
@@ -18473,10 +18401,11 @@ class Panel {
     const asked = this.asked = new AbortController(), {classList} = this.chart.canvas;
     const dim = setTimeout(() => classList.add("slow"), 400);
     try {
-      this.picture = await readPanel(this.spec, this.variables, asked.signal);
+      const {spec, variables} = this;
+      this.picture = await inTurn(() => readPanel(spec, variables, asked.signal));
       this.show();
       classList.remove("slow");
-      this.spec.onanswer?.(null);
+      spec.onanswer?.(null);
     } catch (error) {
       if (!isExpected(error)) throw error;
       if (error instanceof Refusal) this.showRefusal(error);
@@ -18484,12 +18413,6 @@ class Panel {
       clearTimeout(dim);
       if (this.asked === asked) this.asked = null;
     }
-  }
-
-  showOld(picture) {
-    this.picture = picture;
-    this.show();
-    this.chart.canvas.classList.add("slow");
   }
 
   showRefusal(error) {
@@ -18504,12 +18427,12 @@ class Panel {
     const chosen = series.filter(({name}) => state.only.includes(name));
     const candidates = chosen.length && !isCard ? chosen : series;
     this.series = state.all && !isCard ? candidates : candidates.slice(0, MAX_DRAWN);
-    this.chart.show(this.picture, this.series, unit ?? "");
+    Object.assign(this.chart, {picture: this.picture, series: this.series, unit: unit ?? ""});
+    this.chart.draw();
     const lasts = this.series.map(({values}) => values.findLast(Number.isFinite) ?? NaN);
-    const known = lasts.filter(Number.isFinite);
-    const extremes = [Math.min(...known), Math.max(...known)].map((value) => format(value, unit));
-    this.current = known.length ? [...new Set(extremes)].join(" – ") : "–";
-    this.value.textContent = this.current;
+    const range = extremes([{values: lasts}]).map((value) => format(value, unit));
+    this.current = lasts.some(Number.isFinite) ? [...new Set(range)].join(" – ") : "–";
+    this.setValue(null);
     this.describe(`last value ${this.series.slice(0, 5).map(({name}, i) => (
       `${name} ${format(lasts[i], unit)}`)).join("; ") || "none"}`);
     const count = `${spec.count ?? series.length} series`;
@@ -18522,32 +18445,33 @@ class Panel {
   }
 
   showLegend() {
-    const {series} = this.picture, {unit} = this.spec, {sorted, sign} = this;
+    const {series} = this.picture, {unit, title} = this.spec, {sorted, sign} = this;
     const listed = (state.all ? series : series.slice(0, MAX_DRAWN)).map((one) => (
-      {one, series: one.name, ...summaryOf(one.values)}));
+      {one, series: one.name, ...summaryOf(one)}));
     if (sorted) listed.sort((a, b) => a[sorted] < b[sorted] ? -sign : sign);
     const names = ["series", "last", "min", "max", "mean"];
     const heads = names.map((name) => el("th", {scope: "col",
       ariaSort: name !== sorted ? "none" : sign > 0 ? "ascending" : "descending"},
-    el("button", {onclick: () => this.sortBy(name)}, name)));
+    el("button", {id: `panel ${this.id} by ${name}`, onclick: () => this.sortBy(name)}, name)));
     const rows = listed.map((row) => el("tr", {}, el("td", {}, this.choiceOf(row.one)),
       ...names.slice(1).map((name) => el("td", {}, format(row[name], unit)))));
     const hidden = series.length - listed.length;
     const more = hidden ? [`${hidden} more series are not drawn. `,
       el("button", {onclick: () => go({all: "1"})}, "Show all")] : [];
-    const focused = [...this.legend.querySelectorAll("button")].indexOf(document.activeElement);
-    this.legend.replaceChildren(tableOf(`Series of ${this.spec.title}`, heads, rows), ...more);
-    this.legend.querySelectorAll("button")[focused]?.focus();
+    if (series.length >= MAX_SERIES) more.push(` Only ${MAX_SERIES} series were read.`);
+    replace(this.legend, tableOf(`Series of ${title}`, heads, rows), ...more);
   }
 
   // A click isolates a series; further clicks add others, or take them away.
   choiceOf({name, color, border}) {
     const isChosen = state.only.includes(name);
     const only = isChosen ? state.only.filter((other) => other !== name) : [...state.only, name];
-    return el("button", {ariaPressed: String(isChosen), onclick: () => {
+    const choose = () => {
       adjust({only});
-      for (const panel of panelsShown()) if (panel.picture) panel.show();
-    }}, sampleOf({color, border}), name);
+      for (const panel of panels()) if (panel.picture) panel.show();
+    };
+    return el("button", {id: `panel ${this.id}: ${name}`, ariaPressed: String(isChosen),
+      onclick: choose}, sampleOf({color, border}), name);
   }
 
   sortBy(name) {
@@ -18576,7 +18500,7 @@ class Panel {
   showTable() {
     if (!this.picture) return;
     const heads = ["time", ...this.series.map(({name}) => name)];
-    const rows = this.rows().reverse().slice(0, 500).map(([time, ...values]) => el("tr", {},
+    const rows = this.rows().reverse().map(([time, ...values]) => el("tr", {},
       ...[exactTime(time), ...values.map((value) => format(value, this.spec.unit))]
         .map((text) => el("td", {}, text))));
     this.table.replaceChildren(tableOf(`Values of ${this.spec.title}`,
@@ -18594,16 +18518,10 @@ class Panel {
   }
 }
 
-function tableOf(name, heads, rows) {
-  return el("table", {ariaLabel: name}, el("thead", {}, el("tr", {}, ...heads)),
-    el("tbody", {}, ...rows));
-}
-
-function summaryOf(values) {
-  const known = values.filter(Number.isFinite), sum = known.reduce((a, b) => a + b, 0);
+function summaryOf(series) {
+  const known = series.values.filter(Number.isFinite), [min, max] = extremes([series]);
   if (!known.length) return {last: NaN, min: NaN, max: NaN, mean: NaN};
-  const [min, max] = [Math.min(...known), Math.max(...known)];
-  return {last: known.at(-1), min, max, mean: sum / known.length};
+  return {last: known.at(-1), min, max, mean: known.reduce((a, b) => a + b) / known.length};
 }
 
 function save(name, type, text) {
@@ -18612,136 +18530,7 @@ function save(name, type, text) {
   URL.revokeObjectURL(href);
 }
 
-// What is shown, as a file for --dashboards.
-function saveDashboard() {
-  const title = document.querySelector("h1").textContent, {variables = []} = shown;
-  const panels = panelsShown().filter(({root}) => !root.hidden).map(({spec}) => {
-    const {title: name, query, unit, legend, width} = spec;
-    return {title: name, query, unit, legend, width};
-  });
-  save(`${title}.json`, "application/json", JSON.stringify({title, variables, panels}, null, 2));
-}
-"""
-
-_VIEWS_SCRIPT = r"""
-// ---- Views: each gives its elements, and how they are brought up to date ----
-
-const EXAMPLE = `curl ${new URL("metrics", location.href)} -H 'Content-Type: application/json' \\
-  -d '{"metrics":[{"name":"cpu_usage","value":75.5,"tags":{"host":"web1"}}]}'`;
-const isOwn = (name) => name.startsWith("metricstream_");
-
-function titleRow(title, ...tools) {
-  const space = el("span", {className: "space"});
-  return el("div", {className: "row"}, el("h1", {}, title), space, ...tools);
-}
-
-const saveButton = () => el("button", {onclick: saveDashboard}, "Save as dashboard");
-
-// All metrics, without a query.
-function metricsView() {
-  const cards = new Map(), lists = [0, 1].map(() => el("ul", {className: "cards"}));
-  const found = el("span", {className: "meta", role: "status"});
-  const pushed = el("h2", {className: "spoken"}, "Pushed"), own = el("h2", {}, "This server");
-  const search = el("input", {type: "search", value: state.search, oninput: () => {
-    adjust({search: search.value});
-    filter();
-  }});
-  const empty = el("section", {}, el("h2", {}, "No metrics yet"),
-    el("p", {}, "Send the first one, and it appears here by itself:"),
-    el("pre", {className: "example", tabIndex: 0}, EXAMPLE));
-  function filter() {
-    const words = state.search.toLowerCase().split(/\s+/);
-    for (const [name, {root}] of cards) {
-      root.hidden = !words.every((word) => name.toLowerCase().includes(word));
-    }
-    const count = [...cards.values()].filter(({root}) => !root.hidden).length;
-    found.textContent = `${count} of ${cards.size} metrics`;
-    own.hidden = ![...lists[1].children].some(({hidden}) => !hidden);
-  }
-  function update() {
-    for (const [name, card] of cards) {
-      if (catalogue.has(name)) continue;
-      card.remove();
-      cards.delete(name);
-    }
-    for (const list of lists) list.next = list.firstElementChild;
-    for (const [name, metric] of catalogue) { // in the order of the names, as the cards are
-      const list = lists[Number(isOwn(name))];
-      const card = cards.get(name) ?? new Panel({...panelOf(metric), isCard: true});
-      cards.set(name, card);
-      card.spec.count = metric.count;
-      card.link.href = linkTo("metric", {name});
-      if (card.root === list.next) list.next = list.next.nextElementSibling;
-      else list.insertBefore(card.root, list.next);
-    }
-    empty.hidden = [...catalogue.keys()].some((name) => !isOwn(name));
-    filter();
-  }
-  update();
-  const tools = [el("label", {}, "Search ", search), found, saveButton()];
-  const nodes = [titleRow("Metrics", ...tools), empty, pushed, lists[0], own, lists[1]];
-  return {nodes, update};
-}
-
-// One metric, large, by the tags that are chosen.
-function metricView() {
-  const {name, by} = state, metric = catalogue.get(name) ?? {name};
-  const panel = new Panel(panelOf(metric, by), "large");
-  const tags = el("div", {className: "row", role: "group", ariaLabel: "Group by"});
-  const before = focused;
-  let known;
-  async function update(signal) {
-    const names = await ask("v1/labels", {"match[]": selectorOf(name)}, signal);
-    query.href = linkTo("query", {q: panel.spec.query}); // with the time of now
-    if (String(names) === known) return;
-    known = String(names);
-    const buttons = names.filter((tag) => tag !== "__name__").map((tag, index) => {
-      const isChosen = by.includes(tag);
-      const chosen = isChosen ? by.filter((other) => other !== tag) : [...by, tag];
-      return el("button", {id: `by-${index}`, ariaPressed: String(isChosen),
-        onclick: () => go({by: chosen, only: []})}, tag);
-    });
-    const nodes = buttons.length ? ["Group by", ...buttons] : [];
-    keepFocus(() => tags.replaceChildren(...nodes), before);
-  }
-  const query = el("a", {href: ""}, "Open as a query");
-  return {nodes: [titleRow(name, query, saveButton()), tags, panel.root], update};
-}
-
-let lastPicture = null; // of the query before: it stays until the next one is answered
-
-// Queries that share a graph.
-function queryView() {
-  const q = state.q.filter((text) => text.trim()), texts = state.q.length ? state.q : [""];
-  const read = () => fields.map(({value}) => value);
-  const run = () => go({q: read(), only: []});
-  const fields = texts.map((text, index) => queryField(text, index, run));
-  const refusal = el("pre", {className: "error", role: "alert", hidden: true});
-  const onanswer = (error) => {
-    refusal.hidden = !error;
-    refusal.textContent = error ? placeOf(error.message, q) : "";
-    if (!error) lastPicture = panel.picture;
-  };
-  const panel = new Panel({title: "Result", query: q, onanswer}, "large");
-  panel.root.hidden = !q.length;
-  if (lastPicture) panel.showOld(lastPicture);
-  const rows = fields.map((field, index) => {
-    const label = el("label", {htmlFor: field.id}, index ? `Query ${index + 1}` : "Query");
-    return el("div", {className: "query"}, label, field, field.options);
-  });
-  const tools = el("div", {className: "row"}, el("button", {onclick: run}, "Run"),
-    el("button", {onclick: () => go({q: [...read(), ""]})}, "Add a query"),
-    el("span", {className: "meta"}, "Enter runs, Shift+Enter begins a line"));
-  return {nodes: [titleRow("Query", saveButton()), ...rows, tools, refusal, panel.root]};
-}
-
-// An error, the line of the query where it is, and a mark at its column.
-function placeOf(message, queries) {
-  const [, line, column] = /^(\d+):(\d+):/.exec(message) ?? [];
-  const text = queries.map((query) => query.split("\n")[line - 1])
-    .find((row) => row?.length >= column - 1);
-  return text === undefined ? message : `${message}\n\n${text}\n${" ".repeat(column - 1)}^`;
-}
+// ---- A field for a query, with completions ----
 
 function queryField(text, index, run) {
   const id = `query-${index}`, list = `${id}-options`;
@@ -18770,8 +18559,8 @@ function queryField(text, index, run) {
     const all = await completions(before);
     if (field.value.slice(0, field.selectionStart) !== before) return;
     word = all.word;
-    found = all.names.filter((name) => name !== word && name.includes(word)).slice(0, 50)
-      .sort((a, b) => b.startsWith(word) - a.startsWith(word));
+    found = all.names.filter((name) => name !== word && name.includes(word))
+      .sort((a, b) => b.startsWith(word) - a.startsWith(word)).slice(0, 50);
     options.replaceChildren(...found.map((name, number) => el("li", {id: `${list}-${number}`,
       role: "option", ariaSelected: "false", onpointerdown: (event) => {
         event.preventDefault();
@@ -18815,44 +18604,191 @@ async function completions(before) {
   }
   return {word, names: [...catalogue.keys()].map(selectorOf).concat(WORDS)};
 }
+"""
+
+
+# ==================================================================================================
+# 61. Dashboard: views
+# ==================================================================================================
+#
+# A view is a function that makes its elements once and tells how they are brought up to date:
+# all metrics, one metric, queries, saved dashboards, alerts. One loop asks for what is common to
+# all of them, the catalogue and the alerts, then updates the view and its panels.
+
+_VIEWS_SCRIPT = r"""
+// ---- Metrics ----
+
+const MAX_CARDS = 100; // at first; it keeps a page of 10,000 metrics small
+const EXAMPLE = `curl ${new URL("metrics", location.href)} -H 'Content-Type: application/json' \\
+  -d '{"metrics":[{"name":"cpu_usage","value":75.5,"tags":{"host":"web1"}}]}'`;
+const isOwn = (name) => /^(metricstream_|prometheus_rule_|ALERTS(_FOR_STATE)?$)/.test(name);
+
+function titleRow(title, ...tools) {
+  const space = el("span", {className: "space"});
+  return el("div", {className: "row"}, el("h1", {}, title), space, ...tools);
+}
+
+const saveButton = () => el("button", {onclick: saveDashboard}, "Save as dashboard");
+
+// What is shown, as a file for --dashboards.
+function saveDashboard() {
+  const title = document.querySelector("h1").textContent, {variables = []} = shown;
+  const specs = panels().map(({spec: {title, query, unit, legend, width}}) => (
+    {title, query, unit, legend, width}));
+  const text = JSON.stringify({title, variables, panels: specs}, null, 2);
+  save(`${title}.json`, "application/json", text);
+}
+
+// All metrics, without a query.
+function metricsView() {
+  const cards = new Map(), lists = [0, 1].map(() => el("ul", {className: "cards"}));
+  const found = el("span", {className: "meta", role: "status"});
+  const own = el("h2", {}, "This server");
+  const search = el("input", {type: "search", value: state.search, oninput: () => {
+    adjust({search: search.value});
+    update();
+  }});
+  const empty = el("section", {}, el("h2", {}, "No metrics yet"),
+    el("p", {}, "Send the first one, and it appears here by itself:"),
+    el("pre", {className: "example", tabIndex: 0}, EXAMPLE));
+  let limit = MAX_CARDS;
+  const more = el("button", {onclick: () => {
+    limit += MAX_CARDS;
+    update();
+  }}, "Show more");
+  function cardOf(name) {
+    const metric = catalogue.get(name);
+    const card = cards.get(name) ?? new Panel({...panelOf(metric), isCard: true});
+    cards.set(name, card);
+    card.spec.count = metric.count;
+    card.link.href = linkTo("metric", {name});
+    return card.root;
+  }
+  function update() {
+    if (search.value !== state.search) search.value = state.search;
+    const words = state.search.toLowerCase().split(/\s+/), names = [...catalogue.keys()];
+    const matching = names.filter((name) => (
+      words.every((word) => name.toLowerCase().includes(word))));
+    const groups = [matching.filter((name) => !isOwn(name)), matching.filter(isOwn)];
+    groups.forEach((group, i) => arrange(lists[i], group.slice(0, limit).map(cardOf)));
+    found.textContent = `${matching.length} of ${names.length} metrics`;
+    more.hidden = groups.every(({length}) => length <= limit);
+    own.hidden = !groups[1].length;
+    empty.hidden = !names.every(isOwn);
+  }
+  update();
+  const tools = [el("label", {}, "Search ", search), found, saveButton()];
+  const nodes = [titleRow("Metrics", ...tools), empty, lists[0], own, lists[1], more];
+  return {nodes, update};
+}
+
+// Makes elements the children of another. Those in their place are not touched: focus stays.
+function arrange(parent, wanted) {
+  const kept = new Set(wanted);
+  for (const child of [...parent.children]) if (!kept.has(child)) child.remove();
+  wanted.forEach((child, i) => {
+    if (parent.children[i] !== child) parent.insertBefore(child, parent.children[i] ?? null);
+  });
+}
+
+// One metric, large, by the tags that are chosen.
+function metricView() {
+  const {name, by} = state, metric = catalogue.get(name) ?? {name};
+  const panel = new Panel(panelOf(metric, by), "large");
+  const tags = el("div", {className: "row", role: "group", ariaLabel: "Group by"});
+  const query = el("a", {href: ""}, "Open as a query");
+  let known;
+  async function update(signal) {
+    query.href = linkTo("query", {q: panel.spec.query}); // with the time of now
+    const names = await ask("v1/labels", {"match[]": selectorOf(name)}, signal);
+    if (String(names) === known) return;
+    known = String(names);
+    const buttons = names.filter((tag) => tag !== "__name__").map((tag) => {
+      const isChosen = by.includes(tag);
+      const chosen = isChosen ? by.filter((other) => other !== tag) : [...by, tag];
+      return el("button", {id: `by ${tag}`, ariaPressed: String(isChosen),
+        onclick: () => go({by: chosen, only: []})}, tag);
+    });
+    replace(tags, ...(buttons.length ? ["Group by", ...buttons] : []));
+  }
+  return {nodes: [titleRow(name, query, saveButton()), tags, panel.root], update};
+}
+
+// ---- Query ----
+
+let result = null; // its picture stays until the next query is answered
+
+// Queries that share a graph.
+function queryView() {
+  const q = state.q.filter((text) => text.trim()), texts = state.q.length ? state.q : [""];
+  const read = () => fields.map(({value}) => value);
+  const run = () => go({q: read(), only: []});
+  const fields = texts.map((text, index) => queryField(text, index, run));
+  const refusal = el("pre", {className: "error", role: "alert", hidden: true});
+  const onanswer = (error) => {
+    refusal.hidden = !error;
+    refusal.textContent = error ? placeOf(error) : "";
+    result.root.style.visibility = result.picture ? "" : "hidden";
+  };
+  result ??= new Panel({title: "Result"}, "large");
+  Object.assign(result.spec, {query: q, onanswer});
+  result.root.hidden = !q.length;
+  const rows = fields.map((field, index) => {
+    const label = el("label", {htmlFor: field.id}, index ? `Query ${index + 1}` : "Query");
+    return el("div", {className: "query"}, label, field, field.options);
+  });
+  const tools = el("div", {className: "row"}, el("button", {onclick: run}, "Run"),
+    el("button", {onclick: () => go({q: [...read(), ""]})}, "Add a query"),
+    el("span", {className: "meta"}, "Enter runs, Shift+Enter begins a line"));
+  return {nodes: [titleRow("Query", saveButton()), ...rows, tools, refusal, result.root]};
+}
+
+// An error, the line of the query where it is, and a mark at its column.
+function placeOf({message, query}) {
+  const [, line, column] = /^(\d+):(\d+):/.exec(message) ?? [];
+  const text = query?.split("\n")[line - 1];
+  return text === undefined ? message : `${message}\n\n${text}\n${" ".repeat(column - 1)}^`;
+}
 
 // ---- Dashboards: the files of --dashboards ----
 
 function dashboardsView() {
-  const list = el("ul"), faults = el("ul");
+  const list = el("ul"), faults = el("ul"), none = el("p", {hidden: true}, "None yet. Start the "
+    + "server with --dashboards DIR, and put there what “Save as dashboard” gives.");
   async function update(signal) {
     const {dashboards, faults: found} = await ask("dashboards", null, signal);
-    const none = "None yet. Start the server with --dashboards DIR, and put there what "
-      + "“Save as dashboard” gives.";
-    const links = dashboards.map(({file, title}) => el("li", {},
-      el("a", {href: linkTo("dashboard", {name: file})}, title), ` (${file})`));
-    list.replaceChildren(...(links.length ? links : [el("li", {}, none)]));
+    none.hidden = dashboards.length;
+    replace(list, ...dashboards.map(({file, title}) => el("li", {},
+      el("a", {id: file, href: linkTo("dashboard", {name: file})}, title),
+      el("div", {className: "meta"}, file))));
     faults.replaceChildren(...found.map(({file, error}) => (
       el("li", {className: "error"}, `${file}: ${error}`))));
   }
-  return {nodes: [titleRow("Dashboards"), list, faults], update};
+  return {nodes: [titleRow("Dashboards"), none, list, faults], update};
 }
 
 function dashboardView() {
   const title = titleRow(state.name, saveButton()), body = el("div", {className: "panels"});
-  const before = focused;
-  const view = {nodes: [title, body], update: async (signal) => {
-    if (body.childElementCount) return;
-    const {dashboards} = await ask("dashboards", null, signal), variables = new Map();
+  const choices = el("div", {className: "row"}), variables = new Map();
+  const view = {nodes: [title, choices, body], update};
+  async function update(signal) {
+    const {dashboards} = await ask("dashboards", null, signal);
     const dashboard = dashboards.find(({file}) => file === state.name);
     if (!dashboard) return body.replaceChildren("There is no such dashboard.");
     view.variables = dashboard.variables;
-    const choices = await Promise.all(view.variables.map((one) => variableChoice(one, signal)));
-    for (const {name, value} of choices) variables.set(name, quoted(value).slice(1, -1));
+    const found = await Promise.all(view.variables.map((one) => variableChoice(one, signal)));
+    for (const {name, value} of found) variables.set(name, quoted(value).slice(1, -1));
+    const labels = found.map((choice) => el("label", {}, `${choice.name} `, choice));
+    const isKnown = choices.textContent === labels.map((label) => label.textContent).join("");
+    if (!isKnown) replace(choices, ...labels);
+    if (body.childElementCount) return;
     title.firstChild.textContent = dashboard.title;
-    keepFocus(() => title.firstChild.after(...choices.map((choice) => (
-      el("label", {}, `${choice.name} `, choice)))), before);
     for (const spec of dashboard.panels) {
       const panel = new Panel(spec, "medium", variables);
       panel.root.style.gridColumn = `span ${spec.width}`;
       body.append(panel.root);
     }
-  }};
+  }
   return view;
 }
 
@@ -18862,77 +18798,66 @@ async function variableChoice({name, tag, metric}, signal) {
   const values = await ask(`v1/label/${encodeURIComponent(tag)}/values`, match, signal);
   const value = state.variables.get(name) ?? values[0] ?? "";
   const texts = values.includes(value) ? values : [value, ...values];
-  const choice = el("select", {id: `variable-${name}`, name, onchange: () => {
+  const choice = selectOf(`variable-${name}`, texts.map((text) => [text, text]), value, () => {
     go({variables: new Map(state.variables).set(name, choice.value)});
-  }}, ...texts.map((text) => el("option", {selected: text === value}, text)));
-  return choice;
+  });
+  return Object.assign(choice, {name});
 }
 
 // ---- Alerts: what fires and what pends; silences, as Alertmanager's API has them ----
 
-let alerts = null; // where there is no alerting
-let isAlerting, silences = [], alertingRules = [];
-
-async function readAlerts(signal) {
-  isAlerting ??= (await ask("dashboards", null, signal)).alerting;
-  if (!isAlerting) return;
-  try {
-    const [found, {groups}, all] = await Promise.all(
-      ["v1/alerts", "v1/rules?type=alert", "v2/silences"].map((path) => ask(path, null, signal)));
-    alerts = found.alerts.sort((a, b) => a.state < b.state ? -1 : 1);
-    alertingRules = groups.flatMap(({rules}) => rules);
-    silences = all.filter(({status}) => status.state === "active");
-  } catch (error) {
-    if (error.status !== 404) throw error;
-  }
-}
-
-// The times in which an alert fired whose rule reads a metric, as [from, to].
-async function firingTimes(metric, {start, end, step}, signal) {
-  const names = alertingRules.filter(({query}) => query.split(/[^\w:]+/).includes(metric))
-    .map(({name}) => `ALERTS{alertname=${JSON.stringify(name)},alertstate="firing"}`);
-  if (!names.length) return [];
-  const asked = {query: `count(${names.join(" or ")})`, start, end, step};
-  const {result: [found]} = await ask("v1/query_range", asked, signal);
-  return found?.values.map(([time]) => [time - step, time]) ?? [];
-}
+const SILENCES = {1: "1 hour", 2: "2 hours", 8: "8 hours", 24: "1 day"};
 
 function isMatched({name, value, isRegex, isEqual = true}, labels) {
   const label = labels[name] ?? "";
-  return isEqual === (isRegex ? new RegExp(`^(?:${value})$`, "s").test(label) : label === value);
+  if (!isRegex) return isEqual === (label === value);
+  try {
+    return isEqual === new RegExp(`^(?:${value})$`, "s").test(label);
+  } catch {
+    return false; // RE2's syntax has flags that a browser's has not
+  }
 }
-
-const silenceOf = ({labels}) => silences.find(({matchers}) => (
-  matchers.every((matcher) => isMatched(matcher, labels))));
 
 function alertsView() {
   const list = el("ul"), none = el("p", {}, "Nothing fires, and nothing pends.");
-  function update() {
-    none.hidden = alerts?.length > 0;
-    keepFocus(() => list.replaceChildren(...(alerts ?? []).map(alertItem)));
+  const hours = selectOf("hours", Object.entries(SILENCES), "2");
+  const choice = el("label", {}, "Silence for ", hours);
+  let silences = []; // null: a real Alertmanager has them
+  async function update(signal) {
+    try {
+      silences &&= await ask("v2/silences", null, signal);
+    } catch (error) {
+      if (error.status !== 404) throw error;
+      silences = null;
+    }
+    const alerts = activeAlerts();
+    none.hidden = alerts.length;
+    choice.hidden = !silences || !alerts.length;
+    replace(list, ...alerts.map((alert, index) => alertItem(alert, index, silences, hours)));
   }
-  return {nodes: [titleRow("Alerts"), none, list], update};
+  return {nodes: [titleRow("Alerts", choice), none, list], update};
 }
 
-function alertItem(alert, index) {
-  const {labels, annotations, state: condition, activeAt} = alert, silence = silenceOf(alert);
+function alertItem({labels, annotations, state: condition, activeAt}, index, silences, hours) {
   const {alertname, ...rest} = labels, date = (text) => exactTime(Date.parse(text) / 1000);
   const tags = Object.entries(rest).map((pair) => pair.join("=")).join(", ");
+  const silence = silences?.find(({matchers, status}) => status.state === "active"
+    && matchers.every((matcher) => isMatched(matcher, labels)));
   const [text, write] = silence
     ? ["End the silence", () => writeSilence("DELETE", `silence/${silence.id}`)]
-    : ["Silence for 2 hours", () => writeSilence("POST", "silences", twoHours(labels))];
+    : ["Silence", () => writeSilence("POST", "silences", silenceOf(labels, hours.value))];
   return el("li", {className: "card row"}, el("div", {}, el("h2", {}, alertname),
     el("span", {className: condition}, condition), ` since ${date(activeAt)}`,
     silence ? `, silenced until ${date(silence.endsAt)}` : "",
     ...Object.values(annotations).map((annotation) => el("div", {}, annotation)),
     el("div", {className: "meta"}, tags)),
-  el("button", {id: `silence-${index}`, className: "space", onclick: write}, text));
+  silences ? el("button", {id: `silence ${index}`, className: "space", onclick: write}, text) : "");
 }
 
-function twoHours(labels) {
+function silenceOf(labels, hours) {
   const now = Date.now(), matchers = Object.entries(labels).map(([name, value]) => (
     {name, value, isRegex: false, isEqual: true}));
-  return {matchers, startsAt: new Date(now), endsAt: new Date(now + 7200e3),
+  return {matchers, startsAt: new Date(now), endsAt: new Date(now + hours * 3600e3),
     createdBy: "dashboard", comment: "from the dashboard"};
 }
 
@@ -18942,67 +18867,60 @@ async function writeSilence(method, path, silence) {
   const body = silence && JSON.stringify(silence);
   if (key) headers.Authorization = `Bearer ${key}`;
   try {
-    await ask("v2/" + path, null, null, {method, headers, body});
+    await request("v2/" + path, {method, headers, body});
   } catch (error) {
     if (error.status !== 401) return alert(error.message);
     const given = prompt("The key of a listed client, kept in this tab alone:") ?? "";
     sessionStorage.setItem("key", given);
     return given && writeSilence(method, path, silence);
   }
-  refresh();
+  render();
 }
 
-// ---- The page: time, views, and the loop that brings them up to date ----
+// ---- The loop ----
 
 const VIEWS = {
   metrics: metricsView, metric: metricView, query: queryView, dashboards: dashboardsView,
   dashboard: dashboardView, alerts: alertsView,
 };
+const NAMES = {metrics: "Metrics", query: "Query", dashboards: "Dashboards", alerts: "Alerts"};
+const PARENTS = {metric: "metrics", dashboard: "dashboards"};
 let shown = null; // the view
 let updating = null;
-let timer;
-let focused = ""; // the id of what was focused before the view was made
-
-// Elements that are made anew get the focus back.
-function keepFocus(change, id = document.activeElement.id) {
-  change();
-  if (id) document.getElementById(id)?.focus();
-}
+let refreshedAt = 0;
 
 function showTime() {
-  const isCustom = !(state.range in RANGES);
-  const select = (id, names, chosen, onchange) => el("select", {id, onchange},
-    ...Object.entries(names).map(([value, text]) => (
-      el("option", {value, selected: value === chosen}, text))));
-  const now = timeRange().map(Math.round), chosen = isCustom ? "custom" : state.range;
-  const range = select("range", {...RANGES, custom: "Custom"}, chosen,
+  const isCustom = !(state.range in RANGES), now = timeRange().map(Math.round);
+  const ranges = Object.entries({...RANGES, custom: "Custom"});
+  const range = selectOf("range", ranges, isCustom ? "custom" : state.range,
     () => go({range: range.value === "custom" ? now.join("-") : range.value}));
-  const pace = select("refresh", REFRESHES, state.refresh, () => {
+  const pace = selectOf("refresh", Object.entries(REFRESHES), state.refresh, () => {
     adjust({refresh: pace.value});
     refresh();
   });
-  const zone = new Date().getTimezoneOffset() * 60;
   const [from, to] = now.map((time) => el("input", {type: "datetime-local", step: 1,
-    value: new Date((time - zone) * 1000).toISOString().slice(0, 19)}));
+    value: new Date((time - zoneAt(time)) * 1000).toISOString().slice(0, 19)}));
   const form = document.getElementById("time");
   form.onsubmit = (event) => {
     event.preventDefault();
-    if (isCustom) go({range: [from, to].map(({value}) => Date.parse(value) / 1000).join("-")});
+    go({range: [from, to].map(({value}) => Date.parse(value) / 1000).join("-")});
   };
   const label = (text, field) => el("label", {}, `${text} `, field);
-  const custom = [label("From", from), label("To", to), el("button", {}, "Show")];
-  form.replaceChildren(...(isCustom ? custom : []), label("Time", range), label("Refresh", pace));
+  const custom = isCustom ? [label("From", from), label("To", to), el("button", {}, "Show")] : [];
+  replace(form, ...custom, label("Time", range), label("Refresh", pace));
 }
 
 function showViews() {
-  const names = {metrics: "Metrics", query: "Query", dashboards: "Dashboards"};
-  if (alerts) names.alerts = "Alerts";
-  const current = {metric: "metrics", dashboard: "dashboards"}[state.view] ?? state.view;
-  const links = Object.entries(names).map(([view, name]) => el("a", {id: `to-${view}`,
+  const current = PARENTS[state.view] ?? state.view;
+  const links = Object.entries(NAMES).map(([view, name]) => el("a", {id: `to ${view}`,
     href: linkTo(view), ariaCurrent: view === current ? "page" : null}, name));
-  keepFocus(() => document.getElementById("views").replaceChildren(...links));
-  const firing = alerts?.filter((alert) => alert.state === "firing").length;
-  const title = `${state.name || names[current]} · MetricStream`;
+  replace(document.getElementById("views"), ...links);
+  showTitle();
+}
+
+function showTitle() {
+  const firing = activeAlerts().filter((alert) => alert.state === "firing").length;
+  const title = `${state.name || NAMES[state.view]} · MetricStream`;
   document.title = firing ? `(${firing}) ${title}` : title;
 }
 
@@ -19010,70 +18928,196 @@ const keyOfView = () => hashOf({range: "", refresh: "", search: "", only: []});
 
 // Shows the view of the URL. Where only the time has changed, the pictures stay and ask anew.
 function render() {
-  focused = document.activeElement.id;
   state = readState();
   if (!Object.hasOwn(VIEWS, state.view)) state.view = "metrics";
   updating?.abort();
   updating = null;
-  const isSame = shown?.key === keyOfView();
-  for (const panel of panelsShown()) {
-    if (isSame) panel.cancel();
-    else panel.remove();
-  }
-  if (!isSame) shown = null;
-  keepFocus(() => {
-    showTime();
-    build();
-  });
+  for (const panel of panels()) panel.cancel();
+  showTime();
+  showViews();
+  build();
   refresh();
 }
 
 // Waits for the catalogue: the types of the metrics decide how they are drawn.
 function build() {
-  if (shown || !catalogue) return;
+  if (!catalogue || shown?.key === keyOfView()) return;
   shown = Object.assign(VIEWS[state.view](), {key: keyOfView()});
-  document.getElementById("main").replaceChildren(...shown.nodes);
+  replace(document.getElementById("main"), ...shown.nodes);
 }
 
 async function refresh() {
   if (document.hidden || updating) return;
-  const mine = updating = new AbortController(), {signal} = mine;
+  const {signal} = updating = new AbortController();
+  refreshedAt = Date.now();
   try {
-    await Promise.all([readCatalogue(signal), readAlerts(signal)]);
-    build();
-    showViews();
+    alertsRead = readAlerts(signal).then(showTitle);
+    await Promise.all([alertsRead, readCatalogue(signal).then(build)]);
+    for (const panel of panels()) panel.refresh();
     await shown.update?.(signal);
-    for (const panel of panelsShown()) panel.refresh();
   } catch (error) {
     if (!isExpected(error)) throw error;
     if (error.status) setNotice(error.message);
   } finally {
-    if (updating === mine) updating = null;
-    schedule();
+    if (!signal.aborted) updating = null;
   }
 }
 
-function schedule() {
-  clearTimeout(timer);
+setInterval(() => {
   const pause = document.getElementById("notice").hidden ? Number(state.refresh) : 2;
-  if (pause >= 1) timer = setTimeout(refresh, pause * 1000);
-}
-
+  if (pause && Date.now() - refreshedAt > pause * 1000) refresh();
+}, 500);
 addEventListener("popstate", render);
 document.addEventListener("visibilitychange", refresh);
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape" && history.state?.isOfTime) history.back();
 });
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
-  for (const chart of charts) chart.draw();
-});
+for (const query of ["(prefers-color-scheme: dark)", "print"]) {
+  matchMedia(query).addEventListener("change", () => {
+    for (const {chart} of panels()) chart.draw();
+  });
+}
 render();
 
 //# sourceURL=dashboard.js
 """
 
-SCRIPT = _STATE_SCRIPT + _ASK_SCRIPT + _CHART_SCRIPT + _PANEL_SCRIPT + _VIEWS_SCRIPT
 
+# ==================================================================================================
+# 62. Dashboard: page
+# ==================================================================================================
+#
+# The document that holds the script, and how it is served. Names and tags are the text of
+# strangers. The page makes elements and sets their text; it never makes markup of text, and its
+# Content-Security-Policy forbids the browser to do so: it runs this script alone, takes this style
+# alone, and talks to this server alone.
+
+PAGE = r"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>MetricStream</title>
+<link rel="icon" href="%ICON%">
+<style>%STYLE%</style>
+</head>
+<body>
+<header>
+  <a class="brand" href="#"><img src="%ICON%" alt="" width="22" height="22">MetricStream</a>
+  <nav aria-label="Views" id="views"></nav>
+  <form class="row space" id="time"></form>
+</header>
+<p class="notice" id="notice" role="alert" hidden></p>
+<main id="main"><noscript>The page is drawn by a script.</noscript></main>
+<div class="spoken" id="spoken" role="status"></div>
+<script>%SCRIPT%</script>
+</body>
+</html>
+"""
+
+STYLE = r"""
+:root {
+  color-scheme: light dark;
+  --page: #f5f6f8; --card: #fff; --line: #d9dde3; --grid: #e8ebef; --field: #7b8494;
+  --text: #1b2230; --muted: #596273; --accent: #1d5fc4; --bad: #b42318; --warn: #8a5300;
+  --shade: #d92d2026;
+  --series-0: #1f6fd0; --series-1: #c2410c; --series-2: #15803d; --series-3: #9333ea;
+  --series-4: #a16207; --series-5: #be185d; --series-6: #0e7490; --series-7: #4b5563;
+}
+@media screen and (prefers-color-scheme: dark) {
+  :root {
+    --page: #12151a; --card: #1a1e25; --line: #323843; --grid: #262b34; --field: #7f8999;
+    --text: #e7eaf0; --muted: #a0a9b8; --accent: #8ab4f8; --bad: #ff9a8f; --warn: #f5c26b;
+    --shade: #ff6b5e2e;
+    --series-0: #6ea8fe; --series-1: #fb923c; --series-2: #4ade80; --series-3: #c99bff;
+    --series-4: #facc15; --series-5: #f583bd; --series-6: #22d3ee; --series-7: #cbd5e1;
+  }
+}
+* { box-sizing: border-box; }
+[hidden] { display: none !important; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; border-radius: 4px; }
+body {
+  margin: 0; background: var(--page); color: var(--text); overflow-y: scroll;
+  font: 15px/1.5 system-ui, sans-serif;
+}
+header, main { max-width: 1280px; margin: 0 auto; padding: .75rem 1.25rem; }
+main { min-height: 80vh; padding-bottom: 4rem; }
+header, .row { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem 1rem; }
+.row { margin: 0 0 .75rem; }
+.space { margin: 0 0 0 auto; }
+h1, h2 { font-weight: 600; margin: 0; min-width: 0; overflow-wrap: anywhere; }
+h1 { font-size: 1.4rem; }
+h2 { font-size: 1rem; }
+main > h2 { margin: 2rem 0 .75rem; }
+.cards h2, .meta, .tip span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+ul { list-style: none; margin: 0; padding: 0; }
+a { text-decoration: none; }
+a[href] { color: var(--accent); }
+a[href]:hover { text-decoration: underline; }
+a.brand { font-weight: 650; color: var(--text); display: flex; gap: .5rem; align-items: center; }
+nav a[href] { padding: .25rem .6rem; border-radius: 6px; color: var(--muted); }
+nav a[aria-current] { background: var(--card); color: var(--text); font-weight: 600; }
+label, .meta { color: var(--muted); font-size: .85rem; }
+button, select, input, textarea {
+  font: inherit; font-size: .9rem; color: var(--text); background: var(--card);
+  border: 1px solid var(--field); border-radius: 6px; padding: .25rem .6rem; max-width: 100%;
+}
+button { cursor: pointer; }
+button:hover { border-color: var(--accent); }
+textarea { width: 100%; resize: vertical; display: block; }
+textarea, pre { font: .85rem/1.5 ui-monospace, monospace; padding: .5rem .75rem; }
+pre { background: var(--card); border-radius: 8px; white-space: pre-wrap; }
+.example { user-select: all; }
+.cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(290px, 1fr)); }
+.panels { display: grid; gap: 1rem; grid-template-columns: repeat(12, minmax(0, 1fr)); }
+.card, .tip, .options {
+  background: var(--card); border: 1px solid var(--line); border-radius: 8px; min-width: 0;
+}
+.card { padding: .75rem .9rem; }
+.meta { margin: .25rem 0; min-height: 1.5em; }
+.error { color: var(--bad); white-space: pre-wrap; overflow-wrap: anywhere; }
+.notice { background: var(--bad); color: var(--card); margin: 0; padding: .5rem 1.25rem; }
+.chart { position: relative; height: 150px; margin-top: .4rem; touch-action: pan-y; }
+.medium { height: 220px; }
+.large { height: 340px; }
+.chart > * { position: absolute; left: 0; pointer-events: none; }
+canvas { width: 100%; height: 100%; }
+.slow { opacity: .45; }
+.cursor, .selection { top: 8px; bottom: 22px; background: var(--accent); opacity: .2; }
+.cursor { width: 1px; background: var(--muted); opacity: 1; }
+.tip { top: 4px; max-width: 75%; padding: .3rem .5rem; font-size: .8rem; }
+.tip div, td button { display: flex; gap: .5rem; align-items: center; }
+.tip b { margin-left: auto; white-space: nowrap; }
+i { flex: none; width: 24px; border-top: 3px solid; }
+.scroll { overflow: auto; max-height: 26rem; margin-bottom: .75rem; }
+table { border-collapse: collapse; width: 100%; font-size: .85rem; }
+th, td { text-align: right; padding: .2rem .6rem; white-space: nowrap; }
+td, b { font-variant-numeric: tabular-nums; }
+th:first-child, td:first-child { text-align: left; }
+tr { border-bottom: 1px solid var(--grid); }
+table button { border-color: transparent; background: none; padding: .1rem .3rem; }
+th button { font-weight: 600; padding: 0; }
+[aria-pressed=true], [aria-selected=true] { background: var(--accent); color: var(--card); }
+.query { position: relative; margin-bottom: .75rem; }
+.options { position: absolute; z-index: 3; width: 100%; max-height: 16rem; overflow: auto; }
+.options li { padding: .2rem .75rem; cursor: pointer; overflow-wrap: anywhere; }
+.firing, .pending { color: var(--warn); font-weight: 600; }
+.firing { color: var(--bad); }
+.spoken { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+@media (max-width: 700px) {
+  .panels > * { grid-column: 1 / -1 !important; }
+  header, main { padding: .5rem .75rem; }
+  .space { margin: 0; }
+}
+@media (prefers-reduced-motion: no-preference) { canvas { transition: opacity .2s; } }
+@media print {
+  nav, form, .notice, [role=group] { display: none !important; }
+  .row:not(.card) > :not(h1, label:has([id^=variable])), .card > button { display: none; }
+  .card { break-inside: avoid; }
+}
+"""
+
+SCRIPT = _QUERY_SCRIPT + _CHART_SCRIPT + _PANEL_SCRIPT + _VIEWS_SCRIPT
 
 ICON = (
     "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'>"
@@ -19087,7 +19131,9 @@ _QUERY_WORDS = {
 def dashboard_page() -> str:
     """The page: one document, style and script within it."""
     script = SCRIPT.replace("%WORDS%", write_json(sorted(_QUERY_WORDS)))
-    page = PAGE.replace("%ICON%", urllib.parse.quote(ICON))
+    # Lines of comments are for the readers of this file: 1.5 KB of 20, zipped.
+    script = re.sub(r"(?m)^ *// .*\n", "", script)
+    page = PAGE.replace("%ICON%", f"data:image/svg+xml,{urllib.parse.quote(ICON)}")
     return page.replace("%STYLE%", STYLE).replace("%SCRIPT%", script)
 
 
@@ -19127,14 +19173,10 @@ def _page_responses(zipped: bool) -> tuple[str, Response, Response]:
     return etag, whole, Response(304, body, "text/html; charset=utf-8", fields)
 
 
-_TAKES_GZIP = re.compile(r"(?:^|[\s,])gzip(?!\s*;\s*q=0(?:\.0*)?\s*(?:,|$))", re.IGNORECASE)
-
-
 def show_page(request: Request, client: str) -> Answer:
     """`GET /`: the page, or 304 where the browser has it (RFC 9110, 13.1.2)."""
     headers = request.head.headers
-    zipped = _TAKES_GZIP.search(headers.get("accept-encoding", "")) is not None
-    etag, whole, known = _page_responses(zipped)
+    etag, whole, known = _page_responses(accepts_gzip(headers))
     return Answer(known if etag in headers.get("if-none-match", "") else whole)
 
 
@@ -19153,134 +19195,8 @@ def show_graph(request: Request, client: str) -> Answer:
     return Answer(Response(302, b"", fields=[("Location", f"./{place}")]))
 
 
-# ---- saved dashboards ----
-
-MAX_DASHBOARD_BYTES = 1024 * 1024
-
-
-class DashboardError(ValueError):
-    """A saved dashboard that can't be drawn: which member of it, and what is wrong."""
-
-
-def read_dashboard(text: str | bytes) -> dict[str, Any]:
-    """A saved dashboard, with what it leaves out. Raises JSONError or DashboardError.
-
-    >>> text = '{"title": "Host", "panels": [{"title": "Load", "query": "load1"}]}'
-    >>> read_dashboard(text)["panels"]
-    [{'title': 'Load', 'query': ['load1'], 'unit': '', 'legend': [], 'width': 6}]
-    >>> read_dashboard(text.replace('"load1"', '"load1", "width": 13'))
-    Traceback (most recent call last):
-    metricstream.DashboardError: panels[0].width: must be a whole number from 1 to 12
-    """
-    dashboard = _members(parse_json(text), "", _DASHBOARD)
-    for name, members in (("variables", _VARIABLE), ("panels", _PANEL)):
-        dashboard[name] = [
-            _members(item, f"{name}[{number}].", members)
-            for number, item in enumerate(dashboard[name])
-        ]
-    known = {"window": "5m", "step": "1m"}
-    known |= {variable["name"]: "x" for variable in dashboard["variables"]}
-    for number, panel in enumerate(dashboard["panels"]):
-        for name in ("query", "legend"):
-            if isinstance(panel[name], str):
-                panel[name] = [panel[name]]
-        for query in panel["query"]:
-            # As the page does it.
-            filled = re.sub(
-                r"\$([A-Za-z0-9_]+)", lambda match: known.get(match[1], match[0]), query
-            )
-            try:
-                parse_query(filled)
-            except QueryError as error:
-                raise DashboardError(f"panels[{number}].query: {error}") from None
-    return dashboard
-
-
-class _Member(NamedTuple):
-    """What a member of an object must be, and what it is where it is missing."""
-
-    must_be: str
-    holds: Callable[[Any], bool]
-    missing: Any = None
-
-
-def _members(value: Any, place: str, members: dict[str, _Member]) -> dict[str, Any]:
-    """The members of an object, all of them."""
-    if not isinstance(value, dict):
-        raise DashboardError(f"{place.rstrip('.') or 'the document'} must be an object")
-    for name in value:
-        if name not in members:
-            known = ", ".join(members)
-            raise DashboardError(f"{place}{name[:80]}: unknown member; known are {known}")
-    found = {name: value.get(name, member.missing) for name, member in members.items()}
-    for name, member in members.items():
-        if not member.holds(found[name]):
-            raise DashboardError(f"{place}{name}: must be {member.must_be}")
-    return found
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list)
-
-
-def _is_texts(value: Any) -> bool:
-    return _is_text(value) or (_is_list(value) and all(map(_is_text, value)))
-
-
-def _is_name(value: Any) -> bool:
-    return _is_text(value) and re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", value) is not None
-
-
-def _is_width(value: Any) -> bool:
-    return type(value) is int and 1 <= value <= 12
-
-
-_DASHBOARD = {
-    "title": _Member("a string", _is_text),
-    "variables": _Member("an array", _is_list, []),
-    "panels": _Member("an array", _is_list),
-}
-_VARIABLE = {
-    "name": _Member("letters, digits and '_'", _is_name),
-    "tag": _Member("a string", _is_text),
-    "metric": _Member("a string", _is_text, ""),  # whose tag it is; "": of any
-}
-_PANEL = {
-    "title": _Member("a string", _is_text),
-    "query": _Member("a string or an array of strings", _is_texts),
-    "unit": _Member("a string", _is_text, ""),
-    "legend": _Member("a string or an array of strings", _is_texts, []),  # with {{tag}}
-    "width": _Member("a whole number from 1 to 12", _is_width, 6),  # in twelfths of the page
-}
-
-
-def read_dashboards(folder: str) -> dict[str, Any]:
-    """The saved dashboards of a folder as it is now, and what can't be read and why."""
-    dashboards, faults = [], []
-    for file in sorted(file for file in os.listdir(folder) if file.endswith(".json")):
-        try:
-            with open(os.path.join(folder, file), "rb") as opened:
-                text = opened.read(MAX_DASHBOARD_BYTES + 1)
-            if len(text) > MAX_DASHBOARD_BYTES:
-                raise DashboardError(f"more than {MAX_DASHBOARD_BYTES} bytes")
-            dashboards.append({"file": file, **read_dashboard(text)})
-        except OSError as error:
-            faults.append({"file": file, "error": error.strerror or str(error)})
-        except (DashboardError, JSONError) as error:
-            faults.append({"file": file, "error": str(error)})
-    return {"dashboards": dashboards, "faults": faults}
-
-
-def dashboard_routes(
-    folder: str | None, is_alerting: Callable[[], bool]
-) -> dict[str, dict[str, Handler]]:
-    """The routes of the page, and of the dashboards in a folder, if there is one. `is_alerting`
-    says whether the page has alerts to ask for.
-    """
+def dashboard_routes(folder: str | None) -> dict[str, dict[str, Handler]]:
+    """The routes of the page, and of the dashboards in a folder, if there is one."""
 
     def show_dashboards(request: Request, client: str) -> Answer:
         """`GET /api/dashboards`"""
@@ -19288,7 +19204,7 @@ def dashboard_routes(
             saved = read_dashboards(folder) if folder else {"dashboards": [], "faults": []}
         except OSError as error:
             raise unavailable(f"can't read the dashboards: {error.strerror}") from None
-        return Answer(json_response(200, {**saved, "alerting": is_alerting()}))
+        return Answer(json_response(200, saved))
 
     return {
         "/": {"GET": show_page},
@@ -19304,7 +19220,7 @@ def dashboard_routes(
 
 
 # ==================================================================================================
-# 50. Remote write
+# 63. Remote write
 # ==================================================================================================
 #
 # The problem: who outgrows one machine has an engine for many, and it wants samples in a protocol
@@ -19662,102 +19578,76 @@ def _retry_after_s(text: str) -> float | None:
 
 
 # ==================================================================================================
-# 51. Sender process
+# 64. Log reader
 # ==================================================================================================
 #
 # The problem: every sample of the log is to reach a receiver, whatever dies in between and however
-# long the receiver is away; and nothing that takes batches in may wait for it. The idea: the log is
-# the queue. A process of its own, the sender, follows the log as the store does; a request holds
-# what one piece of the log holds, and a small file, the checkpoint, says how far the receiver has
-# taken it. The end of a piece is noted before it is sent: after a crash the very same request goes
-# out again, and a receiver that has it refuses it, or keeps the same samples once more. Nothing is
-# copied into another queue, so a backlog costs no memory. Each receiver has a sender of its own.
-# What it costs: at least once, not exactly once; and parts of the log stay until they are taken, or
-# until the backlog is too long.
-#
-# A sender may end at any step. So an alarm, whatever the sender waits for, hears the front, says
-# how it is, and ends the process when the front is gone.
+# long the receiver is away. The idea: the log is the queue. A request holds what one piece of the
+# log holds, and a small file, the checkpoint, says how far the receiver has taken it. The end of a
+# piece is noted before it is sent: after a crash the very same request goes out again, and a
+# receiver that has it refuses it, or keeps the same samples once more. Nothing is copied into
+# another queue, so a backlog costs no memory. What it costs: at least once, not exactly once; and
+# parts of the log stay until they are taken.
 
 PIECE_BYTES = 2 * 1024 * 1024  # of the log in one request: 10,000 lines of 200 bytes
-GATHER_S = 1.0  # an idle sender sends what came in so long
-LOOK_S = 0.25  # how often the alarm rings
-SENDER_FIRST_RETRY_S, SENDER_LONGEST_RETRY_S = (
-    0.03,
-    5.0,
-)  # waits between attempts: doubled, and a little random
-SPLIT_REQUESTS = 64  # at most so many to find which samples a receiver refuses
-COMPLAINT_S = 60.0  # a receiver is not complained of again before
-METADATA_S = 60.0  # how often types are sent
-BACKLOG_BYTES = 10 * 1024**3
-KEPT_FILES = 16  # of the log, for a sender that dies
 CHECKED_BYTES = 256  # by so many a file is known again
-AGENT_SEGMENT_BYTES = 64 * 1024 * 1024
 
 
-class SenderOptions(NamedTuple):
-    """What a sender process is told at its start."""
+class LogReader(FollowedLog):
+    """The log as a receiver takes it: from its checkpoint on, of which a file at `path` tells.
 
-    folder: str
-    url: str
-    headers: Sequence[str] = ()
-    ca: str | None = None
-    external_labels: Sequence[tuple[str, str]] = ()
-    names: str = "underscore"
-    backlog_bytes: int = BACKLOG_BYTES
-
-    @property
-    def checkpoint(self) -> str:
-        """The path of the receiver's checkpoint. A new password is no new receiver."""
-        parts = urllib.parse.urlsplit(self.url)
-        identity = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
-        digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
-        return os.path.join(self.folder, f"remote-write-{digest}.json")
-
-
-class _GivenUp(Exception):
-    """What was being sent is left behind: the backlog is too long."""
-
-
-class _Stopped(Exception):
-    """The front said stop, and there is no time for more attempts."""
-
-
-class LogReader:
-    """Reads what a receiver has not taken of the log, and notes how far it has.
-
-    Its files are the segments behind the checkpoint, then the file that is followed and all after
-    it. `piece_bytes` is how much is read at once.
+    Its files are the segments behind the checkpoint, then those that the front tells of.
+    `piece_bytes` is how much is read at once.
     """
 
-    def __init__(self, folder: str, path: str, log: FollowedLog, piece_bytes: int = PIECE_BYTES):
-        self._folder, self._path, self._log = folder, path, log
-        self._piece_bytes = piece_bytes
+    def __init__(self, folder: str, path: str, piece_bytes: int = PIECE_BYTES):
+        super().__init__(piece_bytes)
+        self._folder, self._path = folder, path
         self.checkpoint = Checkpoint.read(path)
-        self._older: deque[tuple[str, int]] = deque()  # files before the followed one: path, size
-        self._tail, self._size = log.tail, 0  # the size of an older file
+        self._older: deque[str] = deque()  # paths of files before those that the front told of
         self._repeat_to = 0  # the end of a request that was under way when a sender ended
 
     def begin(self) -> None:
         """Find where to go on; the front has told of the files that it has open."""
-        log = self._log
-        log.next_file()
         taken = range(1, self.checkpoint.segment + 1)
-        while not log.is_in_last_file and segment_of(self._folder, log.tail.descriptor)[0] in taken:
-            os.close(log.next_file())
-        paths = self._segments_before(log.descriptors)
+        while len(self._next) > 1 and segment_of(self._folder, self._next[0][1])[0] in taken:
+            os.close(self._next.popleft()[1])
+        descriptors = [descriptor for _, descriptor in list(self._next)]
+        paths = self._segments_before(descriptors)
         if paths and self._is_known(paths[0]):
             pass
-        elif any(map(self._is_known, log.descriptors)):
+        elif any(map(self._is_known, descriptors)):
             paths = []
-            while not self._is_known(log.tail.descriptor):
-                os.close(log.next_file())
+            while not self._is_known(self._next[0][1]):
+                os.close(self._next.popleft()[1])
         else:
             paths = self._with_renamed(paths)
-        self._older.extend((path, os.stat(path).st_size) for path in paths)
-        self._open()
-        self._tail.position = self.checkpoint.offset
+        self._read_first(paths)
+        self.next_file()
+        self.tail.position = self.checkpoint.offset
         if self.checkpoint.end > self.checkpoint.offset:
             self._repeat_to = self.checkpoint.end
+
+    def _read_first(self, paths: list[str]) -> None:
+        """Put older files before those that the front told of."""
+        ends = [0, *(os.stat(path).st_size for path in paths)]
+        first, descriptor = self._next.popleft()
+        self._next.appendleft((first._replace(size_bytes=ends.pop()), descriptor))
+        for number, end in enumerate(reversed(ends), 2):
+            self._next.appendleft((Position(-number, end), -1))
+        self._older.extend(paths)
+
+    def next_file(self) -> int:
+        if self._older:
+            # Opened only now: there may be more of them than a process may have open.
+            path, flags = self._older.popleft(), os.O_RDONLY | os.O_CLOEXEC
+            try:
+                descriptor = os.open(path, flags)
+            except FileNotFoundError:
+                logger.error("%s is gone before it was sent", path)
+                descriptor = os.open(os.devnull, flags)
+            self._next[0] = (self._next[0][0], descriptor)
+        return super().next_file()
 
     def _segments_before(self, descriptors: list[int]) -> list[str]:
         """Segments behind the checkpoint, and before files that are open already."""
@@ -19796,79 +19686,101 @@ class LogReader:
         self.checkpoint = Checkpoint(self.checkpoint.segment)
         return paths
 
-    def _open(self) -> None:
-        """Go on with the next of the older files, or with the followed one."""
-        while self._older:
-            path, self._size = self._older.popleft()
-            try:
-                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            except FileNotFoundError:
-                logger.error("%s is gone before it was sent", path)
-                continue
-            self._tail = LogTail(descriptor, piece_bytes=self._piece_bytes)
-            return
-        self._tail = self._log.tail
-
-    @property
-    def _limit(self) -> int:
-        """How far the file may be read."""
-        return self._log.limit if self._tail is self._log.tail else self._size
-
     def read(self) -> bytes:
-        """The next lines, which `is_taken` is to follow; b"" where there are none for now."""
+        """The next lines, which `note` is to follow; b"" where there are none for now."""
         end, self._repeat_to = self._repeat_to, 0
-        if lines := self._tail.read(min(end, self._limit)):
-            return lines
-        while True:
-            if lines := self._tail.read(self._limit):
-                return lines
-            if self._tail is self._log.tail and not self._log.has_next_file:
-                return b""
-            self._next_file()
+        lines = self.tail.read(min(end, self.limit)) or self.tail.read(self.limit)
+        while not lines and self.has_next_file:
+            self._leave_file()
+            lines = self.tail.read(self.limit)
+        return lines
 
     def note(self, lines: bytes, is_taken: bool) -> None:
         """Note that the lines that were read are being sent, or are taken."""
-        end = self._tail.position
+        end = self.tail.position
         offset = end if is_taken else end - len(lines)
-        check = self._check(self._tail.descriptor, end)
+        check = self._check(self.tail.descriptor, end)
         self._write(Checkpoint(self.checkpoint.segment, offset, end, check))
 
     def _write(self, checkpoint: Checkpoint) -> None:
         checkpoint.write(self._path)
         self.checkpoint = checkpoint
 
-    def _next_file(self) -> None:
-        number, _ = segment_of(self._folder, self._tail.descriptor)
-        segment = number or self.checkpoint.segment
-        followed = self._tail is self._log.tail
-        os.close(self._log.next_file() if followed else self._tail.descriptor)
-        self._write(Checkpoint(segment))
-        self._open()
-
-    @property
-    def file(self) -> int:
-        """The number of the followed file that is read now; -1 before there is any."""
-        return self._log.file if self._tail is self._log.tail else -1
+    def _leave_file(self) -> None:
+        segment, _ = segment_of(self._folder, self.tail.descriptor)
+        os.close(self.next_file())
+        self._write(Checkpoint(segment or self.checkpoint.segment))
 
     @property
     def pending_bytes(self) -> int:
         """How much of the log the receiver has not taken."""
-        total = self._log.left_bytes + sum(size for _, size in self._older)
-        if self._tail is not self._log.tail:
-            total += self._size
-        return max(0, total - self.checkpoint.offset)
+        return max(0, self.left_bytes - self.checkpoint.offset)
 
     def give_up(self) -> int:
         """Leave what is left of the oldest file behind, if it grows no more; how many lines it
         was.
         """
-        if self._tail is self._log.tail and self._log.is_in_last_file:
+        if self.is_in_last_file:
             return 0
-        file, lost = LogTail(self._tail.descriptor, self.checkpoint.offset), 0
-        while lines := file.read(self._limit):
+        rest, lost = LogTail(self.tail.descriptor, self.checkpoint.offset), 0
+        while lines := rest.read(self.limit):
             lost += lines.count(b"\n")
-        self._next_file()
+        self._leave_file()
         return lost
+
+
+# ==================================================================================================
+# 65. Sender process
+# ==================================================================================================
+#
+# The problem: nothing that takes batches in may wait for a receiver. The idea: a process of its
+# own, the sender, follows the log as the store does, and sends what it reads. Each receiver has a
+# sender of its own. What it costs: parts of the log stay until they are taken, or until the backlog
+# is too long.
+#
+# A sender may end at any step. So an alarm, whatever the sender waits for, hears the front, says
+# how it is, and ends the process when the front is gone.
+
+GATHER_S = 1.0  # an idle sender sends what came in so long
+LOOK_S = 0.25  # how often the alarm rings
+# Waits between attempts: doubled, and a little random.
+SENDER_FIRST_RETRY_S, SENDER_LONGEST_RETRY_S = 0.03, 5.0
+SPLIT_REQUESTS = 64  # at most so many to find which samples a receiver refuses
+COMPLAINT_S = 60.0  # a receiver is not complained of again before
+METADATA_S = 60.0  # how often types are sent
+BACKLOG_BYTES = 10 * 1024**3
+KEPT_FILES = 16  # of the log, for a sender that dies
+AGENT_SEGMENT_BYTES = 64 * 1024 * 1024
+_NEWEST_READ = "highest_timestamp_in_seconds"
+_NEWEST_TAKEN = "queue_highest_sent_timestamp_seconds"
+
+
+class SenderOptions(NamedTuple):
+    """What a sender process is told at its start."""
+
+    folder: str
+    url: str
+    headers: Sequence[str] = ()
+    ca: str | None = None
+    external_labels: Sequence[tuple[str, str]] = ()
+    names: str = "underscore"
+    backlog_bytes: int = BACKLOG_BYTES
+
+    @property
+    def checkpoint(self) -> str:
+        """The path of the receiver's checkpoint. A new password is no new receiver."""
+        parts = urllib.parse.urlsplit(self.url)
+        identity = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+        digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
+        return os.path.join(self.folder, f"remote-write-{digest}.json")
+
+
+class _GivenUp(Exception):
+    """What was being sent is left behind: the backlog is too long."""
+
+
+class _Stopped(Exception):
+    """The front said stop, and there is no time for more attempts."""
 
 
 class Sender:
@@ -19879,8 +19791,7 @@ class Sender:
         control.setblocking(False)
         self._receiver = Receiver(options.url, options.headers, options.ca)
         self._encoder = WriteRequestEncoder(dict(options.external_labels), options.names)
-        self._log = FollowedLog(PIECE_BYTES)
-        self._reader = LogReader(options.folder, options.checkpoint, self._log)
+        self._log = LogReader(options.folder, options.checkpoint)
         self._stopping = self._has_begun = False
         self._said: deque[str] = deque()  # lines for the front; the alarm sends them
         self._unsent = b""
@@ -19898,7 +19809,7 @@ class Sender:
         self._look()
         while not self._has_begun:
             self._pause(LOOK_S)
-        self._reader.begin()
+        self._log.begin()
         with contextlib.suppress(_Stopped):
             while True:
                 size = self._send_piece()
@@ -19945,14 +19856,14 @@ class Sender:
             self._unsent = self._unsent[self._control.send(self._unsent) :]
 
     def _status(self) -> dict[str, Any]:
-        pending_bytes = self._reader.pending_bytes
+        pending_bytes = self._log.pending_bytes
         return {
             "error": self._error,
-            "file": self._reader.file,
+            "file": self._log.file,
             "pending_bytes": pending_bytes,
             "samples_pending": math.ceil(pending_bytes / self._line_bytes),
-            "highest_s": self._newest_ms / 1000,
-            "highest_sent_s": self._newest_taken_ms / 1000,
+            _NEWEST_READ: self._newest_ms / 1000,
+            _NEWEST_TAKEN: self._newest_taken_ms / 1000,
             "counts": dict(self._counts),
         }
 
@@ -19973,15 +19884,15 @@ class Sender:
 
     def _send_piece(self) -> int:
         """Send the next piece of the log; how many bytes it had."""
-        known = self._reader.checkpoint
+        known = self._log.checkpoint
         self._maybe_taken = known.end > known.offset  # a sender ended before it had the answer
         try:
             self._give_up_beyond_backlog()
-            lines = self._reader.read()
+            lines = self._log.read()
             if lines:
-                self._reader.note(lines, is_taken=False)
+                self._log.note(lines, is_taken=False)
                 self._deliver(lines)
-                self._reader.note(lines, is_taken=True)
+                self._log.note(lines, is_taken=True)
                 self._send_metadata()
         except _GivenUp:
             return PIECE_BYTES
@@ -20043,9 +19954,9 @@ class Sender:
                 raise _Stopped
 
     def _give_up_beyond_backlog(self) -> None:
-        if self._reader.pending_bytes <= self._options.backlog_bytes:
+        if self._log.pending_bytes <= self._options.backlog_bytes:
             return
-        if lost := self._reader.give_up():
+        if lost := self._log.give_up():
             self._counts["samples_dropped_total"] += lost
             message = "%d samples are not sent to %s: the backlog is too long"
             logger.error(message, lost, self._receiver.name)
@@ -20112,29 +20023,19 @@ class SenderClient:
         return f"{behind}; {self._status['error']}" if self._status["error"] else behind
 
 
-# Number of a sender, its name behind "remote_storage_", type and help.
+# Numbers of a sender: each has a name behind "remote_storage_", a type and a help.
 _SENDER_STATISTICS = (
-    ("samples_total", "", "counter", "Samples that the receiver has taken."),
-    ("samples_failed_total", "", "counter", "Samples that the receiver refused."),
-    ("samples_retried_total", "", "counter", "Samples of requests that were sent again."),
-    ("samples_dropped_total", "", "counter", "Samples given up, as the backlog was too long."),
-    ("samples_pending", "", "gauge", "About how many samples wait to be sent."),
-    ("pending_bytes", "", "gauge", "How much of the log waits to be sent."),
-    (
-        "highest_s",
-        "highest_timestamp_in_seconds",
-        "gauge",
-        "The newest time of a sample that was read from the log.",
-    ),
-    (
-        "highest_sent_s",
-        "queue_highest_sent_timestamp_seconds",
-        "gauge",
-        "The newest time of a sample that the receiver has taken.",
-    ),
-    ("bytes_total", "", "counter", "Bytes of requests that the receiver has answered."),
-    ("sent_batch_duration_seconds_sum", "", "counter", "Time spent on requests."),
-    ("sent_batch_duration_seconds_count", "", "counter", "Requests, those sent again included."),
+    ("samples_total", "counter", "Samples that the receiver has taken."),
+    ("samples_failed_total", "counter", "Samples that the receiver refused."),
+    ("samples_retried_total", "counter", "Samples of requests that were sent again."),
+    ("samples_dropped_total", "counter", "Samples given up, as the backlog was too long."),
+    ("samples_pending", "gauge", "About how many samples wait to be sent."),
+    ("pending_bytes", "gauge", "How much of the log waits to be sent."),
+    (_NEWEST_READ, "gauge", "The newest time of a sample that was read from the log."),
+    (_NEWEST_TAKEN, "gauge", "The newest time of a sample that the receiver has taken."),
+    ("bytes_total", "counter", "Bytes of requests that the receiver has answered."),
+    ("sent_batch_duration_seconds_sum", "counter", "Time spent on requests."),
+    ("sent_batch_duration_seconds_count", "counter", "Requests, those sent again included."),
 )
 
 
@@ -20147,8 +20048,8 @@ def add_senders(service: Service, targets: Iterable[SenderOptions]) -> list[Foll
     def numbers(key: str) -> Callable[[], dict[str, float]]:
         return lambda: {client.name: client.number(key) for client in clients}
 
-    for key, own_name, type_, help_ in _SENDER_STATISTICS:
-        name = f"remote_storage_{own_name or key}"
+    for key, type_, help_ in _SENDER_STATISTICS:
+        name = f"remote_storage_{key}"
         service.statistics.add(name, type_, help_, numbers(key), f"prometheus_{name}", "url")
     service.health_facts.append(
         lambda: {"remote_write": {client.name: client.state for client in clients}}
@@ -20196,7 +20097,7 @@ class AgentSegments:
 
 
 # ==================================================================================================
-# 52. Options
+# 66. Options
 # ==================================================================================================
 #
 # What a user can choose, with its default and the sentence that `--help` prints: a part of the
@@ -20381,7 +20282,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
 
 
 # ==================================================================================================
-# 53. Commands
+# 67. Commands
 # ==================================================================================================
 #
 # What is asked without a server: the store of a folder, rule files, unit tests of rules, a test
@@ -20409,7 +20310,7 @@ def query_main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     sys.setrecursionlimit(MAX_RECURSION)
     try:
-        time_ms = _api_time_ms(options.time, "time") if options.time else int(time.time() * 1000)
+        time_ms = api_time_ms(options.time, "time") if options.time else int(time.time() * 1000)
         result = Engine(_stored(options.data_dir).select).instant(options.expression, time_ms)
     except (APIError, QueryError, ExecutionError, OSError) as error:
         return complain(str(error))
@@ -20608,7 +20509,7 @@ def test_notify_main(arguments: list[str]) -> int:
 
 
 # ==================================================================================================
-# 54. Starting
+# 68. Starting
 # ==================================================================================================
 #
 # Options become objects, each made of those before it; one line says what is running, and a signal
@@ -20774,8 +20675,7 @@ def _service(
         limiter = SlidingWindowLimiter(options.rate_limit, stripes=options.stripes)
     hosts = [options.host, *options.allowed_host]
     service = Service(log, limiter, statistics, clients=clients, allowed_hosts=hosts)
-    alerting = partial(service.has_route, "/api/v1/alerts")
-    service.add_routes(dashboard_routes(options.dashboards, alerting))
+    service.add_routes(dashboard_routes(options.dashboards))
     return service
 
 
