@@ -27,7 +27,7 @@ lint: $(VENV)/ready  ## check the style and the types
 	$(VENV)/bin/mypy metricstream.py load_test.py
 
 soak: $(VENV)/ready  ## ten minutes of load with kills, faults and hostile clients
-	METRICSTREAM_SOAK_S=600 $(VENV)/bin/python -m pytest -q -k "soak or kill_9 or client_ids or damaged or grammar or slow_clients or dictionary or fast_path or generated or mutated or fuzzed or whatever or million or resets or a_restart or half_closed or worst_json" test_metricstream.py
+	METRICSTREAM_SOAK_S=600 $(VENV)/bin/python -m pytest -q -k "soak or kill_9 or client_ids or damaged or grammar or slow_clients or dictionary or fast_path or generated or mutated or fuzzed or whatever or million or resets or a_restart or half_closed or worst_json or takes_no_more_memory" test_metricstream.py
 
 queries: $(VENV)/ready  ## time queries beside a real Prometheus, if prometheus and promtool are installed
 	METRICSTREAM_BENCH=1 $(VENV)/bin/python -m pytest -q -s -k "beside_prometheus" test_metricstream.py

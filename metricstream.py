@@ -5306,7 +5306,9 @@ class Memtable:
     array('d', [1.5])
     """
 
-    MAX_LAYOUTS = 65_536  # that are remembered
+    MAX_LAYOUT_BYTES = 256 * 1024 * 1024  # that are remembered
+    MAX_ALIKE = 64  # that begin with the same line
+    MAX_SEEN = 65_536
     COLUMNS_A_SERIES = 4  # how often a series may stand in different groups, on average
 
     def __init__(self) -> None:
@@ -5322,7 +5324,7 @@ class Memtable:
         self._full: dict[RowGroup, None] = {}  # groups with rows to seal
         self._seen: set[int] = set()  # hashes of rows that came once
         self._layouts: dict[bytes, list[_Layout]] = {}  # by the first key, the longest first
-        self._layout_count = 0
+        self._layout_bytes = 0
         self._numbers: dict[bytes, int] = {}  # of series, by the keys of lines
         self._unknown: list[_UnknownLine] = []  # of one time, and not added yet
 
@@ -5411,8 +5413,9 @@ class Memtable:
         layouts = self._layouts.setdefault(lines[0].key, [])
         text, last_key = b"".join([b"\1" + line.key for line in lines]), lines[-1].key
         known = any(layout.text == text for layout in layouts)  # it is twice in these lines
-        if not known and self._layout_count < self.MAX_LAYOUTS:
-            self._layout_count += 1
+        has_room = len(layouts) < self.MAX_ALIKE and self._layout_bytes < self.MAX_LAYOUT_BYTES
+        if has_room and not known:
+            self._layout_bytes += len(text)
             last_at = len(text) + len(lines) * (_STAMP_BYTES - 1) - len(last_key)
             repeated = lasts if len(lasts) < len(lines) else None
             layouts.append(_Layout(text, last_at, last_key, len(lines), group, repeated))
@@ -5433,7 +5436,7 @@ class Memtable:
             key = hash(series)
             room = self.COLUMNS_A_SERIES * len(self._places) + 10 * MAX_BATCH
             if key not in self._seen or self._columns + len(series) > room:
-                if len(self._seen) >= self.MAX_LAYOUTS:
+                if len(self._seen) >= self.MAX_SEEN:
                     self._seen.clear()
                 self._seen.add(key)
                 return None
@@ -5497,20 +5500,24 @@ class Memtable:
         while self._full:
             group, _ = self._full.popitem()
             group.sort()
-            width = len(group.series)
+            in_steps, width = True, len(group.series)
             while len(group.times) > CHUNK_SAMPLES:  # the last row stays: it may be pushed again
+                values, end = group.values, CHUNK_SAMPLES * width
                 times, sequence = group.times[:CHUNK_SAMPLES], group.sequence[:CHUNK_SAMPLES]
-                values = group.values[: CHUNK_SAMPLES * width]
-                row = [Chunk.of(times, values[at::width], sequence) for at in range(width)]
-                group.chunks.append(row)
-                del group.times[:CHUNK_SAMPLES], group.sequence[:CHUNK_SAMPLES]
-                del group.values[: CHUNK_SAMPLES * width]
                 first_ms, last_ms = times[0], times[-1]
                 kept_times, kept_sequence = encode_times(times), encode_times(sequence)
-                for at, chunk in enumerate(row):
-                    kept = encode_values(chunk.decoded_values())
-                    row[at] = Chunk(first_ms, last_ms, chunk.count, kept_times, kept, kept_sequence)
-                    yield
+                row = []
+                for column in range(width):
+                    kept = encode_values(values[column:end:width])
+                    chunk = Chunk(first_ms, last_ms, len(times), kept_times, kept, kept_sequence)
+                    row.append(chunk)
+                    if in_steps:
+                        yield
+                if group.values is values:
+                    group.chunks.append(row)
+                    del group.times[:CHUNK_SAMPLES], group.sequence[:CHUNK_SAMPLES], values[:end]
+                else:  # late rows were sorted in: once more, and nothing comes between
+                    in_steps = False
 
 
 # ==================================================================================================
@@ -5533,7 +5540,26 @@ _BLOCK_NAME = re.compile(r"([0-9]{8})-([0-9]{8})\.block")
 
 
 class BlockError(Exception):
-    """A block that is not as it was written: which, and what is wrong with it."""
+    """A block that is not as it was written: what is wrong with it."""
+
+
+def _is_whole(chunk: Chunk) -> bool:
+    return chunk.count >= CHUNK_SAMPLES // 2 and isinstance(chunk.values, bytes)
+
+
+def _repacked(chunks: list[Chunk]) -> Iterator[Chunk]:
+    """Chunks that are small or not encoded as fewer ones that are neither."""
+    times = concatenated("q", [chunk.decoded_times({}) for chunk in chunks])
+    values = concatenated("d", [chunk.decoded_values() for chunk in chunks])
+    for start in range(0, len(times), CHUNK_SAMPLES):
+        some = times[start : start + CHUNK_SAMPLES]
+        kept = encode_values(values[start : start + CHUNK_SAMPLES])
+        yield Chunk(some[0], some[-1], len(some), _encoded_times(some.tobytes()), kept)
+
+
+@functools.lru_cache(maxsize=1024)  # series that were pushed together share their times
+def _encoded_times(raw: bytes) -> bytes:
+    return encode_times(array("q", raw))
 
 
 class BlockWriter:
@@ -5550,7 +5576,6 @@ class BlockWriter:
         self._label_counts = array("I")
         self._label_symbols = array("I")
         self._times: dict[bytes, int] = {}  # encoded, in the order of their numbers
-        self._encoded: dict[bytes, bytes] = {}  # what was encoded lately
         self._time_rows: list[tuple[int, int, int]] = []  # first, last, count
         self._chunk_counts = array("I")
         self._chunk_times, self._chunk_sizes, self._chunk_sums = array("I"), array("I"), array("I")
@@ -5575,37 +5600,10 @@ class BlockWriter:
         self._label_counts.append(len(labels))
         self._label_symbols.extend(map(self._symbol, labels))
         before = len(self._chunk_sizes)
-        few: list[Chunk] = []
-        samples = 0
-        for chunk in chunks:
-            if chunk.count >= CHUNK_SAMPLES // 2 and isinstance(chunk.values, bytes):
-                self._add_samples(few)
-                few, samples = [], 0
+        for is_whole, some in itertools.groupby(chunks, _is_whole):
+            for chunk in some if is_whole else _repacked(list(some)):
                 self._add_chunk(chunk)
-                continue
-            few.append(chunk)
-            samples += chunk.count
-            if samples >= CHUNK_SAMPLES:
-                self._add_samples(few)
-                few, samples = [], 0
-        self._add_samples(few)
         self._chunk_counts.append(len(self._chunk_sizes) - before)
-
-    def _add_samples(self, chunks: list[Chunk]) -> None:
-        """Add chunks that are small or not encoded as few that are neither."""
-        if not chunks:
-            return
-        times = concatenated("q", [chunk.decoded_times({}) for chunk in chunks])
-        values = concatenated("d", [chunk.decoded_values() for chunk in chunks])
-        for start in range(0, len(times), CHUNK_SAMPLES):
-            some = times[start : start + CHUNK_SAMPLES]
-            raw = some.tobytes()
-            if raw not in self._encoded:
-                if len(self._encoded) >= 1_024:
-                    self._encoded.clear()
-                self._encoded[raw] = encode_times(some)
-            kept = encode_values(values[start : start + CHUNK_SAMPLES])
-            self._add_chunk(Chunk(some[0], some[-1], len(some), self._encoded[raw], kept))
 
     def _add_chunk(self, chunk: Chunk) -> None:
         assert isinstance(chunk.times, bytes) and isinstance(chunk.values, bytes)
@@ -5725,24 +5723,28 @@ _DAMAGE = (BlockError, OSError, zlib.error, struct.error, ValueError, IndexError
 
 class Block:
     """A file of series that never changes. Its index is read when it is first asked, its chunks
-    each time. Raises BlockError where the file is damaged.
+    each time. Raises BlockError where its end is damaged. Where other parts are, `on_damage` is
+    called with (path, error), and it has no more samples to give.
     """
 
-    def __init__(self, path: str):
-        self.path = path
+    def __init__(self, path: str, on_damage: Callable[[str, Exception], None]):
+        self.path, self._on_damage = path, on_damage
+        self.is_damaged = False
+        # for its folder
+        self.is_wanted, self.last_use = False, 0
         name = _BLOCK_NAME.fullmatch(os.path.basename(path))
         if name is None:
-            raise BlockError(f"{path}: not the name of a block")
+            raise BlockError("not the name of a block")
         self.first_number, self.last_number = int(name[1]), int(name[2])
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115  # open as long as it is served
         self.size_bytes = os.fstat(self._file.fileno()).st_size
         if self.size_bytes < _BLOCK_END.size:
-            raise BlockError(f"{path}: too short for a block")
+            raise BlockError("too short for a block")
         end = self._read(self.size_bytes - _BLOCK_END.size, self.size_bytes)
         length, checksum, magic = _BLOCK_END.unpack(end)
         self._meta_at = self.size_bytes - _BLOCK_END.size - length
         if magic != _BLOCK_MAGIC or self._meta_at < 0:
-            raise BlockError(f"{path}: the end is not that of a block")
+            raise BlockError("the end is not that of a block")
         raw = self._read(self._meta_at, self._meta_at + length, checksum)
         try:
             meta = parse_json(raw)
@@ -5752,7 +5754,7 @@ class Block:
             self._times_at, self._index_at = int(meta["times_at"]), int(meta["index_at"])
             self._index_crc32 = int(meta["index_crc32"])
         except (JSONError, KeyError, TypeError) as error:
-            raise BlockError(f"{path}: the meta is not that of a block: {error}") from None
+            raise BlockError(f"the meta is not that of a block: {error}") from None
         self._loaded: _BlockIndex | None = None
 
     def close(self) -> None:
@@ -5769,38 +5771,53 @@ class Block:
         self._loaded = None
 
     def load(self) -> Iterator[None]:
-        """Read its index, in short steps. Raises BlockError."""
-        if self._loaded is not None:
+        """Read its index, in short steps."""
+        if self._loaded is not None or self.is_damaged:
             return
         try:
             raw = self._read(self._index_at, self._meta_at, self._index_crc32)
             index = _BlockIndex(zlib.decompress(raw), self._times_at)
             yield from index.add_series()
+            self._loaded = index
         except _DAMAGE as error:
-            raise BlockError(f"{self.path}: the index can't be read: {error}") from None
-        self._loaded = index
+            self._fail(BlockError(f"the index can't be read: {error}"))
 
-    def _index(self) -> _BlockIndex:
+    def _fail(self, error: Exception) -> None:
+        self.is_damaged = True
+        self._on_damage(self.path, error)
+
+    def _index(self) -> _BlockIndex | None:
         for _ in self.load():
             pass
-        assert self._loaded is not None  # else `load` raises
         return self._loaded
 
     @property
     def index(self) -> SeriesIndex:
         """Which series are in it."""
-        return self._index().series
+        index = self._index()
+        return index.series if index else SeriesIndex()
 
     @property
     def types(self) -> dict[str, str]:
         """The type of each metric."""
-        return self._index().types
+        index = self._index()
+        return index.types if index else {}
 
     def chunks(
         self, numbers: Iterable[int], start_ms: int, end_ms: int, budget: Budget
     ) -> Iterator[tuple[int, list[Chunk]]]:
         """For each series its chunks of a time, both ends included; they may reach beyond it."""
-        index = self._index()
+        try:
+            if (index := self._index()) is not None:
+                yield from self._read_chunks(index, numbers, start_ms, end_ms, budget)
+        except _DAMAGE as error:
+            self._fail(error)
+        while self.is_damaged:  # the others have none
+            yield -1, []
+
+    def _read_chunks(
+        self, index: _BlockIndex, numbers: Iterable[int], start_ms: int, end_ms: int, budget: Budget
+    ) -> Iterator[tuple[int, list[Chunk]]]:
         known: dict[int, bytes] = {}  # times that were read
         for number in numbers:
             chunks = []
@@ -5825,40 +5842,24 @@ class Block:
     def _read(self, start: int, end: int, checksum: int | None = None) -> bytes:
         part = os.pread(self._file.fileno(), end - start, start)
         if len(part) < end - start:
-            raise BlockError(f"{self.path}: cut short at byte {start + len(part)}")
+            raise BlockError(f"cut short at byte {start + len(part)}")
         if checksum is not None and zlib.crc32(part) != checksum:
-            raise BlockError(f"{self.path}: bytes {start} to {end} do not fit their checksum")
+            raise BlockError(f"bytes {start} to {end} do not fit their checksum")
         return part
 
 
 # ==================================================================================================
-# 20. Store
+# 20. Following the log
 # ==================================================================================================
 #
-# The idea is that of a log-structured merge tree. Lines of the log go into a memtable. From time to
-# time the log begins a new file, and the memtable a new one: the border of the files is the border
-# of the memtables. The old memtable is written as a block, and then the part of the log that the
-# block covers (a segment) is retired. What no block covers is read again at the start. What it
-# costs: a read looks into several blocks and memtables and merges what it finds.
-#
-# There are no locks: whatever takes long and changes files (`maintain`) is done by a fork, which
-# sees the store as it was, and the store looks at the folder again afterwards (`refresh`).
-#
-# Source: O'Neil et al., The Log-Structured Merge-Tree (1996).
+# The log is files, of which only the last one grows: the front moves a file that is long or old to
+# the name of a segment, and goes on in a new one. The problem: other processes read the log while
+# all this happens, and must read no line twice and none before it is acknowledged. The idea: they
+# are given open files, which stay the same under any name, and are told how far each one counts.
+# What it costs: a file that nobody has a name for lives until its last reader has left it.
 
-SEGMENT_BYTES = 512 * 1024 * 1024  # the log begins a new file when it is so long
-SEGMENT_AGE_S = 2 * 3600.0  # or so old
-MAX_BLOCK_SAMPLES = 50_000_000
-MERGED_BLOCKS = 4  # so many neighbours of about the same size are compacted into one
-RETENTION_S = 30 * 86_400
-CLOCK_DOUBT_S = 3600.0  # a step of the clock is believed after so long
 READ_BYTES = 256 * 1024  # the log is read in pieces of so many
-MAX_INDEXED_SERIES = 1_000_000  # of blocks whose indexes are in memory
 _SEGMENT_NAME = re.compile(r"metrics\.([0-9]{8})\.jsonl")
-_EVER = END_OF_TIME_MS  # no sample is so late
-
-Source = Memtable | Block
-_Places = dict[Labels, list[tuple[Source, int]]]  # where series stand
 
 
 def log_segments(folder: str) -> list[tuple[int, str]]:
@@ -5951,7 +5952,6 @@ class FollowedLog:
         self.file, self.tail = -1, LogTail(-1)
         self.acknowledged = Position(-1, 0)
         self._piece_bytes = piece_bytes
-        self._last_file = -1  # that was told of
         self._next: deque[tuple[Position, int]] = deque()  # (new file, end of the old), a file
 
     def begin_file(self, position: Position, descriptor: int) -> None:
@@ -5964,12 +5964,16 @@ class FollowedLog:
         if self._last_file < 0:
             self.acknowledge(position)
             position = position._replace(size_bytes=0)  # there is no old one
-        self._last_file = position.file
         self._next.append((position, descriptor))
 
     def acknowledge(self, position: Position) -> None:
         """Nothing before this position is ever taken back."""
         self.acknowledged = max(self.acknowledged, position)
+
+    @property
+    def _last_file(self) -> int:
+        """The last file that was told of."""
+        return self._next[-1][0].file if self._next else self.file
 
     @property
     def descriptors(self) -> list[int]:
@@ -5979,9 +5983,8 @@ class FollowedLog:
     @property
     def left_bytes(self) -> int:
         """How long the file that is read now and those after it are."""
-        following, acknowledged = list(self._next), self.acknowledged
-        last = following[-1][0].file if following else self.file
-        sizes = sum(position.size_bytes for position, _ in following)
+        last, acknowledged = self._last_file, self.acknowledged
+        sizes = sum(position.size_bytes for position, _ in list(self._next))
         return sizes + (acknowledged.size_bytes if acknowledged.file == last else 0)
 
     @property
@@ -5993,9 +5996,14 @@ class FollowedLog:
         return acknowledged.size_bytes if acknowledged.file == self.file else 0
 
     @property
+    def _has_read_all(self) -> bool:
+        """Whether the file that is read now was read as far as it may be."""
+        return self.file < 0 or self.tail.has_reached(self.limit)
+
+    @property
     def has_next_file(self) -> bool:
         """Whether there is another file, and the one that is read now is over."""
-        return bool(self._next) and (self.file < 0 or self.tail.has_reached(self.limit))
+        return bool(self._next) and self._has_read_all
 
     @property
     def is_in_last_file(self) -> bool:
@@ -6005,7 +6013,7 @@ class FollowedLog:
     @property
     def is_caught_up(self) -> bool:
         """Whether there is nothing to be read."""
-        return not self._next and (self.file < 0 or self.tail.has_reached(self.limit))
+        return not self._next and self._has_read_all
 
     def has_read(self, position: Position) -> bool:
         """Whether all lines before a position were read."""
@@ -6021,18 +6029,286 @@ class FollowedLog:
         return old
 
 
-def _readers(
-    places: _Places, start_ms: int, end_ms: int, budget: Budget
-) -> dict[Source, Iterator[tuple[int, list[Chunk]]]]:
-    """For each source its chunks, in the order in which its series stand in the places."""
+# ==================================================================================================
+# 21. Block folder
+# ==================================================================================================
+#
+# The problem: blocks become many and old, and a process may be killed between any two steps of
+# tidying them up. The idea: the names say it all. A block is named by the first and the last of the
+# numbers that are in it: neighbours are compacted into one whose name covers theirs, and where both
+# are found, the old ones go. Whoever has the folder open looks at it again when it has changed.
+# What it costs: each sample is written again with each compaction, some four times.
+
+MAX_BLOCK_SAMPLES = 50_000_000
+MERGED_BLOCKS = 4  # so many neighbours of about the same size are compacted into one
+RETENTION_S = 30 * 86_400
+CLOCK_DOUBT_S = 3600.0  # a step of the clock is believed after so long
+MAX_INDEXED_SERIES = 1_000_000  # of blocks whose indexes are in memory
+_EVER = END_OF_TIME_MS  # no sample is so late
+
+Source = Memtable | Block
+Places = dict[Labels, list[tuple[Source, int]]]  # where series stand: sources, and their numbers
+
+
+def merged_series(
+    places: Places, start_ms: int, end_ms: int, budget: Budget
+) -> Iterator[tuple[Labels, list[Chunk]]]:
+    """Each series with its chunks of a time from all sources, without overlaps, ascending."""
     wanted: dict[Source, list[int]] = {}
     for where in places.values():
         for source, number in where:
             wanted.setdefault(source, []).append(number)
-    return {
+    readers = {
         source: source.chunks(numbers, start_ms, end_ms, budget)
         for source, numbers in wanted.items()
     }
+    for labels, where in places.items():
+        found = [next(readers[source])[1] for source, _ in where]
+        if chunks := merge_chunks(found, budget):
+            yield labels, chunks
+
+
+class Retention:
+    """What is too old to be kept: `age_s` and `size_bytes` are the most that is kept, 0 is all."""
+
+    def __init__(
+        self,
+        age_s: float,
+        size_bytes: int,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ):
+        self.age_ms, self._size_bytes = int(age_s * 1000), size_bytes
+        self._clock, self._monotonic = clock, monotonic
+        self._began = monotonic()
+        self._bounds: deque[tuple[float, int]] = deque()  # of the last hour: when, and what
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether it is known how the clock stood an hour ago."""
+        return self._monotonic() - self._began >= CLOCK_DOUBT_S
+
+    def oldest_ms(self, newest_ms: int) -> int:
+        """What is older is too old. That goes by the clock or by the newest sample, whichever is
+        earlier; and of these bounds the least of the last hour counts: no step of a clock removes
+        what was young an hour ago.
+        """
+        if not self.age_ms:
+            return 0
+        now, bounds = self._monotonic(), self._bounds
+        bounds.append((now, min(int(self._clock() * 1000), newest_ms) - self.age_ms))
+        while bounds[0][0] < now - CLOCK_DOUBT_S:
+            bounds.popleft()
+        return min(bound_ms for _, bound_ms in bounds)
+
+    def expired(self, blocks: Sequence[Block], newest_ms: int) -> list[Block]:
+        """The blocks that are too old, and the oldest if all are too long."""
+        oldest_ms, room = self.oldest_ms(newest_ms), self._size_bytes
+        old = [block for block in blocks if 0 <= block.last_ms < oldest_ms]
+        if len(old) > 1 and not self.is_settled:
+            old = []
+        for block in sorted(blocks, key=lambda b: b.last_ms, reverse=True):
+            room -= block.size_bytes
+            if self._size_bytes and room < 0 and block not in old:
+                old.append(block)
+        return old
+
+
+class BlockFolder:
+    """The blocks of a data folder: `all` has them in the order of their numbers.
+
+    `writes`: this process changes the folder; else it only reads. Raises OSError.
+    """
+
+    def __init__(self, folder: str, writes: bool):
+        self.path, self._writes = os.path.join(folder, BLOCKS_NAME), writes
+        self.all: list[Block] = []
+        self.damaged: list[str] = []  # names of blocks that were set aside
+        self._seen_ns = 0  # when the folder had changed at the last look
+        self._uses = itertools.count(1)
+        if writes:
+            os.makedirs(self.path, exist_ok=True)
+
+    # ---- what is there
+
+    def names(self) -> list[str]:
+        """Of all files in the folder."""
+        return sorted(os.listdir(self.path)) if os.path.isdir(self.path) else []
+
+    @property
+    def covers(self) -> int:
+        """The last segment of the log that is in a block."""
+        return max((block.covers for block in self.all), default=0)
+
+    @property
+    def last_number(self) -> int:
+        """The number of the last block."""
+        return max((block.last_number for block in self.all), default=0)
+
+    @property
+    def size_bytes(self) -> int:
+        """How long all blocks are."""
+        return sum(block.size_bytes for block in self.all)
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether somebody changed the folder since the last look."""
+        return os.stat(self.path).st_mtime_ns != self._seen_ns
+
+    def refresh(self, first: bool = False) -> None:
+        """Look which blocks there are: others may have changed them. The first time, what a crash
+        left behind is removed.
+        """
+        if not os.path.isdir(self.path):
+            return
+        self._seen_ns = os.stat(self.path).st_mtime_ns
+        known = {block.path: block for block in self.all}
+        self.all, self.damaged = [], []
+        for name in self.names():
+            path = os.path.join(self.path, name)
+            if name.endswith(".tmp") and first and self._writes:
+                os.unlink(path)
+            elif name.endswith(".damaged"):
+                self.damaged.append(name)
+            elif path in known:
+                self._add(known.pop(path))
+            elif _BLOCK_NAME.fullmatch(name):
+                try:
+                    self._add(Block(path, self._set_aside))
+                except FileNotFoundError:  # it was merged into another one
+                    continue
+                except _DAMAGE as error:
+                    self._set_aside(path, error)
+        for block in known.values():
+            block.close()
+
+    def _add(self, block: Block) -> None:
+        """Add the next block by name. One that is in a larger one is what a crash kept from being
+        removed after their compaction; of those of one first number the larger one comes last.
+        """
+        if self.all and block.first_number == self.all[-1].first_number:
+            self._discard(self.all.pop())
+        if self.all and block.last_number <= self.all[-1].last_number:
+            self._discard(block)
+        else:
+            self.all.append(block)
+
+    def _discard(self, block: Block) -> None:
+        if self._writes:
+            os.unlink(block.path)
+        block.close()
+
+    def _set_aside(self, path: str, error: Exception) -> None:
+        """A damaged block is served no more, and its file gets another name."""
+        logger.error("a damaged block is set aside: %s: %s", path, error)
+        self.damaged.append(os.path.basename(path) + ".damaged")
+        self.all = [block for block in self.all if block.path != path]
+        if self._writes:
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(path, path + ".damaged")
+
+    # ---- indexes are read
+
+    def index_of(self, block: Block, budget: Budget) -> SeriesIndex:
+        """The index of a block. A query with a small budget does not wait until it is read."""
+        block.last_use = next(self._uses)
+        if not block.is_loaded and budget.left < math.inf:
+            block.is_wanted = True
+            raise OverBudgetError
+        return block.index
+
+    @property
+    def has_wanted(self) -> bool:
+        """Whether indexes are to be read."""
+        return any(block.is_wanted for block in self.all)
+
+    def load_wanted(self) -> Iterator[None]:
+        """Read the indexes that were asked for, in short steps, and give those up whose last use is
+        longest ago, if all are too large.
+        """
+        for block in [block for block in self.all if block.is_wanted]:
+            yield from block.load()
+            block.is_wanted = False
+            room = MAX_INDEXED_SERIES - block.series_count
+            for other in sorted(self.all, key=lambda b: b.last_use, reverse=True):
+                if other.is_loaded and other is not block:
+                    room -= other.series_count
+                    if room < 0:
+                        other.forget_index()
+
+    # ---- blocks are written
+
+    def write(
+        self, sources: Sequence[Source], first: int, last: int, covers: int, oldest_ms: int
+    ) -> bool:
+        """Write a block of all samples of some sources that are not too old, and serve it in place
+        of the blocks of these numbers; False, and all stays, where a source turns out damaged.
+        """
+        path = os.path.join(self.path, f"{first:08d}-{last:08d}.block")
+        types: dict[str, str] = {}
+        places: Places = {}
+        for source in sources:
+            types |= source.types
+            for number, labels in enumerate(source.index.labels):
+                places.setdefault(labels, []).append((source, number))
+        with BlockWriter(path) as writer:
+            for labels, chunks in merged_series(places, oldest_ms, _EVER, Budget()):
+                writer.add(labels, chunks)
+            if any(isinstance(source, Block) and source.is_damaged for source in sources):
+                return False
+            writer.finish(covers, types)
+        others = [b for b in self.all if not first <= b.first_number <= last]
+        new = Block(path, self._set_aside)
+        self.all = sorted((*others, new), key=lambda b: b.first_number)
+        return True
+
+    def run_to_compact(self, most_ms: int) -> list[Block]:
+        """The neighbours that are made one block next: the largest has no more samples than the
+        others together, and they span no more than a time.
+        """
+        for start in range(len(self.all) - MERGED_BLOCKS + 1):
+            run = self.all[start : start + MERGED_BLOCKS]
+            samples = [block.samples for block in run]
+            span_ms = max(b.last_ms for b in run) - min(b.first_ms for b in run)
+            if (
+                2 * max(samples) <= sum(samples)
+                and sum(samples) <= MAX_BLOCK_SAMPLES
+                and span_ms <= most_ms
+            ):
+                return run
+        return []
+
+    def compact(self, run: list[Block], oldest_ms: int) -> None:
+        """Make some neighbours one block."""
+        covers = max(block.covers for block in run)
+        if self.write(run, run[0].first_number, run[-1].last_number, covers, oldest_ms):
+            for block in run:
+                os.unlink(block.path)
+
+    def remove(self, block: Block) -> None:
+        """Remove a block that is past its retention."""
+        os.unlink(block.path)
+        self.all.remove(block)
+        logger.info("removed the block %s, past its retention", block.path)
+
+
+# ==================================================================================================
+# 22. Store
+# ==================================================================================================
+#
+# The idea is that of a log-structured merge tree. Lines of the log go into a memtable. From time to
+# time the log begins a new file, and the memtable a new one: the border of the files is the border
+# of the memtables. The old memtable is written as a block, and then the part of the log that the
+# block covers (a segment) is retired. What no block covers is read again at the start. What it
+# costs: a read looks into several blocks and memtables and merges what it finds.
+#
+# There are no locks: whatever takes long and changes files (`maintain`) is done by a fork, which
+# sees the store as it was, and the store looks at the folder again afterwards (`refresh`).
+#
+# Source: O'Neil et al., The Log-Structured Merge-Tree (1996).
+
+SEGMENT_BYTES = 512 * 1024 * 1024  # the log begins a new file when it is so long
+SEGMENT_AGE_S = 2 * 3600.0  # or so old
 
 
 class Store:
@@ -6059,25 +6335,18 @@ class Store:
         monotonic: Callable[[], float] = time.monotonic,
     ):
         self.folder = folder
-        self.damaged: list[str] = []  # names of blocks that were set aside
         self.replayed = self.unreadable = 0  # lines of the log
+        self.blocks = BlockFolder(folder, writes)
+        self._retention = Retention(retention_s, retention_bytes, clock, monotonic)
         self._writes, self._keep_log = writes, keep_log
         self._checkpoints, self._segment_bytes = checkpoints, segment_bytes
-        self._retention_ms, self._retention_bytes = int(retention_s * 1000), retention_bytes
-        self._clock, self._monotonic = clock, monotonic
-        self._blocks_folder = os.path.join(folder, BLOCKS_NAME)
-        self._folder_seen = 0  # when the folder of blocks had changed at the last look
-        self.blocks: list[Block] = []  # in the order of their numbers
-        self._indexed: dict[Block, None] = {}  # with an index in memory, used longest ago first
-        self._to_index: dict[Block, None] = {}  # were asked for without one
+        self._monotonic = monotonic
         self._frozen: list[tuple[int, tuple[Memtable, ...]]] = []  # by segments, in order
         self._active, self._own = Memtable(), Memtable()
         self._changed_ms = END_OF_TIME_MS  # by what is in neither of the two
-        self._since = self._opened = monotonic()  # when the active one was begun
-        self._oldest: deque[tuple[float, int]] = deque()  # bounds of retention of the last hour
+        self._known_damaged = 0  # blocks
+        self._since = monotonic()  # when the active one was begun
         self._next_number = 1
-        if writes:
-            os.makedirs(self._blocks_folder, exist_ok=True)
 
     # ---- the folder is read
 
@@ -6092,9 +6361,8 @@ class Store:
             # before the blocks: what leaves the log is in a block
             segments = log_segments(self.folder)
             self.refresh(first=True)
-            covered = max((block.covers for block in self.blocks), default=0)
             for number, path in segments:
-                if number > covered:
+                if number > self.blocks.covers:
                     self._next_number = max(self._next_number, number + 1)
                     yield from self._replay(path, skip_inode)
             if log:
@@ -6105,10 +6373,7 @@ class Store:
             self.replayed = self.unreadable = 0
 
     def _file_names(self) -> list[str]:
-        there = (
-            sorted(os.listdir(self._blocks_folder)) if os.path.isdir(self._blocks_folder) else []
-        )
-        return there + [path for _, path in log_segments(self.folder)]
+        return self.blocks.names() + [path for _, path in log_segments(self.folder)]
 
     def _replay(self, path: str, skip_inode: int) -> Iterator[str]:
         with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
@@ -6127,75 +6392,13 @@ class Store:
         """Look which blocks there are: others may have changed them. Frozen memtables that have
         become blocks are dropped.
         """
-        if not os.path.isdir(self._blocks_folder):
-            return
-        self._folder_seen = os.stat(self._blocks_folder).st_mtime_ns
         self._changed_ms = 0  # samples past their retention may have gone
-        known = {block.path: block for block in self.blocks}
-        self.damaged, blocks = [], []
-        for name in sorted(os.listdir(self._blocks_folder)):
-            path = os.path.join(self._blocks_folder, name)
-            if name.endswith(".tmp") and first and self._writes:
-                os.unlink(path)
-            elif name.endswith(".damaged"):
-                self.damaged.append(name)
-            elif path in known:
-                blocks.append(known.pop(path))
-            elif _BLOCK_NAME.fullmatch(name):
-                try:
-                    blocks.append(Block(path))
-                except FileNotFoundError:  # it was merged into another one
-                    continue
-                except _DAMAGE as error:
-                    self._set_aside(path, error)
-        for block in known.values():
-            self._forget(block)
-        self.blocks = self._without_merged(blocks)
-        covered = max((block.covers for block in self.blocks), default=0)
-        self._frozen = [(number, tables) for number, tables in self._frozen if number > covered]
-        last = max((block.last_number for block in self.blocks), default=0)
+        self.blocks.refresh(first)
+        covers = self.blocks.covers
+        self._frozen = [(number, tables) for number, tables in self._frozen if number > covers]
         taken = max((Checkpoint.read(path).segment for path in self._checkpoints), default=0)
-        self._next_number = max(self._next_number, last + 1, covered + 1, taken + 1)
-
-    @property
-    def is_changed(self) -> bool:
-        """Whether somebody changed the folder of blocks since the last look."""
-        return os.stat(self._blocks_folder).st_mtime_ns != self._folder_seen
-
-    def _without_merged(self, blocks: list[Block]) -> list[Block]:
-        """The blocks without those that a crash kept from being removed after their compaction."""
-        kept: list[Block] = []
-        for block in sorted(blocks, key=lambda b: (b.first_number, -b.last_number)):
-            if kept and block.last_number <= kept[-1].last_number:
-                if self._writes:
-                    os.unlink(block.path)
-                self._forget(block)
-            else:
-                kept.append(block)
-        return kept
-
-    def _forget(self, block: Block) -> None:
-        self._indexed.pop(block, None)
-        self._to_index.pop(block, None)
-        block.close()
-
-    def _set_aside(self, path: str, error: Exception) -> None:
-        """A damaged block is served no more, and its file gets another name."""
-        logger.error("a damaged block is set aside: %s", error)
-        self.damaged.append(os.path.basename(path) + ".damaged")
-        if self._writes:
-            with contextlib.suppress(FileNotFoundError):
-                os.replace(path, path + ".damaged")
-
-    def _drop(self, source: Source, error: Exception) -> None:
-        if not isinstance(source, Block):
-            raise error
-        self._changed_ms = 0
-        if source in self.blocks:
-            self.blocks.remove(source)
-            self._set_aside(source.path, error)
-            self._indexed.pop(source, None)
-            self._to_index.pop(source, None)
+        last = max(self.blocks.last_number, covers, taken)
+        self._next_number = max(self._next_number, last + 1)
 
     # ---- samples come
 
@@ -6209,8 +6412,10 @@ class Store:
         self._active.unreadable.clear()
 
     def add_own(self, lines: bytes) -> None:
-        """Add lines that are not in the log. A crash loses those that are in no block yet."""
-        self._own.add_lines(lines)
+        """Add lines that are not in the log, of which the last may be torn. A crash loses those
+        that are in no block yet.
+        """
+        self._own.add_lines(lines[: lines.rfind(b"\n") + 1])
 
     def freeze(self, path: str = "") -> None:
         """Begin a new memtable; the old one is all of the log up to here. `path` is where the old
@@ -6239,33 +6444,20 @@ class Store:
     def _sources(self) -> list[Source]:
         """From the oldest to the newest."""
         frozen = [table for _, tables in self._frozen for table in tables]
-        return [*self.blocks, *frozen, self._own, self._active]
+        return [*self.blocks.all, *frozen, self._own, self._active]
 
     def _index_of(self, source: Source, budget: Budget) -> SeriesIndex:
-        """The index of a source. A query with a small budget does not wait until it is read."""
-        if isinstance(source, Block):
-            if not source.is_loaded and budget.left < math.inf:
-                self._to_index[source] = None
-                raise OverBudgetError
-            index = source.index
-            self._indexed.pop(source, None)
-            self._indexed[source] = None
-            return index
-        return source.index
+        return self.blocks.index_of(source, budget) if isinstance(source, Block) else source.index
 
     def _find(
         self, matchers: Sequence[Matcher], start_ms: int, end_ms: int, budget: Budget
-    ) -> _Places:
+    ) -> Places:
         """Where the series stand that fulfil the matchers."""
-        places: _Places = {}
+        places: Places = {}
         for source in self._sources():
             if source.last_ms < start_ms or source.first_ms > end_ms:
                 continue
-            try:
-                index = self._index_of(source, budget)
-            except BlockError as error:
-                self._drop(source, error)
-                continue
+            index = self._index_of(source, budget)
             numbers = index.select(matchers, budget)
             budget.spend(5 * len(numbers))
             for number in numbers:
@@ -6279,20 +6471,9 @@ class Store:
         included.
         """
         places = self._find(matchers, start_ms, end_ms, budget)
-        readers = _readers(places, start_ms, end_ms, budget)
         known: dict[bytes, array[int]] = {}
         same: dict[tuple[int, ...], tuple[list[Any], array[int]]] = {}
-        for labels, where in places.items():
-            sources = []
-            for source, _ in where:
-                try:
-                    sources.append(next(readers[source])[1])
-                except BlockError as error:
-                    self._drop(source, error)
-                    readers[source] = itertools.repeat((0, []))
-            chunks = merge_chunks(sources, budget)
-            if not chunks:
-                continue
+        for labels, chunks in merged_series(places, start_ms, end_ms, budget):
             budget.spend(20 + sum(chunk.count for chunk in chunks))
             parts = [chunk.decoded_times(known) for chunk in chunks]
             key = tuple(map(id, parts))
@@ -6308,8 +6489,10 @@ class Store:
 
     def take_changed_ms(self) -> int:
         """The earliest time of a sample that came or went since this was asked last."""
-        tables = self._active, self._own
+        tables, damaged = (self._active, self._own), len(self.blocks.damaged)
         changed_ms = min(self._changed_ms, *(table.changed_ms for table in tables))
+        if damaged != self._known_damaged:  # a block was set aside while it was read
+            changed_ms, self._known_damaged = 0, damaged
         self._changed_ms = END_OF_TIME_MS
         for table in tables:
             table.changed_ms = END_OF_TIME_MS
@@ -6331,19 +6514,17 @@ class Store:
         """The type of each metric: the one that was pushed last."""
         types: dict[str, str] = {}
         for source in self._sources():
-            try:
-                self._index_of(source, budget)
-                budget.spend(len(source.types))
-                types |= source.types
-            except BlockError as error:
-                self._drop(source, error)
+            self._index_of(source, budget)
+            budget.spend(len(source.types))
+            types |= source.types
         return types
 
     @property
     def warnings(self) -> list[str]:
         """What answers have to say of samples that are missing."""
         return [
-            f"a damaged block was set aside, its samples are missing: {n}" for n in self.damaged
+            f"a damaged block was set aside, its samples are missing: {name}"
+            for name in self.blocks.damaged
         ]
 
     @property
@@ -6351,35 +6532,17 @@ class Store:
         """How many series were pushed since the last segment was begun."""
         return len(self._active.index)
 
-    @property
-    def block_bytes(self) -> int:
-        """How long all blocks are."""
-        return sum(block.size_bytes for block in self.blocks)
-
     # ---- the store is kept in order
 
     def work(self) -> Iterator[None]:
         """What is to be done beside questions, in short steps: indexes are read, rows sealed."""
-        while self._to_index:
-            block, _ = self._to_index.popitem()
-            try:
-                yield from block.load()
-            except BlockError as error:
-                self._drop(block, error)
-                continue
-            self._indexed[block] = None
-            room = MAX_INDEXED_SERIES
-            for loaded in reversed(list(self._indexed)):
-                room -= loaded.series_count
-                if room < 0 and loaded is not block:
-                    loaded.forget_index()
-                    del self._indexed[loaded]
+        yield from self.blocks.load_wanted()
         yield from self._active.seal()
 
     @property
     def has_work(self) -> bool:
         """Whether `work` has anything to do."""
-        return bool(self._to_index) or self._active.has_full_groups
+        return self.blocks.has_wanted or self._active.has_full_groups
 
     @property
     def needs_maintenance(self) -> bool:
@@ -6393,52 +6556,28 @@ class Store:
         It takes long; a fork does it, and the store that goes on calls `refresh` afterwards.
         """
         for number, tables in self._frozen:
-            self._write(tables, number, number, number)
+            self.blocks.write(tables, number, number, number, self._oldest_ms())
         self._frozen = []
         for path in self._retirable():
             self._retire(path)
         while run := self._run_to_compact():
-            self._compact(run)
+            self.blocks.compact(run, self._oldest_ms())
         for block in self._expired():
-            os.unlink(block.path)
-            logger.info("removed the block %s, past its retention", block.path)
             self.blocks.remove(block)
 
     def keep_own(self) -> None:
         """Write what is not in the log as a block. Raises OSError."""
-        if self._own.rows:
-            covered = max((block.covers for block in self.blocks), default=0)
-            if not self._frozen:  # else a block of this number would hide a segment
-                self._write([self._own], self._next_number, self._next_number, covered)
-                self._next_number += 1
-                self._own = Memtable()
-
-    def _write(self, sources: Sequence[Source], first: int, last: int, covers: int) -> None:
-        """Write a block of all samples of some sources, and serve it in place of the blocks of
-        these numbers.
-        """
-        path = os.path.join(self._blocks_folder, f"{first:08d}-{last:08d}.block")
-        budget, oldest_ms = Budget(), self._oldest_ms() if self._is_settled else 0
-        with BlockWriter(path) as writer:
-            types: dict[str, str] = {}
-            places: _Places = {}
-            for source in sources:
-                types |= source.types
-                for number, labels in enumerate(source.index.labels):
-                    places.setdefault(labels, []).append((source, number))
-            readers = _readers(places, oldest_ms, _EVER, budget)
-            for labels, where in places.items():
-                found = [next(readers[source])[1] for source, _ in where]
-                if chunks := merge_chunks(found, budget):
-                    writer.add(labels, chunks)
-            writer.finish(covers, types)
-        others = [b for b in self.blocks if not first <= b.first_number <= last]
-        self.blocks = sorted((*others, Block(path)), key=lambda b: b.first_number)
+        # Beside frozen ones, a block of this number would hide a segment.
+        if self._own.rows and not self._frozen:
+            number, covers = self._next_number, self.blocks.covers
+            self.blocks.write([self._own], number, number, covers, self._oldest_ms())
+            self._next_number += 1
+            self._own = Memtable()
 
     def _retirable(self) -> list[str]:
         """The segments that a block covers, and that nobody else is still to read."""
-        last = max((block.covers for block in self.blocks), default=0)
-        last = min((last, *(Checkpoint.read(path).segment for path in self._checkpoints)))
+        taken = (Checkpoint.read(path).segment for path in self._checkpoints)
+        last = min((self.blocks.covers, *taken))
         return [path for number, path in log_segments(self.folder) if number <= last]
 
     def _retire(self, path: str) -> None:
@@ -6457,68 +6596,21 @@ class Store:
         os.unlink(path)
 
     def _run_to_compact(self) -> list[Block]:
-        """The neighbours that are made one block next: the largest has no more samples than the
-        others together.
-        """
-        most_ms = self._retention_ms // 10 or _EVER
-        for start in range(len(self.blocks) - MERGED_BLOCKS + 1):
-            run = self.blocks[start : start + MERGED_BLOCKS]
-            samples = [block.samples for block in run]
-            span_ms = max(b.last_ms for b in run) - min(b.first_ms for b in run)
-            if (
-                2 * max(samples) <= sum(samples)
-                and sum(samples) <= MAX_BLOCK_SAMPLES
-                and span_ms <= most_ms
-            ):
-                return run
-        return []
-
-    def _compact(self, run: list[Block]) -> None:
-        try:
-            covers = max(block.covers for block in run)
-            self._write(run, run[0].first_number, run[-1].last_number, covers)
-        except BlockError:
-            for block in run:  # whichever of them it was
-                try:
-                    for _ in block.chunks(range(len(block.index)), 0, _EVER, Budget()):
-                        pass
-                except BlockError as error:
-                    self._drop(block, error)
-            return
-        for block in run:
-            os.unlink(block.path)
+        return self.blocks.run_to_compact(self._retention.age_ms // 10 or _EVER)
 
     # ---- retention
 
     @property
-    def _is_settled(self) -> bool:
-        return self._monotonic() - self._opened >= CLOCK_DOUBT_S
+    def _newest_ms(self) -> int:
+        return max((source.last_ms for source in self._sources()), default=-1)
 
     def _oldest_ms(self) -> int:
-        """What is older is past its retention, which goes by the clock or by the newest sample,
-        whichever is earlier; and of these bounds the least of the last hour counts: no step of a
-        clock removes what was young an hour ago.
-        """
-        if not self._retention_ms:
-            return 0
-        now, bounds = self._monotonic(), self._oldest
-        newest_ms = max((source.last_ms for source in self._sources()), default=-1)
-        bounds.append((now, min(int(self._clock() * 1000), newest_ms) - self._retention_ms))
-        while bounds[0][0] < now - CLOCK_DOUBT_S:
-            bounds.popleft()
-        return min(bound_ms for _, bound_ms in bounds)
+        """What is older is not written again."""
+        retention = self._retention
+        return retention.oldest_ms(self._newest_ms) if retention.is_settled else 0
 
     def _expired(self) -> list[Block]:
-        """The blocks that are too old, and the oldest if all are too long."""
-        oldest_ms, room = self._oldest_ms(), self._retention_bytes
-        old = [block for block in self.blocks if 0 <= block.last_ms < oldest_ms]
-        if len(old) > 1 and not self._is_settled:  # nobody knows how the clock stood an hour ago
-            old = []
-        for block in sorted(self.blocks, key=lambda b: b.last_ms, reverse=True):
-            room -= block.size_bytes
-            if self._retention_bytes and room < 0 and block not in old:
-                old.append(block)
-        return old
+        return self._retention.expired(self.blocks.all, self._newest_ms)
 
 
 # ==================================================================================================
@@ -6527,7 +6619,7 @@ class Store:
 
 
 # ==================================================================================================
-# 21. Query language
+# 23. Query language
 # ==================================================================================================
 #
 # The problem: PromQL is the language that Grafana and every Prometheus client speak. The idea: text
@@ -6779,7 +6871,7 @@ COMPARE: dict[str, Callable[[float, float], bool]] = {
 
 
 # ==================================================================================================
-# 22. Query text
+# 24. Query text
 # ==================================================================================================
 #
 # Numbers, durations and strings as PromQL writes them, read and written; and a tree as text, on one
@@ -7082,7 +7174,7 @@ def _matching_text(matching: Matching) -> str:
 
 
 # ==================================================================================================
-# 23. Query tokens
+# 25. Query tokens
 # ==================================================================================================
 #
 # The words that a query is made of, and how far a parser has read them. A colon is the one that
@@ -7200,7 +7292,7 @@ class _Tokens:
 
 
 # ==================================================================================================
-# 24. Query parser
+# 26. Query parser
 # ==================================================================================================
 #
 # Recursive descent with precedence climbing: each rule of the grammar is one function over the
@@ -7581,7 +7673,7 @@ def _check_type(tokens: _Tokens, node: Node, expected: str, where: str) -> None:
 
 
 # ==================================================================================================
-# 25. Query functions
+# 27. Query functions
 # ==================================================================================================
 #
 # What the functions and aggregations of PromQL compute: floats in, a float out. They know nothing
@@ -7860,7 +7952,7 @@ def _clamped(value: float, least: float, most: float) -> float | None:
 
 
 # ==================================================================================================
-# 26. Columns
+# 28. Columns
 # ==================================================================================================
 #
 # The problem: to evaluate a tree for hundreds of steps of a graph at once, without numpy. The idea:
@@ -8047,7 +8139,7 @@ class _Ranges(NamedTuple):
 
 
 # ==================================================================================================
-# 27. Range functions
+# 29. Range functions
 # ==================================================================================================
 #
 # What functions make of the windows of a range vector. All but the values is shared by series with
@@ -8322,7 +8414,7 @@ def _regression(
 
 
 # ==================================================================================================
-# 28. Aggregation
+# 30. Aggregation
 # ==================================================================================================
 #
 # Columns become groups by their labels, and the columns of a group are aggregated row by row: what
@@ -8426,7 +8518,7 @@ def _value_counts(
 
 
 # ==================================================================================================
-# 29. Vector matching
+# 31. Vector matching
 # ==================================================================================================
 #
 # The operators between two vectors: series of both sides find each other by their labels, step by
@@ -8574,7 +8666,7 @@ def _result_labels(node: Binary, many: dict[str, str], one: dict[str, str]) -> d
 
 
 # ==================================================================================================
-# 30. Evaluation
+# 32. Evaluation
 # ==================================================================================================
 #
 # The tree is walked once: each node gives its columns, for all steps at once. A subquery is
@@ -8796,7 +8888,7 @@ _Evaluate = Callable[[_Evaluator, tuple[Node, ...]], list[Column]]
 
 
 # ==================================================================================================
-# 31. Functions of PromQL
+# 33. Functions of PromQL
 # ==================================================================================================
 #
 # A function of PromQL takes nodes and makes columns: most evaluate their arguments and apply a
@@ -9116,7 +9208,7 @@ _FUNCTIONS: dict[str, _Evaluate] = {
 
 
 # ==================================================================================================
-# 32. Query engine
+# 34. Query engine
 # ==================================================================================================
 #
 # The engine evaluates a text at one time or over a range. It needs no store, only a function that
@@ -9266,7 +9358,7 @@ def matrix_result(series: Iterable[Series]) -> MatrixResult:
 
 
 # ==================================================================================================
-# 33. Result cache
+# 35. Result cache
 # ==================================================================================================
 #
 # The problem: dashboards ask the same queries again and again, each time a few steps further. The
@@ -9338,7 +9430,7 @@ class ResultCache:
     """
 
     def __init__(self, changed_ms: Callable[[], int], max_bytes: int = CACHED_BYTES):
-        self._changed_ms, self._room = changed_ms, max_bytes
+        self.changed_ms, self._room = changed_ms, max_bytes
         self._kept: dict[_Question, _Result] = {}  # asked longest ago first
         self._latest: _Question | None = None  # whose result came last
 
@@ -9347,7 +9439,7 @@ class ResultCache:
         lookback_ms: int = 0,
     ) -> MatrixResult:  # fmt: skip
         """What `engine.range` returns or raises for the same."""
-        self._forget(self._changed_ms())
+        self.refresh()
         self._latest = None
         question = (text, step_ms, start_ms % step_ms, lookback_ms)
         known = self._kept.get(question)
@@ -9374,15 +9466,16 @@ class ResultCache:
         while self._room < 0:
             self._room += self._kept.pop(next(iter(self._kept))).size_bytes
 
-    def _forget(self, changed_ms: int) -> None:
-        """Results from a time on no longer hold."""
+    def refresh(self) -> None:
+        """Forget what no longer holds."""
+        changed_ms = self.changed_ms()
         for question, result in list(self._kept.items()):
             if result.end_ms >= changed_ms:
                 self._kept[question] = _before(changed_ms, result, question[1])
 
     def exported(self) -> bytes:
         """What the last query added, for the cache of another process; b"" for nothing."""
-        self._forget(self._changed_ms())
+        self.refresh()
         result = self._kept.get(self._latest) if self._latest else None
         if result is None:
             return b""
@@ -9409,7 +9502,7 @@ def _before(time_ms: int, result: _Result, step_ms: int) -> _Result:
 
 
 # ==================================================================================================
-# 34. Query API
+# 36. Query API
 # ==================================================================================================
 #
 # What the engine can do, as Prometheus's HTTP API offers it: Grafana and other clients speak it.
@@ -9520,10 +9613,9 @@ class QueryAPI:
     def __init__(
         self, store: Store, *, timeout_s: float = QUERY_TIMEOUT_S, max_samples: int = MAX_SAMPLES,
         clock: Callable[[], float] = time.time, version: str = "",
-        cache: ResultCache | None = None,
     ):  # fmt: skip
         self._store, self._clock, self._version = store, clock, version
-        self.cache = cache or ResultCache(store.take_changed_ms)
+        self.cache = ResultCache(store.take_changed_ms)
         self._timeout_s = timeout_s
         self._engine = Engine(store.select, max_samples=max_samples)
 
@@ -9764,43 +9856,31 @@ def _points_json(template: str, values: "array[float]") -> str:
 
 
 # ==================================================================================================
-# 35. Store process
+# 37. Processes that follow the log
 # ==================================================================================================
 #
 # The problem: whoever holds the interpreter lock stops everybody, and a query, a sealed chunk or a
-# written block may hold it for long. The idea: the store lives in a process of its own, which reads
-# the log as `tail -f` does, up to where it is acknowledged, and never beyond. It has one thread and
-# no locks. A question comes with the position of the log at its arrival, and is answered when the
-# store has read so far: whoever pushed a sample sees it. Small questions are answered at once,
-# within a budget of work; what takes more begins anew in a fork, which is a snapshot of all memory
-# for the price of a page table. The operating system does the rest: a late query is killed, its
-# memory is limited, several run on several cores. What it costs: 3 to 10 ms for each fork, and the
-# log is read once more, 0.5 to 0.8 µs a line.
+# written block may hold it for long. The idea: what need not happen before a batch is acknowledged
+# is done by processes of their own, which read the log as `tail -f` does, up to where it is
+# acknowledged, and never beyond. The front starts each of them with a socket, and they end when it
+# is closed. What it costs: the memory of an interpreter each, and the log is read once more.
 #
-#     front ── frames of fixed size, each with a descriptor ──► store     a question's socket, a log
-#           ◄── lines of JSON: what it does, what it logs ────
-#           ◄── an answer, on the question's own socket ────── store or its fork
+#     front ── frames of fixed size, each with a descriptor ──► process   a question's socket, a log
+#           ◄── lines of JSON: what it does, what it logs ─────
+#           ◄── an answer, on the question's own socket ────── process, or its fork
 
-MAX_WAITING = 64  # questions; more get 503
-INLINE_WORK = 50_000  # units of a Budget: about 5 ms
-INLINE_S = 0.03  # and where the units were too cheap, so long
-QUERY_MEMORY = 512 * 1024 * 1024  # bytes that a query may take, beside what the store has
-SENDING_S = 5.0  # a reader may take so long while others wait
-KILL_GRACE_S = 0.5  # a fork that is late ends by itself, or so long later by a signal
-STORE_STATUS_S = 1.0  # how often the store says how it is
-SILENCE_S = 20.0  # a store that says nothing for so long is ended, and begun anew
-STORE_RETRY_S = 30.0  # after a failure to keep the store in order: a full disk, as a rule
+STORE_STATUS_S = 1.0  # how often a process says how it is
+SILENCE_S = 20.0  # one that says nothing for so long is ended, and begun anew
 FOLLOWER_STOP_S = 1.0  # so long a process may take to stop
-LOCK_WAIT_S = 5.0  # for a store whose front died
+LOCK_WAIT_S = 5.0  # for a process whose front died
 MAX_FORM_BYTES = 128 * 1024
-OWN_METRICS_S = 15.0
+MAX_UNSENT_BYTES = 1024 * 1024  # lines for a front that reads none
 
 _FRAME = struct.Struct("<4sIqd")  # what; file of the log, bytes of it; when, by time.monotonic
 _QUESTION, _POSITION, _SWITCH, _OWN, _STOP = b"ask.", b"pos.", b"file", b"own.", b"stop"
 # Of a question: the bytes of its path and of its form, and whether its answer may be gzipped.
 _LENGTHS = struct.Struct("<II?")
 GZIP_BYTES = 4096  # less is not worth it
-GZIP_WORK = 0.1  # units of a Budget a byte: level 1 takes 8 ns
 
 
 class Frame(NamedTuple):
@@ -9827,23 +9907,51 @@ def frames(control: socket.socket) -> Iterator[Frame]:
         yield Frame(kind, Position(file, size_bytes), arrived, descriptors)
 
 
-class StoreOptions(NamedTuple):
-    """What the store process is told at its start."""
+class Front:
+    """The front, as a process that it has started knows it."""
 
-    folder: str
-    max_series: int = MAX_SERIES
-    retention_s: float = RETENTION_S
-    retention_bytes: int = 0
-    keep_log: bool = False
-    checkpoints: Sequence[str] = ()
-    segment_bytes: int = SEGMENT_BYTES
-    query_timeout_s: float = QUERY_TIMEOUT_S
-    query_memory: int = QUERY_MEMORY
-    version: str = ""
+    def __init__(self, control: socket.socket):
+        control.setblocking(False)
+        self.socket = control
+        self.is_gone = False
+        self.unsent = b""  # lines that it has not read yet
+
+    def frames(self) -> Iterator[Frame]:
+        """Its frames that are there."""
+        try:
+            yield from frames(self.socket)
+        except EOFError:
+            self.is_gone = True
+
+    def tell(self, **said: Any) -> None:
+        """Send it a line, sooner or later."""
+        if len(self.unsent) < MAX_UNSENT_BYTES:
+            self.unsent += write_json(said).encode(errors="backslashreplace") + b"\n"
+        self.send_unsent()
+
+    def send_unsent(self) -> None:
+        """Send what it had no room for."""
+        try:
+            while self.unsent:
+                self.unsent = self.unsent[self.socket.send(self.unsent) :]
+        except BlockingIOError:
+            return
+        except OSError:
+            self.is_gone = True
+
+    def log(self, record: logging.LogRecord) -> bool:
+        """A filter of the logger: the front logs for all processes."""
+        self.tell(log=record.getMessage(), level=record.levelno)
+        return False
+
+    def leave(self) -> None:
+        """What a fork does first: it has nothing to do with the front."""
+        self.socket.close()
+        logger.removeFilter(self.log)
 
 
 class Question:
-    """A request to the query API that waits for its answer."""
+    """A request that waits for its answer."""
 
     __slots__ = ("socket", "position", "arrived", "path", "form", "takes_gzip", "deadline")
 
@@ -9869,483 +9977,6 @@ class Question:
             with open(descriptor, encoding="utf-8", newline="") as file:
                 self.form = file.read()
         self.deadline = arrived + QUERY_TIMEOUT_S
-
-
-class _Fork:
-    """A process that answers a question, or keeps the store in order."""
-
-    __slots__ = (
-        "pid", "pipe", "question", "deadline", "sends_since", "said", "error", "changed_ms",
-    )  # fmt: skip
-
-    def __init__(self, pid: int, pipe: int, question: Question | None):
-        self.pid, self.pipe, self.question = pid, pipe, question
-        self.deadline = question.deadline if question else math.inf
-        self.sends_since = 0.0  # it has its answer: only the reader may be late now
-        self.said = b""
-        self.error = ""  # why the store can't be kept in order
-        self.changed_ms = END_OF_TIME_MS  # the earliest sample that came since it began
-
-
-class StoreProcess:
-    """The loop of the store: reads the log, answers questions, keeps the store in order."""
-
-    def __init__(self, control: socket.socket, options: StoreOptions):
-        self._control, self._options = control, options
-        control.setblocking(False)
-        self.store = Store(
-            options.folder,
-            writes=True,
-            retention_s=options.retention_s,
-            retention_bytes=options.retention_bytes,
-            keep_log=options.keep_log,
-            checkpoints=options.checkpoints,
-            segment_bytes=options.segment_bytes,
-        )
-        self.api = QueryAPI(
-            self.store,
-            timeout_s=options.query_timeout_s,
-            version=options.version,
-            cache=ResultCache(self._take_changed_ms),
-        )
-        self._max_forks = max(2, os.cpu_count() or 1)
-        self._opening: Iterator[str] | None = None
-        self._began = time.monotonic()
-        self._progress = "starting"  # how far the store is at its start; "" when it is ready
-        self._log = FollowedLog()
-        self._first_position = Position(-1, 0)  # the store is ready when it has read so far
-        self._waiting: deque[Question] = deque()  # for the log to be read
-        self._heavy: deque[Question] = deque()  # for a fork
-        self._forks: dict[int, _Fork] = {}  # by pipe
-        self._sending: dict[socket.socket, memoryview] = {}  # answers that nobody reads yet
-        self._work: Iterator[None] = iter(())
-        self._unsent = b""  # lines for the front
-        self._error = ""  # why the store can't be kept in order
-        self._next_status = self._next_maintenance = self._next_rotation = 0.0
-        self._stopped = False
-
-    # ---- the loop
-
-    def run(self) -> None:
-        """Work until the front says stop, or is gone."""
-        while not self._stopped:
-            self._wait(0.0 if self._is_busy() else 0.1)
-            self._read_log()
-            self._answer_waiting()
-            self._start_forks()
-            self._end_late()
-            if not self._waiting:
-                self._do_work()
-            self._look_after_time()
-        for fork in list(self._forks.values()):
-            os.kill(fork.pid, signal.SIGKILL)
-            self._reap(fork)
-        if not self._progress:
-            self.store.keep_own()
-
-    def _is_busy(self) -> bool:
-        if self._progress:
-            return self._opening is not None or not self._log.is_caught_up
-        return (
-            not self._log.is_caught_up
-            or (self.store.has_work and not self._unsent)
-            or any(self._log.has_read(question.position) for question in self._waiting)
-        )
-
-    def _wait(self, timeout_s: float) -> None:
-        """Wait until somebody has something to say, and hear it."""
-        poll = select.poll()
-        poll.register(self._control, select.POLLIN | (select.POLLOUT if self._unsent else 0))
-        for pipe in self._forks:
-            poll.register(pipe, select.POLLIN)
-        asking = {question.socket.fileno(): question for question in self._questions()}
-        for descriptor in asking:
-            poll.register(descriptor, 0)  # only that the other end is closed
-        sending = {sock.fileno(): sock for sock in self._sending}
-        for descriptor in sending:
-            poll.register(descriptor, select.POLLOUT)
-        ready = [descriptor for descriptor, _ in poll.poll(timeout_s * 1000)]
-        # a fork that sends is heard before its reader has left: it still tells what it found
-        for descriptor in sorted(ready, key=lambda descriptor: descriptor not in self._forks):
-            if descriptor == self._control.fileno():
-                self._hear()
-                self._tell("")
-            elif descriptor in self._forks:
-                self._hear_fork(self._forks[descriptor])
-            elif descriptor in sending:
-                self._send_more(sending[descriptor])
-            else:
-                self._abandon(asking[descriptor])
-
-    def _questions(self) -> Iterator[Question]:
-        yield from self._waiting
-        yield from self._heavy
-        for fork in self._forks.values():
-            if fork.question is not None and not fork.sends_since:
-                yield fork.question
-
-    # ---- the front speaks
-
-    def _hear(self) -> None:
-        try:
-            for frame in itertools.islice(frames(self._control), MAX_WAITING):
-                self._take(frame)
-        except EOFError:
-            self._stopped = True
-
-    def _take(self, frame: Frame) -> None:
-        kind, position, arrived, descriptors = frame
-        if kind == _QUESTION:
-            self._take_question(socket.socket(fileno=descriptors[0]), position, arrived)
-        elif kind == _SWITCH:
-            self._log.begin_file(position, descriptors[0])
-        elif kind == _OWN:
-            with open(descriptors[0], "rb") as lines:
-                self.store.add_own(lines.read())
-        elif kind == _STOP:
-            self._stopped = True
-        if kind in (_QUESTION, _POSITION):
-            self._log.acknowledge(position)
-
-    def _take_question(self, sock: socket.socket, position: Position, arrived: float) -> None:
-        try:
-            question = Question(sock, position, arrived)
-        except (OSError, ValueError) as error:
-            logger.debug("a question was not whole: %s", error)
-            sock.close()
-            return
-        if self._progress:
-            self._refuse(question, f"the store is not ready yet: {self._progress}")
-        elif len(self._waiting) + len(self._heavy) >= MAX_WAITING:
-            self._refuse(question, f"{MAX_WAITING} queries wait already")
-        else:
-            question.deadline = arrived + self.api.timeout_s(question.form)
-            self._waiting.append(question)
-
-    def _tell(self, line: str) -> None:
-        """Send a line to the front, sooner or later."""
-        if line and len(self._unsent) < 1024 * 1024:
-            self._unsent += line.encode(errors="backslashreplace") + b"\n"
-        try:
-            while self._unsent:
-                self._unsent = self._unsent[self._control.send(self._unsent) :]
-        except BlockingIOError:
-            return
-        except OSError:
-            self._stopped = True
-
-    # ---- the log is read
-
-    def _read_log(self) -> None:
-        log = self._log
-        if self._opening is None and log.file < 0 and log.has_next_file:  # the first file
-            log.next_file()
-            self._first_position = log.acknowledged
-            inode = os.fstat(log.tail.descriptor).st_ino
-            self._opening = self.store.open(skip_inode=inode)
-        if self._opening is not None:
-            progress = next(self._opening, None)
-            if progress is not None:
-                self._progress = progress
-                return
-            self._opening = None
-        if log.file < 0:
-            return
-        limit = log.limit
-        if lines := log.tail.read(limit):
-            self.store.add_lines(lines)
-        elif log.has_next_file:
-            self._switch()
-        if self._progress:
-            self._progress = f"reading the log: {log.tail.position >> 20} of {limit >> 20} MiB"
-            if log.has_read(self._first_position):
-                self._progress = ""
-                if time.monotonic() - self._began > 1.0:
-                    logger.info("the store is ready: %d metrics read", self.store.replayed)
-
-    def _switch(self) -> None:
-        """The border of the files is the border of the memtables."""
-        old = self._log.next_file()
-        self.store.freeze(segment_of(self.store.folder, old)[1])
-        os.close(old)
-        self._next_rotation = self._next_maintenance = 0.0
-
-    # ---- questions are answered
-
-    def _answer_waiting(self) -> None:
-        """Answer one question, or pass it on to a fork."""
-        for question in self._waiting:
-            if self._log.has_read(question.position):
-                self._waiting.remove(question)
-                self._answer(question)
-                return
-
-    def _answer(self, question: Question) -> None:
-        budget = Budget(INLINE_WORK)
-        signal.signal(signal.SIGALRM, lambda *_: setattr(budget, "left", -1.0))
-        signal.setitimer(signal.ITIMER_REAL, INLINE_S)
-        try:
-            status, body = self.api.answer(question.path, question.form, budget)
-            budget.spend(question.takes_gzip * GZIP_WORK * len(body))
-        except OverBudgetError:
-            self._heavy.append(question)
-        except Exception as error:
-            log_unexpected(error)
-            self._send(question, *self.api.error("internal", INTERNAL_ERROR))
-        else:
-            self._send(question, status, body)
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0.0)
-
-    def _start_forks(self) -> None:
-        """Begin what waits: as many work at once as there are cores; as many more may send."""
-        forks = [fork for fork in self._forks.values() if fork.question is not None]
-        working = sum(not fork.sends_since for fork in forks)
-        room = min(self._max_forks - working, 2 * self._max_forks - len(forks))
-        while self._heavy and room > 0:
-            question = self._heavy.popleft()
-            try:
-                self._fork(question)
-            except OSError as error:
-                self._refuse(question, f"no process for a query: {error.strerror}")
-            room -= 1
-
-    def _fork(self, question: Question | None) -> None:
-        """Answer a question in a process of its own, or keep the store in order."""
-        heard, said = os.pipe()
-        pid = os.fork()
-        if pid:
-            os.close(said)
-            self._forks[heard] = _Fork(pid, heard, question)
-            return
-        status = 1
-        try:
-            os.close(heard)
-            self._control.close()
-            logger.removeFilter(self.log_to_front)
-            deadline = question.deadline if question else math.inf
-            child = _Child(said, self._options.query_memory, deadline)
-            if question is not None:
-                status = child.answer(self.api, question)
-            else:
-                status = child.maintain(self.store)
-        finally:  # whatever happens: a child never goes on with the loop of its parent
-            os._exit(status)
-
-    def _hear_fork(self, fork: _Fork) -> None:
-        said = os.read(fork.pipe, 65_536)
-        *lines, fork.said = (fork.said + said).split(b"\n")
-        for line in lines:
-            told = parse_json(line)
-            if "log" in told:
-                self._tell(line.decode())
-            if "sending" in told:
-                fork.sends_since = time.monotonic()
-            if "result" in told:
-                self._take_changed_ms()
-                self.api.cache.add(base64.b64decode(told["result"]), fork.changed_ms)
-            fork.error = told.get("error", fork.error)
-        if not said:
-            self._reap(fork)
-
-    def _reap(self, fork: _Fork) -> None:
-        """A fork has ended: say so where it could not."""
-        del self._forks[fork.pipe]
-        os.close(fork.pipe)
-        _, status = os.waitpid(fork.pid, 0)
-        code = os.waitstatus_to_exitcode(status)
-        if fork.question is None:
-            self.store.refresh()
-            self._error = "" if code == 0 else fork.error or f"ended with status {code}"
-            if self._error:
-                logger.error("can't keep the store in order: %s", self._error)
-                self._next_maintenance = time.monotonic() + STORE_RETRY_S
-        elif fork.sends_since:
-            fork.question.socket.close()
-        elif time.monotonic() >= fork.deadline:
-            self._time_out(fork.question, "query timed out in expression evaluation")
-        else:
-            self._refuse(fork.question, f"the process of the query ended with status {code}")
-
-    def _take_changed_ms(self) -> int:
-        """What the store says; it holds for the results of all forks, too."""
-        changed_ms = self.store.take_changed_ms()
-        for fork in self._forks.values():
-            fork.changed_ms = min(fork.changed_ms, changed_ms)
-        return changed_ms
-
-    def _end_late(self) -> None:
-        now = time.monotonic()
-        for line in (self._waiting, self._heavy):
-            for question in [question for question in line if question.deadline <= now]:
-                line.remove(question)
-                behind = self._log.acknowledged.size_bytes - self._log.tail.position
-                where = f"while the store reads the log, {behind} bytes behind"
-                if line is self._heavy:
-                    where = "in query queue"
-                self._time_out(question, f"query timed out {where}")
-        for fork in self._forks.values():
-            late = now >= fork.deadline + KILL_GRACE_S
-            if fork.sends_since:  # to a slow reader: it makes room where others wait
-                late = bool(self._heavy) and now >= fork.sends_since + SENDING_S
-            if late:
-                os.kill(fork.pid, signal.SIGKILL)
-
-    def _abandon(self, question: Question) -> None:
-        """Nobody waits for the answer any more."""
-        for line in (self._waiting, self._heavy):
-            if question in line:
-                line.remove(question)
-                question.socket.close()
-                return
-        for fork in list(self._forks.values()):
-            if fork.question is question and not fork.sends_since:
-                os.kill(fork.pid, signal.SIGKILL)
-                fork.sends_since = fork.deadline
-                self._reap(fork)
-
-    def _time_out(self, question: Question, reason: str) -> None:
-        self._send(question, *self.api.error("timeout", reason))
-
-    def _refuse(self, question: Question, reason: str) -> None:
-        self._send(question, *self.api.error("unavailable", reason))
-
-    def _send(self, question: Question, status: int, body: bytes) -> None:
-        self._sending[question.socket] = memoryview(_relayed(question, status, body))
-        self._send_more(question.socket)
-
-    def _send_more(self, sock: socket.socket) -> None:
-        try:
-            self._sending[sock] = self._sending[sock][sock.send(self._sending[sock]) :]
-        except BlockingIOError:
-            return
-        except OSError:  # nobody reads it any more
-            self._sending[sock] = memoryview(b"")
-        if not self._sending[sock]:
-            del self._sending[sock]
-            sock.close()
-
-    # ---- the store is kept in order
-
-    def _do_work(self) -> None:
-        """A piece of work that is short beside a question."""
-        end = time.monotonic() + 0.002
-        while time.monotonic() < end:
-            if next(self._work, self) is self:
-                if not self.store.has_work:
-                    return
-                self._work = self.store.work()
-
-    def _look_after_time(self) -> None:
-        now = time.monotonic()
-        if now < self._next_status:
-            return
-        self._next_status = now + STORE_STATUS_S
-        self._tell(write_json({"status": self._status()}))
-        if self._progress:
-            return
-        if self.store.is_changed:
-            self.store.refresh()
-        if now >= self._next_rotation and self.store.is_segment_due(self._log.tail.position):
-            self._next_rotation = now + STORE_RETRY_S
-            self._tell(write_json({"rotate": self.store.next_segment()}))
-        maintaining = any(fork.question is None for fork in self._forks.values())
-        if not maintaining and now >= self._next_maintenance and self.store.needs_maintenance:
-            self._next_maintenance = now + STORE_STATUS_S
-            self._fork(None)
-
-    def _status(self) -> dict[str, Any]:
-        running = sum(fork.question is not None for fork in self._forks.values())
-        return {
-            "progress": self._progress,
-            "error": self._error,
-            "room": self._options.max_series - self.store.series_in_memory,
-            "series_in_memory": self.store.series_in_memory,
-            "block_bytes": self.store.block_bytes,
-            "blocks_damaged": len(self.store.damaged),
-            "log_lines_unreadable": self.store.unreadable,
-            "store_lag_bytes": max(0, self._log.limit - self._log.tail.position),
-            "queries_running": running,
-            "queries_waiting": len(self._waiting) + len(self._heavy),
-        }
-
-    def log_to_front(self, record: logging.LogRecord) -> bool:
-        """A filter of the logger: the front logs for all processes."""
-        self._tell(write_json({"log": record.getMessage(), "level": record.levelno}))
-        return False
-
-
-class _Child:
-    """What a fork of the store does; it ends when its time is over, or its parent is gone."""
-
-    def __init__(self, said: int, memory: int, deadline: float):
-        self._said = said
-        logger.addFilter(self._log)
-        self._parent = os.getppid()
-        self._deadline = deadline
-        signal.signal(signal.SIGALRM, self._look)
-        signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
-        os.nice(5)
-        self._memory = memory
-
-    def _look(self, *_: object) -> None:
-        if os.getppid() != self._parent or time.monotonic() >= self._deadline:
-            os._exit(1)
-
-    def _tell(self, **told: Any) -> None:
-        """A line for the parent."""
-        line = write_json(told).encode(errors="replace") + b"\n"
-        while line:  # a signal may come between two parts of a long one
-            line = line[os.write(self._said, line) :]
-
-    def _log(self, record: logging.LogRecord) -> bool:
-        self._tell(log=record.getMessage(), level=record.levelno)
-        return False
-
-    def answer(self, api: QueryAPI, question: Question) -> int:
-        """Answer a question, with as much memory as is allowed."""
-        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-        resource.setrlimit(resource.RLIMIT_AS, (_address_space() + self._memory, hard))
-        try:
-            status, body = api.answer(question.path, question.form, Budget())
-        except MemoryError:
-            status, body = 0, b""
-        except Exception as error:
-            log_unexpected(error)
-            status, body = api.error("internal", INTERNAL_ERROR)
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-        if not status:
-            status, body = api.error("execution", str(SampleLimitError()))
-        answer = _relayed(question, status, body)
-        self._deadline = math.inf  # the rest is up to the reader; a front that goes closes it
-        self._tell(sending=True)
-        question.socket.setblocking(True)
-        question.socket.sendall(answer)
-        if result := api.cache.exported():
-            self._tell(result=base64.b64encode(result).decode())
-        return 0
-
-    def maintain(self, store: Store) -> int:
-        """Keep the store in order."""
-        try:
-            store.maintain()
-            return 0
-        except OSError as error:
-            reason = f"{error.strerror}: {error.filename}" if error.filename else str(error)
-        except Exception as error:
-            log_unexpected(error)
-            reason = INTERNAL_ERROR
-        self._tell(error=reason)
-        return 1
-
-
-def _address_space() -> int:
-    """The address space of this process in bytes."""
-    try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[0]) * resource.getpagesize()
-    except OSError:  # no such file on this system: what a store takes as a rule
-        return 1 << 30
 
 
 def _relayed(question: Question, status: int, body: bytes) -> bytes:
@@ -10393,19 +10024,6 @@ def begin_following(arguments: list[str]) -> tuple[socket.socket, dict[str, Any]
     return socket.socket(fileno=int(arguments[0])), parse_json(sys.stdin.buffer.read())
 
 
-def store_main(arguments: list[str]) -> int:
-    """The store process: its argument is the descriptor of its socket to the front."""
-    sys.setrecursionlimit(MAX_RECURSION)
-    control, told = begin_following(arguments)
-    options = StoreOptions(**told)
-    process = StoreProcess(control, options)
-    logger.addFilter(process.log_to_front)
-    logger.setLevel(logging.INFO)
-    with only_one(os.path.join(options.folder, BLOCKS_NAME), os.O_RDONLY | os.O_DIRECTORY):
-        process.run()
-    return 0
-
-
 @contextlib.contextmanager
 def only_one(path: str, flags: int) -> Iterator[None]:
     """Be the only process that has a file or folder locked; wait a little for one whose front died.
@@ -10428,7 +10046,565 @@ def only_one(path: str, flags: int) -> Iterator[None]:
 
 
 # ==================================================================================================
-# 36. Store client
+# 38. Answering in forks
+# ==================================================================================================
+#
+# The problem: a question may take a moment or a minute, and the process that answers it has one
+# thread. The idea: small questions are answered at once, within a budget of work; what takes more
+# begins anew in a fork, which is a snapshot of all memory for the price of a page table. The
+# operating system does the rest: a late query is killed, its memory is limited, several run on
+# several cores. What it costs: 3 to 10 ms for each fork.
+
+MAX_WAITING = 64  # questions; more get 503
+INLINE_WORK = 50_000  # units of a Budget: about 5 ms
+INLINE_S = 0.03  # and where the units were too cheap, so long
+QUERY_MEMORY = 512 * 1024 * 1024  # bytes that a query may take, beside what the store has
+SENDING_S = 5.0  # a reader may take so long while others wait
+GZIP_WORK = 0.1  # units of a Budget a byte: level 1 takes 8 ns
+KILL_GRACE_S = 0.5  # a fork that is late ends by itself, or so long later by a signal
+
+Watched = tuple[int, int, Callable[[], None]]  # a descriptor, events of poll, what to call then
+
+
+class Child:
+    """A fork, as it is to itself: it ends when its time is over, or its parent is gone."""
+
+    def __init__(self, said: int, deadline: float):
+        self._said, self.deadline = said, deadline
+        self._parent = os.getppid()
+        logger.addFilter(self._log)
+        signal.signal(signal.SIGALRM, self._look)
+        signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
+        os.nice(5)
+
+    def _look(self, *_: object) -> None:
+        if os.getppid() != self._parent or time.monotonic() >= self.deadline:
+            os._exit(1)
+
+    def tell(self, **told: Any) -> None:
+        """Send a line to the parent."""
+        line = write_json(told).encode(errors="replace") + b"\n"
+        while line:  # a signal may come between two parts of a long one
+            line = line[os.write(self._said, line) :]
+
+    def _log(self, record: logging.LogRecord) -> bool:
+        self.tell(log=record.getMessage(), level=record.levelno)
+        return False
+
+
+class Fork:
+    """A process for one piece of work, which has a copy of all memory, as its parent sees it.
+
+    `work` is called with a Child and returns the exit status. What it logs goes to the front.
+    Raises OSError.
+    """
+
+    def __init__(self, work: Callable[[Child], int], front: Front, deadline: float = math.inf):
+        self._front, self.deadline = front, deadline
+        self.sends_since = 0.0  # it has its answer: only the reader may be late now
+        self.error = ""  # what it says is wrong
+        self.result = b""  # what it found, for the cache
+        self.changed_ms = END_OF_TIME_MS  # the earliest sample that came since it began
+        self._heard = b""
+        self.pipe, said = os.pipe()
+        try:
+            self._pid = os.fork()
+        except OSError:
+            os.close(self.pipe)
+            os.close(said)
+            raise
+        if not self._pid:
+            status = 1
+            try:
+                os.close(self.pipe)
+                front.leave()
+                status = work(Child(said, deadline))
+            finally:  # whatever happens: a child never goes on with the loop of its parent
+                os._exit(status)
+        os.close(said)
+
+    def hear(self) -> bool:
+        """Hear what it says; False if it has ended."""
+        said = os.read(self.pipe, 65_536)
+        *lines, self._heard = (self._heard + said).split(b"\n")
+        for line in lines:
+            told = parse_json(line)
+            if "log" in told:
+                self._front.tell(**told)
+            if "sending" in told:
+                self.sends_since = time.monotonic()
+            self.result = base64.b64decode(told.get("result", ""))
+            self.error = told.get("error", self.error)
+        return bool(said)
+
+    def kill(self) -> None:
+        """End it now."""
+        os.kill(self._pid, signal.SIGKILL)
+
+    def reap(self) -> int:
+        """Its exit status, when it has ended."""
+        os.close(self.pipe)
+        return os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+
+
+class Queries:
+    """The questions of a store, from their arrival to their answers."""
+
+    def __init__(self, api: QueryAPI, log: FollowedLog, memory: int, front: Front):
+        self._api, self._log, self._memory, self._front = api, log, memory, front
+        self._max_forks = max(2, os.cpu_count() or 1)
+        self._waiting: deque[Question] = deque()  # for the log to be read, in order
+        self._heavy: deque[Question] = deque()  # for a fork
+        self._forks: dict[Question, Fork] = {}
+        self._sending: dict[socket.socket, memoryview] = {}  # answers that nobody reads yet
+        self._store_changed_ms, api.cache.changed_ms = api.cache.changed_ms, self._changed_ms
+
+    def take(self, frame: Frame, progress: str) -> None:
+        """Take a question; `progress`: why none can be answered yet, or ""."""
+        sock = socket.socket(fileno=frame.descriptors[0])
+        try:
+            question = Question(sock, frame.position, frame.arrived)
+        except (OSError, ValueError) as error:
+            logger.debug("a question was not whole: %s", error)
+            sock.close()
+            return
+        if progress:
+            self._refuse(question, f"the store is not ready yet: {progress}")
+        elif self.waiting >= MAX_WAITING:
+            self._refuse(question, f"{MAX_WAITING} queries wait already")
+        else:
+            question.deadline = frame.arrived + self._api.timeout_s(question.form)
+            self._waiting.append(question)
+
+    @property
+    def waiting(self) -> int:
+        """How many wait for the log or for a fork."""
+        return len(self._waiting) + len(self._heavy)
+
+    @property
+    def running(self) -> int:
+        """How many are in forks."""
+        return len(self._forks)
+
+    @property
+    def wait_for_log(self) -> bool:
+        """Whether any waits for the log to be read, or for its turn after that."""
+        return bool(self._waiting)
+
+    @property
+    def can_answer(self) -> bool:
+        """Whether the log was read to the position of the next one."""
+        return bool(self._waiting) and self._log.has_read(self._waiting[0].position)
+
+    def events(self) -> Iterator[Watched]:
+        """What is to be waited for."""
+        # A fork that sends is heard before its reader has left, and still tells what it found.
+        for question, fork in self._forks.items():
+            yield fork.pipe, select.POLLIN, partial(self._hear, question)
+        working = [question for question, fork in self._forks.items() if not fork.sends_since]
+        for question in (*self._waiting, *self._heavy, *working):
+            # no event: only that the other end is closed
+            yield question.socket.fileno(), 0, partial(self._abandon, question)
+        for sock in self._sending:
+            yield sock.fileno(), select.POLLOUT, partial(self._send_more, sock)
+
+    def work(self) -> None:
+        """Answer one question, or pass it on to a fork; begin forks; end what is late."""
+        if self.can_answer:
+            self._answer(self._waiting.popleft())
+        self._start_forks()
+        self._end_late()
+
+    def close(self) -> None:
+        """End all forks."""
+        for fork in self._forks.values():
+            fork.kill()
+            fork.reap()
+
+    def _answer(self, question: Question) -> None:
+        budget = Budget(INLINE_WORK)
+        signal.signal(signal.SIGALRM, lambda *_: setattr(budget, "left", -1.0))
+        signal.setitimer(signal.ITIMER_REAL, INLINE_S)
+        try:
+            status, body = self._api.answer(question.path, question.form, budget)
+            budget.spend(question.takes_gzip * GZIP_WORK * len(body))
+        except OverBudgetError:
+            self._heavy.append(question)
+        except Exception as error:
+            log_unexpected(error)
+            self._send(question, *self._api.error("internal", INTERNAL_ERROR))
+        else:
+            self._send(question, status, body)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0.0)
+
+    # ---- forks
+
+    def _start_forks(self) -> None:
+        """Begin what waits: as many work at once as there are cores; as many more may send."""
+        working = sum(not fork.sends_since for fork in self._forks.values())
+        room = min(self._max_forks - working, 2 * self._max_forks - len(self._forks))
+        while self._heavy and room > 0:
+            question = self._heavy.popleft()
+            try:
+                work = partial(self._answer_in_fork, question)
+                self._forks[question] = Fork(work, self._front, question.deadline)
+            except OSError as error:
+                self._refuse(question, f"no process for a query: {error.strerror}")
+            room -= 1
+
+    def _answer_in_fork(self, question: Question, child: Child) -> int:
+        """Answer a question, with as much memory as is allowed."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (_address_space() + self._memory, hard))
+        try:
+            status, body = self._api.answer(question.path, question.form, Budget())
+        except MemoryError:
+            status, body = 0, b""
+        except Exception as error:
+            log_unexpected(error)
+            status, body = self._api.error("internal", INTERNAL_ERROR)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        if not status:
+            status, body = self._api.error("execution", str(SampleLimitError()))
+        answer = _relayed(question, status, body)
+        child.deadline = math.inf  # the rest is up to the reader; a front that goes closes it
+        child.tell(sending=True)
+        question.socket.setblocking(True)
+        question.socket.sendall(answer)
+        if result := self._api.cache.exported():
+            child.tell(result=base64.b64encode(result).decode())
+        return 0
+
+    def _changed_ms(self) -> int:
+        """What the store says; it holds for the results of all forks, too."""
+        changed_ms = self._store_changed_ms()
+        for fork in self._forks.values():
+            fork.changed_ms = min(fork.changed_ms, changed_ms)
+        return changed_ms
+
+    def _hear(self, question: Question) -> None:
+        fork = self._forks.get(question)
+        if fork is None or fork.hear():  # it was abandoned just now, or goes on
+            return
+        if fork.result:
+            self._api.cache.refresh()  # and with it what is known of all forks
+            self._api.cache.add(fork.result, fork.changed_ms)
+        del self._forks[question]
+        code = fork.reap()
+        if fork.sends_since:
+            question.socket.close()
+        elif time.monotonic() >= question.deadline:
+            self._time_out(question, "in expression evaluation")
+        else:
+            self._refuse(question, f"the process of the query ended with status {code}")
+
+    def _end_late(self) -> None:
+        now = time.monotonic()
+        behind = self._log.acknowledged.size_bytes - self._log.tail.position
+        for line, where in (
+            (self._waiting, f"while the store reads the log, {behind} bytes behind"),
+            (self._heavy, "in query queue"),
+        ):
+            for question in [question for question in line if question.deadline <= now]:
+                line.remove(question)
+                self._time_out(question, where)
+        for fork in self._forks.values():
+            late = now >= fork.deadline + KILL_GRACE_S
+            if fork.sends_since:  # to a slow reader: it makes room where others wait
+                late = bool(self._heavy) and now >= fork.sends_since + SENDING_S
+            if late:
+                fork.kill()
+
+    def _abandon(self, question: Question) -> None:
+        """Nobody waits for the answer any more."""
+        if question in self._forks:
+            if self._forks[question].sends_since:
+                return
+            fork = self._forks.pop(question)
+            fork.kill()
+            fork.reap()
+        elif question in self._waiting:
+            self._waiting.remove(question)
+        elif question in self._heavy:
+            self._heavy.remove(question)
+        else:  # it has its answer since
+            return
+        question.socket.close()
+
+    # ---- answers
+
+    def _time_out(self, question: Question, where: str) -> None:
+        self._send(question, *self._api.error("timeout", f"query timed out {where}"))
+
+    def _refuse(self, question: Question, reason: str) -> None:
+        self._send(question, *self._api.error("unavailable", reason))
+
+    def _send(self, question: Question, status: int, body: bytes) -> None:
+        self._sending[question.socket] = memoryview(_relayed(question, status, body))
+        self._send_more(question.socket)
+
+    def _send_more(self, sock: socket.socket) -> None:
+        try:
+            self._sending[sock] = self._sending[sock][sock.send(self._sending[sock]) :]
+        except BlockingIOError:
+            return
+        except OSError:  # nobody reads it any more
+            self._sending[sock] = memoryview(b"")
+        if not self._sending[sock]:
+            del self._sending[sock]
+            sock.close()
+
+
+def _address_space() -> int:
+    """The address space of this process in bytes."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[0]) * resource.getpagesize()
+    except OSError:  # no such file on this system: what a store takes as a rule
+        return 1 << 30
+
+
+# ==================================================================================================
+# 39. Store process
+# ==================================================================================================
+#
+# The store lives in a process of its own, with one thread and no locks. A question comes with the
+# position of the log at its arrival, and is answered when the store has read so far: whoever pushed
+# a sample sees it. Between questions the store seals rows and reads indexes; a fork writes blocks.
+# What it costs: the log is read once more, 0.5 to 0.8 µs a line.
+
+STORE_RETRY_S = 30.0  # after a failure to keep the store in order: a full disk, as a rule
+OWN_METRICS_S = 15.0
+
+
+class StoreOptions(NamedTuple):
+    """What the store process is told at its start."""
+
+    folder: str
+    max_series: int = MAX_SERIES
+    retention_s: float = RETENTION_S
+    retention_bytes: int = 0
+    keep_log: bool = False
+    checkpoints: Sequence[str] = ()
+    segment_bytes: int = SEGMENT_BYTES
+    query_timeout_s: float = QUERY_TIMEOUT_S
+    query_memory: int = QUERY_MEMORY
+    version: str = ""
+
+
+class StoreProcess:
+    """The loop of the store: reads the log, answers questions, keeps the store in order."""
+
+    def __init__(self, control: socket.socket, options: StoreOptions):
+        self._options = options
+        self.front = Front(control)
+        self._store = Store(
+            options.folder,
+            writes=True,
+            retention_s=options.retention_s,
+            retention_bytes=options.retention_bytes,
+            keep_log=options.keep_log,
+            checkpoints=options.checkpoints,
+            segment_bytes=options.segment_bytes,
+        )
+        api = QueryAPI(self._store, timeout_s=options.query_timeout_s, version=options.version)
+        self._log = FollowedLog()
+        self._queries = Queries(api, self._log, options.query_memory, self.front)
+        self._opening: Iterator[str] | None = None
+        self._began = time.monotonic()
+        self._progress = "starting"  # how far the store is at its start; "" when it is ready
+        self._first_position = Position(-1, 0)  # the store is ready when it has read so far
+        self._work: Iterator[None] = iter(())
+        self._maintenance: Fork | None = None
+        self._error = ""  # why the store can't be kept in order
+        self._next_status = self._next_maintenance = self._next_rotation = 0.0
+        self._stopped = False
+
+    # ---- the loop
+
+    def run(self) -> None:
+        """Work until the front says stop, or is gone."""
+        while not (self._stopped or self.front.is_gone):
+            self._wait(0.0 if self._is_busy() else 0.1)
+            self._read_log()
+            self._queries.work()
+            if not self._queries.wait_for_log:
+                self._do_work()
+            self._look_after_time()
+        self._queries.close()
+        if self._maintenance is not None:
+            self._maintenance.kill()
+            self._maintenance.reap()
+            self._store.refresh()
+        if not self._progress:
+            self._store.keep_own()
+
+    def _is_busy(self) -> bool:
+        if self._progress:
+            return self._opening is not None or not self._log.is_caught_up
+        return (
+            not self._log.is_caught_up
+            or (self._store.has_work and not self.front.unsent)
+            or self._queries.can_answer
+        )
+
+    def _wait(self, timeout_s: float) -> None:
+        """Wait until somebody has something to say, and hear it."""
+        poll, handlers = select.poll(), {}
+        for descriptor, events, handler in (*self._events(), *self._queries.events()):
+            poll.register(descriptor, events)
+            handlers[descriptor] = handler
+        for descriptor, _ in poll.poll(timeout_s * 1000):
+            handlers[descriptor]()
+
+    def _events(self) -> Iterator[Watched]:
+        has_unsent = select.POLLOUT if self.front.unsent else 0
+        yield self.front.socket.fileno(), select.POLLIN | has_unsent, self._hear
+        if self._maintenance is not None:
+            yield self._maintenance.pipe, select.POLLIN, self._hear_maintenance
+
+    def _hear(self) -> None:
+        for frame in itertools.islice(self.front.frames(), MAX_WAITING):
+            if frame.kind == _QUESTION:
+                self._queries.take(frame, self._progress)
+            elif frame.kind == _SWITCH:
+                self._log.begin_file(frame.position, frame.descriptors[0])
+            elif frame.kind == _OWN:
+                with open(frame.descriptors[0], "rb") as lines:
+                    self._store.add_own(lines.read())
+            elif frame.kind == _STOP:
+                self._stopped = True
+            if frame.kind in (_QUESTION, _POSITION):
+                self._log.acknowledge(frame.position)
+        self.front.send_unsent()
+
+    # ---- the log is read
+
+    def _read_log(self) -> None:
+        log = self._log
+        if self._opening is None and log.file < 0 and log.has_next_file:  # the first file
+            log.next_file()
+            self._first_position = log.acknowledged
+            inode = os.fstat(log.tail.descriptor).st_ino
+            self._opening = self._store.open(skip_inode=inode)
+        if self._opening is not None:
+            progress = next(self._opening, None)
+            if progress is not None:
+                self._progress = progress
+                return
+            self._opening = None
+        if log.file < 0:
+            return
+        limit = log.limit
+        if lines := log.tail.read(limit):
+            self._store.add_lines(lines)
+        elif log.has_next_file:
+            self._switch()
+        if self._progress:
+            self._progress = f"reading the log: {log.tail.position >> 20} of {limit >> 20} MiB"
+            if log.has_read(self._first_position):
+                self._progress = ""
+                if time.monotonic() - self._began > 1.0:
+                    logger.info("the store is ready: %d metrics read", self._store.replayed)
+
+    def _switch(self) -> None:
+        """The border of the files is the border of the memtables."""
+        old = self._log.next_file()
+        self._store.freeze(segment_of(self._store.folder, old)[1])
+        os.close(old)
+        self._next_rotation = self._next_maintenance = 0.0
+
+    # ---- the store is kept in order
+
+    def _do_work(self) -> None:
+        """A piece of work that is short beside a question."""
+        end = time.monotonic() + 0.002
+        while time.monotonic() < end:
+            if next(self._work, self) is self:
+                if not self._store.has_work:
+                    return
+                self._work = self._store.work()
+
+    def _look_after_time(self) -> None:
+        now = time.monotonic()
+        if now < self._next_status:
+            return
+        self._next_status = now + STORE_STATUS_S
+        self.front.tell(status=self._status())
+        if self._progress:
+            return
+        if self._store.blocks.is_changed:
+            self._store.refresh()
+        if now >= self._next_rotation and self._store.is_segment_due(self._log.tail.position):
+            self._next_rotation = now + STORE_RETRY_S
+            self.front.tell(rotate=self._store.next_segment())
+        is_due = self._maintenance is None and now >= self._next_maintenance
+        if is_due and self._store.needs_maintenance:
+            self._next_maintenance = now + STORE_STATUS_S
+            try:
+                self._maintenance = Fork(self._maintain, self.front)
+            except OSError as error:
+                self._say_error(f"no process for it: {error.strerror}")
+
+    def _maintain(self, child: Child) -> int:
+        """In a fork: keep the store in order."""
+        try:
+            self._store.maintain()
+            return 0
+        except OSError as error:
+            reason = f"{error.strerror}: {error.filename}" if error.filename else str(error)
+        except Exception as error:
+            log_unexpected(error)
+            reason = INTERNAL_ERROR
+        child.tell(error=reason)
+        return 1
+
+    def _hear_maintenance(self) -> None:
+        fork = self._maintenance
+        if fork is None or fork.hear():
+            return
+        self._maintenance = None
+        code = fork.reap()
+        self._store.refresh()
+        self._say_error("" if code == 0 else fork.error or f"ended with status {code}")
+
+    def _say_error(self, error: str) -> None:
+        self._error = error
+        if error:
+            logger.error("can't keep the store in order: %s", error)
+            self._next_maintenance = time.monotonic() + STORE_RETRY_S
+
+    def _status(self) -> dict[str, Any]:
+        return {
+            "progress": self._progress,
+            "error": self._error,
+            "room": self._options.max_series - self._store.series_in_memory,
+            "series_in_memory": self._store.series_in_memory,
+            "block_bytes": self._store.blocks.size_bytes,
+            "blocks_damaged": len(self._store.blocks.damaged),
+            "log_lines_unreadable": self._store.unreadable,
+            "store_lag_bytes": max(0, self._log.limit - self._log.tail.position),
+            "queries_running": self._queries.running,
+            "queries_waiting": self._queries.waiting,
+        }
+
+
+def store_main(arguments: list[str]) -> int:
+    """The store process: its argument is the descriptor of its socket to the front."""
+    sys.setrecursionlimit(MAX_RECURSION)
+    control, told = begin_following(arguments)
+    options = StoreOptions(**told)
+    process = StoreProcess(control, options)
+    logger.addFilter(process.front.log)
+    logger.setLevel(logging.INFO)
+    with only_one(os.path.join(options.folder, BLOCKS_NAME), os.O_RDONLY | os.O_DIRECTORY):
+        process.run()
+    return 0
+
+
+# ==================================================================================================
+# 40. Store client
 # ==================================================================================================
 #
 # The front's end of the store process. A follower is a process that follows the log; the front
@@ -10775,7 +10951,7 @@ _STORE_STATISTICS = (
 
 
 # ==================================================================================================
-# 37. Scalars of YAML
+# 41. Scalars of YAML
 # ==================================================================================================
 #
 # The problem: rule files are YAML, the standard library reads none, and all of YAML is far more
@@ -11038,7 +11214,7 @@ def _block_scalar(src: YamlDocument, position: int, indent: int) -> tuple[YamlSc
 
 
 # ==================================================================================================
-# 38. YAML
+# 42. YAML
 # ==================================================================================================
 #
 # Maps and lists in block and flow style, anchors, aliases and merges. What is left out (tags,
@@ -11319,7 +11495,7 @@ def _flow_comma(src: YamlDocument, position: int, bracket: str) -> int:
 
 
 # ==================================================================================================
-# 39. Fields
+# 43. Fields
 # ==================================================================================================
 #
 # The problem: whoever writes a file wants to know everything that is wrong with it, and where. The
@@ -11431,7 +11607,7 @@ def _read_duration_ms(text: str) -> int:
 
 
 # ==================================================================================================
-# 40. Rule files
+# 44. Rule files
 # ==================================================================================================
 #
 # The problem: rules are written for Prometheus, and a fault in an expression should be known before
@@ -11617,7 +11793,7 @@ class _RuleReader(FieldReader):
 
 
 # ==================================================================================================
-# 41. Values of templates
+# 45. Values of templates
 # ==================================================================================================
 #
 # The problem: what a template prints must not differ by a character from what Go prints. The idea:
@@ -11838,7 +12014,7 @@ _METHODS = {datetime.datetime: _TIME_METHODS, datetime.timedelta: _DURATION_METH
 
 
 # ==================================================================================================
-# 42. Formats of templates
+# 46. Formats of templates
 # ==================================================================================================
 #
 # What `printf` and `print` write, for every verb, flag and kind of value: Go's fmt package once
@@ -12202,7 +12378,7 @@ def _printed(*values: Any) -> str:
 
 
 # ==================================================================================================
-# 43. Functions of templates
+# 47. Functions of templates
 # ==================================================================================================
 #
 # What every template may call: the functions that Go has. A function is a row with the types of its
@@ -12369,7 +12545,7 @@ _GO_FUNCTIONS = {
 
 
 # ==================================================================================================
-# 44. Functions of alerts
+# 48. Functions of alerts
 # ==================================================================================================
 #
 # The functions that Prometheus adds for rules, and those that Alertmanager adds for notifications.
@@ -12691,7 +12867,7 @@ NOTIFICATION_FUNCTIONS = _COMMON_FUNCTIONS | {
 
 
 # ==================================================================================================
-# 45. Template items
+# 49. Template items
 # ==================================================================================================
 #
 # The problem: labels and annotations of alerts, and what is sent to a webhook, are templates of
@@ -12874,7 +13050,7 @@ def _number_value(text: str) -> int | float:
 
 
 # ==================================================================================================
-# 46. Template parser
+# 50. Template parser
 # ==================================================================================================
 #
 # Items become a tree, and the next chapter walks over the tree. What `text` holds in a node is what
@@ -13258,7 +13434,7 @@ def _is_blank(statements: list[_Statement]) -> bool:
 
 
 # ==================================================================================================
-# 47. Templates
+# 51. Templates
 # ==================================================================================================
 #
 # A walk over the tree prints, and each step is Go's. What a label holds is printed and never read
@@ -13615,7 +13791,7 @@ class _TemplateRun:
 
 
 # ==================================================================================================
-# 48. Alerting
+# 52. Alerting
 # ==================================================================================================
 #
 # The problem: whether something is wrong is asked again and again, and what was found must neither
@@ -14258,7 +14434,7 @@ def _page_of(groups: list[dict[str, Any]], limit_text: str, token: str) -> dict[
 
 
 # ==================================================================================================
-# 49. Rule tests
+# 53. Rule tests
 # ==================================================================================================
 #
 # The problem: a rule that was never seen to fire is a guess. The idea: evaluate rules as the
@@ -14782,7 +14958,7 @@ def firing_bar(times: Iterable[tuple[int, int]], start_ms: int, end_ms: int) -> 
 
 
 # ==================================================================================================
-# 50. Alerts and routes
+# 54. Alerts and routes
 # ==================================================================================================
 #
 # The problem: hundreds of alerts fire at once, and each is for somebody else. The idea is that of
@@ -14921,7 +15097,7 @@ def route_key(parent_key: str | None, matchers: Iterable[Matcher]) -> str:
 
 
 # ==================================================================================================
-# 51. Notification configuration
+# 55. Notification configuration
 # ==================================================================================================
 #
 # The problem: who is told what stands in a file, credentials included, and people have such files
@@ -15419,7 +15595,7 @@ class _ConfigReader(FieldReader):
 
 
 # ==================================================================================================
-# 52. Notification
+# 56. Notification
 # ==================================================================================================
 #
 # The problem: each firing and each resolve is told once, although alerts come in again every
@@ -15966,7 +16142,7 @@ def _merged(old: Alert, new: Alert, now: float) -> Alert:
 
 
 # ==================================================================================================
-# 53. Receivers
+# 57. Receivers
 # ==================================================================================================
 #
 # The problem: a notification has to reach a service that may be slow, gone or wrong about what it
@@ -16438,7 +16614,7 @@ _CLIENT_STATISTICS: tuple[tuple[str, str, str, Callable[[_Queue], float]], ...] 
 
 
 # ==================================================================================================
-# 54. Alertmanager API
+# 58. Alertmanager API
 # ==================================================================================================
 #
 # The problem: people silence alerts with amtool, look at them in Grafana, and another Prometheus
@@ -16781,7 +16957,7 @@ def _silence_json(silence: Silence, now: float) -> dict[str, Any]:
 
 
 # ==================================================================================================
-# 55. Watcher process
+# 59. Watcher process
 # ==================================================================================================
 #
 # The problem: 200 heavy rules must not slow a POST, a receiver that hangs must not hold up a rule,
@@ -16986,13 +17162,11 @@ class Watcher:
     """Evaluates rules, keeps their alerts, tells others, and answers what is asked of them."""
 
     def __init__(self, control: socket.socket, options: WatchOptions):
-        self._control, self._options = control, options
-        control.setblocking(False)
+        self.front, self._options = Front(control), options
         self._client = OwnClient()
         self._groups: list[GroupState] = []
         self._group_tasks: list[asyncio.Task[None]] = []
         self._tasks: set[asyncio.Task[Any]] = set()  # the others, kept from being collected
-        self._unsent = b""  # lines for the front
         self._stopping = asyncio.Event()
         self._wake = asyncio.Event()  # something may have to be sent
         self._waiting: deque[tuple[Any, Delivery]] = deque()  # for a fork
@@ -17015,7 +17189,7 @@ class Watcher:
     async def run(self) -> None:
         """Work until the front says stop, or is gone."""
         loop = asyncio.get_running_loop()
-        loop.add_reader(self._control, self._hear)
+        loop.add_reader(self.front.socket, self._hear)
         self._start_task(self._keep_telling())
         self._groups = load_groups(self._options)
         self._restore()
@@ -17053,43 +17227,25 @@ class Watcher:
     # ---- the front speaks, and is spoken to
 
     def _hear(self) -> None:
-        try:
-            for kind, position, arrived, descriptors in frames(self._control):
-                if kind == _QUESTION:
-                    sock = socket.socket(fileno=descriptors[0])
-                    self._start_task(self._answer(sock, position, arrived))
-                elif kind == _CONNECT:
-                    self._start_task(self._client.add(socket.socket(fileno=descriptors[0])))
-                elif kind == _RELOAD:
-                    self._reload()
-                elif kind == _STOP:
-                    self._stopping.set()
-                else:  # how far the log is: nothing here reads it
-                    for descriptor in descriptors:
-                        os.close(descriptor)
-        except EOFError:
+        for kind, position, arrived, descriptors in self.front.frames():
+            if kind == _QUESTION:
+                sock = socket.socket(fileno=descriptors[0])
+                self._start_task(self._answer(sock, position, arrived))
+            elif kind == _CONNECT:
+                self._start_task(self._client.add(socket.socket(fileno=descriptors[0])))
+            elif kind == _RELOAD:
+                self._reload()
+            elif kind == _STOP:
+                self._stopping.set()
+            else:  # how far the log is: nothing here reads it
+                for descriptor in descriptors:
+                    os.close(descriptor)
+        if self.front.is_gone:
             self._stopping.set()
-            asyncio.get_running_loop().remove_reader(self._control)
-
-    def _tell(self, **said: Any) -> None:
-        """Send a line to the front, sooner or later."""
-        if len(self._unsent) < 1024 * 1024:
-            self._unsent += write_json(said).encode(errors="backslashreplace") + b"\n"
-        try:
-            while self._unsent:
-                self._unsent = self._unsent[self._control.send(self._unsent) :]
-        except BlockingIOError:
-            return
-        except OSError:
-            self._stopping.set()
-
-    def log_to_front(self, record: logging.LogRecord) -> bool:
-        """A filter of the logger: its lines go to the front."""
-        self._tell(level=record.levelno, log=record.getMessage())
-        return False
+            asyncio.get_running_loop().remove_reader(self.front.socket)
 
     def _tell_status(self) -> None:
-        self._tell(
+        self.front.tell(
             status={"progress": self._progress, "error": self._error},
             connections=self._client.open,
             statistics=list(self._statistics()),
@@ -17445,7 +17601,7 @@ def watch_main(arguments: list[str]) -> int:
 
     async def run() -> None:
         watcher = Watcher(control, options)
-        logger.addFilter(watcher.log_to_front)
+        logger.addFilter(watcher.front.log)
         logger.setLevel(logging.INFO)
         await watcher.run()
 
@@ -17455,7 +17611,7 @@ def watch_main(arguments: list[str]) -> int:
 
 
 # ==================================================================================================
-# 56. Watcher client
+# 60. Watcher client
 # ==================================================================================================
 #
 # The front's end of the watcher: it gives the watcher connections to this server, hands over what
@@ -17554,7 +17710,7 @@ EMPTY_WATCHER = {
 
 
 # ==================================================================================================
-# 57. Saved dashboards
+# 61. Saved dashboards
 # ==================================================================================================
 #
 # The problem: a view that was worth arranging is worth keeping and sharing. The idea: JSON files
@@ -17670,7 +17826,7 @@ def read_dashboards(folder: str) -> dict[str, Any]:
 
 
 # ==================================================================================================
-# 58. Dashboard: queries
+# 62. Dashboard: queries
 # ==================================================================================================
 #
 # The problem: whoever pushed something wants to look at it without installing anything. The idea:
@@ -18006,7 +18162,7 @@ function nameSeries(series) {
 
 
 # ==================================================================================================
-# 59. Dashboard: charts
+# 63. Dashboard: charts
 # ==================================================================================================
 #
 # A chart is a picture on a canvas, drawn anew only when its values or its size change; cursor, tip
@@ -18342,7 +18498,7 @@ function hideCursors() {
 
 
 # ==================================================================================================
-# 60. Dashboard: panels
+# 64. Dashboard: panels
 # ==================================================================================================
 #
 # A panel is a chart with its title, its current value, a legend and a table. It asks while it is
@@ -18608,7 +18764,7 @@ async function completions(before) {
 
 
 # ==================================================================================================
-# 61. Dashboard: views
+# 65. Dashboard: views
 # ==================================================================================================
 #
 # A view is a function that makes its elements once and tells how they are brought up to date:
@@ -18984,7 +19140,7 @@ render();
 
 
 # ==================================================================================================
-# 62. Dashboard: page
+# 66. Dashboard: page
 # ==================================================================================================
 #
 # The document that holds the script, and how it is served. Names and tags are the text of
@@ -19220,7 +19376,7 @@ def dashboard_routes(folder: str | None) -> dict[str, dict[str, Handler]]:
 
 
 # ==================================================================================================
-# 63. Remote write
+# 67. Remote write
 # ==================================================================================================
 #
 # The problem: who outgrows one machine has an engine for many, and it wants samples in a protocol
@@ -19578,7 +19734,7 @@ def _retry_after_s(text: str) -> float | None:
 
 
 # ==================================================================================================
-# 64. Log reader
+# 68. Log reader
 # ==================================================================================================
 #
 # The problem: every sample of the log is to reach a receiver, whatever dies in between and however
@@ -19730,7 +19886,7 @@ class LogReader(FollowedLog):
 
 
 # ==================================================================================================
-# 65. Sender process
+# 69. Sender process
 # ==================================================================================================
 #
 # The problem: nothing that takes batches in may wait for a receiver. The idea: a process of its
@@ -20097,7 +20253,7 @@ class AgentSegments:
 
 
 # ==================================================================================================
-# 66. Options
+# 70. Options
 # ==================================================================================================
 #
 # What a user can choose, with its default and the sentence that `--help` prints: a part of the
@@ -20282,7 +20438,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
 
 
 # ==================================================================================================
-# 67. Commands
+# 71. Commands
 # ==================================================================================================
 #
 # What is asked without a server: the store of a folder, rule files, unit tests of rules, a test
@@ -20509,7 +20665,7 @@ def test_notify_main(arguments: list[str]) -> int:
 
 
 # ==================================================================================================
-# 68. Starting
+# 72. Starting
 # ==================================================================================================
 #
 # Options become objects, each made of those before it; one line says what is running, and a signal

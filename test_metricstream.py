@@ -5746,6 +5746,35 @@ def test_lines_of_known_batches_are_read_as_each_line_is_by_itself(seed):
     assert found == expected
 
 
+@pytest.mark.parametrize("late_ms", [0, 500])
+def test_rows_that_come_while_others_are_sealed_are_kept(late_ms):
+    table, expected = metricstream.Memtable(), [{}, {}, {}]
+
+    def push(time_ms: int) -> None:
+        samples = [Sample(f"m{n}", time_ms + n, "gauge", {}, time_ms) for n in range(3)]
+        table.add_lines("".join(map(metricstream.log_line, samples)).encode())
+        for n, sample in enumerate(samples):
+            expected[n][time_ms] = float(sample.value)
+
+    def found() -> list[dict[int, float]]:
+        return [
+            dict(sample for chunk in chunks
+                 for sample in zip(chunk.decoded_times({}), chunk.decoded_values()))
+            for _, chunks in table.chunks(range(3), 0, NOW_MS, metricstream.Budget())
+        ]  # fmt: skip
+
+    for row in range(2 * metricstream.CHUNK_SAMPLES + 5):
+        push(10_000 + 1000 * row)
+    newest_ms = max(expected[0])
+    for step, _ in enumerate(table.seal()):
+        newest_ms += 1000
+        push(newest_ms)
+        if late_ms:
+            push(10_000 + 1000 * step + late_ms)
+        assert found() == expected
+    assert not table.has_full_groups and found() == expected
+
+
 def test_extreme_numbers_of_the_log_are_read_to_the_bit():
     values = [1.7976931348623157e308, 5e-324, -1e22, 10**300, -0.0, 123456.789]
     table = metricstream.Memtable()
@@ -5754,25 +5783,6 @@ def test_extreme_numbers_of_the_log_are_read_to_the_bit():
         assert table.add_lines(line.encode()) == 1
     ((_, (chunk,)),) = table.chunks([0], 0, 100, metricstream.Budget())
     assert chunk.decoded_values().tobytes() == array("d", map(float, values)).tobytes()
-
-
-def test_lines_of_one_time_are_read_together(tmp_path):
-    """Half a batch would become a group of its own, and its series would stand in two."""
-    path = tmp_path / "log"
-    batches = [
-        "".join(
-            metricstream.log_line(Sample(f"m{n}", time_ms, "gauge", {"host": "h"}, time_ms))
-            for n in range(999)
-        ).encode()
-        for time_ms in range(1000, 13_000, 1000)
-    ]
-    path.write_bytes(b"".join(batches))
-    with open(path, "rb") as file:
-        tail = metricstream.LogTail(file.fileno())
-        pieces = list(iter(lambda: tail.read(path.stat().st_size), b""))
-    assert b"".join(pieces) == path.read_bytes() and 2 < len(pieces) < len(batches)
-    whole = {b"".join(batches[start:end]) for start in range(12) for end in range(13)}
-    assert set(pieces) <= whole
 
 
 @at_once()
@@ -5846,6 +5856,35 @@ def test_the_bytes_of_a_sample_are_less_than_one(tmp_path):
     assert sum(len(series.values) for series in found) == 2 * 10 * 5_760
 
 
+# ==================================================================================================
+# Following the log
+# ==================================================================================================
+
+
+def test_lines_of_one_time_are_read_together(tmp_path):
+    """Half a batch would become a group of its own, and its series would stand in two."""
+    path = tmp_path / "log"
+    batches = [
+        "".join(
+            metricstream.log_line(Sample(f"m{n}", time_ms, "gauge", {"host": "h"}, time_ms))
+            for n in range(999)
+        ).encode()
+        for time_ms in range(1000, 13_000, 1000)
+    ]
+    path.write_bytes(b"".join(batches))
+    with open(path, "rb") as file:
+        tail = metricstream.LogTail(file.fileno())
+        pieces = list(iter(lambda: tail.read(path.stat().st_size), b""))
+    assert b"".join(pieces) == path.read_bytes() and 2 < len(pieces) < len(batches)
+    whole = {b"".join(batches[start:end]) for start in range(12) for end in range(13)}
+    assert set(pieces) <= whole
+
+
+# ==================================================================================================
+# Block folder
+# ==================================================================================================
+
+
 @pytest.mark.parametrize("place", ["value", "time", "index", "meta", "end", "length"])
 def test_a_damaged_block_is_set_aside_and_the_rest_is_served(place, tmp_path, caplog):
     under = a_store(tmp_path)
@@ -5864,11 +5903,108 @@ def test_a_damaged_block_is_set_aside_and_the_rest_is_served(place, tmp_path, ca
     under = a_store(tmp_path)
     under.pushed = {"m": {3000: 3.0, 4000: 4.0}}
     under.check()
-    assert under.store.damaged == [path.name + ".damaged"] and "damaged block" in caplog.text
+    assert under.store.blocks.damaged == [path.name + ".damaged"] and "damaged block" in caplog.text
     assert path.name in under.store.warnings[0]
     assert not path.exists() and path.with_name(path.name + ".damaged").exists()
     block_of(under, 5000)
     under.check()
+    under.close()
+
+
+def test_blocks_are_compacted_into_larger_ones(tmp_path):
+    under = a_store(tmp_path)
+    for number in range(17):
+        block_of(under, 1000 * number, 1000 * number + 500, 99_000)  # the last one again and again
+        under.check()
+    names = sorted(path.name for path in (tmp_path / "blocks").iterdir())
+    numbers = [tuple(map(int, re.findall(r"\d+", name))) for name in names]
+    assert len(names) < 8 and numbers[0][1] - numbers[0][0] >= 3
+    assert [first for first, _ in numbers] == [1, *(last + 1 for _, last in numbers[:-1])]
+    under.close()
+    under = a_store(tmp_path)
+    under.pushed = {
+        "m": {t: t / 1000 for n in range(17) for t in (1000 * n, 1000 * n + 500, 99_000)}
+    }
+    under.check()
+    under.close()
+
+
+class TwoClocks:
+    """A clock that may step, and one that can't, in seconds."""
+
+    def __init__(self, now_s: float):
+        self.now_s, self.since_s = now_s, 0.0
+
+    def pass_by(self, seconds: float) -> None:
+        self.now_s += seconds
+        self.since_s += seconds
+
+    def options(self) -> dict[str, Any]:
+        return {"clock": lambda: self.now_s, "monotonic": lambda: self.since_s}
+
+
+def test_blocks_past_their_retention_are_removed(tmp_path):
+    clocks = TwoClocks(10_000_000.0)
+    under = a_store(tmp_path, retention_s=3600, **clocks.options())
+    for age_s in (3000, 2000, 1000, 0):
+        block_of(under, int(clocks.now_s - age_s) * 1000 + 1, name=f"m{age_s}")
+    clocks.pass_by(1500)
+    block_of(under, int(clocks.now_s * 1000), name="now")  # samples move the bound, too
+    assert len(stored_names(under)) == 5  # the bound of an hour ago counts
+    clocks.pass_by(2101)
+    block_of(under, int(clocks.now_s * 1000), name="later")
+    assert stored_names(under) == ["later", "m0", "m1000", "m2000", "now"]  # an hour ago, m2000 was young
+    clocks.pass_by(3601)
+    under.maintain()
+    assert stored_names(under) == ["later", "now"]  # of the newest sample, now is 2,101 s old
+    under.close()
+
+
+def test_a_clock_that_steps_forward_and_back_removes_nothing(tmp_path):
+    clocks = TwoClocks(10_000_000.0)
+    under = a_store(tmp_path, retention_s=30 * 86_400, **clocks.options())
+    for _ in range(3):
+        block_of(under, int(clocks.now_s * 1000), name=f"m{clocks.since_s:.0f}")
+        clocks.pass_by(600)
+        under.maintain()
+    before = stored_names(under)
+    for step_s in (40 * 86_400, -40 * 86_400, 40 * 86_400):
+        clocks.now_s += step_s
+        block_of(under, int(clocks.now_s * 1000), name="new")  # as a push without a timestamp is
+        clocks.pass_by(1200)
+        under.maintain()
+        assert stored_names(under) == sorted({*before, "new"})
+    under.close()
+    under = a_store(tmp_path, retention_s=30 * 86_400, **clocks.options())  # and after a restart
+    under.maintain()
+    assert stored_names(under) == sorted({*before, "new"})
+    under.close()
+
+
+def test_a_sample_of_the_future_alone_makes_no_other_old(tmp_path):
+    """The clock and the newest sample both have to say so."""
+    clocks = TwoClocks(10_000_000.0)
+    under = a_store(tmp_path, retention_s=3600, **clocks.options())
+    block_of(under, int(clocks.now_s * 1000), name="m")
+    block_of(under, int(clocks.now_s * 1000) + 10**9, name="future")
+    for _ in range(3):
+        clocks.pass_by(1000)
+        under.maintain()
+        assert stored_names(under) == ["future", "m"]
+    under.close()
+
+
+def test_the_oldest_blocks_go_when_all_are_too_long(tmp_path):
+    under = a_store(tmp_path, retention_bytes=4_000)
+    rng = random.Random(5)
+    for number in range(3):
+        under.push([Sample("m", rng.random(), "gauge", {}, 1000 * number + n) for n in range(150)])
+        under.cut()
+    assert under.store.blocks.size_bytes == 0
+    under.maintain()
+    assert 0 < under.store.blocks.size_bytes <= 4_000
+    (series,) = under.select()
+    assert series.times_ms[0] == 1000 and series.times_ms[-1] == 2149
     under.close()
 
 
@@ -6006,9 +6142,9 @@ def test_kill_9_at_each_step_of_a_block_loses_nothing_and_doubles_nothing(tmp_pa
                 tag = int(series.labels["__name__"][1:]) / 4
                 assert list(series.times_ms) == [1000 * n for n in range(pushed)], fatal
                 assert list(series.values) == [n + tag for n in range(pushed)], fatal
-            in_blocks = sum(block.samples for block in under.store.blocks)
+            in_blocks = sum(block.samples for block in under.store.blocks.all)
             assert in_blocks + under.store.replayed == 3 * pushed, fatal  # none was counted twice
-            assert not under.store.damaged and not list(folder.glob("blocks/*.tmp"))
+            assert not under.store.blocks.damaged and not list(folder.glob("blocks/*.tmp"))
         finally:
             under.close()
 
@@ -6035,105 +6171,8 @@ def test_a_folder_is_read_while_a_server_changes_it(tmp_path, monkeypatch):
     under.close()
 
 
-def test_blocks_are_compacted_into_larger_ones(tmp_path):
-    under = a_store(tmp_path)
-    for number in range(17):
-        block_of(under, 1000 * number, 1000 * number + 500, 99_000)  # the last one again and again
-        under.check()
-    names = sorted(path.name for path in (tmp_path / "blocks").iterdir())
-    numbers = [tuple(map(int, re.findall(r"\d+", name))) for name in names]
-    assert len(names) < 8 and numbers[0][1] - numbers[0][0] >= 3
-    assert [first for first, _ in numbers] == [1, *(last + 1 for _, last in numbers[:-1])]
-    under.close()
-    under = a_store(tmp_path)
-    under.pushed = {
-        "m": {t: t / 1000 for n in range(17) for t in (1000 * n, 1000 * n + 500, 99_000)}
-    }
-    under.check()
-    under.close()
-
-
-class TwoClocks:
-    """A clock that may step, and one that can't, in seconds."""
-
-    def __init__(self, now_s: float):
-        self.now_s, self.since_s = now_s, 0.0
-
-    def pass_by(self, seconds: float) -> None:
-        self.now_s += seconds
-        self.since_s += seconds
-
-    def options(self) -> dict[str, Any]:
-        return {"clock": lambda: self.now_s, "monotonic": lambda: self.since_s}
-
-
 def stored_names(under: StoreUnderTest) -> list[str]:
     return sorted(series.labels["__name__"] for series in under.select())
-
-
-def test_blocks_past_their_retention_are_removed(tmp_path):
-    clocks = TwoClocks(10_000_000.0)
-    under = a_store(tmp_path, retention_s=3600, **clocks.options())
-    for age_s in (3000, 2000, 1000, 0):
-        block_of(under, int(clocks.now_s - age_s) * 1000 + 1, name=f"m{age_s}")
-    clocks.pass_by(1500)
-    block_of(under, int(clocks.now_s * 1000), name="now")  # samples move the bound, too
-    assert len(stored_names(under)) == 5  # the bound of an hour ago counts
-    clocks.pass_by(2101)
-    block_of(under, int(clocks.now_s * 1000), name="later")
-    assert stored_names(under) == ["later", "m0", "m1000", "m2000", "now"]  # an hour ago, m2000 was young
-    clocks.pass_by(3601)
-    under.maintain()
-    assert stored_names(under) == ["later", "now"]  # of the newest sample, now is 2,101 s old
-    under.close()
-
-
-def test_a_clock_that_steps_forward_and_back_removes_nothing(tmp_path):
-    clocks = TwoClocks(10_000_000.0)
-    under = a_store(tmp_path, retention_s=30 * 86_400, **clocks.options())
-    for _ in range(3):
-        block_of(under, int(clocks.now_s * 1000), name=f"m{clocks.since_s:.0f}")
-        clocks.pass_by(600)
-        under.maintain()
-    before = stored_names(under)
-    for step_s in (40 * 86_400, -40 * 86_400, 40 * 86_400):
-        clocks.now_s += step_s
-        block_of(under, int(clocks.now_s * 1000), name="new")  # as a push without a timestamp is
-        clocks.pass_by(1200)
-        under.maintain()
-        assert stored_names(under) == sorted({*before, "new"})
-    under.close()
-    under = a_store(tmp_path, retention_s=30 * 86_400, **clocks.options())  # and after a restart
-    under.maintain()
-    assert stored_names(under) == sorted({*before, "new"})
-    under.close()
-
-
-def test_a_sample_of_the_future_alone_makes_no_other_old(tmp_path):
-    """The clock and the newest sample both have to say so."""
-    clocks = TwoClocks(10_000_000.0)
-    under = a_store(tmp_path, retention_s=3600, **clocks.options())
-    block_of(under, int(clocks.now_s * 1000), name="m")
-    block_of(under, int(clocks.now_s * 1000) + 10**9, name="future")
-    for _ in range(3):
-        clocks.pass_by(1000)
-        under.maintain()
-        assert stored_names(under) == ["future", "m"]
-    under.close()
-
-
-def test_the_oldest_blocks_go_when_all_are_too_long(tmp_path):
-    under = a_store(tmp_path, retention_bytes=4_000)
-    rng = random.Random(5)
-    for number in range(3):
-        under.push([Sample("m", rng.random(), "gauge", {}, 1000 * number + n) for n in range(150)])
-        under.cut()
-    assert under.store.block_bytes == 0
-    under.maintain()
-    assert 0 < under.store.block_bytes <= 4_000
-    (series,) = under.select()
-    assert series.times_ms[0] == 1000 and series.times_ms[-1] == 2149
-    under.close()
 
 
 def test_what_a_block_covers_of_the_log_is_retired_or_kept_compressed(tmp_path):
@@ -13137,7 +13176,9 @@ def test_each_query_of_a_graph_has_the_gaps_of_its_own_metric(browser, pushed):
     rare = next(at for at, name in enumerate(browser.js(
         "return [...document.querySelectorAll('tbody tr')].map((row) => row.innerText)")) if "rare" in name)
     columns = browser.columns(f"--series-{rare}")
-    assert sum(columns[len(columns) // 4 : -len(columns) // 4]) > 0.95 * len(columns) / 2  # a line
+    middle = columns[len(columns) // 4 : -len(columns) // 4]
+    gaps = [len(list(run)) for there, run in itertools.groupby(middle) if not there]
+    assert max(gaps, default=0) < 10  # a line, which may be of dots
 
 
 def test_the_place_of_an_error_is_in_the_query_that_has_it(browser, pushed):
@@ -13381,7 +13422,7 @@ def test_the_csv_has_a_row_for_each_time_and_a_column_for_each_series(browser, p
     rows = list(csv.reader(io.StringIO(eventually(lambda: browser.js("return window.saved")), newline="")))
     assert rows[0][0] == "time" and set(rows[0][1:]) == {"sum(queue)", "deploy, a==1+1"}
     times = [datetime.datetime.fromisoformat(row[0]).timestamp() for row in rows[1:]]
-    assert times == sorted(times) and times[-1] == pytest.approx(time.time(), abs=60)
+    assert times == sorted(times) and times[-1] == pytest.approx(time.time(), abs=1800)
     assert "435" in rows[-1] and "" in rows[-1]  # 0 + 1 + … + 29, and no deploy at that time
 
 
@@ -13546,7 +13587,7 @@ def test_alerts_are_shown_and_silenced_with_a_key_that_is_asked_for_once(browser
         return metricstream.Answer(metricstream.json_response(200, {"data": matrix}))
 
     asked: list[str] = []
-    rule = {"name": "HighLoad", "type": "alerting", "query": "sum(load1) > 3"}
+    rule = {"name": "HighLoad", "type": "alerting", "query": "sum(load1) > 3", "alerts": [alert]}
     with running(tmp_path) as started:
         started.service.add_routes({
             **metricstream.dashboard_routes(None),
@@ -13554,7 +13595,6 @@ def test_alerts_are_shown_and_silenced_with_a_key_that_is_asked_for_once(browser
             "/api/v1/query_range": {"GET": over_time, "POST": over_time},
             "/api/v1/labels": (labels := answer(lambda: {"data": []})) | {"POST": labels["GET"]},
             "/api/v1/metadata": (types := answer(lambda: {"data": {}})) | {"POST": types["GET"]},
-            "/api/v1/alerts": answer(lambda: {"data": {"alerts": [alert]}}),
             "/api/v1/rules": answer(lambda: {"data": {"groups": [{"rules": [rule]}]}}),
             "/api/v2/silences": answer(lambda: silences) | {"POST": silence},
             "/api/v2/silence/1": answer(dict) | {"DELETE": expire},
@@ -13564,14 +13604,14 @@ def test_alerts_are_shown_and_silenced_with_a_key_that_is_asked_for_once(browser
         assert "firing since" in browser.text("main") and "host=web1" in browser.text("main")
         assert browser.js("return document.title").startswith("(1) ")
         assert browser.complaints() == []
-        browser.click("Silence for 2 hours")
+        browser.click("Silence")
         eventually(lambda: browser.client.ask("GET", f"{browser.path}/alert/text").status == 200)
         browser.ask("POST", "/alert/text", text="k3y")
         browser.ask("POST", "/alert/accept", x=0)
         browser.wait_for_text("silenced until")
         assert silences[0]["matchers"][0]["value"] == "HighLoad"
         browser.click("End the silence")
-        browser.wait_for_text("Silence for 2 hours")
+        eventually(lambda: "silenced until" not in browser.text("main"))
         assert silences == []
         browser.open(started.port, "view=metric&name=load1")
         browser.wait_for_chart("load1: last")
