@@ -12,7 +12,8 @@ The way of one POST, from the socket to the disk and back, with the chapter of e
     11   _Workers._work                      a worker's loop
     9      Connections.claim_ready             epoll names what is readable
     10     Turns.take_turn, _serve             a turn for each: recv() once, answer whole requests
-    1        RequestReader.next_request          bytes → a whole Request, or None: wait for more
+    1        RequestReader.whole_request         bytes → the Request that came alone, or
+    1        RequestReader.next_request          → the next whole one, or None: wait for more
     8        Service.answer                      which client it is, and which route
     8          Service.ingest                      the pipeline: read this function first
     8            refuse_other_origins                a browser page of elsewhere? 403
@@ -58,6 +59,7 @@ import errno
 import fcntl
 import fractions
 import functools
+import gc
 import glob
 import gzip
 import hashlib
@@ -471,8 +473,8 @@ class RequestReader:
     def whole_request(self, received: bytes) -> Request | None:
         """The request that these bytes are, no more and no less; None: feed them.
 
-        1 µs instead of 4 for what clients send as a rule: nothing is copied into the buffer and out
-        of it again. A test gives both ways the same requests.
+        0.9 µs instead of 1.8 for what clients send as a rule: nothing is copied into the buffer and
+        out of it again. A test gives both ways the same requests.
         """
         end = received.find(b"\r\n\r\n") + 2
         if self.in_request or self._refusal is not None or not 2 < end <= MEMO_HEAD_BYTES:
@@ -1284,17 +1286,21 @@ def log_line(sample: Sample) -> str:
     return f'{{"timestamp":"{timestamp}","name":{name},"value":{value},{rest}}}\n'
 
 
-# Bodies as programs write them: no escapes, the fields in the usual order, spaces as json.dumps has
-# them or none.
-_USUAL_METRIC = re.compile(
-    rb'\{"name": ?"([^"\\\x00-\x1f\x7f-\xff]{1,255}(?:","value":|", "value": )'
-    # repr() gives the same digits: copy them
-    rb"(?:-?[1-9][0-9]{0,9}(?:\.[0-9]{0,4}[1-9])?|0|-?0\.[0-9]{0,3}[1-9]|null"
-    # any other usual number
-    rb"|(-?(?:0|[1-9][0-9]{0,17})(?:\.[0-9]{1,18})?)))"
-    # the rest: type and tags, checked by _line_tail. One excluded byte: 0.3 µs a metric instead of
-    # 0.7 for a set of two.
-    rb"(?=[,}])([^}]{0,576}\}?)\}"
+# Bodies as programs write them: no escapes, the fields in the usual order; no spaces, or those that
+# json.dumps has.
+_COMPACT_METRIC, _SPACED_METRIC = (
+    re.compile(
+        rb'\{"name":%b"([^"\\\x00-\x1f\x7f-\xff]{1,255}",%b"value":%b'
+        % (space, space, space)
+        # repr() gives the same digits: copy them
+        + rb"(?:-?[1-9][0-9]{0,9}(?:\.[0-9]{0,4}[1-9])?|0|-?0\.[0-9]{0,3}[1-9]|null"
+        # any other usual number
+        rb"|(-?(?:0|[1-9][0-9]{0,17})(?:\.[0-9]{1,18})?)))"
+        # the rest: type and tags, checked by _line_tail. One excluded byte: 0.3 µs a metric instead
+        # of 0.7 for a set of two. Possessive: the worst MiB takes 40 ms and not 800.
+        rb"(?=[,}])([^}]{0,576}+\}?)\}"
+    )
+    for space in (b"", b" ")
 )
 
 
@@ -1336,11 +1342,12 @@ def fast_batch(body: bytes, now_ms: int) -> Batch | None:
     >>> fast_batch(b'{"metrics":[{"name":"cpu","value":1.50}]}', 0).lines
     b'{"timestamp":"1970-01-01T00:00:00.000Z","name":"cpu","value":1.5,"type":"gauge"}\\n'
     """
-    pieces: list[Any] = _USUAL_METRIC.split(body)
-    count, between = len(pieces) // 4, pieces[4:-1:4]
+    spaced = body.startswith(b'{"metrics": [')
+    pieces: list[Any] = _SPACED_METRIC.split(body) if spaced else _COMPACT_METRIC.split(body)
+    count, comma = len(pieces) // 4, b", " if spaced else b","
     if not 1 <= count <= MAX_BATCH or pieces[0] not in (b'{"metrics":[', b'{"metrics": ['):
         return None
-    if pieces[-1] != b"]}" or between.count(b",") + between.count(b", ") != count - 1:
+    if pieces[-1] != b"]}" or pieces[4:-1:4].count(comma) != count - 1:
         return None
     # each from the name to the value, and each number that is to be written as repr() does
     starts, others, tails = pieces[1::4], pieces[2::4], list(map(_line_tail, pieces[3::4]))
@@ -1351,7 +1358,7 @@ def fast_batch(body: bytes, now_ms: int) -> Batch | None:
             if text is not None:
                 number = repr(float(text) if b"." in text else int(text)).encode()
                 starts[index] = starts[index].removesuffix(text) + number
-    if b'": ' in body:
+    if spaced:
         starts = [start.replace(b'", "value": ', b'","value":') for start in starts]
     line: list[Any] = [_line_head(now_ms)] * (3 * count)
     line[1::3] = starts
@@ -1986,10 +1993,16 @@ class _Exposed(NamedTuple):
     """A number that is shown: its key in JSON, and what Prometheus's text says of it."""
 
     key: str
-    name: str  # behind "metricstream_"
     type: str
     help: str
+    own_name: str = ""  # where it is not the key
     label: str = ""  # the number is many: a dictionary by the values of this label
+
+    @property
+    def name(self) -> str:
+        """What stands behind "metricstream_"; that of a counter ends in _total."""
+        end = "_total" if self.type == "counter" else ""
+        return self.own_name or self.key.removesuffix(end) + end
 
 
 def full_name(name: str) -> str:
@@ -2040,25 +2053,28 @@ class Statistics:
 
     def count(self) -> None:
         """Count the requests that were noted: their answers are sent. The clock is looked at and
-        the locks are taken once for all of a round: 1 µs a request instead of 3.
+        the locks are taken once for all of a round: 0.7 µs a request instead of 1.1.
         """
         noted = []
-        with contextlib.suppress(IndexError):  # that there are no more, or others were faster
+        try:
             while self._noted:
                 noted.append(self._noted.popleft())
+        except IndexError:  # another thread was faster
+            pass
         if not noted:
             return
         ended = self._clock()
         self.ring.extend(
             [Event(ended, status, ended - started, stored) for status, started, stored, _ in noted]
         )
-        statuses, starts, metrics, invalid = zip(*noted, strict=True)
         with self._lock:
-            self._by_status.update(statuses)
-            self._latency_sum_s += len(noted) * ended - math.fsum(starts)
-            self._metrics += sum(metrics)
-            self._batches += len(metrics) - metrics.count(0)
-            self._invalid += sum(invalid)
+            for status, started, metrics, invalid in noted:
+                self._by_status[status] += 1
+                self._latency_sum_s += ended - started
+                if metrics:
+                    self._metrics += metrics
+                    self._batches += 1
+                self._invalid += invalid
 
     def add(
         self,
@@ -2070,9 +2086,10 @@ class Statistics:
         label: str = "",
     ) -> None:
         """Show one more number: under `key` in JSON, as metricstream_`name` in Prometheus's text
-        (where no name is given, the key is it). With a label: numbers by its values.
+        (where no name is given, the key is it, of a counter with _total). With a label: numbers by
+        its values.
         """
-        self._added[key] = _Exposed(key, name or key, type_, help_, label), number
+        self._added[key] = _Exposed(key, type_, help_, name, label), number
 
     def add_rows(self, rows: Callable[[], Iterable[OwnMetric]]) -> None:
         """Show numbers of which there are many; in Prometheus's text, not in JSON."""
@@ -2128,16 +2145,13 @@ class Statistics:
     def own_metrics(self) -> Iterator[OwnMetric]:
         """All numbers, as Prometheus names them."""
         numbers = self.snapshot()
-        for key, name, type_, help_, label in (
-            *_EXPOSED,
-            *(exposed for exposed, _ in self._added.values()),
-        ):
-            value = numbers[key]
-            row = partial(OwnMetric, name, type_, help_)
-            if label:
+        for shown in (*_EXPOSED, *(shown for shown, _ in self._added.values())):
+            name, value = shown.name, numbers[shown.key]
+            row = partial(OwnMetric, name, shown.type, shown.help)
+            if shown.label:
                 for label_value, number in value.items():
-                    yield row(name, {label: label_value}, number)
-            elif key == "latency_ms":
+                    yield row(name, {shown.label: label_value}, number)
+            elif shown.key == "latency_ms":
                 for quantile in QUANTILES:
                     seconds = round(value[f"p{quantile * 100:g}"] / 1000, 9)
                     yield row(name, {"quantile": str(quantile)}, seconds)
@@ -2165,38 +2179,16 @@ class Statistics:
 
 
 _EXPOSED = (
-    _Exposed("metrics_received", "metrics_received_total", "counter", "Metrics stored."),
-    _Exposed("batches_processed", "batches_processed_total", "counter", "Batches stored."),
-    _Exposed(
-        "validation_errors",
-        "validation_errors_total",
-        "counter",
-        "Requests refused for what their body held.",
-    ),
-    _Exposed(
-        "rate_limited_requests",
-        "rate_limited_requests_total",
-        "counter",
-        "Requests refused for their client's rate.",
-    ),
-    _Exposed(
-        "requests_total",
-        "requests_total",
-        "counter",
-        "Requests answered, by status code.",
-        "status",
-    ),
-    _Exposed(
-        "latency_ms",
-        "request_duration_seconds",
-        "summary",
-        "Time from a request's arrival to its answer.",
-    ),
-    _Exposed(
-        "requests_per_second", "requests_per_second", "gauge", "Requests answered a second, lately."
-    ),
-    _Exposed("uptime_seconds", "uptime_seconds", "gauge", "Time since the server started."),
-)
+    _Exposed("metrics_received", "counter", "Metrics stored."),
+    _Exposed("batches_processed", "counter", "Batches stored."),
+    _Exposed("validation_errors", "counter", "Requests refused for what their body held."),
+    _Exposed("rate_limited_requests", "counter", "Requests refused for their client's rate."),
+    _Exposed("requests_total", "counter", "Requests answered, by status code.", label="status"),
+    _Exposed("latency_ms", "summary", "Time from a request's arrival to its answer.",
+             "request_duration_seconds"),
+    _Exposed("requests_per_second", "gauge", "Requests answered a second, lately."),
+    _Exposed("uptime_seconds", "gauge", "Time since the server started."),
+)  # fmt: skip
 
 
 def quantile_of(ordered: list[float], quantile: float) -> float:
@@ -2235,103 +2227,16 @@ def limiter_summary(limiter: SlidingWindowLimiter) -> str:
 
 
 # ==================================================================================================
-# 10. Service
+# 10. Clients
 # ==================================================================================================
 #
-# The problem: a request passes through six chapters, each of which may refuse it. The idea: a
-# service that takes a whole request and gives a whole answer, and reads and writes no socket.
-# Handlers stand in a table of routes, to which other parts may add. Errors are exceptions of the
-# chapter that found them; `error_response` alone turns them into a status. What it costs: an answer
-# that is not ready at once (a sync, another process) needs a second kind of answer, `Pending`.
+# The problem: who asks decides what is allowed, and all that is known of it comes from itself. The
+# idea: a client is what it calls itself in Authorization, else its address; the rate limiter counts
+# by that. Where there is a list of clients, only who has a key on it may write. A browser obeys any
+# page, so it may write for pages of this server alone. What it costs: without a list anybody can
+# take another name, and with it a rate of its own.
 
-RETRY_AFTER_S = 1  # what a client is told when the log can't be written
 MAX_CLIENT_ID_LENGTH = 128
-INTERNAL_ERROR = "internal error; the server's log has the details"
-FORM_TYPE = "application/x-www-form-urlencoded"
-# What another process writes before its answer: status, length of its field lines (each with its
-# CRLF) and of its body in bytes; both follow.
-RELAY_HEAD = struct.Struct(">HIQ")
-
-
-class Relay:
-    """An answer that another process writes to a socket. To close our end sooner tells it that
-    nobody waits.
-    """
-
-    def __init__(self, sock: socket.socket):
-        self.socket = sock
-        self.status, self.field_lines = 0, b""
-        self.body = b""  # what came of it together with the head
-        self.left_bytes = -1  # bytes of the body still to pass on; -1: the head is incomplete
-        self._received = b""
-
-    def take_head(self, piece: bytes) -> bool:
-        """Take some bytes of the head; whether it is here as a whole."""
-        received = self._received = self._received + piece
-        if len(received) < RELAY_HEAD.size:
-            return False
-        status, fields_bytes, body_bytes = RELAY_HEAD.unpack_from(received)
-        body_at = RELAY_HEAD.size + fields_bytes
-        if len(received) < body_at:
-            return False
-        self.status, self.left_bytes = status, body_bytes
-        self.field_lines = received[RELAY_HEAD.size : body_at]
-        self.body = received[body_at:]
-        return True
-
-
-class Answer(NamedTuple):
-    """What a handler gives: a response, field lines for this client alone, and what to wait for."""
-
-    response: "Response | None"  # None for a Relay: the other process writes the response
-    more_fields: bytes = b""
-    source: "bytes | Relay | None" = None  # lines for the log, or another process
-
-
-Handler = Callable[[Request, str], Answer]
-
-
-class Pending(NamedTuple):
-    """An answer that waits for its source."""
-
-    answer: Answer
-    source: "bytes | Future[None] | Relay"  # lines that are to be written, or are being written
-    head: Head
-    client: str
-    started: float
-
-
-def unavailable(reason: str) -> HTTPError:
-    """What is said when the server can't right now."""
-    return HTTPError(503, reason, fields=[("Retry-After", str(RETRY_AFTER_S))])
-
-
-def json_response(status: int, value: Any, fields: Iterable[tuple[str, str]] = ()) -> Response:
-    """A response whose body is a value as JSON."""
-    return Response(status, write_json(value).encode(), fields=fields)
-
-
-@functools.lru_cache(maxsize=MAX_BATCH)  # 0.1 µs instead of 3
-def accepted(metrics: int) -> Response:
-    """The answer to a batch that was stored."""
-    body = write_json({"success": True, "metrics_processed": metrics}).encode()
-    return Response(200, body, metrics=metrics)
-
-
-def error_response(error: Exception) -> Response:
-    """The answer to a request that failed in a way which has a status; any other exception is
-    raised again.
-    """
-    if isinstance(error, HTTPError):
-        return json_response(error.status, {"error": str(error)}, error.fields)
-    if isinstance(error, JSONError):
-        return json_response(400, {"error": f"body is not JSON: {error}"})
-    if isinstance(error, BatchError):
-        errors = [reason._asdict() for reason in error.reasons]
-        return json_response(400, {"error": str(error), "errors": errors})
-    if isinstance(error, LogError):
-        return error_response(unavailable(str(error)))
-    raise error
 
 
 class OwnPeer(str):
@@ -2345,7 +2250,9 @@ def client_id(head: Head, peer: str) -> str:
     its hash.
     """
     client = peer
-    if "authorization" in head.headers:  # not get(): see Service._handlers
+    # Here and for routes `in` and a subscript: `dict.get` waits for a lock on CPython 3.13 without
+    # the interpreter lock, 20,900 requests/s instead of 32,000.
+    if "authorization" in head.headers:
         client = head.headers["authorization"] or peer
     if len(client) <= MAX_CLIENT_ID_LENGTH:
         return client
@@ -2426,6 +2333,132 @@ def new_client(name: str) -> tuple[str, str]:
     return key, f"{name} {hashlib.sha256(key.encode()).hexdigest()}"
 
 
+def refuse_other_origins(head: Head, allowed_hosts: Container[str]) -> None:
+    """A page that a browser loaded from elsewhere must not write here: its Origin (RFC 6454) gives
+    it away.
+
+    A page may also have made its own name resolve to this machine (DNS rebinding): then Origin and
+    Host agree, but Host is a name that nobody here has allowed.
+    """
+    if "origin" not in head.headers:
+        return
+    origin, host = head.headers["origin"], head.host.lower()
+    if origin.lower() not in (f"http://{host}", f"https://{host}"):
+        raise HTTPError(403, f"a page of {origin[:80]!r} may not write to {head.host[:80]!r}")
+    name = host if host.endswith("]") else host.rpartition(":")[0] or host
+    if name not in allowed_hosts and not _is_address(name):
+        raise HTTPError(
+            403, f"a page may not write here as {name[:80]!r}; --allowed-host would let it"
+        )
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        return False
+    return True
+
+
+# ==================================================================================================
+# 11. Service
+# ==================================================================================================
+#
+# The problem: a request passes through six chapters, each of which may refuse it. The idea: a
+# service that takes a whole request and gives a whole answer, and reads and writes no socket.
+# Handlers stand in a table of routes, to which other parts may add. Errors are exceptions of the
+# chapter that found them; `error_response` alone turns them into a status. What it costs: an answer
+# that is not ready at once (a sync, another process) needs a second kind of answer, `Pending`.
+
+RETRY_AFTER_S = 1  # what a client is told when the log can't be written
+MAX_JOINED_BYTES = 128 * 1024  # of a batch's lines: larger ones don't wait in memory for others
+INTERNAL_ERROR = "internal error; the server's log has the details"
+FORM_TYPE = "application/x-www-form-urlencoded"
+# What another process writes before its answer: status, length of its field lines (each with its
+# CRLF) and of its body in bytes; both follow.
+RELAY_HEAD = struct.Struct(">HIQ")
+
+
+class Relay:
+    """An answer that another process writes to a socket. To close our end sooner tells it that
+    nobody waits.
+    """
+
+    def __init__(self, sock: socket.socket):
+        self.socket = sock
+        self.status, self.field_lines = 0, b""
+        self.body = b""  # what came of it together with the head
+        self.left_bytes = -1  # bytes of the body still to pass on; -1: the head is incomplete
+        self._received = b""
+
+    def take_head(self, piece: bytes) -> bool:
+        """Take some bytes of the head; whether it is here as a whole."""
+        received = self._received = self._received + piece
+        if len(received) < RELAY_HEAD.size:
+            return False
+        status, fields_bytes, body_bytes = RELAY_HEAD.unpack_from(received)
+        body_at = RELAY_HEAD.size + fields_bytes
+        if len(received) < body_at:
+            return False
+        self.status, self.left_bytes = status, body_bytes
+        self.field_lines = received[RELAY_HEAD.size : body_at]
+        self.body = received[body_at:]
+        return True
+
+
+class Answer(NamedTuple):
+    """What a handler gives: a response, field lines for this client alone, and what to wait for."""
+
+    response: "Response | None"  # None for a Relay: the other process writes the response
+    more_fields: bytes = b""
+    source: "bytes | Relay | None" = None  # lines for the log, or another process
+
+
+Handler = Callable[[Request, str], Answer]
+
+
+class Pending(NamedTuple):
+    """An answer that waits for its source."""
+
+    answer: Answer
+    source: "bytes | Future[None] | Relay"  # lines that are to be written, or are being written
+    head: Head
+    client: str
+    started: float
+
+
+def unavailable(reason: str) -> HTTPError:
+    """What is said when the server can't right now."""
+    return HTTPError(503, reason, fields=[("Retry-After", str(RETRY_AFTER_S))])
+
+
+def json_response(status: int, value: Any, fields: Iterable[tuple[str, str]] = ()) -> Response:
+    """A response whose body is a value as JSON."""
+    return Response(status, write_json(value).encode(), fields=fields)
+
+
+@functools.lru_cache(maxsize=MAX_BATCH)  # 0.1 µs instead of 3
+def accepted(metrics: int) -> Response:
+    """The answer to a batch that was stored."""
+    body = write_json({"success": True, "metrics_processed": metrics}).encode()
+    return Response(200, body, metrics=metrics)
+
+
+def error_response(error: BaseException) -> Response:
+    """The answer to a request that failed. What should not have happened is logged: 500."""
+    if isinstance(error, HTTPError):
+        return json_response(error.status, {"error": str(error)}, error.fields)
+    if isinstance(error, JSONError):
+        return json_response(400, {"error": f"body is not JSON: {error}"})
+    if isinstance(error, BatchError):
+        errors = [reason._asdict() for reason in error.reasons]
+        return json_response(400, {"error": str(error), "errors": errors})
+    if isinstance(error, LogError):
+        return error_response(unavailable(str(error)))
+    log_unexpected(error)
+    return error_response(HTTPError(500, INTERNAL_ERROR))
+
+
 class Service:
     """The routes, and what they do.
 
@@ -2483,19 +2516,10 @@ class Service:
         add = statistics.add
         add("log_bytes", "gauge", "Size of the log file.", lambda: log.size_bytes, "log_size_bytes")
         if limiter:
-            add(
-                "clients_tracked",
-                "gauge",
-                "Clients that the rate limiter remembers.",
-                lambda: limiter.tracked,
-            )
-            add(
-                "clients_evicted",
-                "counter",
-                "Clients that the rate limiter forgot for want of room.",
-                lambda: limiter.evicted,
-                "clients_evicted_total",
-            )
+            help_ = "Clients that the rate limiter remembers."
+            add("clients_tracked", "gauge", help_, lambda: limiter.tracked)
+            help_ = "Clients that the rate limiter forgot for want of room."
+            add("clients_evicted", "counter", help_, lambda: limiter.evicted)
 
     def add_routes(self, routes: dict[str, dict[str, Handler]]) -> None:
         """Add paths and the handlers of their methods; a path that ends in `/*` stands for all that
@@ -2592,8 +2616,6 @@ class Service:
         return ", ".join(dict.fromkeys(method for handlers in routes for method in handlers))
 
     def _handlers(self, path: str) -> dict[str, Handler]:
-        # Here and for header fields `in` and a subscript: `dict.get` waits for a lock on CPython
-        # 3.13 without the interpreter lock, 20,900 requests/s instead of 32,000.
         if path in self._routes:
             return self._routes[path]
         for prefix, handlers in self._prefixes.items():
@@ -2618,31 +2640,23 @@ class Service:
         self, request: Request, peer: str, started: float, joins: bool = False
     ) -> Answer | Pending:
         """Answer a whole request of the address `peer`, whose last byte came at `started`
-        (time.perf_counter). Where it `joins` others, the caller has its lines stored with theirs.
+        (time.perf_counter). Where it `joins` others, the caller has its lines stored with theirs,
+        unless they are many.
         """
         if self.clients is None:
             client = client_id(request.head, peer)
         else:  # a name on the list, or the peer's address
             client = self.clients.identify(request.head.headers.get("authorization", "")) or peer
-        metrics, invalid = 0, False
         try:
             answer = self._handler(request.head)(request, client)
-            response, _, source = answer
-            if source is not None:
-                pending = Pending(answer, source, request.head, client, started)
-                if joins or isinstance(source, Relay):
-                    return pending
-                durable = self.store([pending])
-                if durable is not None:
-                    return pending._replace(source=durable)
-            assert response is not None  # only a relay has none yet
-            metrics = response.metrics
+            lines = answer.source or b""
+            pending = Pending(answer, lines, request.head, client, started)
+            if isinstance(lines, Relay) or (joins and 0 < len(lines) <= MAX_JOINED_BYTES):
+                return pending
+            durable = self.store([pending]) if lines else None
+            return pending._replace(source=durable) if durable else self.settle(pending, None)
         except (HTTPError, JSONError, BatchError, LogError) as error:
-            response = error_response(error)
-            answer = Answer(response)
-            invalid = isinstance(error, (JSONError, BatchError))
-        self._note(client, response.status, started, metrics, invalid)
-        return answer
+            return Answer(self.refuse(error, client, started))
 
     def store(self, joined: Iterable[Pending]) -> "Future[None] | None":
         """Append the lines of requests to the log in one piece; see MetricLog.append."""
@@ -2651,32 +2665,24 @@ class Service:
 
     def settle(self, pending: Pending, error: BaseException | None) -> Answer:
         """The answer to a request whose batch is durable, or could not be kept."""
-        answer = pending.answer
-        if isinstance(error, LogError):
-            answer = Answer(error_response(error))
-        elif error is not None:
-            answer = Answer(self._failed(error))
-        assert answer.response is not None  # a batch has one
-        status, metrics = answer.response.status, answer.response.metrics
-        self._note(pending.client, status, pending.started, metrics)
-        return answer
+        if error is not None:
+            return Answer(self.refuse(error, pending.client, pending.started))
+        response = pending.answer.response
+        assert response is not None  # only a relay has none
+        self._note(pending.client, response.status, pending.started, response.metrics)
+        return pending.answer
 
     def relayed(self, pending: Pending, status: int) -> None:
         """Count an answer that came from another process."""
-        self._note(pending.client, status, pending.started, 0)
+        self._note(pending.client, status, pending.started)
 
-    @staticmethod
-    def _failed(error: BaseException) -> Response:
-        """The answer to what should not have happened."""
-        log_unexpected(error)
-        return error_response(HTTPError(500, INTERNAL_ERROR))
-
-    def refuse(self, error: Exception, peer: str, started: float) -> Response:
-        """The answer to what never became a request, or to what should not have happened (500).
-        `started` is when its last bytes came, or when it was given up.
+    def refuse(self, error: BaseException, client: str, started: float) -> Response:
+        """The answer to what failed, or never became a request. `started` is when its last bytes
+        came, or when it was given up.
         """
-        response = error_response(error) if isinstance(error, HTTPError) else self._failed(error)
-        self._note(peer, response.status, started, 0)
+        response = error_response(error)
+        invalid = isinstance(error, (JSONError, BatchError))
+        self._note(client, response.status, started, invalid=invalid)
         return response
 
     def _note(
@@ -2684,33 +2690,6 @@ class Service:
     ) -> None:
         if not isinstance(client, OwnPeer):
             self.statistics.note(status, started, metrics, invalid)
-
-
-def refuse_other_origins(head: Head, allowed_hosts: Container[str]) -> None:
-    """A page that a browser loaded from elsewhere must not write here: its Origin (RFC 6454) gives
-    it away.
-
-    A page may also have made its own name resolve to this machine (DNS rebinding): then Origin and
-    Host agree, but Host is a name that nobody here has allowed.
-    """
-    if "origin" not in head.headers:
-        return
-    origin, host = head.headers["origin"], head.host.lower()
-    if origin.lower() not in (f"http://{host}", f"https://{host}"):
-        raise HTTPError(403, f"a page of {origin[:80]!r} may not write to {head.host[:80]!r}")
-    name = host if host.endswith("]") else host.rpartition(":")[0] or host
-    if name not in allowed_hosts and not _is_address(name):
-        raise HTTPError(
-            403, f"a page may not write here as {name[:80]!r}; --allowed-host would let it"
-        )
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
-    except ValueError:
-        return False
-    return True
 
 
 def require_json(head: Head) -> None:
@@ -2749,7 +2728,7 @@ def prefers_text(accept: str) -> bool:
 
 
 # ==================================================================================================
-# 11. Connections
+# 12. Connections
 # ==================================================================================================
 #
 # The problem: ten thousand connections, most of them idle, some slow, some hostile, and a request
@@ -2903,19 +2882,6 @@ class _TLSConnection(Connection):
         socket.socket.shutdown(self._tls, socket.SHUT_WR)
 
 
-def tls_context(certificate: str, key: str) -> ssl.SSLContext:
-    """How HTTPS is spoken: TLS 1.2 and newer. Raises OSError, of which ssl.SSLError is one."""
-
-    def no_password() -> str:
-        raise OSError(errno.EACCES, "the key has a password; remove it first")
-
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.options |= ssl.OP_NO_RENEGOTIATION
-    context.load_cert_chain(certificate, key, no_password)
-    return context
-
-
 class Connections:
     """The open connections of a server, and what each of them waits for.
 
@@ -2984,35 +2950,32 @@ class Connections:
         """The same for some connections. One that epoll does not take is closed.
 
         Where one worker asks it, epoll is level-triggered and goes on reporting, so one that waits
-        for the same as before needs no arming: 1 µs less a request.
+        for the same as before needs no arming: 0.8 µs less a request.
         """
         refused = []
         with self.lock:
             now = self._clock()
             for connection, queue in waiting:
-                self._start_wait(connection, queue, now)
-                if self.epoll is not None and connection.parked:
-                    # Under the lock: once claimed it can be closed, its descriptor be another's.
-                    try:
+                if connection.waits_in is not queue or connection.restart_timeout:
+                    if connection.waits_in is queue:
+                        queue.members.move_to_end(connection)
+                    else:
+                        self._move(connection, queue)
+                    connection.deadline = now + queue.limit_s
+                    connection.restart_timeout = False
+                connection.parked = queue is not self.committing
+                # Under the lock: once claimed it can be closed, and its descriptor be another's.
+                try:
+                    if connection.armed != queue.events and connection.parked:
                         self._arm(connection, queue.events)
-                        if queue is self.relaying:
-                            self._arm_relay(connection)
-                    except OSError as error:
-                        logger.warning("can't wait for %s: %s", connection.peer, error.strerror)
-                        connection.parked = False
-                        refused.append(connection)
+                    if queue is self.relaying:
+                        self._arm_relay(connection)
+                except OSError as error:
+                    logger.warning("can't wait for %s: %s", connection.peer, error.strerror)
+                    connection.parked = False
+                    refused.append(connection)
         for connection in refused:
             self.close(connection)
-
-    def _start_wait(self, connection: Connection, queue: WaitQueue, now: float) -> None:
-        if connection.waits_in is not queue or connection.restart_timeout:
-            if connection.waits_in is queue:
-                queue.members.move_to_end(connection)
-            else:
-                self._move(connection, queue)
-            connection.deadline = now + queue.limit_s
-            connection.restart_timeout = False
-        connection.parked = queue is not self.committing
 
     def _arm(self, connection: Connection, events: int) -> None:
         """Have epoll report these events of a connection, and no others. The lock is held."""
@@ -3023,11 +2986,11 @@ class Connections:
 
     def _arm_relay(self, connection: Connection) -> None:
         """Have epoll report a relay once. The lock is held."""
-        assert self.epoll is not None
-        relay = connection.relay_fd
-        arm = self.epoll.modify if relay in self._relays else self.epoll.register
-        arm(relay, READ | _ONESHOT)
-        self._relays[relay] = connection
+        if self.epoll is not None:
+            relay = connection.relay_fd
+            arm = self.epoll.modify if relay in self._relays else self.epoll.register
+            arm(relay, READ | _ONESHOT)
+            self._relays[relay] = connection
 
     @staticmethod
     def _move(connection: Connection, queue: WaitQueue | None) -> None:
@@ -3059,9 +3022,7 @@ class Connections:
     def claim(self, connection: Connection) -> bool:
         """Make a parked connection this thread's own; False if another was faster."""
         with self.lock:
-            claimed = connection.parked
-            connection.parked = False
-            return claimed
+            return bool(self._claim_parked([connection]))
 
     def claim_ready(self, most: int) -> None:
         """Wait up to a second until something is ready, and add it to `claimed`.
@@ -3107,28 +3068,28 @@ class Connections:
 
     def claim_late(self) -> list[Connection]:
         """Claim what has waited for too long."""
-        now, ready_at, late = self._clock(), time.perf_counter(), []
+        now = self._clock()
         with self.lock:
-            for queue in (self.idle, self.shaking_hands, self.in_head, self.in_body,
-                          self.answering, self.lingering, self.relaying, self.ready):  # fmt: skip
-                for connection in queue.members:
-                    if connection.deadline > now:
-                        break
-                    if connection.parked:
-                        connection.parked = False
-                        connection.ready_at = ready_at
-                        late.append(connection)
-        return late
+            return self._claim_parked(
+                connection
+                for queue in (self.idle, self.shaking_hands, self.in_head, self.in_body,
+                              self.answering, self.lingering, self.relaying, self.ready)
+                for connection in itertools.takewhile(lambda c: c.deadline <= now, queue.members)
+            )  # fmt: skip
 
     def claim_idle(self) -> list[Connection]:
         """Claim all that are idle."""
-        ready_at = time.perf_counter()
         with self.lock:
-            idle = [connection for connection in self.idle.members if connection.parked]
-            for connection in idle:
-                connection.parked = False
-                connection.ready_at = ready_at
-        return idle
+            return self._claim_parked(self.idle.members)
+
+    @staticmethod
+    def _claim_parked(waiting: Iterable[Connection]) -> list[Connection]:
+        """Claim those that no other thread has claimed. The lock is held."""
+        ready_at = time.perf_counter()
+        claimed = [connection for connection in waiting if connection.parked]
+        for connection in claimed:
+            connection.parked, connection.ready_at = False, ready_at
+        return claimed
 
     def close_if_idle(self, connection: Connection) -> None:
         """Close a connection if it is still idle after its turn."""
@@ -3160,7 +3121,7 @@ class Connections:
 
 
 # ==================================================================================================
-# 12. Turns
+# 13. Turns
 # ==================================================================================================
 #
 # The problem: a thread that waits for one client serves no other. The idea: a turn is what is done
@@ -3171,16 +3132,24 @@ class Connections:
 
 LINGER_BYTES = 1024 * 1024  # how much is read and dropped after an error
 REQUESTS_A_TURN = 4  # pipelined; then the others have their turn
-# Batches of a round that are written to the log at once: 25,000 requests/s instead of 22,000, and
-# no more connections wait where the disk does not answer.
+# Batches of a round that are written to the log at once: 19.3 µs a request instead of 21.3. No more
+# connections than that wait for a write that hangs.
 JOINED_WRITES = 16
 
 
-def _taken(waiting: "deque[Connection]") -> Iterator[Connection]:
-    """All that wait, unless another worker is faster; to take one is atomic."""
-    with contextlib.suppress(IndexError):
-        while True:
-            yield waiting.popleft()
+_Step = Callable[[Connection], WaitQueue | None]
+_Waiting = TypeVar("_Waiting")
+
+
+def _take(waiting: "deque[_Waiting]", most: int) -> "list[_Waiting]":
+    """Some of those that wait, fewer where another worker is faster; to take one is atomic."""
+    taken: list[_Waiting] = []
+    try:
+        while len(taken) < most:
+            taken.append(waiting.popleft())
+    except IndexError:
+        pass
+    return taken
 
 
 class Turns:
@@ -3189,23 +3158,21 @@ class Turns:
     def __init__(self, service: Service, connections: Connections):
         self._service, self._connections = service, connections
         # Not a real queue: a step returns it to say "send after this round"; the connection goes
-        # to _unsent.
+        # to _unsent, with the step that is due then.
         self._after_round = WaitQueue(0, math.inf)
-        self._unsent: deque[Connection] = deque()  # any worker may take from it
+        self._unsent: deque[tuple[Connection, _Step]] = deque()  # any worker may take from it
         # The same for what is to be written to the log before it is answered.
         self._to_write = WaitQueue(0, math.inf)
         self._unwritten: deque[Connection] = deque()
         self._joins_writes = connections.epoll is not None
 
-    def step(
-        self, connection: Connection, action: Callable[[Connection], WaitQueue | None]
-    ) -> None:
+    def step(self, connection: Connection, action: _Step) -> None:
         """Take a step for a claimed connection; then park it, or close it."""
         queue = self._attempt(connection, action)
         if queue is None:
             self._connections.close(connection)
         elif queue is self._after_round:
-            self._unsent.append(connection)
+            self._unsent.append((connection, self._send))
         elif queue is self._to_write:
             self._unwritten.append(connection)
         else:
@@ -3216,9 +3183,7 @@ class Turns:
                 assert isinstance(durable, Future)
                 durable.add_done_callback(partial(self.on_durable, connection))
 
-    def _attempt(
-        self, connection: Connection, action: Callable[[Connection], WaitQueue | None]
-    ) -> WaitQueue | None:
+    def _attempt(self, connection: Connection, action: _Step) -> WaitQueue | None:
         """The queue that a step gives, whatever goes wrong in it."""
         try:
             return action(connection)
@@ -3236,11 +3201,11 @@ class Turns:
         Answers of one round leave together, so that a client with many connections is woken once
         and not for each: 44,900 requests/s instead of 41,000 with 50 connections.
         """
-        while joined := list(itertools.islice(_taken(self._unwritten), JOINED_WRITES)):
+        while joined := _take(self._unwritten, JOINED_WRITES):
             self._write(joined)
         waiting = []
-        for connection in _taken(self._unsent):
-            queue = self._attempt(connection, self._send)
+        for connection, action in _take(self._unsent, len(self._unsent)):
+            queue = self._attempt(connection, action)
             if queue is None:
                 self._connections.close(connection)
             else:
@@ -3250,26 +3215,23 @@ class Turns:
         self._service.statistics.count()
 
     def _write(self, joined: list[Connection]) -> None:
-        """Append the batches of some connections to the log, and answer when they are written."""
+        """Append the batches of some connections to the log; they are answered after the round."""
         durable = error = None
         try:
             durable = self._service.store([c.pending for c in joined if c.pending is not None])
         except Exception as failure:  # settle() tells what it means
             error = failure
-        answer = partial(self._answer_stored, durable=durable, error=error)
-        for connection in joined:
-            self.step(connection, answer)
+        if durable is None:
+            answer = partial(self._answer_durable, error=error)
+            self._unsent.extend((connection, answer) for connection in joined)
+        else:
+            for connection in joined:
+                self.step(connection, partial(self._await_sync, durable=durable))
 
-    def _answer_stored(
-        self, connection: Connection, durable: "Future[None] | None", error: Exception | None
-    ) -> WaitQueue | None:
-        pending, connection.pending = connection.pending, None
-        assert pending is not None  # only then was it put aside
-        if durable is not None:
-            connection.pending = pending._replace(source=durable)
-            return self._connections.committing
-        self._put_response(connection, self._service.settle(pending, error), pending.head)
-        return self._after_round
+    def _await_sync(self, connection: Connection, durable: "Future[None]") -> WaitQueue:
+        assert connection.pending is not None  # only then was it put aside
+        connection.pending = connection.pending._replace(source=durable)
+        return self._connections.committing
 
     def on_durable(self, connection: Connection, durable: "Future[None]") -> None:
         """Answer a request with whose batch the log is done. Runs in the log's thread."""
@@ -3489,26 +3451,17 @@ class Turns:
 
 
 # ==================================================================================================
-# 13. Server
+# 14. Workers
 # ==================================================================================================
 #
-# The problem: which threads give the connections their turns, and how many? The plain way is
-# socketserver's: a thread for each connection, which waits for it (`--threads 0`, and wherever
-# there is no epoll). It is easy to follow, but under the interpreter lock every runnable thread
-# slows the others down.
-#
-# The idea: few workers, which take what epoll reports, one after another, and never wait for a
-# client. What can still hold a worker up is its own work, so a housekeeper looks every 20 ms
-# whether each worker has moved: one that has not is replaced, and ends when its turn does.
-# What it costs: a thread that does nothing but look. Both models take the same turns.
+# The problem: under the interpreter lock every runnable thread slows the others down, so a thread
+# for each connection is slow; and one thread for all stops when one turn is held up. The idea: few
+# workers, which take what epoll reports, one after another, and never wait for a client. What can
+# still hold a worker up is its own work, so somebody looks every 20 ms whether each worker has
+# moved: one that has not is replaced, and ends when its turn does. What it costs: a thread that
+# does nothing but look.
 
-MAX_CONNECTIONS = 10_000
-SPARE_DESCRIPTORS = 64  # for the log, epoll and the like, beside the connections
 MAX_WORKERS = 64
-TICK_S = 0.02  # a worker that takes longer than this for one turn is replaced
-QUIET_TICKS = 50  # so many without work, and the housekeeper sleeps a second at a time
-DECISIONS_INTERVAL_S = 60.0
-ACCEPTS_A_TURN = 16
 
 
 class _Worker(threading.Thread):
@@ -3618,6 +3571,31 @@ class _Workers:
         """Wait until all have ended, or until a time of time.monotonic."""
         for worker in list(self.running):
             worker.join(max(0.0, deadline - time.monotonic()))
+
+
+def steady_threads() -> int:
+    """How many workers pay: one where the interpreter lock lets only one run, else one a core."""
+    has_lock = getattr(sys, "_is_gil_enabled", lambda: True)()
+    return 1 if has_lock else os.cpu_count() or 1
+
+
+# ==================================================================================================
+# 15. Server
+# ==================================================================================================
+#
+# The problem: while requests are served, connections come and go, some are late, files are moved,
+# and at last somebody says stop. The idea: beside the workers one thread, the housekeeper, does
+# what has its time: it replaces workers that are held up, ends what is late, looks after the log,
+# and waits for orders. Where there is no epoll, and with `--threads 0`, it is socketserver's plain
+# way: a thread for each connection, which waits for it. Both take the same turns. What it costs:
+# two ways to wait.
+
+MAX_CONNECTIONS = 10_000
+SPARE_DESCRIPTORS = 64  # for the log, epoll and the like, beside the connections
+TICK_S = 0.02  # a worker that takes longer than this for one turn is replaced
+QUIET_TICKS = 50  # so many without work, and the housekeeper sleeps a second at a time
+DECISIONS_INTERVAL_S = 60.0
+ACCEPTS_A_TURN = 16
 
 
 class Server(socketserver.ThreadingTCPServer):
@@ -3795,7 +3773,6 @@ class Server(socketserver.ThreadingTCPServer):
             wait_s = max(0.0, connection.deadline - self._clock())
             ready = dict(poll.poll(None if wait_s == math.inf else wait_s * 1000 + 1))
             if self.connections.claim(connection):
-                connection.ready_at = time.perf_counter()
                 connection.hung_up = bool(ready.get(connection.fd, 0) & HUNG_UP)
                 turns.step(connection, turns.take_turn if ready else turns.time_out)
                 self.service.statistics.count()
@@ -3920,10 +3897,17 @@ class Server(socketserver.ThreadingTCPServer):
             self.connections.epoll.close()
 
 
-def steady_threads() -> int:
-    """How many workers pay: one where the interpreter lock lets only one run, else one a core."""
-    has_lock = getattr(sys, "_is_gil_enabled", lambda: True)()
-    return 1 if has_lock else os.cpu_count() or 1
+def tls_context(certificate: str, key: str) -> ssl.SSLContext:
+    """How HTTPS is spoken: TLS 1.2 and newer. Raises OSError, of which ssl.SSLError is one."""
+
+    def no_password() -> str:
+        raise OSError(errno.EACCES, "the key has a password; remove it first")
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION
+    context.load_cert_chain(certificate, key, no_password)
+    return context
 
 
 def fit_connections(wanted: int) -> int:
@@ -3944,7 +3928,7 @@ def fit_connections(wanted: int) -> int:
 
 
 # ==================================================================================================
-# 14. Patterns
+# 16. Patterns
 # ==================================================================================================
 #
 # The text of a regular expression becomes a program for Thompson's machine: instructions that match
@@ -4343,7 +4327,7 @@ class _PatternParser:
 
 
 # ==================================================================================================
-# 15. Regular expressions
+# 17. Regular expressions
 # ==================================================================================================
 #
 # The problem: anybody may send a regular expression. `re` tries one way through it after the other,
@@ -4719,7 +4703,7 @@ def expand(template: str, groups: Sequence[str | None], names: dict[str, int]) -
 
 
 # ==================================================================================================
-# 16. Series
+# 18. Series
 # ==================================================================================================
 #
 # A series is all samples of one metric with the same tags, and is known by its labels: the tags,
@@ -4898,7 +4882,7 @@ def _intersection(chosen: Sequence[int], posting: Sequence[int], budget: Budget)
 
 
 # ==================================================================================================
-# 17. Chunks
+# 19. Chunks
 # ==================================================================================================
 #
 # A chunk is up to 1,024 samples of one series as few bytes. The problem: series compress well, as
@@ -5169,7 +5153,7 @@ def concatenated(code: str, parts: Sequence[Any]) -> Any:
 
 
 # ==================================================================================================
-# 18. Memtable
+# 20. Memtable
 # ==================================================================================================
 #
 # The problem: what was pushed lately changes all the time, and is asked for most. The idea: series
@@ -5521,7 +5505,7 @@ class Memtable:
 
 
 # ==================================================================================================
-# 19. Blocks
+# 21. Blocks
 # ==================================================================================================
 #
 # A memtable that is no longer pushed to becomes a block: a file that never changes. The problem: a
@@ -5849,7 +5833,7 @@ class Block:
 
 
 # ==================================================================================================
-# 20. Following the log
+# 22. Following the log
 # ==================================================================================================
 #
 # The log is files, of which only the last one grows: the front moves a file that is long or old to
@@ -6030,7 +6014,7 @@ class FollowedLog:
 
 
 # ==================================================================================================
-# 21. Block folder
+# 23. Block folder
 # ==================================================================================================
 #
 # The problem: blocks become many and old, and a process may be killed between any two steps of
@@ -6293,7 +6277,7 @@ class BlockFolder:
 
 
 # ==================================================================================================
-# 22. Store
+# 24. Store
 # ==================================================================================================
 #
 # The idea is that of a log-structured merge tree. Lines of the log go into a memtable. From time to
@@ -6619,7 +6603,7 @@ class Store:
 
 
 # ==================================================================================================
-# 23. Query language
+# 25. Query language
 # ==================================================================================================
 #
 # The problem: PromQL is the language that Grafana and every Prometheus client speak. The idea: text
@@ -6871,7 +6855,7 @@ COMPARE: dict[str, Callable[[float, float], bool]] = {
 
 
 # ==================================================================================================
-# 24. Query text
+# 26. Query text
 # ==================================================================================================
 #
 # Numbers, durations and strings as PromQL writes them, read and written; and a tree as text, on one
@@ -7174,7 +7158,7 @@ def _matching_text(matching: Matching) -> str:
 
 
 # ==================================================================================================
-# 25. Query tokens
+# 27. Query tokens
 # ==================================================================================================
 #
 # The words that a query is made of, and how far a parser has read them. A colon is the one that
@@ -7292,7 +7276,7 @@ class _Tokens:
 
 
 # ==================================================================================================
-# 26. Query parser
+# 28. Query parser
 # ==================================================================================================
 #
 # Recursive descent with precedence climbing: each rule of the grammar is one function over the
@@ -7673,7 +7657,7 @@ def _check_type(tokens: _Tokens, node: Node, expected: str, where: str) -> None:
 
 
 # ==================================================================================================
-# 27. Query functions
+# 29. Query functions
 # ==================================================================================================
 #
 # What the functions and aggregations of PromQL compute: floats in, a float out. They know nothing
@@ -7952,7 +7936,7 @@ def _clamped(value: float, least: float, most: float) -> float | None:
 
 
 # ==================================================================================================
-# 28. Columns
+# 30. Columns
 # ==================================================================================================
 #
 # The problem: to evaluate a tree for hundreds of steps of a graph at once, without numpy. The idea:
@@ -8139,7 +8123,7 @@ class _Ranges(NamedTuple):
 
 
 # ==================================================================================================
-# 29. Range functions
+# 31. Range functions
 # ==================================================================================================
 #
 # What functions make of the windows of a range vector. All but the values is shared by series with
@@ -8414,7 +8398,7 @@ def _regression(
 
 
 # ==================================================================================================
-# 30. Aggregation
+# 32. Aggregation
 # ==================================================================================================
 #
 # Columns become groups by their labels, and the columns of a group are aggregated row by row: what
@@ -8518,7 +8502,7 @@ def _value_counts(
 
 
 # ==================================================================================================
-# 31. Vector matching
+# 33. Vector matching
 # ==================================================================================================
 #
 # The operators between two vectors: series of both sides find each other by their labels, step by
@@ -8666,7 +8650,7 @@ def _result_labels(node: Binary, many: dict[str, str], one: dict[str, str]) -> d
 
 
 # ==================================================================================================
-# 32. Evaluation
+# 34. Evaluation
 # ==================================================================================================
 #
 # The tree is walked once: each node gives its columns, for all steps at once. A subquery is
@@ -8888,7 +8872,7 @@ _Evaluate = Callable[[_Evaluator, tuple[Node, ...]], list[Column]]
 
 
 # ==================================================================================================
-# 33. Functions of PromQL
+# 35. Functions of PromQL
 # ==================================================================================================
 #
 # A function of PromQL takes nodes and makes columns: most evaluate their arguments and apply a
@@ -9208,7 +9192,7 @@ _FUNCTIONS: dict[str, _Evaluate] = {
 
 
 # ==================================================================================================
-# 34. Query engine
+# 36. Query engine
 # ==================================================================================================
 #
 # The engine evaluates a text at one time or over a range. It needs no store, only a function that
@@ -9358,7 +9342,7 @@ def matrix_result(series: Iterable[Series]) -> MatrixResult:
 
 
 # ==================================================================================================
-# 35. Result cache
+# 37. Result cache
 # ==================================================================================================
 #
 # The problem: dashboards ask the same queries again and again, each time a few steps further. The
@@ -9502,7 +9486,7 @@ def _before(time_ms: int, result: _Result, step_ms: int) -> _Result:
 
 
 # ==================================================================================================
-# 36. Query API
+# 38. Query API
 # ==================================================================================================
 #
 # What the engine can do, as Prometheus's HTTP API offers it: Grafana and other clients speak it.
@@ -9856,7 +9840,7 @@ def _points_json(template: str, values: "array[float]") -> str:
 
 
 # ==================================================================================================
-# 37. Processes that follow the log
+# 39. Processes that follow the log
 # ==================================================================================================
 #
 # The problem: whoever holds the interpreter lock stops everybody, and a query, a sealed chunk or a
@@ -10046,7 +10030,7 @@ def only_one(path: str, flags: int) -> Iterator[None]:
 
 
 # ==================================================================================================
-# 38. Answering in forks
+# 40. Answering in forks
 # ==================================================================================================
 #
 # The problem: a question may take a moment or a minute, and the process that answers it has one
@@ -10366,7 +10350,7 @@ def _address_space() -> int:
 
 
 # ==================================================================================================
-# 39. Store process
+# 41. Store process
 # ==================================================================================================
 #
 # The store lives in a process of its own, with one thread and no locks. A question comes with the
@@ -10604,7 +10588,7 @@ def store_main(arguments: list[str]) -> int:
 
 
 # ==================================================================================================
-# 40. Store client
+# 42. Store client
 # ==================================================================================================
 #
 # The front's end of the store process. A follower is a process that follows the log; the front
@@ -10951,7 +10935,7 @@ _STORE_STATISTICS = (
 
 
 # ==================================================================================================
-# 41. Scalars of YAML
+# 43. Scalars of YAML
 # ==================================================================================================
 #
 # The problem: rule files are YAML, the standard library reads none, and all of YAML is far more
@@ -11214,7 +11198,7 @@ def _block_scalar(src: YamlDocument, position: int, indent: int) -> tuple[YamlSc
 
 
 # ==================================================================================================
-# 42. YAML
+# 44. YAML
 # ==================================================================================================
 #
 # Maps and lists in block and flow style, anchors, aliases and merges. What is left out (tags,
@@ -11495,7 +11479,7 @@ def _flow_comma(src: YamlDocument, position: int, bracket: str) -> int:
 
 
 # ==================================================================================================
-# 43. Fields
+# 45. Fields
 # ==================================================================================================
 #
 # The problem: whoever writes a file wants to know everything that is wrong with it, and where. The
@@ -11607,7 +11591,7 @@ def _read_duration_ms(text: str) -> int:
 
 
 # ==================================================================================================
-# 44. Rule files
+# 46. Rule files
 # ==================================================================================================
 #
 # The problem: rules are written for Prometheus, and a fault in an expression should be known before
@@ -11793,7 +11777,7 @@ class _RuleReader(FieldReader):
 
 
 # ==================================================================================================
-# 45. Values of templates
+# 47. Values of templates
 # ==================================================================================================
 #
 # The problem: what a template prints must not differ by a character from what Go prints. The idea:
@@ -12014,7 +11998,7 @@ _METHODS = {datetime.datetime: _TIME_METHODS, datetime.timedelta: _DURATION_METH
 
 
 # ==================================================================================================
-# 46. Formats of templates
+# 48. Formats of templates
 # ==================================================================================================
 #
 # What `printf` and `print` write, for every verb, flag and kind of value: Go's fmt package once
@@ -12378,7 +12362,7 @@ def _printed(*values: Any) -> str:
 
 
 # ==================================================================================================
-# 47. Functions of templates
+# 49. Functions of templates
 # ==================================================================================================
 #
 # What every template may call: the functions that Go has. A function is a row with the types of its
@@ -12545,7 +12529,7 @@ _GO_FUNCTIONS = {
 
 
 # ==================================================================================================
-# 48. Functions of alerts
+# 50. Functions of alerts
 # ==================================================================================================
 #
 # The functions that Prometheus adds for rules, and those that Alertmanager adds for notifications.
@@ -12867,7 +12851,7 @@ NOTIFICATION_FUNCTIONS = _COMMON_FUNCTIONS | {
 
 
 # ==================================================================================================
-# 49. Template items
+# 51. Template items
 # ==================================================================================================
 #
 # The problem: labels and annotations of alerts, and what is sent to a webhook, are templates of
@@ -13050,7 +13034,7 @@ def _number_value(text: str) -> int | float:
 
 
 # ==================================================================================================
-# 50. Template parser
+# 52. Template parser
 # ==================================================================================================
 #
 # Items become a tree, and the next chapter walks over the tree. What `text` holds in a node is what
@@ -13434,7 +13418,7 @@ def _is_blank(statements: list[_Statement]) -> bool:
 
 
 # ==================================================================================================
-# 51. Templates
+# 53. Templates
 # ==================================================================================================
 #
 # A walk over the tree prints, and each step is Go's. What a label holds is printed and never read
@@ -13791,7 +13775,7 @@ class _TemplateRun:
 
 
 # ==================================================================================================
-# 52. Alerting
+# 54. Alerting
 # ==================================================================================================
 #
 # The problem: whether something is wrong is asked again and again, and what was found must neither
@@ -14434,7 +14418,7 @@ def _page_of(groups: list[dict[str, Any]], limit_text: str, token: str) -> dict[
 
 
 # ==================================================================================================
-# 53. Rule tests
+# 55. Rule tests
 # ==================================================================================================
 #
 # The problem: a rule that was never seen to fire is a guess. The idea: evaluate rules as the
@@ -14958,7 +14942,7 @@ def firing_bar(times: Iterable[tuple[int, int]], start_ms: int, end_ms: int) -> 
 
 
 # ==================================================================================================
-# 54. Alerts and routes
+# 56. Alerts and routes
 # ==================================================================================================
 #
 # The problem: hundreds of alerts fire at once, and each is for somebody else. The idea is that of
@@ -15097,7 +15081,7 @@ def route_key(parent_key: str | None, matchers: Iterable[Matcher]) -> str:
 
 
 # ==================================================================================================
-# 55. Notification configuration
+# 57. Notification configuration
 # ==================================================================================================
 #
 # The problem: who is told what stands in a file, credentials included, and people have such files
@@ -15595,7 +15579,7 @@ class _ConfigReader(FieldReader):
 
 
 # ==================================================================================================
-# 56. Notification
+# 58. Notification
 # ==================================================================================================
 #
 # The problem: each firing and each resolve is told once, although alerts come in again every
@@ -16142,7 +16126,7 @@ def _merged(old: Alert, new: Alert, now: float) -> Alert:
 
 
 # ==================================================================================================
-# 57. Receivers
+# 59. Receivers
 # ==================================================================================================
 #
 # The problem: a notification has to reach a service that may be slow, gone or wrong about what it
@@ -16614,7 +16598,7 @@ _CLIENT_STATISTICS: tuple[tuple[str, str, str, Callable[[_Queue], float]], ...] 
 
 
 # ==================================================================================================
-# 58. Alertmanager API
+# 60. Alertmanager API
 # ==================================================================================================
 #
 # The problem: people silence alerts with amtool, look at them in Grafana, and another Prometheus
@@ -16957,7 +16941,7 @@ def _silence_json(silence: Silence, now: float) -> dict[str, Any]:
 
 
 # ==================================================================================================
-# 59. Watcher process
+# 61. Watcher process
 # ==================================================================================================
 #
 # The problem: 200 heavy rules must not slow a POST, a receiver that hangs must not hold up a rule,
@@ -17611,7 +17595,7 @@ def watch_main(arguments: list[str]) -> int:
 
 
 # ==================================================================================================
-# 60. Watcher client
+# 62. Watcher client
 # ==================================================================================================
 #
 # The front's end of the watcher: it gives the watcher connections to this server, hands over what
@@ -17710,7 +17694,7 @@ EMPTY_WATCHER = {
 
 
 # ==================================================================================================
-# 61. Saved dashboards
+# 63. Saved dashboards
 # ==================================================================================================
 #
 # The problem: a view that was worth arranging is worth keeping and sharing. The idea: JSON files
@@ -17826,7 +17810,7 @@ def read_dashboards(folder: str) -> dict[str, Any]:
 
 
 # ==================================================================================================
-# 62. Dashboard: queries
+# 64. Dashboard: queries
 # ==================================================================================================
 #
 # The problem: whoever pushed something wants to look at it without installing anything. The idea:
@@ -18162,7 +18146,7 @@ function nameSeries(series) {
 
 
 # ==================================================================================================
-# 63. Dashboard: charts
+# 65. Dashboard: charts
 # ==================================================================================================
 #
 # A chart is a picture on a canvas, drawn anew only when its values or its size change; cursor, tip
@@ -18498,7 +18482,7 @@ function hideCursors() {
 
 
 # ==================================================================================================
-# 64. Dashboard: panels
+# 66. Dashboard: panels
 # ==================================================================================================
 #
 # A panel is a chart with its title, its current value, a legend and a table. It asks while it is
@@ -18764,7 +18748,7 @@ async function completions(before) {
 
 
 # ==================================================================================================
-# 65. Dashboard: views
+# 67. Dashboard: views
 # ==================================================================================================
 #
 # A view is a function that makes its elements once and tells how they are brought up to date:
@@ -19140,7 +19124,7 @@ render();
 
 
 # ==================================================================================================
-# 66. Dashboard: page
+# 68. Dashboard: page
 # ==================================================================================================
 #
 # The document that holds the script, and how it is served. Names and tags are the text of
@@ -19376,7 +19360,7 @@ def dashboard_routes(folder: str | None) -> dict[str, dict[str, Handler]]:
 
 
 # ==================================================================================================
-# 67. Remote write
+# 69. Remote write
 # ==================================================================================================
 #
 # The problem: who outgrows one machine has an engine for many, and it wants samples in a protocol
@@ -19734,7 +19718,7 @@ def _retry_after_s(text: str) -> float | None:
 
 
 # ==================================================================================================
-# 68. Log reader
+# 70. Log reader
 # ==================================================================================================
 #
 # The problem: every sample of the log is to reach a receiver, whatever dies in between and however
@@ -19886,7 +19870,7 @@ class LogReader(FollowedLog):
 
 
 # ==================================================================================================
-# 69. Sender process
+# 71. Sender process
 # ==================================================================================================
 #
 # The problem: nothing that takes batches in may wait for a receiver. The idea: a process of its
@@ -20253,7 +20237,7 @@ class AgentSegments:
 
 
 # ==================================================================================================
-# 70. Options
+# 72. Options
 # ==================================================================================================
 #
 # What a user can choose, with its default and the sentence that `--help` prints: a part of the
@@ -20438,7 +20422,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
 
 
 # ==================================================================================================
-# 71. Commands
+# 73. Commands
 # ==================================================================================================
 #
 # What is asked without a server: the store of a folder, rule files, unit tests of rules, a test
@@ -20665,7 +20649,7 @@ def test_notify_main(arguments: list[str]) -> int:
 
 
 # ==================================================================================================
-# 72. Starting
+# 74. Starting
 # ==================================================================================================
 #
 # Options become objects, each made of those before it; one line says what is running, and a signal
@@ -20920,6 +20904,10 @@ def _serve(options: argparse.Namespace, server: Server, lines: LineWriter) -> No
         signal.signal(number, lambda *_: server.stop_soon())
     signal.signal(signal.SIGHUP, lambda *_: server.reload_soon())
     lines.say(_startup_line(options, server))
+    # What is there now stays. A full collection, during which nobody is answered, takes 0.1 ms
+    # instead of 4 when it leaves that alone.
+    gc.collect()
+    gc.freeze()
     server.serve_forever()
     server.log_decisions()
 

@@ -4186,60 +4186,8 @@ def test_a_client_id_can_forge_nothing(tmp_path, threads):
 
 
 # ==================================================================================================
-# Service
+# Clients
 # ==================================================================================================
-
-
-def test_a_posted_metric_is_in_the_log_when_it_is_acknowledged(server, client):
-    metric = {"name": "posted", "value": 75.5, "type": "counter", "tags": {"host": "web1"},
-              "timestamp": "2025-09-17T13:45:23.123Z"}  # fmt: skip
-    already = len(logged(server.folder, "posted"))
-    answer = client.ask("POST", "/metrics", {"metrics": [metric]}, Content_Type="application/json")
-    assert (answer.status, answer.json) == (200, {"success": True, "metrics_processed": 1})
-    assert logged(server.folder, "posted")[already:] == [metric]
-
-
-def test_a_line_of_the_log_can_be_posted_back(server, client):
-    before = client.ask("POST", "/metrics", {"metrics": [{"name": "echo", "value": 1e21}]})
-    line = logged(server.folder, "echo")[-1]
-    again = client.ask("POST", "/metrics", {"metrics": [line]})
-    assert before.status == again.status == 200
-    assert logged(server.folder, "echo")[-1] == line
-
-
-def test_a_bad_metric_rejects_the_whole_batch(server, client):
-    good, bad = {"name": "half", "value": 1}, {"name": "half", "value": "1"}
-    answer = client.ask("POST", "/metrics", {"metrics": [good, good, good, bad]})
-    error = "metrics[3].value: must be a finite number or null, not a string"
-    assert answer.status == 400
-    assert answer.json == {
-        "error": error,
-        "errors": [{"index": 3, "field": "value", "message": error.partition(": ")[2]}],
-    }
-    assert logged(server.folder, "half") == []
-
-
-def test_an_exact_number_of_requests_a_second_is_allowed(tmp_path, threads):
-    with running(tmp_path, threads=threads) as started:
-        clock = Clock()
-        started.service.limiter = SlidingWindowLimiter(3, clock=clock)
-        with contextlib.closing(Client(started.port)) as client:
-            for left in (2, 1, 0):
-                answer = client.ask("POST", "/metrics", BATCH, Authorization="a")
-                assert answer.status == 200
-                assert answer.headers["ratelimit"] == f'"default";r={left};t=1'
-            refused = client.ask("POST", "/metrics", BATCH, Authorization="a")
-            assert refused.status == 429 and "more than 3 requests in 1 s" in refused.json["error"]
-            assert refused.headers["retry-after"] == "1"
-            assert refused.headers["ratelimit-policy"] == '"default";q=3;w=1'
-            assert refused.headers["ratelimit"] == '"default";r=0;t=1'
-            assert client.ask("POST", "/metrics", BATCH, Authorization="b").status == 200
-            for path in ("/health", "/metrics"):  # only POST /metrics counts
-                assert client.ask("GET", path, Authorization="a").status == 200
-            assert client.ask("POST", "/metrics", BATCH, Authorization="a").status == 429
-            clock.now += 1.0
-            assert client.ask("POST", "/metrics", BATCH, Authorization="a").status == 200
-        assert len(lines_of(tmp_path)) == 5
 
 
 @pytest.mark.parametrize("origin, status", [
@@ -4329,6 +4277,63 @@ def test_a_broken_list_of_clients_is_refused_with_its_place_and_without_its_keys
     with pytest.raises(ClientListError) as caught:
         ClientList(text, "clients.txt")
     assert str(caught.value).startswith(f"clients.txt, {reason}") and KEY not in str(caught.value)
+
+
+# ==================================================================================================
+# Service
+# ==================================================================================================
+
+
+def test_a_posted_metric_is_in_the_log_when_it_is_acknowledged(server, client):
+    metric = {"name": "posted", "value": 75.5, "type": "counter", "tags": {"host": "web1"},
+              "timestamp": "2025-09-17T13:45:23.123Z"}  # fmt: skip
+    already = len(logged(server.folder, "posted"))
+    answer = client.ask("POST", "/metrics", {"metrics": [metric]}, Content_Type="application/json")
+    assert (answer.status, answer.json) == (200, {"success": True, "metrics_processed": 1})
+    assert logged(server.folder, "posted")[already:] == [metric]
+
+
+def test_a_line_of_the_log_can_be_posted_back(server, client):
+    before = client.ask("POST", "/metrics", {"metrics": [{"name": "echo", "value": 1e21}]})
+    line = logged(server.folder, "echo")[-1]
+    again = client.ask("POST", "/metrics", {"metrics": [line]})
+    assert before.status == again.status == 200
+    assert logged(server.folder, "echo")[-1] == line
+
+
+def test_a_bad_metric_rejects_the_whole_batch(server, client):
+    good, bad = {"name": "half", "value": 1}, {"name": "half", "value": "1"}
+    answer = client.ask("POST", "/metrics", {"metrics": [good, good, good, bad]})
+    error = "metrics[3].value: must be a finite number or null, not a string"
+    assert answer.status == 400
+    assert answer.json == {
+        "error": error,
+        "errors": [{"index": 3, "field": "value", "message": error.partition(": ")[2]}],
+    }
+    assert logged(server.folder, "half") == []
+
+
+def test_an_exact_number_of_requests_a_second_is_allowed(tmp_path, threads):
+    with running(tmp_path, threads=threads) as started:
+        clock = Clock()
+        started.service.limiter = SlidingWindowLimiter(3, clock=clock)
+        with contextlib.closing(Client(started.port)) as client:
+            for left in (2, 1, 0):
+                answer = client.ask("POST", "/metrics", BATCH, Authorization="a")
+                assert answer.status == 200
+                assert answer.headers["ratelimit"] == f'"default";r={left};t=1'
+            refused = client.ask("POST", "/metrics", BATCH, Authorization="a")
+            assert refused.status == 429 and "more than 3 requests in 1 s" in refused.json["error"]
+            assert refused.headers["retry-after"] == "1"
+            assert refused.headers["ratelimit-policy"] == '"default";q=3;w=1'
+            assert refused.headers["ratelimit"] == '"default";r=0;t=1'
+            assert client.ask("POST", "/metrics", BATCH, Authorization="b").status == 200
+            for path in ("/health", "/metrics"):  # only POST /metrics counts
+                assert client.ask("GET", path, Authorization="a").status == 200
+            assert client.ask("POST", "/metrics", BATCH, Authorization="a").status == 429
+            clock.now += 1.0
+            assert client.ask("POST", "/metrics", BATCH, Authorization="a").status == 200
+        assert len(lines_of(tmp_path)) == 5
 
 
 def test_statistics_account_for_every_request(tmp_path, threads):
@@ -15403,15 +15408,20 @@ WORST_INPUTS: dict[str, list[tuple[str, str, str]]] = {
     "_MUST_ESCAPE": [("", '"', ""), ("", "\0", ""), ("", "a", "\ud800"), ("", "\u2027\u202f", "")],
     "_ISO_8601": [("", "1", ""), ("2025-09-17T13:45:23.", "1", "Z"),
                   ("", "2025-09-17T13:45:23Z", "")],
-    "_USUAL_METRIC": [
-        ("", '{"name":"', ""), ("", '{"name": "' + "{" * 255, ""), ("", '{"name":"a","value":', ""),
+    "_COMPACT_METRIC": [
+        ("", '{"name":"', ""), ("", '{"name":"' + "{" * 255, ""), ("", '{"name":"a","value":', ""),
         ("", '{"name":"' + "a" * 254 + '","value":-', ""), ("", '{"name":"a","value":0.000', ""),
         ("", '{"name":"a","value":' + "1" * 18 + "." + "1" * 18, ""),
-        ("", '{"name":"a","value":1111111111.00000,', ""),
-        ("", '{"name":"a","value":1,' + "a" * 63, ""),
+        ("", '{"name":"a","value":1111111111.00000,', ""), ("", '{"name":"a","value":1,', ""),
+        ("", '{"name":"a","value":1,' + "a" * 63, ""), ("", '{"name":"a","value":1,' + "a" * 575, ""),
         ("", '{"name":"a","value":1,' + "a" * 63 + "{" + "a" * 512, ""),
         ("", '{"name":"a","value":1,"tags":{' + "a" * 511 + "}", ""), ("{", '"name":"{', ""),
         ("", '{"name":"a","value":1},', ""), ("", "{", ""),
+    ],
+    "_SPACED_METRIC": [
+        ("", '{"name": "', ""), ("", '{"name": "' + "{" * 255, ""), ("", '{"name": "a", "value": ', ""),
+        ("", '{"name": "a", "value": 1, ' + "a" * 575, ""), ("", '{"name": "a", "value": 1, ', ""),
+        ("", '{"name": "a", "value": 1}, ', ""),
     ],
     "_CLIENT_NAME": [("", "a", "/")],
     "_CLIENT_LINE": [("", "a", ""), ("a", " ", "x"), ("a", " \t", "0" * 64), ("a " + "0" * 64, " ", "x"),
