@@ -9,31 +9,31 @@
 
 The way of one POST, from the socket to the disk and back, with the chapter of each step:
 
-    11   _Workers._work                      a worker's loop
-    9      Connections.claim_ready             epoll names what is readable
-    10     Turns.take_turn, _serve             a turn for each: recv() once, answer whole requests
-    1        RequestReader.whole_request         bytes → the Request that came alone, or
-    1        RequestReader.next_request          → the next whole one, or None: wait for more
-    8        Service.answer                      which client it is, and which route
-    8          Service.ingest                      the pipeline: read this function first
-    8            refuse_other_origins                a browser page of elsewhere? 403
-    2            SlidingWindowLimiter.decide         allowed? or 429
-    8            require_json                        or 415
-    1            decode_content                      gzip undone, within 1 MiB
-    5            read_body                           JSON → a Batch of lines, by one of two ways:
-    5              fast_batch                          one regular expression for the usual shape
-    3              parse_json                          else values,
-    4              read_batch                          then samples, or every reason why not,
-    5              log_line                            then a line for each
-    8            Service.check_batch                 too many series? the store says how many more
-    10     Turns.end_round                       when all that were ready have had their turn:
-    8        Service.store                         the lines of up to 16 batches
-    6          MetricLog.append                      write(); or LogError
-    10       Turns.on_durable                      at level disk: the rest, after the sync
-    1        Response.encode                       head and body in one piece
-    9        Connection.flush                      send()
-    9        Connections.park_all                  wait for the next request
-    7        Statistics.count                      an event into the ring for each
+    14   _Workers._work                      a worker's loop
+    12     Connections.claim_ready             epoll names what is readable
+    13     Turns.take_turn, _serve             a turn for each: recv() once, answer whole requests
+    2        RequestReader.whole_request         bytes → the Request that came alone, or
+    2        RequestReader.next_request          → the next whole one, or None: wait for more
+    11       Service.answer                      which client it is, and which route
+    11         Service.ingest                      the pipeline: read this function first
+    10           refuse_other_origins                a browser page of elsewhere? 403
+    3            SlidingWindowLimiter.decide         allowed? or 429
+    11           require_json                        or 415
+    2            decode_content                      gzip undone, within 1 MiB
+    6            read_body                           JSON → a Batch of lines, by one of two ways:
+    6              fast_batch                          one regular expression for the usual shape
+    4              parse_json                          else values,
+    5              read_batch                          then samples, or every reason why not,
+    6              log_line                            then a line for each
+    11           Service.check_batch                 too many series? the store says how many more
+    13     Turns.end_round                       when all that were ready have had their turn:
+    11       Service.store                         the lines of up to 16 batches
+    8          MetricLog.append                      write(); or LogError
+    13       Turns.on_durable                      at level disk: the rest, after the sync
+    2        Response.encode                       head and body in one piece
+    12       Connection.flush                      send()
+    12       Connections.park_all                  wait for the next request
+    9        Statistics.count                      an event into the ring for each
 
 That is part I, a complete server by itself. The log is the seam: a second process follows it, keeps
 series, and answers queries (parts II and III); no query can hold up ingestion. Another evaluates
@@ -20256,8 +20256,8 @@ def argument_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="metricstream.py",
         description="A metrics server in one file: POST to /metrics, ask in PromQL at /api/v1. "
-        "Without a server: metricstream.py query EXPRESSION, metricstream.py check-rules FILE… "
-        "(query --help and check-rules --help have the rest).",
+        "Without a server: metricstream.py query, check-rules, test-rules or test-notify; each has "
+        "a --help of its own.",
     )
     add, number = parser.add_argument, _number_from
     # fmt: off
@@ -20303,6 +20303,20 @@ def argument_parser() -> argparse.ArgumentParser:
         "may be repeated")
     add("--tls-cert", metavar="FILE", help="serve HTTPS: the certificate and its chain, as PEM")
     add("--tls-key", metavar="FILE", help="its private key, as PEM")
+    add("--dashboards", metavar="DIR",
+        help="saved dashboards (JSON files), which the page offers")
+    add("--log-level", choices=("debug", "info", "warning", "error"), default="info",
+        help="default info")
+    add("--version", action="version", version=f"MetricStream {__version__}")
+    # fmt: on
+    _add_watching_options(parser)
+    _add_remote_write_options(parser)
+    return parser
+
+
+def _add_watching_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    # fmt: off
     add("--rules", metavar="FILE", action="append", default=[],
         help="a rule file of Prometheus (YAML or JSON); may hold * and ?, may be repeated")
     add("--evaluation-interval", metavar="TIME", type=_duration, default=60.0,
@@ -20318,14 +20332,7 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--external-label", metavar="NAME=VALUE", action="append", type=_external_label, default=[],
         help="a label added to what leaves this machine: alerts, and samples that are sent on; may "
         "be repeated")
-    add("--dashboards", metavar="DIR",
-        help="saved dashboards (JSON files), which the page offers")
-    add("--log-level", choices=("debug", "info", "warning", "error"), default="info",
-        help="default info")
-    add("--version", action="version", version=f"MetricStream {__version__}")
     # fmt: on
-    _add_remote_write_options(parser)
-    return parser
 
 
 def _add_remote_write_options(parser: argparse.ArgumentParser) -> None:

@@ -15354,6 +15354,26 @@ def test_a_name_that_is_used_above_its_chapter_is_found_wherever_it_stands():
     assert not names_used_below(chapters.format("def f(x: 'str' = 'Below'): pass"))[1]
 
 
+def test_the_map_of_a_post_names_the_chapters_and_stands_in_the_readme():
+    banners = [(SOURCE.count("\n", 0, match.start()) + 1, int(match[1]))
+               for match in re.finditer(r"^# (\d+)\. ", SOURCE, re.MULTILINE)]  # fmt: skip
+    chapters = {}
+    for node in parsed(SOURCE).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            chapter = max((chapter for line, chapter in banners if line < node.lineno), default=0)
+            chapters[node.name] = chapter
+            for part in node.body if isinstance(node, ast.ClassDef) else []:
+                chapters[f"{node.name}.{getattr(part, 'name', '')}"] = chapter
+    rows = re.findall(r"^    (\d\d? +\w.*)$", metricstream.__doc__ or "", re.MULTILINE)
+    steps = [re.match(r"(\d+) +([\w.]+)", row) for row in rows]
+    hooks = {"Service.check_batch": chapters["Service"]}
+    assert len(rows) > 20
+    assert [(step[2], int(step[1])) for step in steps] == [  # type: ignore[index]
+        (step[2], (chapters | hooks)[step[2]]) for step in steps  # type: ignore[index]
+    ]
+    assert "\n".join(rows) in (HERE / "README.md").read_text()
+
+
 @pytest.mark.parametrize("path", ["metricstream.py", "test_metricstream.py", "load_test.py"])
 def test_no_name_is_defined_twice(path):
     """The later one would stand for both, also in chapters above it."""
