@@ -6434,6 +6434,209 @@ def test_values_are_printed_as_go_prints_them():
 
 
 # ==================================================================================================
+# Range functions
+# ==================================================================================================
+
+
+# ---- extrapolation, window by window: the samples, where the window ends, its increase ----
+
+
+@pytest.mark.parametrize("samples, end_s, increase", [
+    ("0+10x5", 300, 50.0),  # at 60 … 300 s, and one interval before the first
+    ("100+10x5", 300, 50.0),
+    ("5+10x5", 300, 50.0),
+    ("_ _ 5 15 25 35", 300, 30 + 5),  # back to where it was 0, not to the middle of the interval
+    ("_ _ 500 510 520 530", 300, 30 + 5),  # half an interval: the series begins in the window
+    ("_ _ 1 11 21 31", 300, 30 + 1),
+    ("500 510 520 530 _ _", 300, 20 * (120 + 60 + 30) / 120),  # ends in the window
+    ("500 510 520 530 _ _", 245, 30 * (180 + 55 + 65) / 180),  # borders within 1.1 intervals
+    ("500 510 520 530 _ _", 247, 30 * (180 + 53 + 30) / 180),
+    ("90 100 110 4 14 24", 300, (24 - 100 + 110) * 300 / 240),  # begins again at 0
+    ("5 4 3 2 1 0", 300, (0 - 4 + 4 + 3 + 2 + 1) * 300 / 240),
+    ("-30+10x5", 300, 50.0),  # no zero to stop at
+])  # fmt: skip
+def test_increase_extrapolates_to_the_borders_of_the_window(samples, end_s, increase):
+    result = Engine(Stored(f"x {samples}").select).instant("increase(x[5m])", end_s * 1000)
+    assert isinstance(result, VectorResult)
+    assert result.samples[0][1] == pytest.approx(increase)
+
+
+def plain_extrapolation(series: Series, end_ms: int, range_ms: int, counter: bool, seconds: float) -> float | None:
+    """`rate`, `increase` or `delta` of one window, sample by sample."""
+    window = [(time_ms, value) for time_ms, value in zip(series.times_ms, series.values)
+              if end_ms - range_ms < time_ms <= end_ms and struct.pack("=d", value) != STALE_MARKER]  # fmt: skip
+    if len(window) < 2:
+        return None
+    (first_ms, first), (last_ms, last) = window[0], window[-1]
+    sampled_s = (last_ms - first_ms) / 1000
+    between_s = sampled_s / (len(window) - 1)
+    before_s, after_s = (first_ms - (end_ms - range_ms)) / 1000, (end_ms - last_ms) / 1000
+    before_s, after_s = (s if s < between_s * 1.1 else between_s / 2 for s in (before_s, after_s))
+    difference = last - first
+    if counter:
+        for (_, one), (_, next_one) in itertools.pairwise(window):
+            if next_one < one:
+                difference += one
+        if difference > 0 <= first:
+            before_s = min(before_s, sampled_s * (first / difference))
+    return difference * ((sampled_s + before_s + after_s) / sampled_s / seconds)
+
+
+STALE_MARKER = struct.pack("=d", metricstream.STALE)
+
+
+def odd_series(rng: random.Random, times_ms: Sequence[int], name: str) -> Series:
+    """A series in which everything happens that makes extrapolation difficult."""
+    odd = rng.choice([(), (), (0.0,), (-0.0, 5e-324), (math.nan,), (math.inf, -math.inf), (metricstream.STALE,),
+                      (1e308, -1e308), (0.0, math.nan, math.inf, metricstream.STALE, 5e-324, -3.0)])  # fmt: skip
+    value, rise, values = rng.choice([0.0, 1.0, 1e9, -50.0]), rng.choice([0, 1, 10, 0.1, 5e-324]), []
+    for _ in times_ms:
+        value = rng.choice([0.0, 1.0]) if rng.random() < 0.02 else value + rng.randrange(3) * rise
+        values.append(rng.choice(odd) if odd and rng.random() < 0.1 else value)
+    return Series({"__name__": "x", "n": name}, array("q", times_ms), array("d", values))
+
+
+@pytest.mark.parametrize("seed", range(scaled(8, 400)))
+def test_extrapolation_by_columns_is_equal_to_that_of_each_window(seed):
+    rng = random.Random(f"columns {seed}")
+    end_ms, step_ms, range_ms = 60 * MINUTE, rng.choice([MINUTE, 7_777]), rng.choice([MINUTE, 5 * MINUTE, 45_001])
+    stored = []
+    for layout in range(4):
+        times_ms = range(rng.randrange(0, 20 * MINUTE), rng.randrange(30 * MINUTE, 70 * MINUTE), rng.choice([15_000, 14_999, MINUTE]))
+        shared = [time_ms for time_ms in times_ms if layout % 2 or rng.random() < 0.8]
+        stored += [odd_series(rng, shared, f"{layout} {n}") for n in range(4)]
+    engine = Engine(lambda matchers, start_ms, end_ms, budget: stored)
+    steps = range(0, end_ms + 1, step_ms)
+    for function, counter, seconds in (("rate", True, range_ms / 1000), ("increase", True, 1.0), ("delta", False, 1.0)):
+        expected = {}
+        for series in stored:
+            rows = [(step, plain_extrapolation(series, step, range_ms, counter, seconds)) for step in steps]
+            there = [(step, struct.pack("=d", value)) for step, value in rows if value is not None]
+            if there:
+                expected[series.labels["n"]] = there
+        answer = engine.range(f"{function}(x[{range_ms}ms])", 0, end_ms, step_ms)
+        assert expected == {
+            series.labels["n"]: [(at, struct.pack("=d", v)) for at, v in zip(series.times_ms, series.values)]
+            for series in answer.series
+        }
+
+
+def changes_of(values: list[float]) -> float:
+    return float(sum(a != b and (a == a or b == b) for a, b in itertools.pairwise(values)))
+
+
+def resets_of(values: list[float]) -> float:
+    return float(sum(b < a for a, b in itertools.pairwise(values)))
+
+
+def least_squares(times_ms: list[int], values: list[float], origin_ms: int) -> tuple[float, float]:
+    """(slope per second, value at the origin), without any rounding before the last."""
+    xs, ys = [Fraction(time_ms - origin_ms, 1000) for time_ms in times_ms], list(map(Fraction, values))
+    x, y = sum(xs) / len(xs), sum(ys) / len(ys)
+    slope = sum((a - x) * (b - y) for a, b in zip(xs, ys)) / sum((a - x) ** 2 for a in xs)
+    return float(slope), float(y - slope * x)
+
+
+@pytest.mark.parametrize("seed", range(scaled(20, 400)))
+def test_functions_by_columns_are_equal_to_those_of_each_window(seed):
+    """To the bit; lines through samples that need no long integers are the exact ones, rounded."""
+    rng = random.Random(f"windows {seed}")
+    end_ms, step_ms, range_ms = 60 * MINUTE, rng.choice([MINUTE, 7_777]), rng.choice([MINUTE, 5 * MINUTE, 45_001])
+    times_ms = [time_ms for time_ms in range(rng.randrange(0, 20 * MINUTE), 50 * MINUTE, 15_000) if seed % 2 or rng.random() < 0.8]
+    stored = [odd_series(rng, times_ms, f"{n}") for n in range(4)]
+    engine = Engine(lambda matchers, start_ms, end_ms, budget: stored, lookback_ms=range_ms)
+
+    def answer(query: str) -> dict[tuple[str, int], float]:
+        found = engine.range(query, 0, end_ms, step_ms).series
+        return {(one.labels["n"], at): value for one in found for at, value in zip(one.times_ms, one.values)}
+
+    functions = {"changes": changes_of, "resets": resets_of, "count_over_time": lambda values: float(len(values)),
+                 "last_over_time": lambda values: values[-1], "max_over_time": metricstream._greatest,
+                 "min_over_time": metricstream._least, "avg_over_time": metricstream._mean_over_time,
+                 "idelta": lambda values: values[-1] - values[-2] if len(values) > 1 else None}  # fmt: skip
+    expected: dict[str, dict] = defaultdict(dict)
+    for series in stored:
+        samples = [(at, value) for at, value in zip(series.times_ms, series.values) if struct.pack("=d", value) != STALE_MARKER]
+        is_exact = metricstream._integers([value for _, value in samples]) is not None
+        for step in range(0, end_ms + 1, step_ms):
+            place = series.labels["n"], step
+            latest = [(at, value) for at, value in zip(series.times_ms, series.values) if step - range_ms < at <= step][-1:]
+            if latest and struct.pack("=d", latest[0][1]) != STALE_MARKER:
+                expected["x"][place] = latest[0][1]
+            window = [(at, value) for at, value in samples if step - range_ms < at <= step]
+            for name, function in functions.items():
+                if window and (value := function([value for _, value in window])) is not None:
+                    expected[f"{name}(x[{range_ms}ms])"][place] = value
+            if len(window) > 1:
+                line = least_squares if is_exact else metricstream._linear_regression
+                of = list(map(list, zip(*window)))
+                expected[f"deriv(x[{range_ms}ms])"][place] = line(*of, of[0][0])[0]
+                slope, origin = line(*of, step)
+                expected[f"predict_linear(x[{range_ms}ms], 90)"][place] = origin + slope * 90
+    for query, values in expected.items():
+        found = answer(query)
+        assert found.keys() == values.keys()
+        for place, value in values.items():
+            near = pytest.approx(value, rel=1e-12, abs=1e-12, nan_ok=True)
+            assert found[place] == near if "linear" in query or "deriv" in query else (
+                struct.pack("=d", found[place]) == struct.pack("=d", value)), (query, place)  # fmt: skip
+
+
+@pytest.mark.parametrize("length", range(8))
+def test_sorting_leaves_no_values_as_they_are_if_one_falls(length):
+    """NaN, which has no order, hides no reset of a counter."""
+    for values in map(list, itertools.product((0.0, 1.0, 2.0, math.nan), repeat=length)):
+        if any(b < a for a, b in itertools.pairwise(values)):
+            assert sorted(values) != values
+
+
+@pytest.mark.parametrize("seed", range(scaled(8, 400)))
+def test_sorting_leaves_no_long_values_as_they_are_if_one_falls(seed):
+    rng = random.Random(f"falls {seed}")
+    for _ in range(100):
+        values = sorted(rng.random() for _ in range(rng.randrange(2, 400)))
+        at = rng.randrange(1, len(values))
+        values[at - 1], values[at] = values[at], values[at - 1]  # one reset
+        for _ in range(rng.randrange(len(values) // 2 + 1)):  # NaN all over it
+            values[rng.randrange(len(values))] = math.nan
+        if any(b < a for a, b in itertools.pairwise(values)):
+            assert sorted(values) != values
+
+
+# ==================================================================================================
+# Aggregation
+# ==================================================================================================
+
+
+@pytest.mark.parametrize("seed", range(scaled(10, 200)))
+def test_aggregations_by_columns_are_equal_to_those_of_each_step(seed):
+    rng = random.Random(f"rows {seed}")
+    series = []
+    for n in range(12):
+        times_ms = range(rng.choice([0, 0, 5 * MINUTE]), rng.choice([20, 20, 15]) * MINUTE, MINUTE)
+        series.append(odd_series(rng, [time_ms for time_ms in times_ms if n % 3 or rng.random() < 0.9], f"{n % 4}"))
+    for n, one in enumerate(series):
+        one.labels["place"] = str(n)
+    engine = Engine(lambda matchers, start_ms, end_ms, budget: series, lookback_ms=1)
+    for name in ("sum", "avg", "min", "max", "count", "group", "stddev", "stdvar"):
+        expected: dict[str, list] = defaultdict(list)
+        for step in range(0, 20 * MINUTE + 1, MINUTE):
+            at_step: dict[str, list[float]] = defaultdict(list)
+            for one in series:
+                for time_ms, value in zip(one.times_ms, one.values):
+                    if time_ms == step and struct.pack("=d", value) != STALE_MARKER:
+                        at_step[one.labels["n"]].append(value)
+            for n, values in at_step.items():
+                value = metricstream._AGGREGATES[name](values)
+                expected[n].append((step, struct.pack("=d", value)))
+        answer = engine.range(f"{name} by (n) (x)", 0, 20 * MINUTE, MINUTE)
+        assert expected == {
+            one.labels["n"]: [(at, struct.pack("=d", v)) for at, v in zip(one.times_ms, one.values)]
+            for one in answer.series
+        }
+
+
+# ==================================================================================================
 # Evaluation
 # ==================================================================================================
 
@@ -6714,198 +6917,6 @@ def test_series_that_take_turns_may_lose_their_names():
             engine.range(query, 0, 20 * MINUTE, MINUTE)
 
 
-# ---- extrapolation, window by window: the samples, where the window ends, its increase ----
-
-
-@pytest.mark.parametrize("samples, end_s, increase", [
-    ("0+10x5", 300, 50.0),  # at 60 … 300 s, and one interval before the first
-    ("100+10x5", 300, 50.0),
-    ("5+10x5", 300, 50.0),
-    ("_ _ 5 15 25 35", 300, 30 + 5),  # back to where it was 0, not to the middle of the interval
-    ("_ _ 500 510 520 530", 300, 30 + 5),  # half an interval: the series begins in the window
-    ("_ _ 1 11 21 31", 300, 30 + 1),
-    ("500 510 520 530 _ _", 300, 20 * (120 + 60 + 30) / 120),  # ends in the window
-    ("500 510 520 530 _ _", 245, 30 * (180 + 55 + 65) / 180),  # borders within 1.1 intervals
-    ("500 510 520 530 _ _", 247, 30 * (180 + 53 + 30) / 180),
-    ("90 100 110 4 14 24", 300, (24 - 100 + 110) * 300 / 240),  # begins again at 0
-    ("5 4 3 2 1 0", 300, (0 - 4 + 4 + 3 + 2 + 1) * 300 / 240),
-    ("-30+10x5", 300, 50.0),  # no zero to stop at
-])  # fmt: skip
-def test_increase_extrapolates_to_the_borders_of_the_window(samples, end_s, increase):
-    result = Engine(Stored(f"x {samples}").select).instant("increase(x[5m])", end_s * 1000)
-    assert isinstance(result, VectorResult)
-    assert result.samples[0][1] == pytest.approx(increase)
-
-
-def plain_extrapolation(series: Series, end_ms: int, range_ms: int, counter: bool, seconds: float) -> float | None:
-    """`rate`, `increase` or `delta` of one window, sample by sample."""
-    window = [(time_ms, value) for time_ms, value in zip(series.times_ms, series.values)
-              if end_ms - range_ms < time_ms <= end_ms and struct.pack("=d", value) != STALE_MARKER]  # fmt: skip
-    if len(window) < 2:
-        return None
-    (first_ms, first), (last_ms, last) = window[0], window[-1]
-    sampled_s = (last_ms - first_ms) / 1000
-    between_s = sampled_s / (len(window) - 1)
-    before_s, after_s = (first_ms - (end_ms - range_ms)) / 1000, (end_ms - last_ms) / 1000
-    before_s, after_s = (s if s < between_s * 1.1 else between_s / 2 for s in (before_s, after_s))
-    difference = last - first
-    if counter:
-        for (_, one), (_, next_one) in itertools.pairwise(window):
-            if next_one < one:
-                difference += one
-        if difference > 0 <= first:
-            before_s = min(before_s, sampled_s * (first / difference))
-    return difference * ((sampled_s + before_s + after_s) / sampled_s / seconds)
-
-
-STALE_MARKER = struct.pack("=d", metricstream.STALE)
-
-
-def odd_series(rng: random.Random, times_ms: Sequence[int], name: str) -> Series:
-    """A series in which everything happens that makes extrapolation difficult."""
-    odd = rng.choice([(), (), (0.0,), (-0.0, 5e-324), (math.nan,), (math.inf, -math.inf), (metricstream.STALE,),
-                      (1e308, -1e308), (0.0, math.nan, math.inf, metricstream.STALE, 5e-324, -3.0)])  # fmt: skip
-    value, rise, values = rng.choice([0.0, 1.0, 1e9, -50.0]), rng.choice([0, 1, 10, 0.1, 5e-324]), []
-    for _ in times_ms:
-        value = rng.choice([0.0, 1.0]) if rng.random() < 0.02 else value + rng.randrange(3) * rise
-        values.append(rng.choice(odd) if odd and rng.random() < 0.1 else value)
-    return Series({"__name__": "x", "n": name}, array("q", times_ms), array("d", values))
-
-
-@pytest.mark.parametrize("seed", range(scaled(8, 400)))
-def test_extrapolation_by_columns_is_equal_to_that_of_each_window(seed):
-    rng = random.Random(f"columns {seed}")
-    end_ms, step_ms, range_ms = 60 * MINUTE, rng.choice([MINUTE, 7_777]), rng.choice([MINUTE, 5 * MINUTE, 45_001])
-    stored = []
-    for layout in range(4):
-        times_ms = range(rng.randrange(0, 20 * MINUTE), rng.randrange(30 * MINUTE, 70 * MINUTE), rng.choice([15_000, 14_999, MINUTE]))
-        shared = [time_ms for time_ms in times_ms if layout % 2 or rng.random() < 0.8]
-        stored += [odd_series(rng, shared, f"{layout} {n}") for n in range(4)]
-    engine = Engine(lambda matchers, start_ms, end_ms, budget: stored)
-    steps = range(0, end_ms + 1, step_ms)
-    for function, counter, seconds in (("rate", True, range_ms / 1000), ("increase", True, 1.0), ("delta", False, 1.0)):
-        expected = {}
-        for series in stored:
-            rows = [(step, plain_extrapolation(series, step, range_ms, counter, seconds)) for step in steps]
-            there = [(step, struct.pack("=d", value)) for step, value in rows if value is not None]
-            if there:
-                expected[series.labels["n"]] = there
-        answer = engine.range(f"{function}(x[{range_ms}ms])", 0, end_ms, step_ms)
-        assert expected == {
-            series.labels["n"]: [(at, struct.pack("=d", v)) for at, v in zip(series.times_ms, series.values)]
-            for series in answer.series
-        }
-
-
-def changes_of(values: list[float]) -> float:
-    return float(sum(a != b and (a == a or b == b) for a, b in itertools.pairwise(values)))
-
-
-def resets_of(values: list[float]) -> float:
-    return float(sum(b < a for a, b in itertools.pairwise(values)))
-
-
-def least_squares(times_ms: list[int], values: list[float], origin_ms: int) -> tuple[float, float]:
-    """(slope per second, value at the origin), without any rounding before the last."""
-    xs, ys = [Fraction(time_ms - origin_ms, 1000) for time_ms in times_ms], list(map(Fraction, values))
-    x, y = sum(xs) / len(xs), sum(ys) / len(ys)
-    slope = sum((a - x) * (b - y) for a, b in zip(xs, ys)) / sum((a - x) ** 2 for a in xs)
-    return float(slope), float(y - slope * x)
-
-
-@pytest.mark.parametrize("seed", range(scaled(20, 400)))
-def test_functions_by_columns_are_equal_to_those_of_each_window(seed):
-    """To the bit; lines through samples that need no long integers are the exact ones, rounded."""
-    rng = random.Random(f"windows {seed}")
-    end_ms, step_ms, range_ms = 60 * MINUTE, rng.choice([MINUTE, 7_777]), rng.choice([MINUTE, 5 * MINUTE, 45_001])
-    times_ms = [time_ms for time_ms in range(rng.randrange(0, 20 * MINUTE), 50 * MINUTE, 15_000) if seed % 2 or rng.random() < 0.8]
-    stored = [odd_series(rng, times_ms, f"{n}") for n in range(4)]
-    engine = Engine(lambda matchers, start_ms, end_ms, budget: stored, lookback_ms=range_ms)
-
-    def answer(query: str) -> dict[tuple[str, int], float]:
-        found = engine.range(query, 0, end_ms, step_ms).series
-        return {(one.labels["n"], at): value for one in found for at, value in zip(one.times_ms, one.values)}
-
-    functions = {"changes": changes_of, "resets": resets_of, "count_over_time": lambda values: float(len(values)),
-                 "last_over_time": lambda values: values[-1], "max_over_time": metricstream._greatest,
-                 "idelta": lambda values: values[-1] - values[-2] if len(values) > 1 else None}  # fmt: skip
-    expected: dict[str, dict] = defaultdict(dict)
-    for series in stored:
-        samples = [(at, value) for at, value in zip(series.times_ms, series.values) if struct.pack("=d", value) != STALE_MARKER]
-        is_exact = metricstream._integers([value for _, value in samples]) is not None
-        for step in range(0, end_ms + 1, step_ms):
-            place = series.labels["n"], step
-            latest = [(at, value) for at, value in zip(series.times_ms, series.values) if step - range_ms < at <= step][-1:]
-            if latest and struct.pack("=d", latest[0][1]) != STALE_MARKER:
-                expected["x"][place] = latest[0][1]
-            window = [(at, value) for at, value in samples if step - range_ms < at <= step]
-            for name, function in functions.items():
-                if window and (value := function([value for _, value in window])) is not None:
-                    expected[f"{name}(x[{range_ms}ms])"][place] = value
-            if len(window) > 1:
-                line = least_squares if is_exact else metricstream._linear_regression
-                of = list(map(list, zip(*window)))
-                expected[f"deriv(x[{range_ms}ms])"][place] = line(*of, of[0][0])[0]
-                slope, origin = line(*of, step)
-                expected[f"predict_linear(x[{range_ms}ms], 90)"][place] = origin + slope * 90
-    for query, values in expected.items():
-        found = answer(query)
-        assert found.keys() == values.keys()
-        for place, value in values.items():
-            near = pytest.approx(value, rel=1e-12, abs=1e-12, nan_ok=True)
-            assert found[place] == near if "linear" in query or "deriv" in query else (
-                struct.pack("=d", found[place]) == struct.pack("=d", value)), (query, place)  # fmt: skip
-
-
-@pytest.mark.parametrize("seed", range(scaled(10, 200)))
-def test_aggregations_by_columns_are_equal_to_those_of_each_step(seed):
-    rng = random.Random(f"rows {seed}")
-    series = []
-    for n in range(12):
-        times_ms = range(rng.choice([0, 0, 5 * MINUTE]), rng.choice([20, 20, 15]) * MINUTE, MINUTE)
-        series.append(odd_series(rng, [time_ms for time_ms in times_ms if n % 3 or rng.random() < 0.9], f"{n % 4}"))
-    for n, one in enumerate(series):
-        one.labels["place"] = str(n)
-    engine = Engine(lambda matchers, start_ms, end_ms, budget: series, lookback_ms=1)
-    for name in ("sum", "avg", "min", "max", "count", "group", "stddev", "stdvar"):
-        expected: dict[str, list] = defaultdict(list)
-        for step in range(0, 20 * MINUTE + 1, MINUTE):
-            at_step: dict[str, list[float]] = defaultdict(list)
-            for one in series:
-                for time_ms, value in zip(one.times_ms, one.values):
-                    if time_ms == step and struct.pack("=d", value) != STALE_MARKER:
-                        at_step[one.labels["n"]].append(value)
-            for n, values in at_step.items():
-                value = metricstream._AGGREGATES[name](values)
-                expected[n].append((step, struct.pack("=d", value)))
-        answer = engine.range(f"{name} by (n) (x)", 0, 20 * MINUTE, MINUTE)
-        assert expected == {
-            one.labels["n"]: [(at, struct.pack("=d", v)) for at, v in zip(one.times_ms, one.values)]
-            for one in answer.series
-        }
-
-
-@pytest.mark.parametrize("length", range(8))
-def test_sorting_leaves_no_values_as_they_are_if_one_falls(length):
-    """NaN, which has no order, hides no reset of a counter."""
-    for values in map(list, itertools.product((0.0, 1.0, 2.0, math.nan), repeat=length)):
-        if any(b < a for a, b in itertools.pairwise(values)):
-            assert sorted(values) != values
-
-
-@pytest.mark.parametrize("seed", range(scaled(8, 400)))
-def test_sorting_leaves_no_long_values_as_they_are_if_one_falls(seed):
-    rng = random.Random(f"falls {seed}")
-    for _ in range(100):
-        values = sorted(rng.random() for _ in range(rng.randrange(2, 400)))
-        at = rng.randrange(1, len(values))
-        values[at - 1], values[at] = values[at], values[at - 1]  # one reset
-        for _ in range(rng.randrange(len(values) // 2 + 1)):  # NaN all over it
-            values[rng.randrange(len(values))] = math.nan
-        if any(b < a for a, b in itertools.pairwise(values)):
-            assert sorted(values) != values
-
-
 # ---- what does not fit the series ----
 
 
@@ -6978,8 +6989,116 @@ def test_what_is_selected_twice_is_read_once():
 
 
 # ==================================================================================================
+# Result cache
+# ==================================================================================================
+
+
+def stored_lines(samples: Iterable[tuple[str, str, float | None, int]]) -> bytes:
+    return "".join(
+        metricstream.log_line(metricstream.Sample(name, value, "gauge", {"n": n}, time_ms))
+        for name, n, value, time_ms in samples
+    ).encode()
+
+
+@pytest.mark.parametrize("seed", range(scaled(15, 300)))
+def test_results_from_the_cache_are_those_of_an_evaluation(seed, tmp_path):
+    """Between the questions samples come: in order, late, of new series, markers, from two sources;
+    memtables change, and ranges move on, back, and by parts of a step.
+    """
+    rng = random.Random(f"cache {seed}")
+    queries = ("x", "rate(x[5m])", "sum by (n) (x)", "max_over_time(rate(x[2m])[5m:30s])", "x offset 1m", "absent(x)",
+               "x offset -2m", "x @ end()", "x @ 600", "sum(x) / count(y)", "topk(1, x)", "time()", "-x", "x > 5")  # fmt: skip
+    store = metricstream.Store(str(tmp_path), writes=True)
+    list(store.open())
+    cache = metricstream.ResultCache(store.take_changed_ms, 10**6)
+    now_ms, hits = 20 * MINUTE, 0
+    start_ms, end_ms, step_ms = 0, now_ms, MINUTE
+    for _ in range(60):
+        for _ in range(rng.randrange(3)):
+            now_ms += rng.choice([1, 15_000, MINUTE])
+            lateness_ms = rng.choice([0, 0, 0, 5_000, 6 * MINUTE])
+            row = [(rng.choice("xxy"), rng.choice("abc"), rng.choice([1.0, 7.5, 9.0, None]), now_ms - lateness_ms)]
+            rng.choice([store.add_lines, store.add_lines, store.add_own])(stored_lines(row))
+        if rng.random() < 0.05:
+            store.freeze()
+        if rng.random() < 0.05:
+            store.maintain()
+            store.refresh()
+        if rng.random() < 0.5:
+            start_ms, end_ms = rng.choice([
+                (now_ms - 15 * MINUTE, now_ms), (start_ms + 2 * step_ms, end_ms + 2 * step_ms), (start_ms - step_ms, end_ms),
+                (start_ms, end_ms - step_ms), (start_ms + 7, end_ms + 7), (start_ms // step_ms * step_ms, now_ms)])  # fmt: skip
+            step_ms = rng.choice([step_ms, step_ms, MINUTE, 30_000])
+            end_ms = max(start_ms, end_ms)
+        query = rng.choice(queries[: rng.choice([2, len(queries)])])
+        engine = Engine(store.select)
+        expected = engine.range(query, start_ms, end_ms, step_ms)
+        assert cache.range(engine, query, start_ms, end_ms, step_ms, metricstream.Budget()) == expected, query
+        with contextlib.suppress(metricstream.OverBudgetError):
+            cache.range(engine, query, start_ms, end_ms, step_ms, metricstream.Budget(0))
+            hits += 1
+    assert hits > 20
+
+
+def test_only_the_steps_behind_a_known_result_are_evaluated():
+    asked = []
+
+    def select(matchers, start_ms, end_ms, budget):
+        asked.append((start_ms, end_ms))
+        return STORED.select(matchers, start_ms, end_ms, budget)
+
+    changes = [metricstream.END_OF_TIME_MS]
+    cache = metricstream.ResultCache(changes.pop)
+    for start, end, changed_ms in ((0, 10, 0), (2, 12, 2**60), (2, 11, 2**60), (3, 13, 12 * MINUTE), (1, 3, 2**60), (-1, 3, 2**60)):
+        changes.append(changed_ms)
+        cache.range(Engine(select, lookback_ms=1), "limit", start * MINUTE, end * MINUTE, MINUTE, metricstream.Budget())
+    minutes = [(0, 10), (11, 12), (12, 13), (-1, 3)]  # what came at minute 12 is seen
+    assert asked == [(first * MINUTE, last * MINUTE) for first, last in minutes]
+
+
+def test_the_cache_of_another_process_takes_what_held_until_it_heard_of_it():
+    one = metricstream.ResultCache(lambda: metricstream.END_OF_TIME_MS)
+    engine = Engine(STORED.select)
+    expected = one.range(engine, "limit", 0, 10 * MINUTE, MINUTE, metricstream.Budget())
+    for changed_ms, known in ((metricstream.END_OF_TIME_MS, True), (10 * MINUTE + 1, True), (10 * MINUTE, False), (0, False)):
+        other = metricstream.ResultCache(lambda: metricstream.END_OF_TIME_MS)
+        other.add(one.exported(), changed_ms)
+        if known:
+            assert other.range(engine, "limit", 0, 10 * MINUTE, MINUTE, metricstream.Budget(0)) == expected
+        else:
+            with pytest.raises(metricstream.OverBudgetError):
+                other.range(engine, "limit", 0, 10 * MINUTE, MINUTE, metricstream.Budget(0))
+
+
+def test_the_cache_holds_no_more_than_it_may():
+    cache = metricstream.ResultCache(lambda: metricstream.END_OF_TIME_MS, 100_000)
+    engine = Engine(STORED.select)
+    for n in range(20):
+        cache.range(engine, f"limit * {n}", 0, 10 * MINUTE, MINUTE, metricstream.Budget())
+    for n, known in ((19, True), (18, True), (0, False)):
+        with contextlib.nullcontext() if known else pytest.raises(metricstream.OverBudgetError):
+            cache.range(engine, f"limit * {n}", 0, 10 * MINUTE, MINUTE, metricstream.Budget(0))
+
+
+# ==================================================================================================
 # Query API
 # ==================================================================================================
+
+
+@pytest.mark.parametrize("seed", range(scaled(5, 100)))
+def test_points_are_written_as_each_value_is_by_itself(seed):
+    rng = random.Random(f"points {seed}")
+    odd = (0.0, -0.0, 1e20, 1e21, 1e16, 1e-5, 1e-7, math.inf, -math.inf, math.nan, 5e-324, 100.0, 0.05, -7.0)
+    for _ in range(100):
+        values = [rng.choice([float(rng.randrange(1000)), rng.random() * 100]) for _ in range(rng.randrange(1, 6))]
+        if rng.random() < 0.5:
+            values[rng.randrange(len(values))] = rng.choice(odd)
+        times_ms = array("q", range(1500, 1500 + 500 * len(values), 500))
+        result = json.loads(metricstream.result_json(MatrixResult([Series({}, times_ms, array("d", values))])))
+        assert result["result"][0]["values"] == [
+            [at / 1000, metricstream.format_value(value)] for at, value in zip(times_ms, values)
+        ]
+
 
 
 @pytest.fixture(scope="module")
@@ -7543,7 +7662,7 @@ DASHBOARD = {
     "quantile of buckets": "histogram_quantile(0.9, sum by (le) (rate(latency_bucket[5m])))",
     "topk": "topk(5, sum by (host) (rate(m_total[5m])))",
     "avg by": "avg by (host) (load)",
-    "subquery": "max_over_time(sum(rate(latency_bucket[5m]))[30m:1m])",
+    "subquery": "max_over_time(sum(rate(latency_bucket[5m]))[29m59s:1m])",
     "ratio of two": "sum(rate(latency_bucket{le='0.1'}[5m])) / sum(rate(latency_bucket{le='+Inf'}[5m]))",
     "predict_linear": "predict_linear(load[1h], 3600)",
     "absent": 'absent(load{host="none"})',
@@ -7633,6 +7752,30 @@ def test_a_query_ends_when_the_server_stops(tmp_path):
             status, _, err = started.stop()
     assert (status, err) == (0, "")
     assert not any(map(is_alive, pids))
+
+
+@at_once()
+def test_what_a_fork_found_is_known_when_it_is_asked_again_until_a_late_sample_comes(tmp_path):
+    start_s = int(time.time()) // 60 * 60 - 12 * 3600
+    with ServerProcess(tmp_path, "--rate-limit", "0") as started:
+        push(started.port, (({"__name__": "x"}, 1.0, start_s + 60.0 * n) for n in range(500)))
+        started.wait_for_store()
+
+        def ask(timeout: str) -> Answer:
+            query = "quantile_over_time(0.5, x[3h:1s])"  # a second
+            form = form_of(query=query, start=start_s, end=start_s + 400 * 60, step=60, timeout=timeout)
+            with contextlib.closing(Client(started.port)) as client:
+                return client.ask("POST", "/api/v1/query_range", form, Content_Type=FORM)
+
+        first = ask("60")
+        assert first.status == 200
+        again = eventually(lambda: (answer := ask("0.1")).status == 200 and answer)
+        assert again.json == first.json
+        push(started.port, (({"__name__": "x"}, 3.0, start_s + 60.0 * n + 1) for n in range(300, 480)))
+        changed = ask("60").json["data"]["result"][0]["values"]
+        before = first.json["data"]["result"][0]["values"]
+        assert changed[:301] == before[:301]
+        assert {value for _, value in before} == {"1"} and changed[-1][1] == "3"
 
 
 ATTACKS = (
