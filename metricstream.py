@@ -13777,7 +13777,7 @@ class _TemplateRun:
 
 
 # ==================================================================================================
-# 54. Alerting
+# 54. Alerts
 # ==================================================================================================
 #
 # What flows between rules and those who are told: labels, samples that rules record, alerts, and
@@ -14477,7 +14477,7 @@ def _page_of(groups: list[dict[str, Any]], limit_text: str, token: str) -> dict[
 
 
 # ==================================================================================================
-# 57. Rule tests
+# 57. Rules over history
 # ==================================================================================================
 #
 # The problem: when would a rule have fired, had it been there? The idea: evaluate rules as the
@@ -15112,7 +15112,7 @@ def route_key(parent_key: str | None, matchers: Iterable[Matcher]) -> str:
 
 
 # ==================================================================================================
-# 60. Notification configuration
+# 60. Notification settings
 # ==================================================================================================
 #
 # Who is told of what, as values: receivers, how they are reached, and what they are sent. The
@@ -15624,7 +15624,7 @@ class _ConfigReader(FieldReader):
 
 
 # ==================================================================================================
-# 62. Notification
+# 62. Silences
 # ==================================================================================================
 #
 # The problem: somebody mends what is wrong, and wants to hear no more of it until then; thousands
@@ -16910,7 +16910,7 @@ def _silence_json(silence: Silence, now: float) -> dict[str, Any]:
 
 
 # ==================================================================================================
-# 67. Watcher process
+# 67. Own client
 # ==================================================================================================
 #
 # The problem: rules ask and record what other clients do, but thousands of series at once, again
