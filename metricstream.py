@@ -5307,7 +5307,7 @@ class Memtable:
         self._columns = 0
         self._full: dict[RowGroup, None] = {}  # groups with rows to seal
         self._seen: set[int] = set()  # hashes of rows that came once
-        self._layouts: dict[bytes, list[_Layout]] = {}  # by the first key, the longest first
+        self._layouts: dict[bytes, list[_Layout]] = {}  # by the first key, the shortest first
         self._layout_bytes = 0
         self._numbers: dict[bytes, int] = {}  # of series, by the keys of lines
         self._unknown: list[_UnknownLine] = []  # of one time, and not added yet
@@ -5386,12 +5386,13 @@ class Memtable:
             return
         name = lines[0].key.partition(b"\0")[0]
         starts = [at for at, line in enumerate(lines) if line.key.startswith(name)]
-        if len(starts) > 1:
-            for start, end in itertools.pairwise([*starts, len(lines)]):
+        if len(starts) == 1:
+            starts = list(range(len(lines)))
+        for start, end in itertools.pairwise([*starts, len(lines)]):
+            if end - start > 1:
                 self._add_unknown(lines[start:end])
-        else:
-            for series, at in lasts.items():
-                self._push(self._single(series), time_ms, [lines[at].value])
+            else:  # not remembered: it may be a part of a batch
+                self._push(self._single(lines[start].series), time_ms, [lines[start].value])
 
     def _remember(self, lines: list[_UnknownLine], group: RowGroup, lasts: list[int]) -> None:
         layouts = self._layouts.setdefault(lines[0].key, [])
@@ -5403,7 +5404,7 @@ class Memtable:
             last_at = len(text) + len(lines) * (_STAMP_BYTES - 1) - len(last_key)
             repeated = lasts if len(lasts) < len(lines) else None
             layouts.append(_Layout(text, last_at, last_key, len(lines), group, repeated))
-            layouts.sort(key=lambda layout: -layout.width)
+            layouts.sort(key=lambda layout: layout.width)
 
     def _number(self, sample: Sample) -> int:
         number = self.index.number(series_labels(sample.name, sample.tags))

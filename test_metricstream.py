@@ -5829,6 +5829,28 @@ assert list(series.values) == [(row * 3 % 997) / 100 for row in range(rows)]
     assert pushed == 1_000 * rows and mebibytes < 0.06 * rows
 
 
+def test_batches_of_one_time_in_any_pieces_become_rows_that_need_no_merge():
+    """What is read at once ends anywhere between batches, but series that are pushed together stand
+    together: to merge their chunks sample by sample would cost ten units of work a sample.
+    """
+    rng = random.Random(1)
+    table = metricstream.Memtable()
+    for step in range(300):
+        batches = ["".join(metricstream.log_line(Sample(name, float(step), "gauge", {"host": f"h{host}"}, NOW_MS + 15_000 * step))
+                           for host in range(30)) for name in ("a", "b", "c")]  # fmt: skip
+        while batches:
+            count = rng.randint(1, len(batches)) if step else len(batches)
+            table.add_lines("".join(batches[:count]).encode())
+            del batches[:count]
+    for name in "abc":
+        budget = metricstream.Budget(1e9)
+        numbers = table.index.select([Matcher("__name__", "=", name)], budget)
+        found = [chunk for _, chunks in table.chunks(numbers, NOW_MS + 15_000 * 20, 2 * NOW_MS, budget)
+                 for chunk in chunks]  # fmt: skip
+        assert sum(chunk.count for chunk in found) == 30 * 280
+        assert 1e9 - budget.left < 30 * 280
+
+
 # ==================================================================================================
 # Blocks
 # ==================================================================================================
