@@ -5843,7 +5843,8 @@ class Block:
 # are given open files, which stay the same under any name, and are told how far each one counts.
 # What it costs: a file that nobody has a name for lives until its last reader has left it.
 
-READ_BYTES = 256 * 1024  # the log is read in pieces of so many
+READ_BYTES = 64 * 1024  # the log is read in pieces of so many
+MOST_READ_BYTES = 1024 * 1024  # or, where lines of one time are longer, of so many
 _SEGMENT_NAME = re.compile(r"metrics\.([0-9]{8})\.jsonl")
 
 
@@ -5905,17 +5906,23 @@ class LogTail:
 
     def read(self, end: int) -> bytes:
         """The next whole lines before a position; b"" where there are none."""
-        wanted = max(0, min(self._piece_bytes, end - self.position))
-        piece = os.pread(self.descriptor, wanted, self.position)
-        whole = piece[: piece.rfind(b"\n") + 1]
-        if len(piece) == self._piece_bytes and not whole:  # a line that no metric has
-            whole = piece[:-1] + b"\n"
-        elif len(piece) == self._piece_bytes:
+        size = self._piece_bytes
+        while True:
+            piece = os.pread(self.descriptor, max(0, min(size, end - self.position)), self.position)
+            whole = piece[: piece.rfind(b"\n") + 1]
+            if len(piece) < size or not whole:
+                break
             # Lines of one time stay together: half a batch would be a row group of its own, and
             # series in many groups are merged sample by sample: a query of 260 ms took 1,000.
             last_line = whole.rfind(b"\n", 0, -1) + 1
-            begin = whole.find(b"\n" + whole[last_line : last_line + _STAMP_BYTES]) + 1
-            whole = whole[:begin] or whole
+            stamp = whole[last_line : last_line + _STAMP_BYTES]
+            begin = 0 if whole.startswith(stamp) else whole.find(b"\n" + stamp) + 1
+            if begin or size >= MOST_READ_BYTES:
+                whole = whole[:begin] or whole
+                break
+            size *= 4
+        if len(piece) == size and not whole:  # a line that no metric has
+            whole = piece[:-1] + b"\n"
         elif not piece and os.fstat(self.descriptor).st_size < self.position:  # it was emptied
             self.position = 0
         self.position += len(whole)
@@ -10411,7 +10418,7 @@ class StoreProcess:
     def run(self) -> None:
         """Work until the front says stop, or is gone."""
         while not (self._stopped or self.front.is_gone):
-            self._wait(0.0 if self._is_busy() else 0.1)
+            self._wait(self._pause_s() if self._is_busy() else 0.1)
             self._read_log()
             self._queries.work()
             if not self._queries.wait_for_log:
@@ -10424,6 +10431,14 @@ class StoreProcess:
             self._store.refresh()
         if not self._progress:
             self._store.keep_own()
+
+    def _pause_s(self) -> float:
+        """While nobody asks and little is to be read, there is a pause after each piece of work, in
+        which the front gets the processor: of posts on kept connections p99 was 4.3 ms without it,
+        and 2.8 with it.
+        """
+        is_behind = self._log.limit - self._log.tail.position > MOST_READ_BYTES
+        return 0.0 if is_behind or self._progress or self._queries.wait_for_log else 0.002
 
     def _is_busy(self) -> bool:
         if self._progress:

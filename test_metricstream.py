@@ -5889,6 +5889,23 @@ def test_the_bytes_of_a_sample_are_less_than_one(tmp_path):
 # ==================================================================================================
 
 
+def test_lines_of_one_time_are_read_together_though_they_are_longer_than_a_piece(tmp_path):
+    def lines_at(second: int, count: int) -> bytes:
+        samples = (Sample(f"m{n}", 1.0, "gauge", {}, NOW_MS + 1000 * second) for n in range(count))
+        return "".join(map(metricstream.log_line, samples)).encode()
+
+    times = [lines_at(second, count) for second, count in enumerate((2, 50, 1, 1, 7))]
+    (tmp_path / "log").write_bytes(b"".join(times))
+    with open(tmp_path / "log", "rb") as file:
+        tail, read = metricstream.LogTail(file.fileno(), piece_bytes=300), []
+        while piece := tail.read(1 << 20):
+            read.append(piece)
+    assert b"".join(read) == b"".join(times) and len(read) > 1
+    ends = set(itertools.accumulate(map(len, times)))
+    assert set(itertools.accumulate(map(len, read))) <= ends
+
+
+
 def test_lines_of_one_time_are_read_together(tmp_path):
     """Half a batch would become a group of its own, and its series would stand in two."""
     path = tmp_path / "log"
@@ -14378,7 +14395,7 @@ class ReaderUnderTest:
 
     def run(self) -> None:
         steps = [self.append, self.append, self.rotate, self.move_away, self.delete, self.retire]
-        for _ in range(60):
+        for _ in range(80):
             self.rng.choice(steps)()
             for _ in range(self.rng.randrange(4)):
                 try:
