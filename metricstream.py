@@ -5900,9 +5900,12 @@ class Checkpoint(NamedTuple):
 class LogTail:
     """Reads a file of the log from a position on, in pieces of so many bytes, while it grows."""
 
-    def __init__(self, descriptor: int, position: int = 0, piece_bytes: int = READ_BYTES):
+    def __init__(
+        self, descriptor: int, position: int = 0, piece_bytes: int = READ_BYTES,
+        most_bytes: int = MOST_READ_BYTES,
+    ):  # fmt: skip
         self.descriptor, self.position = descriptor, position
-        self._piece_bytes = piece_bytes
+        self._piece_bytes, self._most_bytes = piece_bytes, most_bytes
 
     def read(self, end: int) -> bytes:
         """The next whole lines before a position; b"" where there are none."""
@@ -5917,7 +5920,7 @@ class LogTail:
             last_line = whole.rfind(b"\n", 0, -1) + 1
             stamp = whole[last_line : last_line + _STAMP_BYTES]
             begin = 0 if whole.startswith(stamp) else whole.find(b"\n" + stamp) + 1
-            if begin or size >= MOST_READ_BYTES:
+            if begin or size >= self._most_bytes:
                 whole = whole[:begin] or whole
                 break
             size *= 4
@@ -5940,10 +5943,10 @@ class FollowedLog:
     (`begin_file`, `acknowledge`) may come in a signal handler.
     """
 
-    def __init__(self, piece_bytes: int = READ_BYTES):
+    def __init__(self, piece_bytes: int = READ_BYTES, most_bytes: int = MOST_READ_BYTES):
         self.file, self.tail = -1, LogTail(-1)
         self.acknowledged = Position(-1, 0)
-        self._piece_bytes = piece_bytes
+        self._piece_bytes, self._most_bytes = piece_bytes, most_bytes
         self._next: deque[tuple[Position, int]] = deque()  # (new file, end of the old), a file
 
     def begin_file(self, position: Position, descriptor: int) -> None:
@@ -6017,7 +6020,7 @@ class FollowedLog:
         """Go on to the next file; returns the descriptor of the old one, which is to be closed."""
         old, (position, descriptor) = self.tail.descriptor, self._next.popleft()
         self.file = position.file
-        self.tail = LogTail(descriptor, piece_bytes=self._piece_bytes)
+        self.tail = LogTail(descriptor, 0, self._piece_bytes, self._most_bytes)
         return old
 
 
@@ -19841,7 +19844,7 @@ class LogReader(FollowedLog):
     """
 
     def __init__(self, folder: str, path: str, piece_bytes: int = PIECE_BYTES):
-        super().__init__(piece_bytes)
+        super().__init__(piece_bytes, piece_bytes)  # what is sent again is the same request
         self._folder, self._path = folder, path
         self.checkpoint = Checkpoint.read(path)
         self._older: deque[str] = deque()  # paths of files before those that the front told of
