@@ -20406,8 +20406,6 @@ def argument_parser() -> argparse.ArgumentParser:
         "may be repeated")
     add("--tls-cert", metavar="FILE", help="serve HTTPS: the certificate and its chain, as PEM")
     add("--tls-key", metavar="FILE", help="its private key, as PEM")
-    add("--dashboards", metavar="DIR",
-        help="saved dashboards (JSON files), which the page offers")
     add("--log-level", choices=("debug", "info", "warning", "error"), default="info",
         help="default info")
     add("--version", action="version", version=f"MetricStream {__version__}")
@@ -20435,6 +20433,8 @@ def _add_watching_options(parser: argparse.ArgumentParser) -> None:
     add("--external-label", metavar="NAME=VALUE", action="append", type=_external_label, default=[],
         help="a label added to what leaves this machine: alerts, and samples that are sent on; may "
         "be repeated")
+    add("--dashboards", metavar="DIR",
+        help="saved dashboards (JSON files), which the page offers")
     # fmt: on
 
 
